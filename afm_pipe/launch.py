@@ -1,0 +1,67 @@
+"""How the machine is used, which never changes a number's meaning and so never stands in params.yaml.
+
+Settings come from the environment (AFM_DEVICE, AFM_CHECKPOINT_SECONDS), else from an untracked launch.toml with the
+keys device and checkpoint_seconds, else from the defaults here.
+"""
+
+import os
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from afm_pipe.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+LAUNCH_FILE = Path("launch.toml")
+
+
+class Launch(BaseModel):
+    """Settings of the machine, not of the study."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    device: str = "auto"
+    """A torch device such as cpu, cuda or cuda:1; auto: cuda where there is one."""
+    checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0
+    """A killed training loses at most about this much."""
+
+    def torch_device(self) -> "torch.device":
+        """Return the device. Raises UserError when this machine does not have it."""
+        import torch
+
+        name = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        try:
+            device = torch.device(name)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"Found the device {name!r}, which is not usable here ({reason}): set AFM_DEVICE."
+            ) from None
+        return device
+
+
+def load_launch() -> Launch:
+    """Return the launch settings. Raises UserError naming the setting that is wrong and where it stands."""
+    settings: dict[str, Any] = {}
+    if LAUNCH_FILE.exists():
+        try:
+            settings = tomllib.loads(LAUNCH_FILE.read_text())
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"Found {LAUNCH_FILE}, which is not TOML: {error}.") from None
+    for name in Launch.model_fields:
+        variable = f"AFM_{name.upper()}"
+        if variable in os.environ:
+            settings[name] = os.environ[variable]
+    try:
+        return Launch.model_validate(settings)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise UserError(
+            f"Found launch setting {'.'.join(map(str, problem['loc']))} = {problem['input']!r}: {problem['msg']}. "
+            f"Mend it in the environment (AFM_*) or in {LAUNCH_FILE}."
+        ) from None

@@ -1,0 +1,23 @@
+"""Presets of DiT sizes (paper Table 10), free of torch so that params can name them."""
+
+from typing import NamedTuple
+
+
+class ModelSize(NamedTuple):
+    """Blocks, channels, attention heads and patch side (in latent pixels) of a DiT."""
+
+    depth: int
+    width: int
+    heads: int
+    patch: int
+
+
+SIZES = {
+    # name            depth     width      heads     patch
+    "t4": ModelSize(depth=4, width=128, heads=4, patch=4),  # the laptop default: 4 tokens on 8x8 latents
+    "t2": ModelSize(depth=4, width=128, heads=4, patch=2),
+    "b2": ModelSize(depth=12, width=768, heads=12, patch=2),
+    "m2": ModelSize(depth=16, width=1024, heads=16, patch=2),
+    "l2": ModelSize(depth=24, width=1024, heads=16, patch=2),
+    "xl2": ModelSize(depth=28, width=1152, heads=16, patch=2),
+}

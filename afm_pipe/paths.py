@@ -1,0 +1,36 @@
+"""Where each file of the pipeline lives, relative to the project's root: the contracts between the rooms."""
+
+from pathlib import Path
+
+PARAMS = Path("params.yaml")
+MANIFEST = Path("data/manifest.json")  # which images there are: written by prepare
+LATENTS = Path("data/latents.h5")  # their latent moments: written by encode
+AUTOENCODER = Path("models/autoencoder")  # a diffusers AutoencoderKL folder
+REFERENCE = Path("reference")  # statistics of the real images, the default's feature network, pictures
+WORK = Path("work")  # unfinished work: git-ignored and unknown to DVC
+REPORTS = Path("reports")
+
+
+def model(run: str) -> Path:
+    """Folder of a trained run: EMA generator, discriminator, config.json."""
+    return Path("models") / run
+
+
+def samples(run: str) -> Path:
+    """Folder of a run's pictures: grid.png by sample, nearest.png by evaluate."""
+    return Path("samples") / run
+
+
+def metrics(run: str) -> Path:
+    """What evaluation measured of a run, with its protocol."""
+    return Path("metrics") / f"{run}.json"
+
+
+def curves(run: str) -> Path:
+    """Training curves of a run: one row per logged update."""
+    return Path("curves") / f"{run}.csv"
+
+
+def costs(run: str) -> Path:
+    """What training a run cost on the machine it ran on."""
+    return Path("costs") / f"{run}.json"

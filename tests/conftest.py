@@ -1,0 +1,40 @@
+"""Shared parts: the smoke profile, and one small real data set encoded once per session."""
+
+import os
+from pathlib import Path
+
+# Before torch: two threads a process on two cores, several processes at once, run many times slower than one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from afm_pipe.params import Params, Run
+from afm_pipe.params_file import load_params
+
+ROOT = Path(__file__).resolve().parent.parent
+SMOKE = ROOT / "profiles" / "smoke.yaml"
+
+
+@pytest.fixture(scope="session")
+def smoke_params() -> Params:
+    return load_params(SMOKE)
+
+
+@pytest.fixture(scope="session")
+def smoke_run(smoke_params: Params) -> Run:
+    return smoke_params.runs["t4"]
+
+
+def write_images(root: Path, classes: int = 3, per_class: int = 20, side: int = 32) -> None:
+    """Write a class-folder data set of grey discs: the class is their brightness, the place is random."""
+    rng = np.random.default_rng(0)
+    rows, columns = np.mgrid[:side, :side]
+    for label in range(classes):
+        folder = root / f"class{label}"
+        folder.mkdir(parents=True)
+        for index in range(per_class):
+            y, x = rng.uniform(8, side - 8, 2)
+            disc = (rows - y) ** 2 + (columns - x) ** 2 < 36
+            Image.fromarray((disc * (80 * (label + 1))).astype(np.uint8)).save(folder / f"{index:03d}.png")
