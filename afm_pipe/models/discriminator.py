@@ -1,0 +1,35 @@
+"""The discriminator: a latent, a class and (with several steps) a target time in, one logit out."""
+
+import torch
+from torch import Tensor, nn
+
+from afm_pipe.models.dit import DiT, LabelEmbedder, TimestepEmbedder
+from afm_pipe.models.sizes import ModelSize
+
+
+class Discriminator(DiT):
+    """The same DiT as the generator's with one learned token prepended, from which the logit is read (paper section 3).
+
+    `timed`: it is told the target time (several steps).
+    """
+
+    def __init__(self, size: ModelSize, channels: int, latent_size: int, num_classes: int, timed: bool = False) -> None:
+        super().__init__(size, channels, latent_size)
+        self.y_embedder = LabelEmbedder(num_classes, size.width)
+        if timed:
+            self.t_embedder = TimestepEmbedder(size.width)
+        self.timed = timed
+        self.dis_embed = nn.Parameter(torch.randn(size.width) * 0.02)
+        self.final_layer = nn.Sequential(
+            nn.LayerNorm(size.width, eps=1e-6, elementwise_affine=False), nn.Linear(size.width, 1, bias=False)
+        )
+        nn.init.xavier_uniform_(self.final_layer[1].weight)
+
+    def forward(self, x: Tensor, labels: Tensor, t: Tensor | None = None) -> Tensor:
+        """Map latents x (N, C, H, W), labels (N,) and target times t (N,) to logits (N,)."""
+        condition = self.y_embedder(labels)  # (N, D)
+        if self.timed:
+            condition = condition + self.t_embedder(t)
+        token = self.dis_embed.expand(len(x), 1, -1)
+        tokens = self.run_blocks(torch.cat([token, self.embed(x)], dim=1), condition)  # (N, 1 + T, D)
+        return self.final_layer(tokens[:, 0]).squeeze(-1)

@@ -1,0 +1,152 @@
+"""The plain DiT that generator, discriminator and classifier are made of (paper section 3, Peebles & Xie 2022).
+
+Parameter names are those of the released checkpoints, so weights load both ways.
+
+Shapes: N batch, C latent channels, H = W latent side, p patch, T = (H / p)^2 tokens, D width, h heads.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from afm_pipe.models.sizes import ModelSize
+
+FREQUENCIES = 256  # length of the sinusoidal time code
+TIME_SCALE = 1000.0  # times in [0, 1] are multiplied by this before the code (paper section 3)
+
+
+class PatchEmbed(nn.Module):
+    """Cut a latent into patches and project each to the model's width."""
+
+    def __init__(self, channels: int, size: ModelSize) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, size.width, size.patch, stride=size.patch)
+        nn.init.xavier_uniform_(self.proj.weight.view(size.width, -1))
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, T, D)
+        # A stride-p convolution is a matmul over patches, which is many times faster than conv2d on small inputs.
+        n, c, height, width = x.shape
+        p = self.proj.kernel_size[0]
+        patches = x.view(n, c, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)  # (N, H/p, W/p, C, p, p)
+        return F.linear(patches.reshape(n, -1, c * p * p), self.proj.weight.flatten(1), self.proj.bias)
+
+
+class TimestepEmbedder(nn.Module):
+    """Embed times in [0, 1] by sinusoids and an MLP."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        for layer in (self.mlp[0], self.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, t: Tensor) -> Tensor:  # (N,) -> (N, D)
+        half = FREQUENCIES // 2
+        rates = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
+        angles = (TIME_SCALE * t).float()[:, None] * rates  # (N, 128); in fp32 as released, whatever the weights are
+        code = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.mlp(code.to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Embed class labels; there is no empty class, since AFM guides with a classifier instead."""
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes, width)
+        nn.init.normal_(self.embedding_table.weight, std=0.02)
+
+    def forward(self, labels: Tensor) -> Tensor:  # (N,) -> (N, D)
+        return self.embedding_table(labels)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, size: ModelSize) -> None:
+        super().__init__()
+        self.heads = size.heads
+        self.qkv = nn.Linear(size.width, 3 * size.width)
+        self.proj = nn.Linear(size.width, size.width)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, T, D) -> (N, T, D)
+        n, tokens, width = x.shape
+        qkv = self.qkv(x).view(n, tokens, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, h, T, D/h)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, width))
+
+
+class Mlp(nn.Module):
+    """Two layers, four times the width between them, GELU by tanh."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Pre-LN transformer block; the condition scales, shifts and gates it (adaLN-zero)."""
+
+    def __init__(self, size: ModelSize) -> None:
+        super().__init__()
+        self.attn = Attention(size)
+        self.mlp = Mlp(size.width)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(size.width, 6 * size.width))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # (N, T, D), (N, D) -> (N, T, D)
+        modulation = self.adaLN_modulation(condition)[:, None]  # (N, 1, 6 D)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=-1)
+        x = torch.addcmul(x, gate_a, self.attn(modulate(x, shift_a, scale_a)))
+        return torch.addcmul(x, gate_m, self.mlp(modulate(x, shift_m, scale_m)))
+
+
+class DiT(nn.Module):
+    """What all three networks share: patches in, position embedding, blocks."""
+
+    pos_embed: Tensor
+
+    def __init__(self, size: ModelSize, channels: int, latent_size: int) -> None:
+        super().__init__()
+        self.size, self.channels, self.latent_size = size, channels, latent_size
+        self.x_embedder = PatchEmbed(channels, size)
+        self.register_buffer("pos_embed", sincos_positions(size.width, latent_size // size.patch))
+        self.blocks = nn.ModuleList(Block(size) for _ in range(size.depth))
+        for block in self.blocks:
+            for layer in block.modules():
+                if isinstance(layer, nn.Linear):
+                    nn.init.xavier_uniform_(layer.weight)
+                    nn.init.zeros_(layer.bias)
+            nn.init.zeros_(block.adaLN_modulation[1].weight)  # type: ignore[index,union-attr]  # each block starts as identity
+
+    def embed(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, T, D)
+        return self.x_embedder(x) + self.pos_embed
+
+    def run_blocks(self, tokens: Tensor, condition: Tensor) -> Tensor:  # (N, T, D), (N, D) -> (N, T, D)
+        for block in self.blocks:
+            tokens = block(tokens, condition)
+        return tokens
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Return LayerNorm(x) * (1 + scale) + shift, the norm without learned parameters and with eps 1e-6."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+
+
+def sincos_positions(width: int, side: int) -> Tensor:
+    """Return the fixed 2-D sine-cosine position embedding of a side x side grid: (1, side^2, width) float32.
+
+    The first half of the channels codes the column, the second the row, as in the released weights.
+    """
+    rates = 1 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * rates  # (side, D/4)
+    code = torch.cat([angles.sin(), angles.cos()], dim=-1)  # (side, D/2)
+    columns, rows = code.repeat(side, 1), code.repeat_interleave(side, 0)
+    return torch.cat([columns, rows], dim=-1).float()[None]

@@ -1,0 +1,74 @@
+"""The generator: noise (or a less noisy latent) and a class in, a latent out, in one forward pass."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from afm_pipe.models.dit import DiT, LabelEmbedder, TimestepEmbedder, modulate
+from afm_pipe.models.sizes import ModelSize
+
+Times = Literal["none", "source", "both"]
+
+
+class FinalLayer(nn.Module):
+    """Conditioned LayerNorm and a projection back to patches."""
+
+    def __init__(self, size: ModelSize, channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(size.width, size.patch**2 * channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(size.width, 2 * size.width))
+        for layer in (self.linear, self.adaLN_modulation[1]):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # (N, T, D), (N, D) -> (N, T, p * p * C)
+        shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)
+        return self.linear(modulate(x, shift, scale))
+
+
+class Generator(DiT):
+    """DiT generator g (paper section 3).
+
+    `times`: which times it is told: none (one step), source (fixed steps), both (any step).
+    `repeats`: how often the same blocks are run; before pass k of r the condition is the class plus time 1 - k / r
+    (deep models, 2 or 4), and the final layer sees the class alone.
+    """
+
+    def __init__(
+        self,
+        size: ModelSize,
+        channels: int,
+        latent_size: int,
+        num_classes: int,
+        times: Times = "none",
+        repeats: int = 1,
+    ) -> None:
+        super().__init__(size, channels, latent_size)
+        self.times, self.repeats = times, repeats
+        self.y_embedder = LabelEmbedder(num_classes, size.width)
+        if times != "none" or repeats > 1:
+            self.t_embedder = TimestepEmbedder(size.width)
+        if times == "both":
+            self.t_tgt_embedder = TimestepEmbedder(size.width)
+        self.final_layer = FinalLayer(size, channels)
+
+    def forward(self, x: Tensor, labels: Tensor, s: Tensor | None = None, t: Tensor | None = None) -> Tensor:
+        """Map latents x (N, C, H, W) and labels (N,) to (N, C, H, W); s, t (N,) are source and target times."""
+        condition = self.y_embedder(labels)  # (N, D)
+        if self.times != "none":
+            condition = condition + self.t_embedder(s)
+        if self.times == "both":
+            condition = condition + self.t_tgt_embedder(t)
+        tokens = self.embed(x)  # (N, T, D)
+        for k in range(self.repeats):
+            joined = condition
+            if self.repeats > 1:
+                joined = condition + self.t_embedder(x.new_full((1,), 1 - k / self.repeats))
+            tokens = self.run_blocks(tokens, joined)
+        return self._unpatchify(self.final_layer(tokens, condition))
+
+    def _unpatchify(self, patches: Tensor) -> Tensor:  # (N, T, p * p * C) -> (N, C, H, W)
+        p, side = self.size.patch, self.latent_size // self.size.patch
+        pixels = patches.view(-1, side, side, p, p, self.channels)
+        return torch.einsum("nhwpqc->nchpwq", pixels).reshape(-1, self.channels, self.latent_size, self.latent_size)
