@@ -1,0 +1,1 @@
+"""The method: losses, gradient normalisation, schedules, and a loop that survives being killed."""

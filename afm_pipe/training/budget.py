@@ -1,0 +1,84 @@
+"""What a run will need before anything is allocated: parameters, updates, memory."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+
+from afm_pipe.errors import UserError
+from afm_pipe.models.checkpoint_format import build_discriminator, build_generator, count_parameters
+from afm_pipe.params import Run
+from afm_pipe.training.step import Batch, PenaltyNoise, discriminator_step
+
+FLOAT = 4  # bytes
+G_COPIES = 5  # weights, gradients, moving average, two moments of AdamW
+D_COPIES = 4  # the same without the moving average
+RUNTIME = 600 << 20  # bytes of an imported torch, allocator slack and small buffers
+
+
+class Budget(NamedTuple):
+    """Needs of a run on one device."""
+
+    generator_parameters: int
+    discriminator_parameters: int
+    state_bytes: int  # weights, gradients, moments, moving average
+    activation_bytes: int  # kept for the backward pass of the D step, the largest moment of an update
+    checkpoint_bytes: int
+
+    @property
+    def memory_bytes(self) -> int:
+        """Everything that is in memory at once."""
+        return self.state_bytes + self.activation_bytes + RUNTIME
+
+
+def budget(run: Run, model_config: dict[str, Any]) -> Budget:
+    """Count a run's needs on the meta device: exact shapes, nothing allocated."""
+    with torch.device("meta"):
+        generator, discriminator = build_generator(model_config), build_discriminator(model_config)
+        shape = (model_config["channels"], model_config["latent_size"], model_config["latent_size"])
+        n, penalised = run.batch_size, round(run.batch_size * run.penalty.share)
+        batch = Batch(torch.empty(n, *shape), torch.zeros(n, dtype=torch.int64), torch.empty(n, *shape))
+        noise = PenaltyNoise(torch.empty(penalised, *shape), torch.empty(penalised, *shape))
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage._cdata] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            discriminator_step(generator, discriminator, batch, noise, run)
+    g, d = count_parameters(generator), count_parameters(discriminator)
+    return Budget(
+        generator_parameters=g,
+        discriminator_parameters=d,
+        state_bytes=FLOAT * (G_COPIES * g + D_COPIES * d),
+        activation_bytes=max(sum(kept.values()) - FLOAT * d, 0),  # weights are saved for the backward pass too
+        checkpoint_bytes=FLOAT * ((G_COPIES - 1) * g + (D_COPIES - 1) * d),
+    )
+
+
+def require_memory(needs: Budget, run_name: str, device: torch.device) -> None:
+    """Raise UserError when the device's free memory cannot hold the run, saying how much is needed."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = min(psutil.virtual_memory().available, _cgroup_limit())
+    if needs.memory_bytes > free:
+        raise UserError(
+            f"Found {free / 2**30:.1f} GiB of memory free on {device}, expected {needs.memory_bytes / 2**30:.1f} GiB for "
+            f"the run {run_name} ({needs.state_bytes / 2**30:.1f} for weights and optimizers, "
+            f"{needs.activation_bytes / 2**30:.1f} for activations): use a larger device, a smaller size, "
+            "or a smaller train.batch_size."
+        )
+
+
+def _cgroup_limit() -> int:
+    """Return what a container may still use; a number too large to matter outside one."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        limit = (root / "memory.max").read_text().strip()
+        return int(limit) - int((root / "memory.current").read_text()) if limit != "max" else 1 << 62
+    except (OSError, ValueError):
+        return 1 << 62  # no such control group on this system

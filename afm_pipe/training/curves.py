@@ -1,0 +1,48 @@
+"""Training curves: one row per stretch of updates, means over the updates in it."""
+
+import csv
+from collections.abc import Iterable
+from pathlib import Path
+
+from afm_pipe.files import atomic_path
+
+Row = dict[str, float]
+
+CLOCK = ("update", "images", "epoch", "lr", "transport")
+MEANS = (
+    "d_adversarial",
+    "r1",
+    "r2",
+    "centring",
+    "logit_gap",  # mean D(x) - D(G(z))
+    "d_accuracy",  # share of pairs with D(x) > D(G(z))
+    "d_grad_norm",
+    "g_adversarial",
+    "g_transport",
+    "move_rms",  # rms(G(z) - z)
+    "g_grad_norm",
+)
+COLUMNS = CLOCK + MEANS
+
+
+def write_curves(path: Path, rows: Iterable[Row]) -> None:
+    """Write rows as CSV with a header, atomically."""
+    with atomic_path(path) as aside, aside.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def append_curve(path: Path, row: Row) -> None:
+    """Append one row to a file that `write_curves` began, for whoever watches a run."""
+    with path.open("a", newline="") as file:
+        csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
+
+
+def read_curves(path: Path) -> list[Row]:
+    """Read rows as written; update and images are whole numbers."""
+    with path.open(newline="") as file:
+        return [
+            {name: int(value) if name in ("update", "images") else float(value) for name, value in row.items()}
+            for row in csv.DictReader(file)
+        ]

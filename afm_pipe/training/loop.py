@@ -1,0 +1,121 @@
+"""The training loop: alternate D and G updates, log, checkpoint; killed at any moment, the same call goes on."""
+
+import math
+import time
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from afm_pipe.console import Tick
+from afm_pipe.data.latents import Latents
+from afm_pipe.errors import UserError
+from afm_pipe.params import Run
+from afm_pipe.training.batches import Batches
+from afm_pipe.training.curves import CLOCK, MEANS, append_curve, write_curves
+from afm_pipe.training.schedules import ema_decay_at, num_updates, setting_at
+from afm_pipe.training.state import TrainingState, load_latest, save_checkpoint
+from afm_pipe.training.step import DiscriminatorStep, GeneratorStep, discriminator_step, generator_step
+
+ROWS = 1000  # at the most, in the curves of a run; rows are at least 10 updates apart
+
+
+class Trained(NamedTuple):
+    """A finished training."""
+
+    state: TrainingState
+    notes: list[str]  # what a person should know of how it went
+
+
+def train(
+    run: Run,
+    model_config: dict[str, Any],
+    latents: Latents,
+    work_dir: Path,
+    fingerprint: str,
+    device: torch.device,
+    checkpoint_seconds: float,
+) -> Generator[Tick, None, Trained]:
+    """Train a run to its end, from its newest checkpoint under `work_dir` if there is one.
+
+    Raises UserError on a non-finite loss (before it reaches the weights) and on a checkpoint of other params.
+    """
+    total = num_updates(run, latents.num_images)
+    row_every = max(10, total // ROWS)
+    state = TrainingState.fresh(model_config, run, device)
+    notes = load_latest(work_dir / "checkpoints", state, fingerprint)
+    write_curves(work_dir / "curves.csv", state.rows)
+    batches = Batches(latents, run, device)
+    sums = torch.zeros(len(MEANS), device=device)
+    saved = lapped = time.monotonic()
+
+    yield Tick(state.update, total, "updates")
+    while state.update < total:
+        waited = time.monotonic()
+        seen = state.update * run.batch_size
+        d_batch, g_batch = batches.batch("discriminator", seen), batches.batch("generator", seen)
+        noise = batches.penalty_noise(seen)
+        state.seconds["data_wait"] += time.monotonic() - waited
+
+        setting = setting_at(run, state.update, latents.num_images)
+        d_step = discriminator_step(state.generator, state.discriminator, d_batch, noise, run)
+        d_norm = _apply(state, "discriminator", d_step.total, setting.lr)
+        state.discriminator.requires_grad_(False)
+        normalizer = state.normalizer if run.gradient_normalization.enabled else None
+        g_step = generator_step(state.generator, state.discriminator, g_batch, run, setting.transport, normalizer)
+        state.discriminator.requires_grad_(True)
+        g_norm = _apply(state, "generator", g_step.total, setting.lr)
+        _update_ema(state, ema_decay_at(run.ema, state.update))
+        sums += _figures(d_step, d_norm, g_step, g_norm)
+        state.update += 1
+
+        if state.update % row_every and state.update < total:
+            continue
+        # Checkpoints fall on rows, so that a resumed run writes the very same rows.
+        since = state.update - (state.rows[-1]["update"] if state.rows else 0)
+        means = dict(zip(MEANS, (sums / since).tolist(), strict=True))
+        seen = state.update * run.batch_size
+        clock = (state.update, seen, seen / latents.num_images, setting.lr, setting.transport)
+        state.rows.append(dict(zip(CLOCK, clock, strict=True)) | means)
+        append_curve(work_dir / "curves.csv", state.rows[-1])
+        sums.zero_()
+        now = time.monotonic()
+        state.seconds["training"] += now - lapped
+        lapped = now
+        if now - saved >= checkpoint_seconds or state.update == total:
+            save_checkpoint(work_dir / "checkpoints", state, fingerprint)
+            saved = time.monotonic()
+            state.seconds["saving"] += saved - now
+        yield Tick(state.update, total, "updates", f"gap {means['logit_gap']:.2f}  move {means['move_rms']:.2f}")
+    return Trained(state, notes)
+
+
+def _apply(state: TrainingState, which: str, total: Tensor, lr: float) -> Tensor:
+    """Step one optimizer with the gradients at hand and clear them; return the gradients' norm."""
+    if not math.isfinite(total.item()):
+        raise UserError(
+            f"Found a {which} loss of {total.item()} at update {state.update}, expected a finite one: the weights "
+            "before it are kept. Lower lr, or raise the weight of the transport or the penalty."
+        )
+    module: torch.nn.Module = getattr(state, which)
+    optimizer: torch.optim.AdamW = getattr(state, f"optimizer_{which}")
+    norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None], foreach=True)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+@torch.no_grad()
+def _update_ema(state: TrainingState, decay: float) -> None:
+    averages, weights = list(state.ema.parameters()), list(state.generator.parameters())
+    torch._foreach_lerp_(averages, weights, 1 - decay)
+
+
+def _figures(d_step: DiscriminatorStep, d_norm: Tensor, g_step: GeneratorStep, g_norm: Tensor) -> Tensor:
+    gap = (d_step.logits.real - d_step.logits.fake).detach()
+    of_d = (*d_step.terms, gap.mean(), (gap > 0).float().mean(), d_norm)
+    return torch.stack([*of_d, *g_step.terms, g_step.move_rms, g_norm]).float()  # in the order of MEANS

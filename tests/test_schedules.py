@@ -1,0 +1,57 @@
+"""Schedules against the released one, and phases against the paper's meaning of them."""
+
+import pytest
+
+from afm_pipe.data.order import Order, stream_generator
+from afm_pipe.params import Ema, Phase, Run, Transport
+from afm_pipe.training.schedules import cosine, ema_decay_at, num_updates, setting_at
+from tests.test_models import golden
+
+
+def test_cosine_equals_the_released_schedule() -> None:
+    vectors = golden("cosine_schedule")
+    for step, value in zip(vectors["step"].tolist(), vectors["value"].tolist(), strict=True):
+        assert cosine(0.2, 0.005, step, 1000) == pytest.approx(value, rel=1e-12)
+
+
+def test_phases_take_over_at_their_epoch_and_inherit_what_they_leave_out(smoke_run: Run) -> None:
+    constant = Transport(start=0.001, end=0.001, decay_epochs=1.0)
+    phases = (Phase(until_epoch=2.0), Phase(until_epoch=3.0, lr=8e-5, transport=constant))
+    run = smoke_run.model_copy(update={"phases": phases, "batch_size": 10, "lr": 1e-4})
+    assert num_updates(run, 100) == 30
+    assert (setting_at(run, 19, 100).phase, setting_at(run, 19, 100).lr) == (0, 1e-4)
+    assert setting_at(run, 20, 100) == (1, 8e-5, 0.001)
+
+
+def test_updates_cover_a_last_part_of_a_batch(smoke_run: Run) -> None:
+    run = smoke_run.model_copy(update={"phases": (Phase(until_epoch=1.0),), "batch_size": 30})
+    assert num_updates(run, 100) == 4
+
+
+def test_ema_warms_up_to_its_decay() -> None:
+    warm = Ema(decay=0.99, warmup=True)
+    assert ema_decay_at(warm, 0) == pytest.approx(0.1)
+    assert ema_decay_at(warm, 10**6) == 0.99
+    assert ema_decay_at(Ema(decay=0.99, warmup=False), 0) == 0.99
+
+
+def test_every_epoch_sees_each_image_once_in_an_order_of_its_own() -> None:
+    order = Order(7, seed=3, stream="generator")
+    first, second = order.indices(0, 7).tolist(), order.indices(7, 7).tolist()
+    assert sorted(first) == sorted(second) == list(range(7))
+    assert first != second
+
+
+def test_order_does_not_depend_on_how_it_is_asked() -> None:
+    whole = Order(7, seed=3, stream="generator").indices(0, 50).tolist()
+    order = Order(7, seed=3, stream="generator")
+    assert order.indices(33, 5).tolist() == whole[33:38]
+    assert [order.indices(i, 1).item() for i in range(50)] == whole
+
+
+def test_streams_and_seeds_differ() -> None:
+    drawn = {
+        tuple(Order(50, seed, stream).indices(0, 50).tolist()) for seed in (0, 1) for stream in ("generator", "other")
+    }
+    assert len(drawn) == 4
+    assert stream_generator(0, "a", 1).initial_seed() != stream_generator(0, "a", 11).initial_seed()
