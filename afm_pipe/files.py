@@ -1,5 +1,6 @@
 """Whole files or none: atomic writes, hashes and locks on paths."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -14,12 +15,16 @@ from typing import Any
 from afm_pipe.errors import UserError
 
 
+UNWRITABLE = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a path beside `path`; what was written there (a file or a folder) replaces `path` when the block succeeds.
 
     On any error what was written is removed and `path` keeps its old content. The file and its folder are synced
-    before and after the rename, so a power cut leaves either the old content or the new.
+    before and after the rename, so a power cut leaves either the old content or the new. Raises UserError when the
+    disk is full or not writable.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -31,8 +36,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
             _remove(path)  # rename replaces a file, but not a folder that has content
         os.replace(aside, path)
         _sync(path.parent)
-    except BaseException:
+    except BaseException as error:
         _remove(aside)
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            raise UserError(
+                f"Found no way to write {path} ({error.strerror}): make room there, or mend its permissions, "
+                "and run the same command again. What was there before is unharmed."
+            ) from None
         raise
 
 

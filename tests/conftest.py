@@ -1,6 +1,7 @@
 """Shared parts: the smoke profile, and one small real data set encoded once per session."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 # Before torch: two threads a process on two cores, several processes at once, run many times slower than one.
@@ -8,8 +9,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
+from afm_pipe import pipeline
+from afm_pipe.launch import Launch
 from afm_pipe.params import Params, Run
 from afm_pipe.params_file import load_params
 
@@ -38,3 +42,43 @@ def write_images(root: Path, classes: int = 3, per_class: int = 20, side: int = 
             y, x = rng.uniform(8, side - 8, 2)
             disc = (rows - y) ** 2 + (columns - x) ** 2 < 36
             Image.fromarray((disc * (80 * (label + 1))).astype(np.uint8)).save(folder / f"{index:03d}.png")
+
+
+DISCS = (
+    "data.source=folder",
+    "data.min_images=10",
+    "autoencoder.train.updates=20",
+    "train.batch_size=8",
+    "runs.t4.phases=[{until_epoch: 8}]",
+)
+
+
+@pytest.fixture(scope="session")
+def discs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project on 60 images of discs, encoded, ready to train a run t4 of 60 updates. Copy it before you write."""
+    project = tmp_path_factory.mktemp("discs") / "project"
+    write_images(project / "data" / "images")
+    before = Path.cwd()
+    os.chdir(project)
+    try:
+        params = load_params(SMOKE, DISCS)
+        raw = params.model_dump(mode="json")
+        Path("params.yaml").write_text(yaml.safe_dump(raw))
+        launch = Launch(device="cpu")
+        pipeline.prepare(params)
+        pipeline.autoencoder(params, launch)
+        pipeline.encode(params, launch)
+    finally:
+        os.chdir(before)
+    return project
+
+
+@pytest.fixture(scope="session")
+def discs_params(discs: Path) -> Params:
+    return load_params(discs / "params.yaml")
+
+
+@pytest.fixture
+def change(discs: Path) -> Callable[..., Params]:
+    """Return a function from overrides to the params of the discs with them."""
+    return lambda *overrides: load_params(discs / "params.yaml", overrides)

@@ -3,6 +3,7 @@
 The folder is all that anything that samples needs. Weights carry the released key names.
 """
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,11 @@ def load_generator(folder: Path, device: torch.device) -> Generator:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write named tensors as safetensors, from whatever device they are on."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    """Write named tensors as safetensors, from whatever device they are on. Raises OSError when there is no room."""
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # which hides the number of the system's error
+        raise OSError(errno.ENOSPC, str(error)) from None
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

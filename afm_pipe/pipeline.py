@@ -1,0 +1,225 @@
+"""The stages as functions: each reads its declared inputs, calls the library, writes its declared outputs.
+
+The scripts in stages/ (what DVC runs) and the commands of `afm-pipe` are two doors to these functions.
+"""
+
+import platform
+import resource
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from afm_pipe import paths
+from afm_pipe.console import follow
+from afm_pipe.errors import UserError
+from afm_pipe.files import atomic_path, exclusive, read_json, sha256_file, write_json
+from afm_pipe.launch import Launch
+from afm_pipe.params import Params
+
+if TYPE_CHECKING:
+    from afm_pipe.data.latents import Latents
+    from afm_pipe.training.budget import Budget
+    from afm_pipe.training.state import TrainingState
+
+
+def prepare(params: Params) -> None:
+    """Check, count and hash the images, and write their manifest; a built-in data set is written out first."""
+    from afm_pipe.data.manifest import build_manifest, write_manifest
+    from afm_pipe.data.sources import materialise
+
+    root = Path(params.data.root)
+    if params.data.source != "folder":
+        follow("materialise", materialise(params.data.source, root))
+    manifest = follow("prepare", build_manifest(params.data))
+    write_manifest(paths.MANIFEST, manifest)
+    print(f"{manifest.num_images} images of {len(manifest.classes)} classes under {root}.")
+
+
+def autoencoder(params: Params, launch: Launch) -> None:
+    """Fetch the pretrained autoencoder, or train a small one on the images."""
+    from afm_pipe.data.manifest import load_images, read_manifest
+    from afm_pipe.models.autoencoder import fetch_pretrained, save_autoencoder, train_autoencoder
+
+    with atomic_path(paths.AUTOENCODER) as folder:
+        if params.autoencoder.pretrained is not None:
+            fetch_pretrained(params, folder)
+            return
+        images = follow("read images", load_images(read_manifest(paths.MANIFEST), params.data))
+        training = train_autoencoder(params.autoencoder, images, params.seed, launch.torch_device())
+        trained = follow("autoencoder", training)
+        save_autoencoder(trained.autoencoder, folder)
+        write_json(folder / "training.json", {"reconstruction_mse": trained.reconstruction_mse})
+
+
+def encode(params: Params, launch: Launch) -> None:
+    """Encode every image to its latent moments, from where an interrupted encoding stopped."""
+    from afm_pipe.data.encoding import encode_dataset
+    from afm_pipe.data.manifest import read_manifest
+    from afm_pipe.models.autoencoder import autoencoder_sha256, load_autoencoder
+
+    device = launch.torch_device()
+    vae, identity = load_autoencoder(paths.AUTOENCODER, device), autoencoder_sha256(paths.AUTOENCODER)
+    manifest, work_dir = read_manifest(paths.MANIFEST), paths.WORK / "encode"
+    follow("encode", encode_dataset(params, manifest, vae, identity, paths.LATENTS, work_dir, device))
+
+
+def reference(params: Params, launch: Launch) -> None:
+    """Measure the real images: the statistics that samples are held against."""
+    from afm_pipe.data.manifest import load_images, read_manifest
+    from afm_pipe.evaluation.reference import build_reference
+    from afm_pipe.models.autoencoder import load_autoencoder
+
+    device, manifest = launch.torch_device(), read_manifest(paths.MANIFEST)
+    vae = load_autoencoder(paths.AUTOENCODER, device)
+    images = follow("read images", load_images(manifest, params.data))
+    with atomic_path(paths.REFERENCE) as folder:
+        building = build_reference(
+            params, images, manifest.labels, manifest.classes, manifest.digest, vae, folder, device
+        )
+        follow("reference", building)
+
+
+def train(params: Params, name: str, launch: Launch) -> None:
+    """Train a run to its end, from where an interrupted training stopped, and write its model, curves and cost."""
+    from afm_pipe.fingerprint import TRAINING_SOURCES, fingerprint
+    from afm_pipe.training.budget import require_memory
+    from afm_pipe.training.curves import write_curves
+    from afm_pipe.training.loop import train as train_loop
+
+    run, device = _run(params, name), launch.torch_device()
+    require_memory(run_budget(params, name), name, device)
+    latents = _latents(params)
+    model_config = _model_config(params, name, len(latents.classes))
+    identity = fingerprint(
+        {"run": run.model_dump(), "model": model_config}, {"latents": latents.fingerprint()}, TRAINING_SOURCES
+    )
+    with exclusive(paths.WORK / name):
+        training = train_loop(
+            run, model_config, latents, paths.WORK / name / identity, identity, device, launch.checkpoint_seconds
+        )
+        trained = follow(f"train {name}", training)
+        for note in trained.notes:
+            print(note)
+        config = {
+            "model": model_config,
+            "name": name,
+            "run": run.model_dump(),
+            "classes": list(latents.classes),
+            "scaling_factor": latents.scaling_factor,
+            "provenance": {"fingerprint": identity, "latents": latents.provenance},
+            "updates": trained.state.update,
+            "images_seen": trained.state.update * run.batch_size,
+        }
+        _write_model(name, trained.state, config)
+        write_curves(paths.curves(name), trained.state.rows)
+        write_json(paths.costs(name), _cost(trained.state, run.batch_size, str(device)))
+
+
+def sample(params: Params, name: str, launch: Launch) -> None:
+    """Draw a run's grid: the first classes in rows, the same seeds for every run."""
+    import torch
+
+    from afm_pipe.models.autoencoder import load_autoencoder
+    from afm_pipe.models.checkpoint_format import load_generator
+    from afm_pipe.sampling import generate_images, grid
+
+    settings, device = params.sample, launch.torch_device()
+    generator, vae = load_generator(paths.model(name), device), load_autoencoder(paths.AUTOENCODER, device)
+    rows = min(settings.classes, len(read_json(paths.model(name) / "config.json")["classes"]))
+    labels = torch.arange(rows).repeat_interleave(settings.per_class)
+    images = generate_images(
+        generator, vae, settings.seed, range(len(labels)), labels, params.latent_shape, settings.micro_batch, device
+    )
+    with atomic_path(paths.samples(name) / "grid.png") as aside:
+        grid(images, settings.per_class).save(aside, format="png")
+
+
+def evaluate(params: Params, name: str, launch: Launch) -> None:
+    """Measure a run's samples against the reference."""
+    from afm_pipe.evaluation.metrics import evaluate_run
+    from afm_pipe.models.autoencoder import autoencoder_sha256, load_autoencoder
+    from afm_pipe.models.checkpoint_format import load_generator
+
+    device = launch.torch_device()
+    generator, vae = load_generator(paths.model(name), device), load_autoencoder(paths.AUTOENCODER, device)
+    provenance = {
+        "run": name,
+        "nfe": 1,
+        "weights": "EMA",
+        "images_seen": read_json(paths.model(name) / "config.json")["images_seen"],
+        "generator_sha256": sha256_file(paths.model(name) / "generator.safetensors"),
+        "autoencoder_sha256": autoencoder_sha256(paths.AUTOENCODER),
+    }
+    metrics, nearest = follow(
+        f"evaluate {name}", evaluate_run(params, generator, vae, paths.REFERENCE, provenance, device)
+    )
+    write_json(paths.metrics(name), metrics)
+    with atomic_path(paths.samples(name) / "nearest.png") as aside:
+        nearest.save(aside, format="png")
+
+
+def report(params: Params) -> None:
+    """Write the page and the tables from what the other stages measured."""
+    from afm_pipe.reporting.page import write_report
+
+    with atomic_path(paths.REPORTS) as folder:
+        write_report(params, folder)
+    print(f"The report is {paths.REPORTS / 'index.html'}.")
+
+
+def run_budget(params: Params, name: str) -> "Budget":
+    """Return what a run needs, counted without allocating it; before there is data, with 1,000 classes at the most."""
+    from afm_pipe.data.manifest import read_manifest
+    from afm_pipe.training.budget import budget
+
+    num_classes = len(read_manifest(paths.MANIFEST).classes) if paths.MANIFEST.exists() else 1000
+    return budget(_run(params, name), _model_config(params, name, num_classes))
+
+
+def _run(params: Params, name: str) -> Any:
+    if name not in params.runs:
+        raise UserError(f"Found no run {name!r} in params, expected one of {', '.join(params.runs)}.")
+    return params.runs[name]
+
+
+def _latents(params: Params) -> "Latents":
+    from afm_pipe.data.latents import Latents
+
+    if not paths.AUTOENCODER_WEIGHTS.is_file():
+        raise UserError(f"Found no {paths.AUTOENCODER_WEIGHTS}: run `dvc repro autoencoder`.")
+    return Latents.open(paths.LATENTS, params, sha256_file(paths.AUTOENCODER_WEIGHTS))
+
+
+def _model_config(params: Params, name: str, num_classes: int) -> dict[str, Any]:
+    channels, latent_size, _ = params.latent_shape
+    return {
+        "size": params.runs[name].size,
+        "channels": channels,
+        "latent_size": latent_size,
+        "num_classes": num_classes,
+    }
+
+
+def _write_model(name: str, state: "TrainingState", config: dict[str, Any]) -> None:
+    from afm_pipe.models.checkpoint_format import save_model
+
+    with atomic_path(paths.model(name)) as folder:
+        save_model(folder, state.ema, state.discriminator, config)
+
+
+def _cost(state: "TrainingState", batch_size: int, device: str) -> dict[str, Any]:
+    import torch
+
+    seconds = state.seconds["training"]
+    return {
+        "machine": platform.processor() or platform.machine(),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "seconds": round(seconds, 1),
+        "updates": state.update,
+        "images": state.update * batch_size,
+        "updates_per_second": state.update / seconds,
+        "images_per_second": state.update * batch_size / seconds,
+        "data_wait_share": state.seconds["data_wait"] / seconds,
+        "checkpoint_share": state.seconds["saving"] / seconds,
+        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,  # Linux counts in KiB
+    }

@@ -1,0 +1,20 @@
+"""Check, count and hash the images, and write data/manifest.json.
+
+    python stages/prepare.py
+    dvc repro prepare
+"""
+
+import typer
+
+from afm_pipe import pipeline
+from afm_pipe.console import guarded
+from afm_pipe.params_file import load_params
+
+
+@guarded
+def main() -> None:
+    pipeline.prepare(load_params())
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,21 @@
+"""Draw the sample grid of a run into samples/RUN.
+
+    python stages/sample.py t4
+    dvc repro sample@t4
+"""
+
+import typer
+
+from afm_pipe import pipeline
+from afm_pipe.console import guarded
+from afm_pipe.launch import load_launch
+from afm_pipe.params_file import load_params
+
+
+@guarded
+def main(run: str) -> None:
+    pipeline.sample(load_params(), run, load_launch())
+
+
+if __name__ == "__main__":
+    typer.run(main)
