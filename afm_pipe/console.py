@@ -6,11 +6,14 @@ Library functions that take long are generators of `Tick`; `follow` drives one, 
 import functools
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
+from io import StringIO
 from typing import NamedTuple, ParamSpec, TypeVar
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from afm_pipe.errors import UserError
 
@@ -87,3 +90,15 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
             raise SystemExit(1) from None
 
     return run
+
+
+def table_text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table as text, its first column to the left and the others to the right."""
+    table = Table(box=SIMPLE_HEAD)
+    for index, title in enumerate(header):
+        table.add_column(title, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    console = Console(width=200, file=StringIO())
+    console.print(table)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]

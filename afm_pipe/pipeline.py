@@ -166,8 +166,43 @@ def report(params: Params) -> None:
     print(f"The report is {paths.REPORTS / 'index.html'}.")
 
 
+def summary(params: Params) -> str:
+    """Return the run table of what was measured, for a terminal."""
+    from afm_pipe.console import table_text
+    from afm_pipe.reporting.inputs import read_inputs
+    from afm_pipe.reporting.tables import run_table
+
+    table = run_table(read_inputs(params))
+    rows = [[cell.text for cell in row] for row in (*table.rows, *([table.footer] if table.footer else []))]
+    return table_text([column.title for column in table.columns], rows)
+
+
+def plan(params: Params, name: str) -> str:
+    """Return what a run would be: its resolved params, its parameters, updates and memory."""
+    import yaml
+
+    from afm_pipe.data.manifest import read_manifest
+    from afm_pipe.training.schedules import num_updates
+
+    run, needs = _run(params, name), run_budget(params, name)
+    if paths.MANIFEST.exists():
+        num_images = read_manifest(paths.MANIFEST).num_images
+        updates = f"{num_updates(run, num_images)} of G and of D, {run.batch_size} images each, on {num_images} images"
+    else:
+        updates = f"{run.phases[-1].until_epoch:g} epochs; `afm-pipe prepare` counts the images of one"
+    return (
+        yaml.safe_dump({name: run.model_dump(mode="json")}, sort_keys=False)
+        + f"\ngenerator      {needs.generator_parameters:,} parameters"
+        + f"\ndiscriminator  {needs.discriminator_parameters:,} parameters"
+        + f"\nupdates        {updates}"
+        + f"\nmemory         about {needs.memory_bytes / 2**30:.1f} GiB: {needs.state_bytes / 2**30:.2f} weights and "
+        + f"optimizers, {needs.activation_bytes / 2**30:.2f} activations, the rest torch itself"
+        + f"\ncheckpoint     {needs.checkpoint_bytes / 2**30:.2f} GiB on disk, two are kept"
+    )
+
+
 def run_budget(params: Params, name: str) -> "Budget":
-    """Return what a run needs, counted without allocating it; before there is data, with 1,000 classes at the most."""
+    """Return what a run needs, counted without allocating it; before there is data, as if it had 1,000 classes."""
     from afm_pipe.data.manifest import read_manifest
     from afm_pipe.training.budget import budget
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from afm_pipe.models.dit import DiT, LabelEmbedder, TimestepEmbedder
+from afm_pipe.models.dit import DiT, LabelEmbedder, TimestepEmbedder, linear
 from afm_pipe.models.sizes import ModelSize
 
 
@@ -21,9 +21,8 @@ class Discriminator(DiT):
         self.timed = timed
         self.dis_embed = nn.Parameter(torch.randn(size.width) * 0.02)
         self.final_layer = nn.Sequential(
-            nn.LayerNorm(size.width, eps=1e-6, elementwise_affine=False), nn.Linear(size.width, 1, bias=False)
+            nn.LayerNorm(size.width, eps=1e-6, elementwise_affine=False), linear(size.width, 1, bias=False)
         )
-        nn.init.xavier_uniform_(self.final_layer[1].weight)
 
     def forward(self, x: Tensor, labels: Tensor, t: Tensor | None = None) -> Tensor:
         """Map latents x (N, C, H, W), labels (N,) and target times t (N,) to logits (N,)."""

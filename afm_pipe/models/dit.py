@@ -22,14 +22,16 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, channels: int, size: ModelSize) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(channels, size.width, size.patch, stride=size.patch)
-        nn.init.xavier_uniform_(self.proj.weight.view(size.width, -1))
-        nn.init.zeros_(self.proj.bias)
+        self.patch = size.patch
+        self.proj = nn.Conv2d(channels, size.width, size.patch, stride=size.patch, bias=True)
+        with torch.no_grad():
+            self.proj.weight.copy_(linear(channels * size.patch**2, size.width).weight.view_as(self.proj.weight))
+            self.proj.bias.zero_()  # type: ignore[union-attr]  # there is a bias
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, T, D)
         # A stride-p convolution is a matmul over patches, which is many times faster than conv2d on small inputs.
         n, c, height, width = x.shape
-        p = self.proj.kernel_size[0]
+        p = self.patch
         patches = x.view(n, c, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)  # (N, H/p, W/p, C, p, p)
         return F.linear(patches.reshape(n, -1, c * p * p), self.proj.weight.flatten(1), self.proj.bias)
 
@@ -39,17 +41,14 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
-        for layer in (self.mlp[0], self.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
+        self.mlp = nn.Sequential(linear(FREQUENCIES, width, std=0.02), nn.SiLU(), linear(width, width, std=0.02))
 
     def forward(self, t: Tensor) -> Tensor:  # (N,) -> (N, D)
         half = FREQUENCIES // 2
         rates = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
         angles = (TIME_SCALE * t).float()[:, None] * rates  # (N, 128); in fp32 as released, whatever the weights are
         code = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(code.to(self.mlp[0].weight.dtype))
+        return self.mlp(code.to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -70,8 +69,8 @@ class Attention(nn.Module):
     def __init__(self, size: ModelSize) -> None:
         super().__init__()
         self.heads = size.heads
-        self.qkv = nn.Linear(size.width, 3 * size.width)
-        self.proj = nn.Linear(size.width, size.width)
+        self.qkv = linear(size.width, 3 * size.width)
+        self.proj = linear(size.width, size.width)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, T, D) -> (N, T, D)
         n, tokens, width = x.shape
@@ -85,21 +84,21 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
+        self.fc1 = linear(width, 4 * width)
+        self.fc2 = linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 class Block(nn.Module):
-    """Pre-LN transformer block; the condition scales, shifts and gates it (adaLN-zero)."""
+    """Pre-LN transformer block; the condition scales, shifts and gates it (adaLN-zero), so it starts as identity."""
 
     def __init__(self, size: ModelSize) -> None:
         super().__init__()
         self.attn = Attention(size)
         self.mlp = Mlp(size.width)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(size.width, 6 * size.width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), linear(size.width, 6 * size.width, std=0))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # (N, T, D), (N, D) -> (N, T, D)
         modulation = self.adaLN_modulation(condition)[:, None]  # (N, 1, 6 D)
@@ -119,12 +118,6 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbed(channels, size)
         self.register_buffer("pos_embed", sincos_positions(size.width, latent_size // size.patch))
         self.blocks = nn.ModuleList(Block(size) for _ in range(size.depth))
-        for block in self.blocks:
-            for layer in block.modules():
-                if isinstance(layer, nn.Linear):
-                    nn.init.xavier_uniform_(layer.weight)
-                    nn.init.zeros_(layer.bias)
-            nn.init.zeros_(block.adaLN_modulation[1].weight)  # type: ignore[index,union-attr]  # each block starts as identity
 
     def embed(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, T, D)
         return self.x_embedder(x) + self.pos_embed
@@ -133,6 +126,18 @@ class DiT(nn.Module):
         for block in self.blocks:
             tokens = block(tokens, condition)
         return tokens
+
+
+def linear(inputs: int, outputs: int, std: float | None = None, bias: bool = True) -> nn.Linear:
+    """Return a linear layer with zero bias and weights from N(0, std^2), Xavier's uniform where std is not given."""
+    layer = nn.Linear(inputs, outputs, bias=bias)
+    if std is None:
+        nn.init.xavier_uniform_(layer.weight)
+    else:
+        nn.init.normal_(layer.weight, std=std)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -5,22 +5,19 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from afm_pipe.models.dit import DiT, LabelEmbedder, TimestepEmbedder, modulate
+from afm_pipe.models.dit import DiT, LabelEmbedder, TimestepEmbedder, linear, modulate
 from afm_pipe.models.sizes import ModelSize
 
 Times = Literal["none", "source", "both"]
 
 
 class FinalLayer(nn.Module):
-    """Conditioned LayerNorm and a projection back to patches."""
+    """Conditioned LayerNorm and a projection back to patches; it starts by giving zeros."""
 
     def __init__(self, size: ModelSize, channels: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(size.width, size.patch**2 * channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(size.width, 2 * size.width))
-        for layer in (self.linear, self.adaLN_modulation[1]):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.linear = linear(size.width, size.patch**2 * channels, std=0)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), linear(size.width, 2 * size.width, std=0))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # (N, T, D), (N, D) -> (N, T, p * p * C)
         shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)

@@ -111,7 +111,8 @@ def _apply(state: TrainingState, which: str, total: Tensor, lr: float) -> Tensor
 
 @torch.no_grad()
 def _update_ema(state: TrainingState, decay: float) -> None:
-    averages, weights = list(state.ema.parameters()), list(state.generator.parameters())
+    averages: list[Tensor] = list(state.ema.parameters())
+    weights: list[Tensor] = list(state.generator.parameters())
     torch._foreach_lerp_(averages, weights, 1 - decay)
 
 

@@ -6,7 +6,6 @@ sizes and hashes. The latest is the highest whose files are what its manifest sa
 
 import copy
 import shutil
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from afm_pipe.training.curves import Row, read_curves, write_curves
 from afm_pipe.training.gradient_norm import GradientNormalizer
 
 KEPT = 2  # checkpoints: the latest, and one in case the latest is damaged
+CLOCKS = ("training", "data_wait", "saving")  # the latter two are parts of the first
 PARTS = ("generator", "discriminator", "ema", "optimizer_generator", "optimizer_discriminator", "normalizer")
 
 
@@ -42,7 +42,7 @@ class TrainingState:
     optimizer_discriminator: torch.optim.AdamW
     normalizer: GradientNormalizer
     update: int = 0
-    seconds: Counter[str] = field(default_factory=Counter)  # over all sittings: training, and of it data_wait, saving
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CLOCKS, 0.0))  # over all sittings
     rows: list[Row] = field(default_factory=list)  # of the training curves so far
 
     @classmethod
@@ -91,7 +91,7 @@ def save_checkpoint(folder: Path, state: TrainingState, fingerprint: str) -> Non
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(aside.iterdir())
         }
-        manifest = {"fingerprint": fingerprint, "update": state.update, "seconds": dict(state.seconds), "files": files}
+        manifest = {"fingerprint": fingerprint, "update": state.update, "seconds": state.seconds, "files": files}
         write_json(aside / "manifest.json", manifest)
     for old in checkpoints(folder)[:-KEPT]:
         shutil.rmtree(old)
@@ -116,7 +116,7 @@ def load_latest(folder: Path, state: TrainingState, fingerprint: str) -> list[st
             )
         state.load_tensors({part: load_tensors(checkpoint / f"{part}.safetensors") for part in PARTS}, checkpoint)
         state.rows = read_curves(checkpoint / "curves.csv")
-        state.update, state.seconds = manifest["update"], Counter(manifest["seconds"])
+        state.update, state.seconds = manifest["update"], manifest["seconds"]
         break
     return passed_over
 

@@ -1,0 +1,52 @@
+# Two commands do everything: `make repro` and `make test`. Both may be run again at any time.
+# VENV=path uses another environment, PYTHON=path another interpreter to create it with.
+
+VENV ?= .venv
+PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,$(shell \
+	$(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
+BIN := $(abspath $(VENV))/bin
+INSTALLED := $(VENV)/.afm-pipe-installed
+ON_PATH := PATH="$(BIN):$$PATH"
+
+.PHONY: help repro test test-slow lint install clean
+
+help:
+	@echo "make repro      set up, run the pipeline on params.yaml, print the run table"
+	@echo "make test       set up, lint, check types, run the tests"
+	@echo "make test-slow  the tests that take longer"
+	@echo "make clean      remove what the pipeline made, but no environment and no weights"
+
+repro: $(INSTALLED)
+	@echo "== dvc repro: runs the stages that have changed; to resume after an interruption, run make repro again"
+	@$(ON_PATH) dvc repro
+	@$(ON_PATH) afm-pipe summary
+	@echo "== the report is $(CURDIR)/reports/index.html"
+
+test: $(INSTALLED) lint
+	@echo "== pytest"
+	@$(ON_PATH) OMP_NUM_THREADS=1 pytest -n 2
+
+test-slow: $(INSTALLED)
+	@$(ON_PATH) pytest -m "slow and not gpu"
+
+lint: $(INSTALLED)
+	@echo "== ruff and mypy"
+	@$(ON_PATH) ruff check .
+	@$(ON_PATH) ruff format --check .
+	@$(ON_PATH) mypy
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	@command -v git >/dev/null || { echo "error: found no git, which DVC needs: install git." >&2; exit 1; }
+	@test -x "$(BIN)/python" || test -n "$(PYTHON)" || { \
+		echo "error: found no Python 3.11 or later: install one, or name it with PYTHON=path." >&2; exit 1; }
+	@test -x "$(BIN)/python" || $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "error: found $(PYTHON) without venv: install it (Debian, Ubuntu: apt install python3-venv)." >&2; exit 1; }
+	@test -x "$(BIN)/python" || { echo "== creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "== installing into $(VENV) (about 6 GB with torch; the first time takes some minutes)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch $(INSTALLED)
+
+clean:
+	rm -rf data models samples reference curves costs metrics reports work

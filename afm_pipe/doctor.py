@@ -1,0 +1,120 @@
+"""Look at the machine before work is begun on it: what is there, what is missing, what to do about it."""
+
+import os
+import platform
+import shutil
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NamedTuple
+
+from afm_pipe import paths
+from afm_pipe.errors import UserError
+from afm_pipe.launch import load_launch
+from afm_pipe.params import Params
+from afm_pipe.params_file import load_params
+
+PACKAGES = ("torch", "torchvision", "diffusers", "dvc", "clean-fid", "h5py", "scipy", "safetensors")
+
+
+class Finding(NamedTuple):
+    """One line: what was looked at, what was found, whether that will do, and what to do if not."""
+
+    what: str
+    found: str
+    ok: bool = True
+    remedy: str = ""
+
+
+def examine(params_path: Path) -> list[Finding]:
+    """Return what was found, in the order a person would mend it in."""
+    findings = [_python(), *map(_package, PACKAGES), _git(), _device()]
+    try:
+        params = load_params(params_path)
+    except UserError as error:
+        return [*findings, Finding("params", str(error), False, f"Mend {params_path}.")]
+    findings.append(Finding("params", f"{params_path}, {len(params.runs)} runs"))
+    return [*findings, _data(params), *_weights(params), _disk(params), *_memory(params)]
+
+
+def _python() -> Finding:
+    ok = sys.version_info >= (3, 11)
+    return Finding("python", platform.python_version(), ok, "Install Python 3.11 or later.")
+
+
+def _package(name: str) -> Finding:
+    try:
+        return Finding(name, version(name))
+    except PackageNotFoundError:
+        return Finding(name, "not installed", False, 'Run `pip install -e ".[dev]"` in the project\'s root.')
+
+
+def _git() -> Finding:
+    found = shutil.which("git")
+    return Finding("git", found or "not on PATH", found is not None, "Install git: DVC needs it.")
+
+
+def _device() -> Finding:
+    import torch
+
+    try:
+        device = load_launch().torch_device()
+    except UserError as error:
+        return Finding("device", str(error), False, "Set AFM_DEVICE to a device of this machine, or leave it out.")
+    if device.type == "cuda":
+        name, memory = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[1]
+        return Finding("device", f"{device}, {name}, {memory / 2**30:.0f} GiB")
+    return Finding("device", f"{device}, {torch.get_num_threads()} threads on {os.cpu_count()} cores")
+
+
+def _data(params: Params) -> Finding:
+    root = Path(params.data.root)
+    if paths.MANIFEST.exists():
+        return Finding("data", f"{paths.MANIFEST} lists the images of {root}")
+    if params.data.source != "folder":
+        return Finding("data", f"{params.data.source}, which `dvc repro` writes to {root}")
+    remedy = f"Put your images into {root}, one folder per class, or set data.root."
+    return Finding("data", f"{root} {'is there' if root.is_dir() else 'is missing'}", root.is_dir(), remedy)
+
+
+def _weights(params: Params) -> list[Finding]:
+    from afm_pipe.evaluation.features import inception_path
+
+    findings = []
+    if any(name.startswith("inception") for name in params.evaluate.features):
+        try:
+            findings.append(Finding("Inception", str(inception_path())))
+        except UserError as error:
+            findings.append(Finding("Inception", "missing or another", False, str(error)))
+    pretrained = params.autoencoder.pretrained
+    if pretrained is not None:
+        place = "a local folder" if Path(pretrained).is_dir() else "no local folder, so a name on the hub"
+        findings.append(Finding("autoencoder", f"{pretrained}, {place}"))
+    return findings
+
+
+def _disk(params: Params) -> Finding:
+    """Compare the free disk with two checkpoints of each run; the latents check for their own room."""
+    from afm_pipe.pipeline import run_budget
+
+    needed = sum(2 * run_budget(params, name).checkpoint_bytes for name in params.runs)
+    free = shutil.disk_usage(".").free
+    found = f"{free / 2**30:.0f} GiB free, about {needed / 2**30:.1f} needed for checkpoints"
+    return Finding("disk", found, free > needed, "Make room, or train fewer runs at a time and remove their work/RUN.")
+
+
+def _memory(params: Params) -> list[Finding]:
+    from afm_pipe.pipeline import run_budget
+    from afm_pipe.training.budget import require_memory
+
+    try:
+        device = load_launch().torch_device()
+    except UserError:
+        return []  # the device's own line says so
+    needs = {name: run_budget(params, name) for name in params.runs}
+    largest = max(needs, key=lambda name: needs[name].memory_bytes)
+    try:
+        require_memory(needs[largest], largest, device)
+    except UserError as error:
+        return [Finding("memory", f"too little for the run {largest}", False, str(error))]
+    return [Finding("memory", f"enough for the largest run, {largest}: {needs[largest].memory_bytes / 2**30:.1f} GiB")]

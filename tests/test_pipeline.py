@@ -1,0 +1,120 @@
+"""The pipeline as DVC runs it, in a clone of its own, on the smoke profile."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT, SMOKE
+
+RUN_STAGES = ["train", "sample", "evaluate"]
+ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def shell(folder: Path, *words: str) -> str:
+    done = subprocess.run(words, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def repro(folder: Path) -> list[str]:
+    """Run `dvc repro` and return the stages that ran."""
+    return re.findall(r"Running stage '([^']+)'", shell(folder, "dvc", "repro"))
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A git repository with this working tree's files and the smoke profile, after its first `dvc repro`."""
+    folder = tmp_path_factory.mktemp("clone") / "afm-pipe"
+    folder.mkdir()
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    for name in listed.splitlines():
+        made = name.startswith(("metrics/", "curves/", "costs/", "reports/")) or name == "dvc.lock"
+        if not made and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    shutil.copy(SMOKE, folder / "params.yaml")
+    shell(folder, "git", "init", "-q")
+    shell(folder, "git", "config", "user.email", "test@example.org")
+    shell(folder, "git", "config", "user.name", "test")
+    shell(folder, "git", "add", "-A")
+    shell(folder, "git", "commit", "-qm", "clone")
+    ran = repro(folder)
+    assert {stage.partition("@")[0] for stage in ran} == {
+        *("prepare", "autoencoder", "encode", "reference", "report"),
+        *RUN_STAGES,
+    }
+    return folder
+
+
+def edit(folder: Path, place: str, value: object) -> None:
+    raw = yaml.safe_load((folder / "params.yaml").read_text())
+    *parents, last = place.split(".")
+    here = raw
+    for name in parents:
+        here = here[name]
+    here[last] = value
+    (folder / "params.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
+
+
+def test_every_output_is_there_and_git_stays_clean(clone: Path) -> None:
+    for name in ("t4", "t4-no-transport"):
+        metrics = json.loads((clone / "metrics" / f"{name}.json").read_text())
+        assert {"fd_classifier_200", "kid_classifier_200", "class_accuracy", "within_class_variance", "copies"} < {*metrics}
+        assert (clone / "samples" / name / "grid.png").stat().st_size > 1000
+    assert "t4-no-transport" in (clone / "reports" / "index.html").read_text()
+    new = {line[3:].strip('"').split("/")[0] for line in shell(clone, "git", "status", "--porcelain").splitlines()}
+    assert new <= {"dvc.lock", "metrics", "curves", "costs", "reports"}
+
+
+def test_a_second_repro_runs_nothing(clone: Path) -> None:
+    assert repro(clone) == []
+
+
+def test_changing_one_run_reruns_that_run_alone(clone: Path) -> None:
+    edit(clone, "runs.t4.lr", 0.0011)
+    assert repro(clone) == [*(f"{stage}@t4" for stage in RUN_STAGES), "report"]
+
+
+def test_changing_an_inherited_default_reruns_all_that_inherit_it(clone: Path) -> None:
+    edit(clone, "train.centring", 0.02)
+    both = {f"{stage}@{run}" for stage in RUN_STAGES for run in ("t4", "t4-no-transport")}
+    ran = repro(clone)
+    assert set(ran) == {*both, "report"}
+    assert ran[-1] == "report"
+
+
+def test_dvc_shows_metrics_and_plots(clone: Path) -> None:
+    shown = json.loads(shell(clone, "dvc", "metrics", "show", "--json"))
+    files = shown[""]["data"]
+    assert "class_accuracy" in files["metrics/t4.json"]["data"]
+    assert files["costs/t4.json"]["data"]["updates"] > 0
+    page = shell(clone, "dvc", "plots", "show", "-o", "plots").strip()
+    text = (clone / page.removeprefix("file://").split("/afm-pipe/")[-1]).read_text()
+    assert "logit_gap" in text
+    assert "grid.png" in text
+
+
+def test_two_settings_are_compared_by_experiments(clone: Path) -> None:
+    shell(clone, "git", "add", "-A")
+    shell(clone, "git", "commit", "-qm", "results")
+    shell(clone, "dvc", "exp", "run", "-q", "-S", "+runs.t4.transport.start=0.3", "--name", "more-transport")
+    table = shell(clone, "dvc", "exp", "show", "--only-changed", "--drop", "protocol", "--csv")
+    header, *rows = table.splitlines()
+    assert "runs.t4.transport.start" in header
+    assert any("more-transport" in row for row in rows)
+
+
+def test_a_typo_in_params_stops_the_first_stage(clone: Path) -> None:
+    edit(clone, "train.centering", 0.02)
+    done = subprocess.run(["dvc", "repro"], cwd=clone, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "train.centering: found an unknown field, did you mean centring?" in done.stderr
