@@ -14,7 +14,6 @@ from typing import Any
 
 from afm_pipe.errors import UserError
 
-
 UNWRITABLE = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 

@@ -1,6 +1,5 @@
 """The losses and one whole D and G step, against closed forms and the released implementation's gradients."""
 
-from pathlib import Path
 
 import numpy as np
 import pytest

@@ -67,8 +67,8 @@ def require_memory(needs: Budget, run_name: str, device: torch.device) -> None:
         free = min(psutil.virtual_memory().available, _cgroup_limit())
     if needs.memory_bytes > free:
         raise UserError(
-            f"Found {free / 2**30:.1f} GiB of memory free on {device}, expected {needs.memory_bytes / 2**30:.1f} GiB for "
-            f"the run {run_name} ({needs.state_bytes / 2**30:.1f} for weights and optimizers, "
+            f"Found {free / 2**30:.1f} GiB of memory free on {device}, expected {needs.memory_bytes / 2**30:.1f} GiB "
+            f"for the run {run_name} ({needs.state_bytes / 2**30:.1f} for weights and optimizers, "
             f"{needs.activation_bytes / 2**30:.1f} for activations): use a larger device, a smaller size, "
             "or a smaller train.batch_size."
         )

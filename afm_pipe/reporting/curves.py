@@ -1,0 +1,223 @@
+"""Training curves as SVG: one panel per quantity, all runs over a common axis of images seen.
+
+Colours are CSS variables, so that one drawing serves light, dark and print. Text only: same input, same bytes.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import NamedTuple
+
+import numpy as np
+
+from afm_pipe.reporting.inputs import RunRecord
+from afm_pipe.reporting.titles import number
+
+MAX_POINTS = 150  # per line; more rows are averaged in bins
+WIDTH, HEIGHT = 340, 200
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 26, 34  # margins of a panel, where its title and axes stand
+
+LIGHT = ("#1f6fb5", "#c4511a", "#2b8a3e", "#8b46b5", "#9a7200", "#0c7f81", "#c2255c", "#555b63")
+DARK = ("#6cb2f0", "#f4915b", "#69c77b", "#c792ea", "#e0b84c", "#4fd1c5", "#f783ac", "#b4bbc4")
+DASHES = ("", "6 3", "2 3", "8 3 2 3")  # so that colours may repeat
+
+
+class Quantity(NamedTuple):
+    """One panel: a column of the curves, its title, what it tells, and whether its axis is logarithmic."""
+
+    key: str
+    title: str
+    meaning: str
+    log: bool = False
+
+
+class Panel(NamedTuple):
+    """A drawn panel with what its readers need to know."""
+
+    quantity: Quantity
+    svg: str
+
+
+QUANTITIES = (
+    Quantity("logit_gap", "Logit gap", "Mean D(x) − D(G(z)): how far the discriminator tells real from generated"),
+    Quantity("d_accuracy", "Discriminator's accuracy", "Share of pairs with D(x) > D(G(z)); one half: it cannot tell"),
+    Quantity("move_rms", "Way from noise", "rms(G(z) − z): 0 would be a generator that returns its noise"),
+    Quantity("d_adversarial", "Discriminator's adversarial loss", "softplus(−(D(x) − D(G(z)))); 0.69: undecided"),
+    Quantity("g_adversarial", "Generator's adversarial loss", "softplus(−(D(G(z)) − D(x)))"),
+    Quantity("g_transport", "Transport loss", "Mean squared way from noise to sample"),
+    Quantity("transport", "Transport weight", "λ_ot as scheduled"),
+    Quantity("r1", "R1 penalty", "Squared slope of D at real latents, log scale", log=True),
+    Quantity("r2", "R2 penalty", "Squared slope of D at generated latents, log scale", log=True),
+    Quantity("centring", "Logit centring", "Mean (D(x) + D(G(z)))², log scale", log=True),
+    Quantity("d_grad_norm", "Discriminator's gradient norm", "Log scale", log=True),
+    Quantity("g_grad_norm", "Generator's gradient norm", "Log scale", log=True),
+    Quantity("lr", "Learning rate", "As scheduled"),
+)
+
+
+def draw_panels(runs: Sequence[RunRecord]) -> list[Panel]:
+    """Draw a panel for each known quantity that changes in any run; lines break where a value is not finite."""
+    return [
+        Panel(quantity, _panel(quantity, [(run.name, *_line(run.curve, quantity.key)) for run in runs]))
+        for quantity in QUANTITIES
+        if len({value for run in runs for value in run.curve.get(quantity.key, ())}) > 1
+    ]
+
+
+def draw_sheet(panels: Sequence[Panel], names: Sequence[str], columns: int = 3) -> str:
+    """Put all panels and a legend into one SVG file that stands alone."""
+    head = 20 * math.ceil(len(names) / columns) + 16
+    rows = math.ceil(len(panels) / columns)
+    parts = [
+        f'<g transform="translate({index % columns * WIDTH + LEFT} {index // columns * 20 + 16})">'
+        f'{_key_line(index)}<text x="34" y="4">{escape(name)}</text></g>'
+        for index, name in enumerate(names)
+    ]
+    for index, panel in enumerate(panels):
+        place = f'<svg x="{index % columns * WIDTH}" y="{head + index // columns * HEIGHT}" '
+        parts.append(panel.svg.replace("<svg ", f'{place}width="{WIDTH}" height="{HEIGHT}" ', 1))
+    width, height = columns * WIDTH, head + rows * HEIGHT
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
+        f"<style>{palette_css()}\n{PANEL_CSS}</style>"
+        f'<rect width="{width}" height="{height}" fill="var(--surface)"/>{"".join(parts)}</svg>\n'
+    )
+
+
+def legend_key(index: int) -> str:
+    """Draw the piece of line that stands for the run at `index` in a legend."""
+    return (
+        '<svg class="key" viewBox="0 0 28 8" width="28" height="8" aria-hidden="true">'
+        f'<g transform="translate(0 4)">{_key_line(index)}</g></svg>'
+    )
+
+
+def palette_css() -> str:
+    """Return the CSS variables of the lines' colours and of the panels' ink, for light and dark."""
+    light = ";".join(f"--run-{index}:{colour}" for index, colour in enumerate(LIGHT))
+    dark = ";".join(f"--run-{index}:{colour}" for index, colour in enumerate(DARK))
+    return (
+        f":root{{{light};--surface:#fff;--ink:#1c2127;--muted:#59636e;--rule:#dfe3e8}}\n"
+        "@media screen and (prefers-color-scheme: dark)"
+        f"{{:root{{{dark};--surface:#171b20;--ink:#e7eaee;--muted:#a0abb7;--rule:#323a43}}}}"
+    )
+
+
+PANEL_CSS = """svg text{font:11px system-ui,sans-serif;fill:var(--muted)}
+svg text.title{font-weight:600;font-size:12px;fill:var(--ink)}
+svg .grid{stroke:var(--rule);stroke-width:1}
+svg .line{fill:none;stroke-width:1.6;stroke-linejoin:round;stroke-linecap:round}"""
+
+
+def _line(curve: dict[str, list[float]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return images seen and values, averaged in bins when there are many."""
+    images = np.asarray(curve["images"])
+    values = np.asarray(curve.get(key, [math.nan] * len(images)))
+    bins = min(MAX_POINTS, len(images))
+    edges = [len(images) * index // bins for index in range(bins + 1)]
+    spans = list(zip(edges, edges[1:], strict=False))
+    return np.array([images[a:b].mean() for a, b in spans]), np.array([values[a:b].mean() for a, b in spans])
+
+
+def _panel(quantity: Quantity, lines: list[tuple[str, np.ndarray, np.ndarray]]) -> str:
+    values = np.concatenate([y for _, _, y in lines])
+    values = values[np.isfinite(values)]
+    log = quantity.log and bool((values > 0).any())
+    low, high = _range(values[values > 0] if log else values, log)
+    last = max(float(x[-1]) for _, x, _ in lines) or 1.0
+    inner_width, inner_height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+
+    def across(images: np.ndarray | float) -> np.ndarray:
+        return np.asarray(images) / last * inner_width
+
+    def up(value: np.ndarray | float) -> np.ndarray:
+        value = np.asarray(value, dtype=float)
+        if log:
+            value = np.log10(np.where(value > 0, value, math.nan))
+            return (1 - (value - math.log10(low)) / (math.log10(high) - math.log10(low))) * inner_height
+        return (1 - (value - low) / (high - low)) * inner_height
+
+    rules = "".join(
+        f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{TOP + y:.1f}" y2="{TOP + y:.1f}"/>'
+        f'<text x="{LEFT - 6}" y="{TOP + y + 4:.1f}" text-anchor="end">{_short(tick)}</text>'
+        for tick in (_log_ticks(low, high) if log else _ticks(low, high))
+        for y in (float(up(tick)),)
+    )
+    axis = "".join(
+        f'<text x="{LEFT + float(across(tick)):.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">'
+        f"{_short(tick)}</text>"
+        for tick in _ticks(0, last)
+    )
+    drawn = "".join(
+        f'<path class="line" {_stroke(index)} d="{_path(across(x), up(y))}"><title>{escape(name)}</title></path>'
+        for index, (name, x, y) in enumerate(lines)
+    )
+    ends = "; ".join(f"{name} ends at {number(_last(y))}" for name, _, y in lines)
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{escape(f"{quantity.title} over images seen by the generator: {ends}")}">'
+        f'<text class="title" x="{LEFT}" y="14">{escape(quantity.title)}</text>{rules}{axis}'
+        f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 5}" text-anchor="end">images seen</text>'
+        f'<svg x="{LEFT}" y="{TOP}" width="{inner_width}" height="{inner_height}">{drawn}</svg></svg>'
+    )
+
+
+def _range(values: np.ndarray, log: bool) -> tuple[float, float]:
+    """Return the ends of an axis that holds all but the most extreme hundredth of the values on either side."""
+    if not len(values):
+        return (0.1, 1.0) if log else (0.0, 1.0)
+    low, high = (float(edge) for edge in np.percentile(values, (1, 99)))
+    if log:
+        return low / 1.3, high * 1.3
+    pad = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
+    return (0.0 if 0 <= low <= 0.3 * high else low - pad), high + pad
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    step = 10 ** math.floor(math.log10((high - low) / 3))
+    step *= max(factor for factor in (1, 2, 5, 10) if factor == 1 or (high - low) / (step * factor) >= 2.5)
+    first = math.ceil(low / step - 1e-9)
+    return [index * step for index in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for factors in ((1,), (1, 3), (1, 2, 5)):
+        ticks = [factor * 10.0**power for power in powers for factor in factors]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) >= 2:
+            return ticks[:: math.ceil(len(ticks) / 5)]
+    return _ticks(low, high)
+
+
+def _path(across: np.ndarray, up: np.ndarray) -> str:
+    parts, pen = [], "M"
+    for x, y in zip(across, up, strict=True):
+        if not math.isfinite(y):
+            pen = "M"
+            continue
+        parts.append(f"{pen}{x:.1f} {min(max(y, -999.0), 9999.0):.1f}")
+        pen = "L"
+    return "".join(parts)
+
+
+def _short(value: float) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:.4g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.3g}".replace("e-0", "e-")
+
+
+def _last(values: Iterable[float]) -> float | None:
+    finite = [float(value) for value in values if math.isfinite(value)]
+    return finite[-1] if finite else None
+
+
+def _stroke(index: int) -> str:
+    dash = DASHES[index // len(LIGHT) % len(DASHES)]
+    dashed = f' stroke-dasharray="{dash}"' if dash else ""
+    return f'style="stroke:var(--run-{index % len(LIGHT)})"{dashed}'
+
+
+def _key_line(index: int) -> str:
+    return f'<path class="line" {_stroke(index)} d="M0 0L28 0"/>'

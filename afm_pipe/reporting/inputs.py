@@ -1,0 +1,170 @@
+"""What the report reads: the files other stages wrote, checked and typed."""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from afm_pipe import paths
+from afm_pipe.errors import UserError
+from afm_pipe.files import read_json
+from afm_pipe.params import Params, Run
+
+
+class Cost(BaseModel):
+    """What training a run cost: times in seconds, shares of the time, memory in GiB."""
+
+    model_config = ConfigDict(frozen=True)
+
+    machine: str
+    device: str
+    threads: int
+    seconds: float
+    updates: int
+    images: int
+    images_per_second: float
+    updates_per_second: float
+    data_wait_share: float
+    checkpoint_share: float
+    peak_memory_gib: float | None
+
+
+class Config(BaseModel):
+    """What a trained model says of its size."""
+
+    model_config = ConfigDict(frozen=True)
+
+    generator_parameters: int
+    discriminator_parameters: int
+
+
+class Summary(BaseModel):
+    """The real images: their number and classes, the classifier's accuracy, distances of their reconstructions."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    images: int
+    classes: list[str]
+    classifier_accuracy: float | None = None
+    reconstructions: int | None = None  # images the floor was measured on
+
+    def floor(self, base: str) -> float | None:
+        """Return the distance `base` (fd_classifier, fid, ...) of the autoencoder's reconstructions, if measured."""
+        value = (self.model_extra or {}).get(f"{base}_reconstruction")
+        return float(value) if isinstance(value, int | float) else None
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Everything known of one run."""
+
+    name: str
+    settings: Run
+    metrics: dict[str, float | None]
+    protocol: dict[str, Any]
+    curve: dict[str, list[float]]  # column -> one value per logged update
+    cost: Cost
+    config: Config
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything the report is made of, but for the pictures."""
+
+    params: Params
+    runs: tuple[RunRecord, ...]
+    summary: Summary
+    reconstruction_mse: float | None
+    published: dict[str, Any]
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def read_inputs(params: Params) -> Inputs:
+    """Read what is known of exactly the runs that params name.
+
+    Raises UserError naming the file and its stage when one is missing or is not what it should be.
+    """
+    return Inputs(
+        params=params,
+        runs=tuple(_read_run(name, run) for name, run in params.runs.items()),
+        summary=_typed(Summary, paths.REFERENCE / "summary.json", "reference"),
+        reconstruction_mse=_reconstruction_mse(params),
+        published=yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8")),
+    )
+
+
+def needed(path: Path, stage: str) -> Path:
+    """Return `path`. Raises UserError naming the stage that writes it when there is no such file."""
+    if not path.is_file():
+        raise UserError(f"Found no {path}, expected what stage {stage} writes: run `dvc repro {stage}`.")
+    return path
+
+
+def _read_run(name: str, settings: Run) -> RunRecord:
+    path = paths.metrics(name)
+    stored = _mapping(path, f"evaluate@{name}")
+    metrics: dict[str, float | None] = {}
+    for key, value in stored.items():
+        if value is None:
+            metrics[key] = None
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            metrics[key] = float(value)
+    if not metrics or not isinstance(stored.get("protocol"), dict):
+        raise UserError(f"Found {path} without numbers or their protocol: run `dvc repro --force evaluate@{name}`.")
+    return RunRecord(
+        name=name,
+        settings=settings,
+        metrics=metrics,
+        protocol=stored["protocol"],
+        curve=_read_curve(paths.curves(name), f"train@{name}"),
+        cost=_typed(Cost, paths.costs(name), f"train@{name}"),
+        config=_typed(Config, paths.model(name) / "config.json", f"train@{name}"),
+    )
+
+
+def _read_curve(path: Path, stage: str) -> dict[str, list[float]]:
+    with needed(path, stage).open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        columns: dict[str, list[float]] = {name: [] for name in reader.fieldnames or ()}
+        for row in reader:
+            for name, values in columns.items():
+                try:
+                    values.append(float(row[name]))
+                except (TypeError, ValueError):
+                    raise UserError(
+                        f"Found {row[name]!r} in {path}, line {reader.line_num}, column {name}, expected a number: "
+                        f"run `dvc repro --force {stage}`."
+                    ) from None
+    if not columns.get("images"):
+        raise UserError(f"Found no rows or no column `images` in {path}: run `dvc repro --force {stage}`.")
+    return columns
+
+
+def _reconstruction_mse(params: Params) -> float | None:
+    if params.autoencoder.pretrained is not None:
+        return None  # nothing was trained, so nothing was measured while training
+    value = _mapping(paths.AUTOENCODER / "training.json", "autoencoder").get("reconstruction_mse")
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _mapping(path: Path, stage: str) -> dict[str, Any]:
+    value = read_json(needed(path, stage))
+    if not isinstance(value, dict):
+        raise UserError(f"Found {path} with a {type(value).__name__}, expected a mapping: run `dvc repro {stage}`.")
+    return value
+
+
+def _typed(model: type[Model], path: Path, stage: str) -> Model:
+    try:
+        return model.model_validate(_mapping(path, stage))
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise UserError(
+            f"Found {path} with a wrong {field} ({first['msg']}): run `dvc repro --force {stage}`."
+        ) from None

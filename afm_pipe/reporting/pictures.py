@@ -1,0 +1,74 @@
+"""Pictures for the page: inlined whole, or made smaller when the page would grow too large; and one sheet as a file."""
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw, ImageFont
+
+from afm_pipe.errors import UserError
+from afm_pipe.reporting.inputs import needed
+
+SIDES = (2048, 1536, 1024, 768, 512, 256)  # tried in turn for a picture that is too heavy
+
+
+class Picture(NamedTuple):
+    """A picture inside the page: a data URI with its size in pixels and the text for who cannot see it."""
+
+    uri: str
+    width: int
+    height: int
+    alt: str
+    caption: str
+    source: str
+
+
+def inline(path: Path, stage: str, alt: str, caption: str, max_bytes: int) -> Picture:
+    """Read a PNG into a data URI of about `max_bytes` at most: its own bytes if they fit, else a smaller WebP.
+
+    Raises UserError when the file is missing or is no whole PNG.
+    """
+    image = open_png(path, stage)
+    data, kind = path.read_bytes(), "png"
+    for side in SIDES:
+        if len(data) <= max_bytes:
+            break
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        image.save(buffer, "WEBP", quality=85)
+        data, kind = buffer.getvalue(), "webp"
+    uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+    return Picture(uri, image.width, image.height, alt, caption, str(path))
+
+
+def open_png(path: Path, stage: str) -> Image.Image:
+    """Decode a PNG. Raises UserError naming its stage when the file is missing or is no whole PNG."""
+    try:
+        with Image.open(needed(path, stage), formats=["PNG"]) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"Found {path}, which is no whole PNG ({error}): run `dvc repro --force {stage}`.") from None
+
+
+def draw_sheet(tiles: Sequence[tuple[str, Image.Image]], path: Path, columns: int = 4, side: int = 640) -> None:
+    """Write titled pictures side by side into one PNG; each is at most `side` pixels wide and high."""
+    gap, head = 16, 26
+    images = [image.copy() for _, image in tiles]
+    for image in images:
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    width, height = max(image.width for image in images), max(image.height for image in images) + head
+    columns = min(columns, len(tiles))
+    rows = math.ceil(len(tiles) / columns)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(16)
+    for index, ((title, _), image) in enumerate(zip(tiles, images, strict=True)):
+        x, y = gap + index % columns * (width + gap), gap + index // columns * (height + gap)
+        draw.text((x, y), title, fill="#1c2127", font=font)
+        sheet.paste(image, (x, y + head))
+    sheet.save(path, optimize=True)

@@ -1,0 +1,290 @@
+"""The report's tables: built once, printed as HTML by the page, as markdown and as CSV here."""
+
+import csv
+import io
+from typing import Any, NamedTuple
+
+from afm_pipe import paths
+from afm_pipe.params import Run
+from afm_pipe.reporting import titles
+from afm_pipe.reporting.inputs import Inputs, RunRecord
+
+_SETTINGS = {
+    "size": "Size",
+    "seed": "Seed",
+    "lr": "Learning rate",
+    "batch_size": "Batch",
+    "transport": "Transport weight",
+    "penalty.weight": "Penalty weight",
+    "gradient_normalization.enabled": "Gradient normalisation",
+    "phases": "Epochs",
+}
+
+
+class Cell(NamedTuple):
+    """One cell: what is read, what is sorted and stored, and the file and key it was read from."""
+
+    text: str
+    value: float | int | str | None
+    source: str = ""
+    key: str = ""
+
+
+class Column(NamedTuple):
+    """One column: its name in a CSV file, its title, what it means, and whether it holds numbers."""
+
+    key: str
+    title: str
+    meaning: str = ""
+    numeric: bool = True
+
+
+class Table(NamedTuple):
+    """A table; `footer` is a last row that is no run."""
+
+    name: str
+    caption: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    footer: tuple[Cell, ...] = ()
+
+
+def run_table(inputs: Inputs) -> Table:
+    """Build the table of runs: the settings in which they differ, metrics, cost."""
+    settings = differing_settings([record.settings for record in inputs.runs])
+    metrics = titles.in_order(key for record in inputs.runs for key in record.metrics)
+    columns = (
+        Column("run", "Run", numeric=False),
+        *(_setting_column(key, values) for key, values in settings.items()),
+        *(Column(key, (kind := titles.metric(key)).title, _better(kind)) for key in metrics),
+        Column("seconds", "Training time", "Time spent training"),
+        Column("images_per_second", "Images/s", "Images seen by the generator per second of training"),
+    )
+    rows = tuple(
+        (
+            Cell(record.name, record.name),
+            *(_setting_cell(key, values[index]) for key, values in settings.items()),
+            *(_metric_cell(record, key) for key in metrics),
+            _cost_cell(record, "seconds", titles.duration(record.cost.seconds)),
+            _cost_cell(record, "images_per_second", titles.number(record.cost.images_per_second)),
+        )
+        for index, record in enumerate(inputs.runs)
+    )
+    source = str(paths.REFERENCE / "summary.json")
+    footer = (
+        Cell("Floor: reconstructions", None),
+        *(Cell("", None) for _ in settings),
+        *(_floor_cell(inputs, key, source) for key in metrics),
+        *(Cell("", None) for _ in range(2)),
+    )
+    caption = (
+        f"Runs of this repository. Metrics from {paths.metrics('RUN')}, cost from {paths.costs('RUN')}. "
+        "Each row is one training with one seed and carries no interval: read large differences as directions, "
+        "small ones as nothing."
+    )
+    return Table("runs", caption, columns, rows, footer)
+
+
+def cost_table(inputs: Inputs) -> Table:
+    """Build the table of what training cost."""
+    columns = (
+        Column("run", "Run", numeric=False),
+        Column("generator_parameters", "Generator", "Parameters"),
+        Column("discriminator_parameters", "Discriminator", "Parameters"),
+        Column("updates", "Updates", "Generator updates, each after one of the discriminator"),
+        Column("images", "Images seen", "By the generator"),
+        Column("seconds", "Training time"),
+        Column("updates_per_second", "Updates/s"),
+        Column("images_per_second", "Images/s"),
+        Column("data_wait_share", "Wait for data", "Share of the training time"),
+        Column("checkpoint_share", "Saving", "Writing checkpoints, share of the training time"),
+        Column("peak_memory_gib", "Peak memory"),
+        Column("machine", "Machine", numeric=False),
+    )
+    return Table(
+        "costs", f"What training cost, from {paths.costs('RUN')}.", columns, tuple(map(_cost_row, inputs.runs))
+    )
+
+
+def published_tables(published: dict[str, Any]) -> tuple[Table, ...]:
+    """Build the paper's tables that give context: one-step results, decay and weight of the transport loss."""
+    guidance = Column("guidance", "Guidance", numeric=False)
+    same = Column("comparable", "Same latents and DiT", "Trained on the same latent space with a DiT", numeric=False)
+    table = Column("table", "Paper's table", numeric=False)
+    one_step = [row | {"comparable": True, "model": _deep_name(row)} for row in published["afm"] if row["nfe"] == 1]
+    one_step += [row | {"table": 4} for row in published["one_step_guided"]]
+    grid = published["ot_gp_grid"]
+    return (
+        Table(
+            "published",
+            "One-step generation on ImageNet 256, FID over 50,000 samples. AFM from Tables 9 and 11, others from "
+            "Table 4. Guidance: cg classifier, da discriminator augmentation, cfg classifier-free, cgan class-"
+            "conditional GAN.",
+            (Column("model", "Model", numeric=False), Column("params_m", "Parameters, M"), Column("epochs", "Epochs"))
+            + (guidance, Column("fid", "FID-50k"), same, table),
+            tuple(
+                (
+                    _published(row["model"]),
+                    *(_published(row[key]) for key in ("params_m", "epochs", "guidance")),
+                    _published(row["fid"], 2),
+                    _published("yes" if row["comparable"] else "no"),
+                    _published(str(row["table"])),
+                )
+                for row in one_step
+            ),
+        ),
+        Table(
+            "published_transport_decay",
+            "Table 2: decay of the transport weight λ_ot; B/2, one step, ImageNet 256, 100 epochs, FID-50k.",
+            (Column("lambda_ot", "Transport weight", numeric=False), Column("fid", "FID-50k")),
+            tuple(
+                (_published(row["schedule"].replace("->", "→")), _published(row["fid"]))
+                for row in published["ot_decay"]
+            ),
+        ),
+        Table(
+            "published_transport_penalty",
+            "Table 1: transport weight λ_ot by penalty weight λ_gp; B/2, one step, ImageNet 256, 20 epochs, FID-50k, "
+            "mean and spread of two runs. λ_ot 0 diverges for every λ_gp.",
+            (Column("lambda_gp", "λ_gp", numeric=False),)
+            + tuple(Column(f"lambda_ot_{weight:g}", f"λ_ot {weight:g}") for weight in grid["lambda_ot"]),
+            tuple(
+                (
+                    _published(f"{weight:g}"),
+                    *(
+                        Cell(f"{fid:.2f} ± {spread:g}", fid)
+                        for fid, spread in zip(grid["fid"][index], grid["spread"][index], strict=True)
+                    ),
+                )
+                for index, weight in enumerate(grid["lambda_gp"])
+            ),
+        ),
+    )
+
+
+def differing_settings(runs: list[Run]) -> dict[str, list[Any]]:
+    """Return the settings in which runs differ: dotted name -> one value per run."""
+    flat = [_flat(run.model_dump(mode="json")) for run in runs]
+    values = {key: [settings[key] for settings in flat] for key in flat[0]}
+    return {key: per_run for key, per_run in values.items() if any(value != per_run[0] for value in per_run)}
+
+
+def markdown(table: Table) -> str:
+    """Print a table as markdown, its caption above."""
+    head = [column.title for column in table.columns]
+    rule = ["---:" if column.numeric else "---" for column in table.columns]
+    body = [[cell.text for cell in row] for row in (*table.rows, *([table.footer] if table.footer else []))]
+    lines = ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in (head, rule, *body)]
+    return f"{table.caption}\n\n" + "\n".join(lines) + "\n"
+
+
+def csv_text(table: Table) -> str:
+    """Print a table's rows as CSV, numbers in full; the footer is left out."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(column.key for column in table.columns)
+    writer.writerows(["" if cell.value is None else cell.value for cell in row] for row in table.rows)
+    return out.getvalue()
+
+
+def setting_text(key: str, value: Any) -> str:
+    """Print a run's setting the way a person would say it."""
+    if key == "transport":
+        return _transport_text(value)
+    if key == "phases":
+        return ", then ".join(map(_phase_text, value))
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return ", ".join(setting_text("", part) for part in value) if isinstance(value, list) else str(value)
+
+
+def _transport_text(value: dict[str, float]) -> str:
+    if value["start"] == value["end"]:
+        return f"{value['start']:g}" + (" constant" if value["start"] else "")
+    return f"{value['start']:g} → {value['end']:g} over {value['decay_epochs']:g} epochs"
+
+
+def _phase_text(phase: dict[str, Any]) -> str:
+    text = f"{phase['until_epoch']:g}"
+    text += f" at lr {phase['lr']:g}" if phase.get("lr") is not None else ""
+    return text + (f" at transport {_transport_text(phase['transport'])}" if phase.get("transport") else "")
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict) and key != "transport":  # a transport is read as a whole
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _setting_column(key: str, values: list[Any]) -> Column:
+    meaning = f"{key} of the run in {paths.PARAMS}"
+    return Column(key, _SETTINGS.get(key, key), meaning, numeric=all(map(_is_number, values)))
+
+
+def _setting_cell(key: str, value: Any) -> Cell:
+    text = setting_text(key, value)
+    return Cell(text, value if _is_number(value) else text)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _metric_cell(record: RunRecord, key: str) -> Cell:
+    value = record.metrics.get(key)
+    return Cell(titles.metric_text(key, value), value, str(paths.metrics(record.name)), key)
+
+
+def _floor_cell(inputs: Inputs, key: str, source: str) -> Cell:
+    value = inputs.summary.floor(titles.base_key(key))
+    if value is None:
+        return Cell("", None)
+    return Cell(titles.metric_text(key, value), value, source, f"{titles.base_key(key)}_reconstruction")
+
+
+def _cost_cell(record: RunRecord, key: str, text: str) -> Cell:
+    return Cell(text, getattr(record.cost, key), str(paths.costs(record.name)), key)
+
+
+def _cost_row(record: RunRecord) -> tuple[Cell, ...]:
+    cost, config, source = record.cost, record.config, str(paths.model(record.name) / "config.json")
+    memory = titles.MISSING if cost.peak_memory_gib is None else f"{titles.number(cost.peak_memory_gib)} GiB"
+    texts = {
+        "updates": titles.number(cost.updates),
+        "images": titles.number(cost.images),
+        "seconds": titles.duration(cost.seconds),
+        "updates_per_second": titles.number(cost.updates_per_second),
+        "images_per_second": titles.number(cost.images_per_second),
+        "data_wait_share": titles.percent(cost.data_wait_share),
+        "checkpoint_share": titles.percent(cost.checkpoint_share),
+        "peak_memory_gib": memory,
+        "machine": f"{cost.machine}, {cost.device}, {cost.threads} threads",
+    }
+    generator, discriminator = config.generator_parameters, config.discriminator_parameters
+    return (
+        Cell(record.name, record.name),
+        Cell(titles.millions(generator), generator, source, "generator_parameters"),
+        Cell(titles.millions(discriminator), discriminator, source, "discriminator_parameters"),
+        *(_cost_cell(record, key, text) for key, text in texts.items()),
+    )
+
+
+def _better(kind: titles.Metric) -> str:
+    return f"{kind.meaning} ({kind.better} is better)" if kind.better else kind.meaning
+
+
+def _deep_name(row: dict[str, Any]) -> str:
+    deep = f", {row['depth']} layers" if row["model"] == "XL/2" and row["depth"] != 28 else ""
+    return f"AFM {row['model']}{deep}"
+
+
+def _published(value: Any, decimals: int | None = None) -> Cell:
+    if value is None:
+        return Cell(titles.MISSING, None)
+    return Cell(f"{value:.{decimals}f}" if decimals is not None else str(value), value)

@@ -1,0 +1,354 @@
+"""The report, built from fabricated inputs and read back as a browser's parser would."""
+
+import csv
+import json
+import math
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from afm_pipe import paths
+from afm_pipe.errors import UserError
+from afm_pipe.params import Params
+from afm_pipe.reporting import curves, tables, titles
+from afm_pipe.reporting.page import write_report
+
+COMMITTED = yaml.safe_load((Path(__file__).parents[1] / "params.yaml").read_text())
+CLASSES = [str(digit) for digit in range(9)] + ['"><b>&nine']  # a class name is a folder's name: anything
+COLUMNS = ["update", "images", "epoch", "lr", "transport", "d_adversarial", "r1", "r2", "centring", "g_adversarial"]
+COLUMNS += ["g_transport", "logit_gap", "d_accuracy", "move_rms", "d_grad_norm", "g_grad_norm"]
+
+
+def make_params(**runs: dict[str, Any]) -> Params:
+    return Params.model_validate(COMMITTED | {"runs": runs or COMMITTED["runs"]})
+
+
+def write_inputs(params: Params, rows: int = 40) -> None:
+    """Write, under the working directory, every file the report reads."""
+    for number, name in enumerate(params.runs):
+        write(
+            paths.metrics(name),
+            {
+                "fd_classifier_5k": 8.1234 + 300 * number,
+                "kid_classifier_5k": 0.012345,
+                "class_accuracy": 0.978 - 0.5 * number,
+                "within_class_variance": 0.85,
+                "copies": 0.0,
+                "nearest_distance_ratio": 1.1,
+                "protocol": {"samples": 5000, "seed": 1000, "features": {"classifier": "ab" * 32}, "device": "cpu"},
+            },
+        )
+        write(
+            paths.costs(name),
+            {"machine": "2-core test machine", "device": "cpu", "threads": 2, "seconds": 155.1, "updates": 1250}
+            | {"images": 80000, "images_per_second": 516.0, "updates_per_second": 8.06, "data_wait_share": 0.004}
+            | {"checkpoint_share": 0.004, "peak_memory_gib": 0.9},
+        )
+        write(
+            paths.model(name) / "config.json",
+            {"generator_parameters": 1_234_567, "discriminator_parameters": 1_200_000},
+        )
+        write_curve(paths.curves(name), number, rows)
+        write_picture(paths.samples(name) / "grid.png", number)
+        write_picture(paths.samples(name) / "nearest.png", number + 10)
+    write(
+        paths.REFERENCE / "summary.json",
+        {"classifier_accuracy": 0.97, "fd_classifier_reconstruction": 3.14, "kid_classifier_reconstruction": 0.004}
+        | {"images": 5000, "classes": CLASSES},
+    )
+    write(paths.AUTOENCODER / "training.json", {"reconstruction_mse": 0.0085})
+    write_picture(paths.REFERENCE / "real.png", 20)
+    write_picture(paths.REFERENCE / "reconstructed.png", 21)
+
+
+def write(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def write_curve(path: Path, seed: int, rows: int, broken: int | None = None) -> None:
+    noise = np.random.default_rng(seed).random((rows, len(COLUMNS)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for row in range(rows):
+            values = dict(zip(COLUMNS, noise[row], strict=True))
+            values |= {"update": row + 1, "images": 64 * (row + 1), "lr": 1e-3, "transport": 0.2 / (row + 1)}
+            writer.writerow("nan" if row == broken else values[name] for name in COLUMNS)
+
+
+def write_picture(path: Path, seed: int, side: int = 48) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+class Page(HTMLParser):
+    """What a test asks of a page: elements with their attributes, the text, and the rows of each table."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.rows: dict[str, list[list[str]]] = {}
+        self.text = ""
+        self._table = self._part = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag == "table":
+            self._table = dict(attrs)["id"] or ""
+        if tag in ("thead", "tbody", "tfoot"):
+            self._part = f"{self._table} {tag}"
+        if tag == "tr":
+            self.rows.setdefault(self._part, []).append([])
+        if tag in ("td", "th"):
+            self.rows[self._part][-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "table":
+            self._part = ""
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self._part and self.rows.get(self._part) and self.rows[self._part][-1]:
+            self.rows[self._part][-1][-1] += data.strip()
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def built(params: Params) -> Page:
+    write_report(params, paths.REPORTS)
+    return Page((paths.REPORTS / "index.html").read_text(encoding="utf-8"))
+
+
+def test_tables_list_exactly_the_runs_params_name(project: Path) -> None:
+    write_inputs(make_params(a={}, removed={}, b={"lr": 5.0e-4}))
+    page = built(make_params(b={"lr": 5.0e-4}, a={}))
+    assert [row[0] for row in page.rows["table-runs tbody"]] == ["b", "a"]
+    assert [row[0] for row in page.rows["table-costs tbody"]] == ["b", "a"]
+    assert "removed" not in page.text
+    with (paths.REPORTS / "runs.csv").open(newline="") as file:
+        assert [row["run"] for row in csv.DictReader(file)] == ["b", "a"]
+
+
+def test_numbers_are_printed_short_and_stored_in_full(project: Path) -> None:
+    params = make_params()
+    write_inputs(params)
+    page = built(params)
+    titles_shown = page.rows["table-runs thead"][0]
+    row = dict(zip(titles_shown, page.rows["table-runs tbody"][0], strict=True))
+    assert row["FD-5k (classifier)"] == "8.12"
+    assert row["Right class"] == "97.8 %"
+    assert row["Training time"] == "2.58 min"
+    with (paths.REPORTS / "runs.csv").open(newline="") as file:
+        assert float(next(csv.DictReader(file))["fd_classifier_5k"]) == 8.1234
+    markdown = (paths.REPORTS / "runs.md").read_text()
+    assert "| t4 | 0.2 → 0.005 over 16 epochs | 8.12 |" in markdown
+
+
+def test_settings_in_which_runs_differ_stand_under_their_titles(project: Path) -> None:
+    params = make_params(a={}, b={"lr": 5.0e-4, "penalty": {"weight": 0.5}})
+    write_inputs(params)
+    page = built(params)
+    first, second = (
+        dict(zip(page.rows["table-runs thead"][0], row, strict=True)) for row in page.rows["table-runs tbody"]
+    )
+    assert (first["Learning rate"], first["Penalty weight"]) == ("0.001", "0.25")
+    assert (second["Learning rate"], second["Penalty weight"]) == ("0.0005", "0.5")
+
+
+def test_each_metric_links_to_the_file_it_was_read_from(project: Path) -> None:
+    params = make_params()
+    write_inputs(params)
+    links = {link["title"]: link["href"] for link in built(params).all("a") if "title" in link}
+    assert links["metrics/t4.json: fd_classifier_5k = 8.1234"] == "../metrics/t4.json"
+    assert links["reference/summary.json: fd_classifier_reconstruction = 3.14"] == "../reference/summary.json"
+    for href in links.values():
+        assert (paths.REPORTS / str(href)).is_file()
+
+
+def test_internal_links_have_targets_and_ids_are_unique(project: Path) -> None:
+    params = make_params()
+    write_inputs(params)
+    page = built(params)
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    local = {str(link["href"])[1:] for link in page.all("a") if str(link["href"]).startswith("#")}
+    assert local <= set(ids)
+    files = [str(link["href"]) for link in page.all("a") if not str(link["href"]).startswith(("#", "../"))]
+    assert files
+    assert all((paths.REPORTS / href).is_file() for href in files)
+
+
+def test_page_fetches_nothing_and_describes_every_picture(project: Path) -> None:
+    params = make_params()
+    write_inputs(params)
+    page = built(params)
+    assert "http://" not in page.text
+    assert "https://" not in page.text
+    for tag, attributes in page.elements:
+        assert tag not in ("iframe", "object", "embed", "base")
+        assert not (attributes.get("src") or "").strip() or str(attributes["src"]).startswith("data:")
+        if tag == "link":
+            assert str(attributes["href"]).startswith("data:")
+        if tag == "img":
+            assert len(attributes["alt"] or "") > 20
+        if tag == "svg" and attributes.get("role") == "img":
+            assert "over images seen" in (attributes["aria-label"] or "")
+    assert len(page.all("img")) == 2 + 2 * len(params.runs)
+    assert "url(" not in (paths.REPORTS / "index.html").read_text().split("</style>")[0]
+
+
+def test_summary_names_the_best_run_the_floor_and_the_scale(project: Path) -> None:
+    params = make_params(worse={"lr": 5.0e-4}, better={})
+    write_inputs(params)
+    write(paths.metrics("worse"), json.loads(paths.metrics("worse").read_text()) | {"fd_classifier_5k": 44.0})
+    write(paths.metrics("better"), json.loads(paths.metrics("better").read_text()) | {"fd_classifier_5k": 7.7})
+    text = built(params).text
+    assert "7.70" in text
+    assert "run better, the lowest; reconstructed real images have 3.14" in text
+    assert "not comparable with the paper's ImageNet numbers: 5,000 training images instead of 1,281,167" in text
+
+
+def test_class_names_are_text_never_markup(project: Path) -> None:
+    params = make_params()
+    write_inputs(params)
+    page = built(params)
+    assert "b" not in {tag for tag, _ in page.elements}
+    assert any('"><b>&nine' in str(image["alt"]) for image in page.all("img"))
+
+
+def test_published_numbers_stand_in_their_own_tables_only(project: Path) -> None:
+    params = make_params()
+    write_inputs(params)
+    page = built(params)
+    published = page.rows["table-published tbody"]
+    assert ["AFM XL/2", "673", "125", "cg+da", "2.38", "yes", "9"] in published
+    assert page.rows["table-published_transport_penalty tbody"][1][3] == "53.90 ± 1"
+    assert page.rows["table-published_transport_decay tbody"][1] == ["cosine 0.2 → 0.01", "8.51"]
+    assert not any("AFM" in cell for row in page.rows["table-runs tbody"] for cell in row)
+
+
+@pytest.mark.parametrize(
+    ("path", "stage"),
+    [
+        ("metrics/t4.json", "evaluate@t4"),
+        ("curves/t4.csv", "train@t4"),
+        ("costs/t4.json", "train@t4"),
+        ("samples/t4/grid.png", "sample@t4"),
+        ("reference/summary.json", "reference"),
+        ("models/autoencoder/training.json", "autoencoder"),
+    ],
+)
+def test_missing_input_names_the_file_and_its_stage(project: Path, path: str, stage: str) -> None:
+    params = make_params()
+    write_inputs(params)
+    Path(path).unlink()
+    with pytest.raises(UserError, match=f"{path}.*dvc repro {stage}"):
+        write_report(params, paths.REPORTS)
+    assert not paths.REPORTS.exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "words"),
+    [
+        ("costs/t4.json", b'{"machine": "x"}', "costs/t4.json with a wrong device"),
+        ("curves/t4.csv", b"update,images\n1,many\n", "'many' in curves/t4.csv, line 2, column images"),
+        ("curves/t4.csv", b"update,images\n", "no rows"),
+        ("metrics/t4.json", b'{"fid_5k": 3.0}', "without numbers or their protocol"),
+        ("samples/t4/grid.png", b"\x89PNG\r\n\x1a\n cut short", "no whole PNG"),
+    ],
+)
+def test_damaged_input_is_a_clear_error(project: Path, path: str, content: bytes, words: str) -> None:
+    params = make_params()
+    write_inputs(params)
+    Path(path).write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        write_report(params, paths.REPORTS)
+
+
+def test_same_inputs_give_the_same_bytes(project: Path) -> None:
+    params = make_params()
+    write_inputs(params)
+    for folder in ("first", "second"):
+        write_report(params, Path(folder))
+    names = sorted(path.name for path in Path("first").iterdir())
+    assert names == sorted(path.name for path in Path("second").iterdir())
+    assert "index.html" in names
+    for name in names:
+        assert Path("first", name).read_bytes() == Path("second", name).read_bytes()
+
+
+def test_heavy_pictures_are_made_smaller(project: Path) -> None:
+    params = make_params()
+    write_inputs(params)
+    for name in params.runs:
+        write_picture(paths.samples(name) / "grid.png", 0, side=1300)  # noise: 5 MB each as PNG
+    built(params)
+    assert (paths.REPORTS / "index.html").stat().st_size < 10 * 2**20
+
+
+def test_curve_breaks_where_a_run_diverged_and_missing_metrics_are_dashes(project: Path) -> None:
+    params = make_params()
+    write_inputs(params)
+    write_curve(paths.curves("t4"), 0, 40, broken=None)
+    with_gap = Path("gap.csv")
+    write_curve(with_gap, 0, 40, broken=20)
+    rows = with_gap.read_text().splitlines()
+    rows[21] = rows[21].replace("nan", "1300", 2).replace("1300", "21", 1)  # update and images stay known
+    paths.curves("t4").write_text("\n".join(rows) + "\n")
+    stored = json.loads(paths.metrics("t4").read_text())
+    write(paths.metrics("t4"), stored | {"fd_classifier_5k": None})
+    page = built(params)
+    assert page.rows["table-runs tbody"][0][2] == titles.MISSING
+    gap = next(svg for svg in page.all("path") if "--run-0" in str(svg["style"]) and len(str(svg["d"])) > 100)
+    assert str(gap["d"]).count("M") == 2
+    assert "nan" not in str(gap["d"])
+
+
+def test_long_curves_are_averaged_to_the_mean_of_their_bins() -> None:
+    curve = {"images": [float(i) for i in range(1000)], "lr": [float(i % 2) for i in range(1000)]}
+    images, values = curves._line(curve, "lr")
+    assert len(images) == curves.MAX_POINTS
+    assert values == pytest.approx(0.5, abs=0.1)
+    assert images[0] == pytest.approx(2.5, abs=0.6)
+
+
+def test_settings_shown_are_those_in_which_runs_differ() -> None:
+    params = make_params(a={}, b={"transport": 0.2, "penalty": {"weight": 0.5}})
+    found = tables.differing_settings(list(params.runs.values()))
+    assert list(found) == ["penalty.weight", "transport"]
+    assert tables.setting_text("transport", found["transport"][1]) == "0.2 constant"
+    assert tables.differing_settings([params.runs["a"]]) == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(8.1, "8.10"), (9.999, "10.0"), (1250, "1,250"), (1_281_167, "1,281,167"), (328.7, "329"), (0.0, "0")]
+    + [(0.012345, "0.0123"), (1.23e-5, "1.23e-5"), (-0.00123, "-0.00123"), (None, "–"), (math.inf, "not finite")],
+)
+def test_numbers_have_three_digits(value: float | None, text: str) -> None:
+    assert titles.number(value) == text
+
+
+def test_only_inception_distances_are_called_fid() -> None:
+    assert titles.metric("fid_5k").title == "FID-5k"
+    assert titles.metric("fid").title == "FID"
+    assert titles.metric("kid_clean_1234").title == "KID-1234 (clean)"
+    for key in ("fd_classifier_5k", "kid_classifier_5k", "fd_dinov2", "kid_dinov2"):
+        assert "FID" not in titles.metric(key).title
+        assert "KID" not in titles.metric(key).title
