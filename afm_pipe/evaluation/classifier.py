@@ -1,0 +1,151 @@
+"""The small convolutional classifier whose features stand in for Inception's on small images.
+
+Shapes: B images, C channels, H x W pixels, D features, K classes.
+"""
+
+from collections.abc import Generator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from afm_pipe.console import Tick
+from afm_pipe.errors import UserError
+from afm_pipe.files import atomic_path, read_json, write_json
+from afm_pipe.params import FeatureClassifier
+
+WEIGHTS, CONFIG = "classifier.safetensors", "classifier.json"
+POOLED = 4  # side of the map handed to the linear layers, whatever the image's side
+CPU = torch.device("cpu")
+
+
+class Classifier(nn.Module):
+    """Stride-2 convolutions, one hidden layer (its outputs after the ReLU are the features), one linear layer."""
+
+    def __init__(self, channels: int, widths: Sequence[int], features: int, num_classes: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for before, after in zip((channels, *widths), widths, strict=False):
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
+        pooled = widths[-1] * POOLED**2
+        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(POOLED), nn.Flatten(), nn.Linear(pooled, features))
+        self.head = nn.Linear(features, num_classes)
+        self.config = {"channels": channels, "widths": list(widths), "features": features, "num_classes": num_classes}
+
+    def features(self, images: Tensor) -> Tensor:  # (B, C, H, W) uint8 -> (B, D)
+        return F.relu(self.body(images.float() / 127.5 - 1))
+
+    def forward(self, images: Tensor) -> Tensor:  # (B, C, H, W) uint8 -> (B, K)
+        return self.head(self.features(images))
+
+
+def train_classifier(
+    params: FeatureClassifier,
+    images: np.ndarray,
+    labels: np.ndarray,
+    num_classes: int,
+    seed: int,
+    device: torch.device = CPU,
+) -> Generator[Tick, None, tuple[Classifier, float]]:
+    """Train on images (N, C, H, W) uint8 and labels (N,); return the classifier and its accuracy on the held-out share.
+
+    Adam, its rate falling linearly to 0, on images shifted at random. Deterministic in `seed` on one thread.
+    Raises UserError when no class has an image to spare.
+    """
+    random = np.random.default_rng(seed)
+    train, held_out = _split(labels, num_classes, params.held_out, random)
+    model = _untrained(seed, images.shape[1], params.widths, params.features, num_classes).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=params.lr)
+    updates_per_epoch = -(-len(train) // params.batch_size)
+    total = params.epochs * updates_per_epoch
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=total)
+    done = 0
+    for _ in range(params.epochs):
+        for chosen in np.array_split(random.permutation(train), updates_per_epoch):
+            order = np.sort(chosen)  # images on disk are read forwards
+            logits = model(_shifted(_batch(images, order, device), random))  # (B, K)
+            loss = F.cross_entropy(logits, torch.from_numpy(labels[order]).to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            done += 1
+            yield Tick(done, total, "classifier updates")
+    model.eval()
+    return model, _accuracy(model, images, labels, held_out, params.batch_size, device)
+
+
+def save_classifier(model: Classifier, folder: Path) -> None:
+    """Write the weights as safetensors and the shape of the network as JSON, each atomically."""
+    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    with atomic_path(folder / WEIGHTS) as aside:
+        save_file(weights, aside)
+    write_json(folder / CONFIG, model.config)
+
+
+def load_classifier(folder: Path, device: torch.device = CPU) -> Classifier:
+    """Read a classifier written by `save_classifier`. Raises UserError when its files are missing or do not fit."""
+    config = read_json(folder / CONFIG)
+    try:
+        model = _untrained(0, config["channels"], config["widths"], config["features"], config["num_classes"])
+        model.load_state_dict(load_file(folder / WEIGHTS))
+    except (OSError, SafetensorError, RuntimeError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"Found {folder / WEIGHTS} unreadable ({reason}), expected the weights that {CONFIG} beside it describes: "
+            "build the reference again."
+        ) from None
+    return model.to(device).eval()
+
+
+def _untrained(seed: int, channels: int, widths: Sequence[int], features: int, num_classes: int) -> Classifier:
+    """Return a classifier initialised from `seed`; the global random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return Classifier(channels, widths, features, num_classes)
+
+
+def _split(
+    labels: np.ndarray, num_classes: int, share: float, random: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return indices to train on and indices held out: `share` of each class, at least one where a class has two."""
+    held_out, train = [], []
+    for label in range(num_classes):
+        members = random.permutation(np.flatnonzero(labels == label))
+        spared = min(max(round(share * len(members)), 1), len(members) - 1) if len(members) else 0
+        held_out.append(members[:spared])
+        train.append(members[spared:])
+    if not sum(map(len, held_out)):
+        raise UserError(
+            f"Found {len(labels)} images of {num_classes} classes, expected at least 2 of some class, "
+            "one of them to measure the classifier on: add images."
+        )
+    return np.concatenate(train), np.concatenate(held_out)
+
+
+@torch.no_grad()
+def _accuracy(
+    model: Classifier, images: np.ndarray, labels: np.ndarray, chosen: np.ndarray, batch_size: int, device: torch.device
+) -> float:
+    right = 0
+    for start in range(0, len(chosen), batch_size):
+        order = np.sort(chosen[start : start + batch_size])
+        right += int((model(_batch(images, order, device)).argmax(dim=1).cpu().numpy() == labels[order]).sum())
+    return right / len(chosen)
+
+
+def _shifted(images: Tensor, random: np.random.Generator) -> Tensor:
+    """Shift a batch (B, C, H, W) by up to a sixteenth of its side: .976 instead of .969 of held-out digits."""
+    height, width = images.shape[2:]
+    reach = max(height // 16, 1)
+    top, left = random.integers(0, 2 * reach + 1, 2)
+    padded = F.pad(images.float(), (reach,) * 4, mode="replicate")
+    return padded[:, :, top : top + height, left : left + width]
+
+
+def _batch(images: np.ndarray, order: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(images[order])).to(device)

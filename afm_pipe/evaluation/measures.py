@@ -1,0 +1,47 @@
+"""Measures on features besides the Frechet distance.
+
+Shapes: N samples, D features.
+"""
+
+import numpy as np
+from cleanfid.fid import kernel_distance
+
+from afm_pipe.errors import UserError
+
+
+def kid(reference: np.ndarray, features: np.ndarray, subsets: int, subset_size: int, seed: int) -> float:
+    """Return the kernel distance (unbiased MMD^2, cubic kernel) of features (N, D) to reference features, by clean-fid.
+
+    A mean over random subsets, drawn from `seed`; the global random state is left as it was. Near zero it may be
+    negative. Computed in float64: features of a small classifier cancel badly in float32.
+    """
+    state = np.random.get_state()
+    np.random.seed(seed % 2**32)
+    try:
+        return kernel_distance(
+            reference.astype(np.float64), features.astype(np.float64), num_subsets=subsets, max_subset_size=subset_size
+        )
+    finally:
+        np.random.set_state(state)
+
+
+def within_class_variance(features: np.ndarray, labels: np.ndarray) -> float:
+    """Return the trace of the covariance of features (N, D) within a class, averaged over classes.
+
+    Classes of one sample have none and are left out. Raises UserError when no class has two.
+    """
+    traces = []
+    for label in np.unique(labels):
+        members = features[labels == label]
+        if len(members) > 1:
+            traces.append(members.var(axis=0, ddof=1, dtype=np.float64).sum())
+    if not traces:
+        raise UserError(f"Found {len(labels)} images, each of another class, expected two of some class: add images.")
+    return float(np.mean(traces))
+
+
+def sample_suffix(samples: int) -> str:
+    """Return what a key says of its sample count: nothing from 50,000, else _5k or _1234."""
+    if samples >= 50_000:
+        return ""
+    return f"_{samples // 1000}k" if samples % 1000 == 0 else f"_{samples}"

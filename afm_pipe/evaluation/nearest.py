@@ -1,0 +1,120 @@
+"""Nearest training images, in pixels: what shows a generator that copies.
+
+Shapes: T training thumbnails, B images, C channels, h x w pixels, at most 32 x 32.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from afm_pipe.errors import UserError
+
+SIDE = 32  # pixels of a thumbnail, at most
+COPY_QUANTILE = 0.001  # share of new real images that would be taken for copies
+ROWS = 1024  # images compared at a time, to bound memory
+
+
+@dataclass(frozen=True)
+class Thumbnails:
+    """Small training images (T, C, h, w) uint8, their labels (T,), and how near the others are.
+
+    `nearest_other` (T,) is the distance of each to its nearest other, `ratio` (T,) that over its second nearest.
+    """
+
+    images: Tensor
+    labels: np.ndarray
+    nearest_other: np.ndarray
+    ratio: np.ndarray
+
+    def save(self, path: Path) -> None:
+        """Write them as npz."""
+        np.savez(path, **(vars(self) | {"images": self.images.numpy()}))
+
+    @classmethod
+    def load(cls, path: Path) -> "Thumbnails":
+        """Read what `save` wrote. Raises UserError when it is missing or unreadable."""
+        arrays = load_arrays(path, tuple(cls.__dataclass_fields__))
+        images = torch.from_numpy(arrays.pop("images"))
+        return cls(images, **arrays)
+
+    @property
+    def copy_ratio(self) -> float:
+        """Ratio, nearest to second nearest, that one training image in a thousand falls below; duplicates left out."""
+        distinct = self.ratio[self.ratio > 0]
+        return float(np.quantile(distinct, COPY_QUANTILE)) if len(distinct) else 0.0
+
+    def copied(self, distances: Tensor) -> np.ndarray:
+        """Tell which images, by distances (B, 2 or more) to their nearest training images, are copies: (B,) bool.
+
+        A copy is far nearer to one training image than to the next. A distance alone does not tell: plain images (a
+        vertical stroke) lie close together, and a copy of an intricate one through the autoencoder is further off.
+        An inexact copy of an image that is in the data set twice is missed.
+        """
+        return ratios(distances).numpy() <= self.copy_ratio
+
+
+def load_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Read named arrays of an npz file, without pickles. Raises UserError when it is missing or unreadable."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in names}
+    except FileNotFoundError:
+        raise UserError(f"Found no {path}, expected statistics of the real images: build the reference.") from None
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
+        raise UserError(
+            f"Found {path} unreadable ({error}), expected arrays {', '.join(names)}: build the reference again."
+        ) from None
+
+
+def thumbnail(images: Tensor) -> Tensor:
+    """Shrink uint8 images (B, C, H, W) to at most 32 x 32 by averaging; smaller ones stay as they are."""
+    height, width = images.shape[2:]
+    if max(height, width) <= SIDE:
+        return images
+    scale = SIDE / max(height, width)
+    small = F.interpolate(images.float(), (round(height * scale), round(width * scale)), mode="area")
+    return small.round().to(torch.uint8)
+
+
+def build_thumbnails(images: Tensor, labels: np.ndarray) -> Thumbnails:
+    """Measure how near each thumbnail's others are. Raises UserError for fewer than three."""
+    if len(images) < 3:
+        raise UserError(f"Found {len(images)} thumbnails, expected at least 3 to compare: raise reference.thumbnails.")
+    distances, neighbours = Neighbours(images).nearest(images, 3)
+    itself = neighbours == torch.arange(len(images))[:, None]
+    others = distances.masked_fill(itself, torch.inf).sort(dim=1).values[:, :2]  # (T, 2)
+    return Thumbnails(images, labels, others[:, 0].numpy(), ratios(others).numpy())
+
+
+def ratios(distances: Tensor) -> Tensor:
+    """Return the smallest over the second smallest of sorted distances (B, 2 or more): (B,), 0 for an exact copy."""
+    return distances[:, 0] / distances[:, 1].clamp(min=torch.finfo(distances.dtype).tiny)
+
+
+class Neighbours:
+    """Search among training images (T, C, h, w) uint8 for those nearest to others, in Euclidean distance.
+
+    Pixels count from 0 to 1.
+    """
+
+    def __init__(self, training: Tensor) -> None:
+        self._training = training.flatten(1).float() / 255  # (T, P)
+        self._squares = self._training.square().sum(dim=1)  # (T,)
+
+    def nearest(self, images: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Return distances (B, k) and indices (B, k) of the k training images nearest to each image, nearest first."""
+        distances, indices = [], []
+        for chunk in images.split(ROWS):
+            x = chunk.flatten(1).float() / 255  # (b, P)
+            rough = self._squares - 2 * x @ self._training.T  # (b, T); |x|^2 does not change the order
+            found = rough.topk(min(k, len(self._training)), dim=1, largest=False).indices  # (b, k)
+            exact = (x[:, None] - self._training[found]).square().sum(dim=2).sqrt()  # (b, k); exactly 0 for a copy
+            order = exact.argsort(dim=1, stable=True)
+            distances.append(exact.gather(1, order))
+            indices.append(found.gather(1, order))
+        return torch.cat(distances), torch.cat(indices)

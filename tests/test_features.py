@@ -1,0 +1,192 @@
+"""Feature networks: the classifier of the reference, and Inception from a file of the user's."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from afm_pipe.console import follow
+from afm_pipe.errors import UserError
+from afm_pipe.evaluation.classifier import WEIGHTS, Classifier, load_classifier, save_classifier, train_classifier
+from afm_pipe.evaluation.features import INCEPTION_FILE, NAMES, FeatureNetwork, inception_path, load_network
+from afm_pipe.params import FeatureClassifier
+
+SETTINGS = FeatureClassifier(widths=(4, 8), features=6, lr=1e-2, batch_size=16, epochs=6, held_out=0.2)
+
+
+def striped(channels: int = 1, side: int = 12, per_class: int = 40) -> tuple[np.ndarray, np.ndarray]:
+    """Return noisy images of three classes, bright at the top, in the middle or at the bottom, and their labels."""
+    labels = np.repeat(np.arange(3), per_class)
+    images = np.random.default_rng(0).integers(0, 90, (3 * per_class, channels, side, side))
+    third = side // 3
+    for label in range(3):
+        images[labels == label, :, label * third : (label + 1) * third] += 120
+    return images.astype(np.uint8), labels
+
+
+def trained(channels: int = 1, side: int = 12, seed: int = 0) -> tuple[Classifier, float]:
+    images, labels = striped(channels, side)
+    return follow("classifier", train_classifier(SETTINGS, images, labels, 3, seed))
+
+
+@pytest.mark.parametrize(("channels", "side"), [(1, 12), (3, 27), (1, 8)])
+def test_classifier_learns_images_of_any_size_and_colour(channels: int, side: int) -> None:
+    assert trained(channels, side)[1] >= 0.95
+
+
+def test_classifier_is_the_same_for_the_same_seed_and_leaves_the_global_random_state_alone() -> None:
+    before = torch.get_rng_state()
+    first, again, other = (trained(seed=seed)[0].state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["head.weight"], other["head.weight"])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_accuracy_is_of_images_never_trained_on() -> None:
+    random = np.random.default_rng(0)
+    images, labels = random.integers(0, 256, (200, 1, 8, 8)).astype(np.uint8), np.arange(200) % 2
+    large = SETTINGS.model_copy(update={"widths": (32, 64), "features": 64, "epochs": 60})
+    model, accuracy = follow("classifier", train_classifier(large, images, labels, 2, 0))
+    of_all = (model(torch.from_numpy(images)).argmax(dim=1).numpy() == labels).mean()
+    assert accuracy < 0.75 < of_all  # labels mean nothing here: it learns by heart what it sees, and guesses the rest
+
+
+def test_one_image_a_class_leaves_none_to_measure_on() -> None:
+    with pytest.raises(UserError, match="at least 2 of some class"):
+        follow("classifier", train_classifier(SETTINGS, np.zeros((3, 1, 8, 8), np.uint8), np.arange(3), 3, 0))
+
+
+def test_saved_classifier_gives_the_same_features_and_classes(tmp_path: Path) -> None:
+    model, _ = trained()
+    save_classifier(model, tmp_path)
+    network = load_network("classifier", tmp_path)
+    images = torch.from_numpy(striped()[0])
+    features = network(images)
+    assert features.dtype == torch.float32 and features.shape == (120, 6) and network.dim == 6
+    with torch.no_grad():
+        assert torch.equal(features, model.features(images))
+        assert torch.equal(network.predict(features), model(images).argmax(dim=1))
+
+
+def test_networks_are_told_apart_by_hash(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        save_classifier(trained(seed=seed)[0], tmp_path / str(seed))
+    first, second = (load_network("classifier", tmp_path / str(seed)).sha256 for seed in (0, 1))
+    assert first != second == load_network("classifier", tmp_path / "1").sha256
+
+
+def test_classifier_refuses_images_of_other_channels(tmp_path: Path) -> None:
+    save_classifier(trained()[0], tmp_path)
+    with pytest.raises(UserError, match="3 channels, expected 1"):
+        load_network("classifier", tmp_path)(torch.zeros(2, 3, 12, 12, dtype=torch.uint8))
+
+
+def test_missing_or_truncated_classifier_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Found no"):
+        load_classifier(tmp_path)
+    save_classifier(trained()[0], tmp_path)
+    weights = tmp_path / WEIGHTS
+    whole = weights.read_bytes()
+    for damaged in (whole[:-10], b""):
+        weights.write_bytes(damaged)
+        with pytest.raises(UserError, match="build the reference again"):
+            load_classifier(tmp_path)
+    weights.unlink()
+    with pytest.raises(UserError, match="build the reference again"):
+        load_classifier(tmp_path)
+
+
+def test_only_inception_distances_are_called_fid() -> None:
+    for name, names in NAMES.items():
+        assert ("fid" in names.distance) == ("FID" in names.title) == name.startswith("inception")
+
+
+class Layers(nn.Module):
+    """2,048 numbers of an image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(x, (32, 64)).mean(dim=1)
+
+
+class StandIn(nn.Module):
+    """A network with the outside of the Inception file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = Layers()
+
+    def forward(self, x: Tensor, return_features: bool = False) -> Tensor:
+        return self.layers((F.interpolate(x, [299, 299], mode="nearest") - 128) / 100)
+
+
+@pytest.fixture
+def sha256(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Put the stand-in where Inception belongs; return its hash."""
+    monkeypatch.setenv("AFM_WEIGHTS", str(tmp_path))
+    path = tmp_path / INCEPTION_FILE
+    torch.jit.script(StandIn()).save(str(path))
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def load_inception(mode: str, sha256: str) -> FeatureNetwork:
+    return load_network(f"inception_{mode}", Path("unused"), inception_sha256=sha256)
+
+
+@pytest.mark.parametrize("mode", ["clean", "legacy_tensorflow"])
+def test_inception_features_of_grey_equal_those_of_the_same_in_colour(mode: str, sha256: str) -> None:
+    network = load_inception(mode, sha256)
+    grey = torch.randint(0, 256, (3, 1, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    features = network(grey)
+    assert features.shape == (3, 2048) and features.dtype == torch.float32
+    assert torch.equal(features, network(grey.repeat(1, 3, 1, 1)))
+    with pytest.raises(UserError, match="Found no classes"):
+        network.predict(features)
+
+
+def test_clean_features_are_those_of_cleanfid_on_png_files(sha256: str, tmp_path: Path) -> None:
+    from cleanfid.fid import get_files_features
+    from cleanfid.inception_torchscript import InceptionV3W
+
+    from afm_pipe.sampling import grid
+
+    images = torch.randint(0, 256, (4, 3, 20, 20), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    files = [str(tmp_path / f"{i}.png") for i in range(4)]
+    for file, image in zip(files, images, strict=True):
+        grid(image[None], columns=1, gap=0).save(file)
+    for mode in ("clean", "legacy_tensorflow"):
+        model = InceptionV3W(str(tmp_path), download=False, resize_inside=mode == "legacy_tensorflow")
+        expected = get_files_features(files, model, num_workers=0, device=torch.device("cpu"), mode=mode, verbose=False)
+        np.testing.assert_allclose(load_inception(mode, sha256)(images).numpy(), expected, atol=1e-5)
+
+
+def test_clean_and_legacy_features_differ(sha256: str) -> None:
+    images = torch.randint(0, 256, (2, 3, 20, 20), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    clean, legacy = (load_inception(mode, sha256)(images) for mode in ("clean", "legacy_tensorflow"))
+    assert (clean - legacy).abs().max() > 0.1
+
+
+def test_another_inception_file_is_refused_before_it_is_loaded(
+    sha256: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / INCEPTION_FILE
+    path.write_bytes(path.read_bytes()[:-100])
+    monkeypatch.setattr(torch.jit, "load", lambda *_: pytest.fail("it was loaded"))
+    with pytest.raises(UserError, match="Found .*inception.* with sha256 .*expected .*" + sha256) as error:
+        load_inception("clean", sha256)
+    assert str(path) in str(error.value) and "https://" in str(error.value)
+
+
+def test_missing_inception_file_says_where_it_belongs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AFM_WEIGHTS", str(tmp_path))
+    with pytest.raises(UserError) as error:
+        inception_path()
+    for part in (str(tmp_path / INCEPTION_FILE), "f58cb9b6", "https://", "AFM_WEIGHTS"):
+        assert part in str(error.value)
+    monkeypatch.delenv("AFM_WEIGHTS")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"Found no weights/{INCEPTION_FILE}"):
+        inception_path()
