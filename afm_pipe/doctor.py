@@ -1,6 +1,5 @@
 """Look at the machine before work is begun on it: what is there, what is missing, what to do about it."""
 
-import os
 import platform
 import shutil
 import sys
@@ -10,7 +9,7 @@ from typing import NamedTuple
 
 from afm_pipe import paths
 from afm_pipe.errors import UserError
-from afm_pipe.launch import load_launch
+from afm_pipe.launch import load_launch, machine_name
 from afm_pipe.params import Params
 from afm_pipe.params_file import load_params
 
@@ -61,10 +60,7 @@ def _device() -> Finding:
         device = load_launch().torch_device()
     except UserError as error:
         return Finding("device", str(error), False, "Set AFM_DEVICE to a device of this machine, or leave it out.")
-    if device.type == "cuda":
-        name, memory = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[1]
-        return Finding("device", f"{device}, {name}, {memory / 2**30:.0f} GiB")
-    return Finding("device", f"{device}, {torch.get_num_threads()} threads on {os.cpu_count()} cores")
+    return Finding("device", f"{device}, {machine_name(device)}, {torch.get_num_threads()} threads")
 
 
 def _data(params: Params) -> Finding:

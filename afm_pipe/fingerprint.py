@@ -16,6 +16,7 @@ TRAINING_SOURCES = (
     "data/order.py",
     "models/discriminator.py",
     "models/dit.py",
+    "models/flow.py",
     "models/generator.py",
     "models/sizes.py",
     "training",

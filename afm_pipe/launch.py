@@ -5,6 +5,7 @@ keys device and checkpoint_seconds, else from the defaults here.
 """
 
 import os
+import platform
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -65,3 +66,18 @@ def load_launch() -> Launch:
             f"Found launch setting {'.'.join(map(str, problem['loc']))} = {problem['input']!r}: {problem['msg']}. "
             f"Mend it in the environment (AFM_*) or in {LAUNCH_FILE}."
         ) from None
+
+
+def machine_name(device: "torch.device") -> str:
+    """Return what computes: the GPU's name, or the processor's and its number of cores."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass  # not Linux, or a processor without a name there
+    return f"{name}, {os.cpu_count()} cores"

@@ -161,7 +161,15 @@ class Phase(Section):
     until_epoch: Positive
     """An epoch is as many images, seen by G, as the data set holds."""
     lr: Positive | None = None
+    lr_discriminator: Positive | None = None
+    """D's, where it is not G's."""
     transport: Transport | None = None
+    gradient_clip: Positive | None = None
+    """Largest norm of G's and of D's gradient; longer ones are scaled down to it."""
+    reload_ema: Literal["never", "epoch"] = "never"
+    """epoch: G is replaced by its moving average at the start of the phase and after every epoch."""
+    reload_discriminator: Positive | None = None
+    """At the start of the phase D is put back to what it was at this epoch."""
 
     _number = field_validator("transport", mode="before")(lambda value: _constant_transport(value))
 
@@ -171,6 +179,14 @@ class Run(Section):
 
     seed: int
     size: Literal[tuple(SIZES)]  # type: ignore[valid-type]  # pydantic reads the names from the table
+    nfe: Annotated[int, Field(ge=1, le=1024)] | Literal["any"]
+    """Steps from noise to data that G is trained for; any: every pair of times."""
+    form: Literal["direct", "residual"]
+    """direct: G(x_s) = g(x_s); residual: G(x_s) = x_s - (s - t) g(x_s) (paper section 3)."""
+    repeats: Literal[1, 2, 4]
+    """How often G runs its blocks: XL/2 with 2 has 56 layers, with 4 it has 112. D runs its own once."""
+    qk_norm: bool
+    """RMS-normalise queries and keys in G and D; bf16 training needs it to be stable."""
     batch_size: Count
     """Images per update over all devices; G and D each draw as many."""
     lr: Positive
@@ -193,6 +209,12 @@ class Run(Section):
         ends = [phase.until_epoch for phase in self.phases]
         if any(later <= earlier for earlier, later in zip(ends, ends[1:], strict=False)):
             raise ValueError(f"expected until_epoch to rise from phase to phase, found {ends}")
+        for start, phase in zip((0.0, *ends), self.phases, strict=False):
+            if phase.reload_discriminator is not None and phase.reload_discriminator > start:
+                raise ValueError(
+                    f"expected reload_discriminator to name an epoch before the phase starts at {start:g}, "
+                    f"found {phase.reload_discriminator:g}"
+                )
         if round(self.batch_size * self.penalty.share) < 1:
             raise ValueError(
                 f"expected penalty.share to leave at least one of {self.batch_size} images, found {self.penalty.share}"

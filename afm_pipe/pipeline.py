@@ -3,7 +3,6 @@
 The scripts in stages/ (what DVC runs) and the commands of `afm-pipe` are two doors to these functions.
 """
 
-import platform
 import resource
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +11,14 @@ from afm_pipe import paths
 from afm_pipe.console import follow
 from afm_pipe.errors import UserError
 from afm_pipe.files import atomic_path, exclusive, read_json, sha256_file, write_json
-from afm_pipe.launch import Launch
+from afm_pipe.launch import Launch, machine_name
 from afm_pipe.params import Params
 
 if TYPE_CHECKING:
+    import torch
+
     from afm_pipe.data.latents import Latents
+    from afm_pipe.models.checkpoint_format import ModelConfig
     from afm_pipe.training.budget import Budget
     from afm_pipe.training.state import TrainingState
 
@@ -88,19 +90,19 @@ def train(params: Params, name: str, launch: Launch) -> None:
     run, device = _run(params, name), launch.torch_device()
     require_memory(run_budget(params, name), name, device)
     latents = _latents(params)
-    model_config = _model_config(params, name, len(latents.classes))
+    config = _model_config(params, name, len(latents.classes))
     identity = fingerprint(
-        {"run": run.model_dump(), "model": model_config}, {"latents": latents.fingerprint()}, TRAINING_SOURCES
+        {"run": run.model_dump(), "model": config.model_dump()}, {"latents": latents.fingerprint()}, TRAINING_SOURCES
     )
     with exclusive(paths.WORK / name):
         training = train_loop(
-            run, model_config, latents, paths.WORK / name / identity, identity, device, launch.checkpoint_seconds
+            run, config, latents, paths.WORK / name / identity, identity, device, launch.checkpoint_seconds
         )
         trained = follow(f"train {name}", training)
         for note in trained.notes:
             print(note)
-        config = {
-            "model": model_config,
+        description = {
+            "model": config.model_dump(),
             "name": name,
             "run": run.model_dump(),
             "classes": list(latents.classes),
@@ -109,9 +111,9 @@ def train(params: Params, name: str, launch: Launch) -> None:
             "updates": trained.state.update,
             "images_seen": trained.state.update * run.batch_size,
         }
-        _write_model(name, trained.state, config)
+        _write_model(name, trained.state, description)
         write_curves(paths.curves(name), trained.state.rows)
-        write_json(paths.costs(name), _cost(trained.state, run.batch_size, str(device)))
+        write_json(paths.costs(name), _cost(trained.state, run.batch_size, device))
 
 
 def sample(params: Params, name: str, launch: Launch) -> None:
@@ -143,7 +145,7 @@ def evaluate(params: Params, name: str, launch: Launch) -> None:
     generator, vae = load_generator(paths.model(name), device), load_autoencoder(paths.AUTOENCODER, device)
     provenance = {
         "run": name,
-        "nfe": 1,
+        "nfe": generator.nfe,
         "weights": "EMA",
         "images_seen": read_json(paths.model(name) / "config.json")["images_seen"],
         "generator_sha256": sha256_file(paths.model(name) / "generator.safetensors"),
@@ -224,30 +226,36 @@ def _latents(params: Params) -> "Latents":
     return Latents.open(paths.LATENTS, params, sha256_file(paths.AUTOENCODER_WEIGHTS))
 
 
-def _model_config(params: Params, name: str, num_classes: int) -> dict[str, Any]:
-    channels, latent_size, _ = params.latent_shape
-    return {
-        "size": params.runs[name].size,
-        "channels": channels,
-        "latent_size": latent_size,
-        "num_classes": num_classes,
-    }
+def _model_config(params: Params, name: str, num_classes: int) -> "ModelConfig":
+    from afm_pipe.models.checkpoint_format import ModelConfig
+
+    run, (channels, latent_size, _) = params.runs[name], params.latent_shape
+    return ModelConfig(
+        size=run.size,
+        channels=channels,
+        latent_size=latent_size,
+        num_classes=num_classes,
+        nfe=run.nfe,
+        form=run.form,
+        repeats=run.repeats,
+        qk_norm=run.qk_norm,
+    )
 
 
-def _write_model(name: str, state: "TrainingState", config: dict[str, Any]) -> None:
+def _write_model(name: str, state: "TrainingState", description: dict[str, Any]) -> None:
     from afm_pipe.models.checkpoint_format import save_model
 
     with atomic_path(paths.model(name)) as folder:
-        save_model(folder, state.ema, state.discriminator, config)
+        save_model(folder, state.ema, state.discriminator, description)
 
 
-def _cost(state: "TrainingState", batch_size: int, device: str) -> dict[str, Any]:
+def _cost(state: "TrainingState", batch_size: int, device: "torch.device") -> dict[str, Any]:
     import torch
 
     seconds = state.seconds["training"]
     return {
-        "machine": platform.processor() or platform.machine(),
-        "device": device,
+        "machine": machine_name(device),
+        "device": str(device),
         "threads": torch.get_num_threads(),
         "seconds": round(seconds, 1),
         "updates": state.update,

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from afm_pipe.errors import UserError
 from afm_pipe.models.autoencoder import decode
+from afm_pipe.models.flow import Flow
 from afm_pipe.params import Params
 
 UINT8_RULE = "round"  # as DiT and SiT do; the paper's released code truncates
@@ -37,7 +38,7 @@ def labels_for(indices: Sequence[int], num_classes: int) -> Tensor:
 
 
 def generate_latents(
-    generator: nn.Module,
+    generator: Flow,
     seed: int,
     indices: Sequence[int],
     labels: Tensor,
@@ -57,7 +58,7 @@ def generate_latents(
 
 
 def generate_images(
-    generator: nn.Module,
+    generator: Flow,
     vae: Any,
     seed: int,
     indices: Sequence[int],
@@ -79,7 +80,7 @@ def generate_images(
 
 
 def stream_images(
-    generator: nn.Module,
+    generator: Flow,
     vae: Any,
     params: Params,
     seed: int,
@@ -119,7 +120,7 @@ def grid(images: Tensor | np.ndarray, columns: int, gap: int = 2) -> Image.Image
 
 @torch.inference_mode()
 def _latent_batch(
-    generator: nn.Module,
+    generator: Flow,
     seed: int,
     indices: Sequence[int],
     labels: Tensor,
@@ -135,7 +136,7 @@ def _latent_batch(
     z[slots] = noise(seed, asked, latent_shape)
     classes = torch.zeros(micro_batch, dtype=torch.int64)
     classes[slots] = labels[wanted]
-    latents = _integrate(generator, z.to(device), classes.to(device))
+    latents = generator.sample(z.to(device), classes.to(device)).float()
     finite = latents[slots].flatten(1).isfinite().all(dim=1)
     if not finite.all():
         bad = asked[int(finite.int().argmin())]
@@ -152,11 +153,6 @@ def _decode(vae: Any, latents: Tensor) -> Tensor:
     if not images.isfinite().all():
         raise UserError("Found decoded images that are not finite, expected numbers: train the autoencoder again.")
     return images
-
-
-def _integrate(generator: nn.Module, z: Tensor, labels: Tensor) -> Tensor:
-    """Take noise to data: one step of the direct form (paper section 1), where the generator's output is the sample."""
-    return generator(z, labels).float()
 
 
 def _micro_batches(indices: Sequence[int], size: int) -> Iterator[tuple[list[int], list[int]]]:

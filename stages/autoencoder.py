@@ -1,7 +1,7 @@
 """Train a small KL autoencoder on the images, or fetch the pretrained one, into models/autoencoder.
 
-    python stages/autoencoder.py
-    dvc repro autoencoder
+python stages/autoencoder.py
+dvc repro autoencoder
 """
 
 import typer

@@ -1,7 +1,7 @@
 """Measure the samples of a run into metrics/RUN.json.
 
-    python stages/evaluate.py t4
-    dvc repro evaluate@t4
+python stages/evaluate.py t4
+dvc repro evaluate@t4
 """
 
 import typer

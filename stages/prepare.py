@@ -1,7 +1,7 @@
 """Check, count and hash the images, and write data/manifest.json.
 
-    python stages/prepare.py
-    dvc repro prepare
+python stages/prepare.py
+dvc repro prepare
 """
 
 import typer

@@ -1,7 +1,7 @@
 """Measure the real images into reference/: what samples are held against.
 
-    python stages/reference.py
-    dvc repro reference
+python stages/reference.py
+dvc repro reference
 """
 
 import typer

@@ -1,7 +1,7 @@
 """Write the page and the tables into reports/.
 
-    python stages/report.py
-    dvc repro report
+python stages/report.py
+dvc repro report
 """
 
 import typer

@@ -1,7 +1,7 @@
 """Draw the sample grid of a run into samples/RUN.
 
-    python stages/sample.py t4
-    dvc repro sample@t4
+python stages/sample.py t4
+dvc repro sample@t4
 """
 
 import typer

@@ -39,7 +39,7 @@ class Painter(nn.Module):
         self.prototypes = 2 * torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0))
         self.spread, self.shift = spread, shift
 
-    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+    def sample(self, x: Tensor, labels: Tensor) -> Tensor:
         return self.prototypes[(labels + self.shift) % 3] + self.spread * x
 
 

@@ -8,6 +8,7 @@ import torch
 
 from afm_pipe.errors import UserError
 from afm_pipe.models.checkpoint_format import (
+    ModelConfig,
     build_discriminator,
     build_generator,
     count_parameters,
@@ -21,7 +22,7 @@ from afm_pipe.models.sizes import ModelSize
 
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = ModelSize(depth=2, width=32, heads=4, patch=2)
-TINY_CONFIG = {"size": "t4", "channels": 4, "latent_size": 8, "num_classes": 10}
+TINY = ModelConfig(size="t4", channels=4, latent_size=8, num_classes=10)
 
 NETWORKS = {
     "generator_1nfe": lambda: Generator(SMALL, 4, 8, 10),
@@ -59,28 +60,39 @@ def test_state_dict_has_the_released_names_and_position_embedding(name: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("size", "generator_m", "discriminator_m"),
-    [("b2", 130, 129), ("m2", 306, 304), ("l2", 457, 455), ("xl2", 673, 671)],
+    ("size", "nfe", "repeats", "generator_m", "discriminator_m"),
+    [
+        ("b2", 1, 1, 130, 129),
+        ("m2", 1, 1, 306, 304),
+        ("l2", 1, 1, 457, 455),
+        ("xl2", 1, 1, 673, 671),
+        ("xl2", 2, 1, 675, 672),
+        ("xl2", 4, 1, 675, 672),
+        ("xl2", 1, 2, 675, 671),
+        ("xl2", 1, 4, 675, 671),
+    ],
 )
-def test_parameter_counts_are_the_papers(size: str, generator_m: int, discriminator_m: int) -> None:
-    config = {"size": size, "channels": 4, "latent_size": 32, "num_classes": 1000}
+def test_parameter_counts_are_the_papers(
+    size: str, nfe: int, repeats: int, generator_m: int, discriminator_m: int
+) -> None:
+    config = ModelConfig(size=size, channels=4, latent_size=32, num_classes=1000, nfe=nfe, repeats=repeats)
     with torch.device("meta"):
         counts = count_parameters(build_generator(config)), count_parameters(build_discriminator(config))
-    assert tuple(round(count / 1e6) for count in counts) == pytest.approx((generator_m, discriminator_m), abs=1)
+    assert tuple(round(count / 1e6) for count in counts) == (generator_m, discriminator_m)
 
 
 def test_model_folder_gives_back_the_same_generator(tmp_path: Path) -> None:
-    generator, discriminator = build_generator(TINY_CONFIG), build_discriminator(TINY_CONFIG)
+    generator, discriminator = build_generator(TINY), build_discriminator(TINY)
     torch.nn.init.normal_(generator.final_layer.linear.weight)
-    save_model(tmp_path / "m", generator, discriminator, {"model": TINY_CONFIG})
+    save_model(tmp_path / "m", generator, discriminator, {"model": TINY.model_dump()})
     z, labels = torch.randn(3, 4, 8, 8), torch.tensor([0, 3, 9])
     with torch.no_grad():
         assert torch.equal(load_generator(tmp_path / "m", torch.device("cpu"))(z, labels), generator(z, labels))
 
 
 def test_weights_of_another_shape_are_refused_by_name(tmp_path: Path) -> None:
-    generator, discriminator = build_generator(TINY_CONFIG), build_discriminator(TINY_CONFIG)
-    save_model(tmp_path / "m", generator, discriminator, {"model": TINY_CONFIG | {"num_classes": 7}})
+    generator, discriminator = build_generator(TINY), build_discriminator(TINY)
+    save_model(tmp_path / "m", generator, discriminator, {"model": TINY.model_dump() | {"num_classes": 7}})
     with pytest.raises(UserError, match=r"y_embedder.embedding_table.weight of shape \(10, 128\), expected \(7, 128\)"):
         load_generator(tmp_path / "m", torch.device("cpu"))
     tensors = generator.state_dict()
@@ -91,7 +103,7 @@ def test_weights_of_another_shape_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_damaged_weights_are_refused(tmp_path: Path) -> None:
-    save_model(tmp_path / "m", build_generator(TINY_CONFIG), build_discriminator(TINY_CONFIG), {"model": TINY_CONFIG})
+    save_model(tmp_path / "m", build_generator(TINY), build_discriminator(TINY), {"model": TINY.model_dump()})
     weights = tmp_path / "m" / "generator.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="missing or damaged"):

@@ -117,4 +117,3 @@ def test_the_schema_lets_a_run_leave_out_what_it_inherits() -> None:
     definitions = json.loads(json_schema())["$defs"]
     assert "required" not in definitions["RunOverrides"]
     assert "lr" in definitions["Run"]["required"]
-

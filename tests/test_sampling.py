@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from afm_pipe.errors import UserError
+from afm_pipe.models.flow import Flow
 from afm_pipe.models.generator import Generator
 from afm_pipe.models.sizes import ModelSize
 from afm_pipe.sampling import generate_images, generate_latents, grid, labels_for, noise, to_uint8
@@ -27,7 +28,7 @@ def generator() -> nn.Module:
     with torch.no_grad():  # it starts as zero: give every weight something to say
         for weight in model.parameters():
             weight.normal_(std=0.1)
-    return model.eval()
+    return Flow(model.eval(), "direct", nfe=1)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def test_a_sample_always_sits_in_the_same_place_of_a_batch_of_the_same_size() ->
     class Placed(nn.Module):
         """Exaggerates what rounding may do: its output depends on the place in the batch and the batch's size."""
 
-        def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        def sample(self, x: Tensor, labels: Tensor) -> Tensor:
             return x + torch.arange(len(x)).view(-1, 1, 1, 1) + 100 * len(x)
 
     def latents(indices: list[int]) -> Tensor:
@@ -129,7 +130,7 @@ def test_no_samples_are_no_images(generator: nn.Module) -> None:
 
 def test_latents_that_are_not_finite_are_refused_by_index(vae: Any) -> None:
     class Diverged(nn.Module):
-        def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        def sample(self, x: Tensor, labels: Tensor) -> Tensor:
             return torch.where(labels.view(-1, 1, 1, 1) == 3, torch.nan, x)
 
     with pytest.raises(UserError, match="sample 8, seed 3"):

@@ -1,11 +1,14 @@
 """The losses and one whole D and G step, against closed forms and the released implementation's gradients."""
 
-
 import numpy as np
 import pytest
 import torch
 
+from afm_pipe.models.discriminator import Discriminator
+from afm_pipe.models.flow import Flow
+from afm_pipe.models.generator import Generator
 from afm_pipe.params import Run
+from afm_pipe.training.batches import draw_times, interpolate
 from afm_pipe.training.gradient_norm import GradientNormalizer
 from afm_pipe.training.losses import (
     Logits,
@@ -27,8 +30,8 @@ def run(smoke_run: Run) -> Run:
     return smoke_run.model_copy(update={"penalty": penalty, "centring": LAMBDA_CP})
 
 
-def networks(vectors: dict[str, torch.Tensor], dtype: torch.dtype) -> tuple[torch.nn.Module, torch.nn.Module]:
-    pair = NETWORKS["generator_1nfe"](), NETWORKS["discriminator_1nfe"]()
+def networks(vectors: dict[str, torch.Tensor], kind: str, dtype: torch.dtype) -> tuple[Generator, Discriminator]:
+    pair = NETWORKS[f"generator_{kind}"](), NETWORKS[f"discriminator_{kind}"]()
     for network, prefix in zip(pair, ("weights_gen/", "weights_dis/"), strict=True):
         weights = {key.removeprefix(prefix): value for key, value in vectors.items() if key.startswith(prefix)}
         network.load_state_dict(weights)
@@ -40,20 +43,26 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
+@pytest.mark.parametrize("nfe", [1, 2])
 @pytest.mark.parametrize(
     ("dtype", "tolerance", "penalty_tolerance", "gradient_tolerance"),
     [(torch.float64, 1e-9, 1e-9, 1e-9), (torch.float32, 1e-5, 5e-4, 2e-4)],
 )
 def test_one_step_equals_the_released_implementation(
-    run: Run, dtype: torch.dtype, tolerance: float, penalty_tolerance: float, gradient_tolerance: float
+    run: Run, nfe: int, dtype: torch.dtype, tolerance: float, penalty_tolerance: float, gradient_tolerance: float
 ) -> None:
-    vectors = golden("step_1nfe")
-    generator, discriminator = networks(vectors, dtype)
-    latents, noise = vectors["in/latents"].to(dtype), vectors["in/noises_src"].to(dtype)
-    batch = Batch(latents, vectors["in/labels"], noise)
+    vectors = golden(f"step_{nfe}nfe")
+    generator, discriminator = networks(vectors, "1nfe" if nfe == 1 else "multistep", dtype)
+    flow = Flow(generator, "direct" if nfe == 1 else "residual", nfe)
+    latents, noise, labels = vectors["in/latents"].to(dtype), vectors["in/noises_src"].to(dtype), vectors["in/labels"]
+    batch = Batch(latents, noise, labels)
+    if nfe == 2:
+        s, t = vectors["in/timesteps_src"].to(dtype), vectors["in/timesteps_tgt"].to(dtype)
+        target_noise = vectors["in/noises_tgt"].to(dtype)
+        batch = Batch(interpolate(latents, target_noise, t), interpolate(latents, noise, s), labels, s, t)
     directions = PenaltyNoise(vectors["in/noises_r1"][:2].to(dtype), vectors["in/noises_r2"][:2].to(dtype))
 
-    d_step = discriminator_step(generator, discriminator, batch, directions, run)
+    d_step = discriminator_step(flow, discriminator, batch, directions, run)
     assert distance(d_step.total, vectors["dis/loss/total"]) < penalty_tolerance
     assert distance(d_step.terms.adversarial, vectors["dis/loss/dis"]) < tolerance
     assert distance(LAMBDA_GP * d_step.terms.r1, vectors["dis/loss/r1"]) < penalty_tolerance
@@ -68,7 +77,7 @@ def test_one_step_equals_the_released_implementation(
 
     normalizer = GradientNormalizer(0.9, dtype=dtype)
     discriminator.requires_grad_(False)
-    g_step = generator_step(generator, discriminator, batch, run, LAMBDA_OT, normalizer)
+    g_step = generator_step(flow, discriminator, batch, LAMBDA_OT, normalizer)
     assert distance(g_step.total, vectors["gen/loss/total"]) < tolerance
     assert distance(g_step.terms.adversarial, vectors["gen/loss/gen"]) < tolerance
     assert distance(LAMBDA_OT * g_step.terms.transport, vectors["gen/loss/ot"]) < tolerance
@@ -133,3 +142,13 @@ def test_transport_cost_is_per_element_and_divided_by_the_step() -> None:
     weighting = step_weighting(torch.tensor([1.0, 0.5]), torch.tensor([0.5, 0.5]))
     assert weighting.tolist() == pytest.approx([0.5, 0.001])
     assert transport_cost(output, source, weighting).item() == pytest.approx((1 / 0.5 + 9 / 0.001) / 2)
+
+
+def test_fixed_times_are_neighbours_on_the_grid_and_any_times_are_ordered() -> None:
+    s, t = draw_times(4, 1000, torch.Generator().manual_seed(0))
+    assert set(s.tolist()) == {0.25, 0.5, 0.75, 1.0}
+    assert torch.equal(s - t, torch.full((1000,), 0.25))
+    s, t = draw_times("any", 1000, torch.Generator().manual_seed(0))
+    assert ((t >= 0) & (t <= s) & (s <= 1)).all()
+    assert s.mean().item() == pytest.approx(0.5, abs=0.05)
+    assert t.mean().item() == pytest.approx(0.25, abs=0.05)

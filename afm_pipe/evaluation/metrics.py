@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from afm_pipe.console import Tick
 from afm_pipe.errors import UserError
@@ -19,6 +19,7 @@ from afm_pipe.evaluation.measures import sample_suffix, within_class_variance
 from afm_pipe.evaluation.nearest import Neighbours, Thumbnails, thumbnail
 from afm_pipe.evaluation.reference import SUMMARY, THUMBNAILS, FeatureStream, Reference
 from afm_pipe.files import read_json
+from afm_pipe.models.flow import Flow
 from afm_pipe.params import Params
 from afm_pipe.sampling import UINT8_RULE, grid, labels_for, stream_images
 
@@ -28,7 +29,7 @@ CPU = torch.device("cpu")
 
 def evaluate_run(
     params: Params,
-    generator: nn.Module,
+    generator: Flow,
     vae: Any,
     reference_dir: Path,
     provenance: dict[str, Any],

@@ -5,9 +5,10 @@ The folder is all that anything that samples needs. Weights carry the released k
 
 import errno
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -15,18 +16,46 @@ from torch import Tensor, nn
 from afm_pipe.errors import UserError
 from afm_pipe.files import read_json, write_json
 from afm_pipe.models.discriminator import Discriminator
-from afm_pipe.models.generator import Generator
+from afm_pipe.models.flow import Flow
+from afm_pipe.models.generator import Generator, Times
 from afm_pipe.models.sizes import SIZES
 
 
-def build_generator(config: dict[str, Any]) -> Generator:
+class ModelConfig(BaseModel):
+    """What a model is, as config.json says under "model": its shape, its form, and the steps it was trained for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    size: str
+    channels: int
+    latent_size: int
+    num_classes: int
+    nfe: int | Literal["any"] = 1
+    form: Literal["direct", "residual"] = "direct"
+    repeats: int = 1
+    qk_norm: bool = False
+
+    @property
+    def times(self) -> Times:
+        """Which times the generator is told."""
+        return "none" if self.nfe == 1 else "both" if self.nfe == "any" else "source"
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a latent."""
+        return self.channels, self.latent_size, self.latent_size
+
+
+def build_generator(config: ModelConfig) -> Generator:
     """Build the generator a config describes, with fresh weights on the current default device."""
-    return Generator(SIZES[config["size"]], config["channels"], config["latent_size"], config["num_classes"])
+    shape = SIZES[config.size], config.channels, config.latent_size, config.num_classes
+    return Generator(*shape, times=config.times, repeats=config.repeats, qk_norm=config.qk_norm)
 
 
-def build_discriminator(config: dict[str, Any]) -> Discriminator:
-    """Build the discriminator a config describes, with fresh weights on the current default device."""
-    return Discriminator(SIZES[config["size"]], config["channels"], config["latent_size"], config["num_classes"])
+def build_discriminator(config: ModelConfig) -> Discriminator:
+    """Build the discriminator a config describes; it is told the target time when there are several steps."""
+    shape = SIZES[config.size], config.channels, config.latent_size, config.num_classes
+    return Discriminator(*shape, timed=config.nfe != 1, qk_norm=config.qk_norm)
 
 
 def save_model(folder: Path, generator: nn.Module, discriminator: nn.Module, config: dict[str, Any]) -> None:
@@ -41,12 +70,24 @@ def save_model(folder: Path, generator: nn.Module, discriminator: nn.Module, con
     write_json(folder / "config.json", config | counts)
 
 
-def load_generator(folder: Path, device: torch.device) -> Generator:
+def load_generator(folder: Path, device: torch.device) -> Flow:
     """Load the generator of a model folder, in evaluation mode. Raises UserError naming what does not fit."""
-    config = read_json(folder / "config.json")
-    generator = build_generator(config["model"])
+    config = load_config(folder)
+    generator = build_generator(config)
     load_exactly(generator, load_tensors(folder / "generator.safetensors"), folder / "generator.safetensors")
-    return generator.to(device).eval().requires_grad_(False)
+    return Flow(generator.to(device).eval().requires_grad_(False), config.form, config.nfe)
+
+
+def load_config(folder: Path) -> ModelConfig:
+    """Read what a model folder says the model is. Raises UserError when it says nothing sensible."""
+    config = read_json(folder / "config.json")
+    try:
+        model = ModelConfig.model_validate(config["model"])
+        if model.size not in SIZES:
+            raise ValueError(f"unknown size {model.size}")
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"Found {folder / 'config.json'} that describes no model ({error}): train it again.") from None
+    return model
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -84,5 +125,5 @@ def load_exactly(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> N
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Return the number of learned parameters."""
-    return sum(parameter.numel() for parameter in module.parameters())
+    """Return the number of parameters as the paper counts them: the fixed position embedding is one."""
+    return sum(tensor.numel() for tensor in module.state_dict().values())

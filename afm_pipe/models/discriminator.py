@@ -13,8 +13,16 @@ class Discriminator(DiT):
     `timed`: it is told the target time (several steps).
     """
 
-    def __init__(self, size: ModelSize, channels: int, latent_size: int, num_classes: int, timed: bool = False) -> None:
-        super().__init__(size, channels, latent_size)
+    def __init__(
+        self,
+        size: ModelSize,
+        channels: int,
+        latent_size: int,
+        num_classes: int,
+        timed: bool = False,
+        qk_norm: bool = False,
+    ) -> None:
+        super().__init__(size, channels, latent_size, qk_norm)
         self.y_embedder = LabelEmbedder(num_classes, size.width)
         if timed:
             self.t_embedder = TimestepEmbedder(size.width)

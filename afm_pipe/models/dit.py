@@ -64,18 +64,24 @@ class LabelEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention."""
+    """Multi-head self-attention, with RMS-normalised queries and keys if asked."""
 
-    def __init__(self, size: ModelSize) -> None:
+    def __init__(self, size: ModelSize, qk_norm: bool) -> None:
         super().__init__()
         self.heads = size.heads
         self.qkv = linear(size.width, 3 * size.width)
         self.proj = linear(size.width, size.width)
+        if qk_norm:
+            self.q_norm = nn.RMSNorm(size.width // size.heads, eps=1e-6)
+            self.k_norm = nn.RMSNorm(size.width // size.heads, eps=1e-6)
+        self.qk_norm = qk_norm
 
     def forward(self, x: Tensor) -> Tensor:  # (N, T, D) -> (N, T, D)
         n, tokens, width = x.shape
         qkv = self.qkv(x).view(n, tokens, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, h, T, D/h)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, width))
 
 
@@ -94,9 +100,9 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-LN transformer block; the condition scales, shifts and gates it (adaLN-zero), so it starts as identity."""
 
-    def __init__(self, size: ModelSize) -> None:
+    def __init__(self, size: ModelSize, qk_norm: bool) -> None:
         super().__init__()
-        self.attn = Attention(size)
+        self.attn = Attention(size, qk_norm)
         self.mlp = Mlp(size.width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), linear(size.width, 6 * size.width, std=0))
 
@@ -112,12 +118,12 @@ class DiT(nn.Module):
 
     pos_embed: Tensor
 
-    def __init__(self, size: ModelSize, channels: int, latent_size: int) -> None:
+    def __init__(self, size: ModelSize, channels: int, latent_size: int, qk_norm: bool = False) -> None:
         super().__init__()
         self.size, self.channels, self.latent_size = size, channels, latent_size
         self.x_embedder = PatchEmbed(channels, size)
         self.register_buffer("pos_embed", sincos_positions(size.width, latent_size // size.patch))
-        self.blocks = nn.ModuleList(Block(size) for _ in range(size.depth))
+        self.blocks = nn.ModuleList(Block(size, qk_norm) for _ in range(size.depth))
 
     def embed(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, T, D)
         return self.x_embedder(x) + self.pos_embed

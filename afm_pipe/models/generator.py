@@ -40,8 +40,9 @@ class Generator(DiT):
         num_classes: int,
         times: Times = "none",
         repeats: int = 1,
+        qk_norm: bool = False,
     ) -> None:
-        super().__init__(size, channels, latent_size)
+        super().__init__(size, channels, latent_size, qk_norm)
         self.times, self.repeats = times, repeats
         self.y_embedder = LabelEmbedder(num_classes, size.width)
         if times != "none" or repeats > 1:

@@ -1,13 +1,14 @@
 """What a run will need before anything is allocated: parameters, updates, memory."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import psutil
 import torch
 
 from afm_pipe.errors import UserError
-from afm_pipe.models.checkpoint_format import build_discriminator, build_generator, count_parameters
+from afm_pipe.models.checkpoint_format import ModelConfig, build_discriminator, build_generator, count_parameters
+from afm_pipe.models.flow import Flow
 from afm_pipe.params import Run
 from afm_pipe.training.step import Batch, PenaltyNoise, discriminator_step
 
@@ -32,13 +33,14 @@ class Budget(NamedTuple):
         return self.state_bytes + self.activation_bytes + RUNTIME
 
 
-def budget(run: Run, model_config: dict[str, Any]) -> Budget:
+def budget(run: Run, config: ModelConfig) -> Budget:
     """Count a run's needs on the meta device: exact shapes, nothing allocated."""
     with torch.device("meta"):
-        generator, discriminator = build_generator(model_config), build_discriminator(model_config)
-        shape = (model_config["channels"], model_config["latent_size"], model_config["latent_size"])
+        generator, discriminator = build_generator(config), build_discriminator(config)
+        shape = config.latent_shape
         n, penalised = run.batch_size, round(run.batch_size * run.penalty.share)
-        batch = Batch(torch.empty(n, *shape), torch.zeros(n, dtype=torch.int64), torch.empty(n, *shape))
+        times = (None, None) if config.nfe == 1 else (torch.empty(n), torch.empty(n))
+        batch = Batch(torch.empty(n, *shape), torch.empty(n, *shape), torch.zeros(n, dtype=torch.int64), *times)
         noise = PenaltyNoise(torch.empty(penalised, *shape), torch.empty(penalised, *shape))
         kept: dict[int, int] = {}
 
@@ -48,7 +50,7 @@ def budget(run: Run, model_config: dict[str, Any]) -> Budget:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            discriminator_step(generator, discriminator, batch, noise, run)
+            discriminator_step(Flow(generator, config.form, config.nfe), discriminator, batch, noise, run)
     g, d = count_parameters(generator), count_parameters(discriminator)
     return Budget(
         generator_parameters=g,

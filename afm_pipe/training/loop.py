@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from torch import Tensor
 from afm_pipe.console import Tick
 from afm_pipe.data.latents import Latents
 from afm_pipe.errors import UserError
+from afm_pipe.models.checkpoint_format import ModelConfig
+from afm_pipe.models.flow import Flow
 from afm_pipe.params import Run
 from afm_pipe.training.batches import Batches
 from afm_pipe.training.curves import CLOCK, MEANS, append_curve, write_curves
@@ -31,7 +33,7 @@ class Trained(NamedTuple):
 
 def train(
     run: Run,
-    model_config: dict[str, Any],
+    config: ModelConfig,
     latents: Latents,
     work_dir: Path,
     fingerprint: str,
@@ -44,10 +46,12 @@ def train(
     """
     total = num_updates(run, latents.num_images)
     row_every = max(10, total // ROWS)
-    state = TrainingState.fresh(model_config, run, device)
+    state = TrainingState.fresh(config, run, device)
     notes = load_latest(work_dir / "checkpoints", state, fingerprint)
     write_curves(work_dir / "curves.csv", state.rows)
     batches = Batches(latents, run, device)
+    flow = Flow(state.generator, config.form, config.nfe)
+    normalizer = state.normalizer if run.gradient_normalization.enabled else None
     sums = torch.zeros(len(MEANS), device=device)
     saved = lapped = time.monotonic()
 
@@ -60,13 +64,12 @@ def train(
         state.seconds["data_wait"] += time.monotonic() - waited
 
         setting = setting_at(run, state.update, latents.num_images)
-        d_step = discriminator_step(state.generator, state.discriminator, d_batch, noise, run)
-        d_norm = _apply(state, "discriminator", d_step.total, setting.lr)
+        d_step = discriminator_step(flow, state.discriminator, d_batch, noise, run)
+        d_norm = _apply(state, "discriminator", d_step.total, setting.lr_discriminator, setting.gradient_clip)
         state.discriminator.requires_grad_(False)
-        normalizer = state.normalizer if run.gradient_normalization.enabled else None
-        g_step = generator_step(state.generator, state.discriminator, g_batch, run, setting.transport, normalizer)
+        g_step = generator_step(flow, state.discriminator, g_batch, setting.transport, normalizer)
         state.discriminator.requires_grad_(True)
-        g_norm = _apply(state, "generator", g_step.total, setting.lr)
+        g_norm = _apply(state, "generator", g_step.total, setting.lr, setting.gradient_clip)
         _update_ema(state, ema_decay_at(run.ema, state.update))
         sums += _figures(d_step, d_norm, g_step, g_norm)
         state.update += 1
@@ -92,8 +95,8 @@ def train(
     return Trained(state, notes)
 
 
-def _apply(state: TrainingState, which: str, total: Tensor, lr: float) -> Tensor:
-    """Step one optimizer with the gradients at hand and clear them; return the gradients' norm."""
+def _apply(state: TrainingState, which: str, total: Tensor, lr: float, clip: float | None) -> Tensor:
+    """Step one optimizer with the gradients at hand and clear them; return the gradients' norm before any clipping."""
     if not math.isfinite(total.item()):
         raise UserError(
             f"Found a {which} loss of {total.item()} at update {state.update}, expected a finite one: the weights "
@@ -102,6 +105,8 @@ def _apply(state: TrainingState, which: str, total: Tensor, lr: float) -> Tensor
     module: torch.nn.Module = getattr(state, which)
     optimizer: torch.optim.AdamW = getattr(state, f"optimizer_{which}")
     norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None], foreach=True)
+    if clip is not None:
+        torch.nn.utils.clip_grads_with_norm_(module.parameters(), clip, norm, foreach=True)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()

@@ -11,7 +11,9 @@ class Setting(NamedTuple):
 
     phase: int
     lr: float
+    lr_discriminator: float
     transport: float
+    gradient_clip: float | None
 
 
 def num_updates(run: Run, num_images: int) -> int:
@@ -26,7 +28,14 @@ def setting_at(run: Run, update: int, num_images: int) -> Setting:
     phase = run.phases[index]
     transport = phase.transport or run.transport
     decay_updates = round(transport.decay_epochs * num_images / run.batch_size)
-    return Setting(index, phase.lr or run.lr, cosine(transport.start, transport.end, update, decay_updates))
+    lr = phase.lr or run.lr
+    return Setting(
+        phase=index,
+        lr=lr,
+        lr_discriminator=phase.lr_discriminator or lr,
+        transport=cosine(transport.start, transport.end, update, decay_updates),
+        gradient_clip=phase.gradient_clip,
+    )
 
 
 def cosine(start: float, end: float, update: int, updates: int) -> float:

@@ -8,7 +8,6 @@ import copy
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +15,15 @@ from torch import Tensor, nn
 from afm_pipe.errors import UserError
 from afm_pipe.files import atomic_path, read_json, sha256_file, write_json
 from afm_pipe.models.checkpoint_format import (
+    ModelConfig,
     build_discriminator,
     build_generator,
     load_exactly,
     load_tensors,
     save_tensors,
 )
+from afm_pipe.models.discriminator import Discriminator
+from afm_pipe.models.generator import Generator
 from afm_pipe.params import Run
 from afm_pipe.training.curves import Row, read_curves, write_curves
 from afm_pipe.training.gradient_norm import GradientNormalizer
@@ -35,9 +37,9 @@ PARTS = ("generator", "discriminator", "ema", "optimizer_generator", "optimizer_
 class TrainingState:
     """Networks, optimizers, moving averages and the clock (in updates) of a run."""
 
-    generator: nn.Module
-    discriminator: nn.Module
-    ema: nn.Module
+    generator: Generator
+    discriminator: Discriminator
+    ema: Generator
     optimizer_generator: torch.optim.AdamW
     optimizer_discriminator: torch.optim.AdamW
     normalizer: GradientNormalizer
@@ -46,11 +48,11 @@ class TrainingState:
     rows: list[Row] = field(default_factory=list)  # of the training curves so far
 
     @classmethod
-    def fresh(cls, model_config: dict[str, Any], run: Run, device: torch.device) -> "TrainingState":
+    def fresh(cls, config: ModelConfig, run: Run, device: torch.device) -> "TrainingState":
         """Return the state before the first update; initial weights depend on run.seed alone."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
-            generator, discriminator = build_generator(model_config), build_discriminator(model_config)
+            generator, discriminator = build_generator(config), build_discriminator(config)
         generator, discriminator = generator.to(device), discriminator.to(device)
         return cls(
             generator,

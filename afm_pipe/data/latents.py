@@ -1,0 +1,191 @@
+"""The latents file: moments of every image's latent in one HDF5 file, read through a memory map.
+
+    moments  (N, M, 2c, h, w) float16, contiguous and uncompressed: mean and standard deviation, before scaling
+    labels   (N,) int64
+    classes  (K,) class names
+    done     (N,) bool, which images are encoded: all of them in a whole file
+    attributes: the provenance, each a string
+
+Written by `afm_pipe.data.encoding`. Contiguous, since random rows of a chunked layout read a hundred times slower.
+
+Legend: N images, M mirrors (2 when mirrored ones are encoded too), K classes, B images of a batch, c, h, w of latents.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from afm_pipe.errors import UserError
+from afm_pipe.params import Params
+
+FORMAT_VERSION = "1"
+MOMENTS, LABELS, CLASSES, DONE = "moments", "labels", "classes", "done"
+REMEDY = "run `dvc repro encode` to make it again"
+
+
+@dataclass(frozen=True, eq=False)
+class Latents:
+    """A whole latents file. Handed to another process (forked or pickled) it maps the file there anew."""
+
+    path: Path
+    labels: NDArray[np.int64]  # (N,)
+    classes: tuple[str, ...]
+    provenance: dict[str, str]
+    num_mirrors: int
+    latent_shape: tuple[int, int, int]
+    _offset: int
+    """Of the first moment in the file, in bytes."""
+
+    @classmethod
+    def open(cls, path: Path, params: Params | None = None, vae_sha256: str | None = None) -> "Latents":
+        """Open a latents file and check it whole, against params and the autoencoder's weights where given.
+
+        Raises UserError when it is missing, cut short, not such a file, partial, of another autoencoder, or made
+        with other settings than params say; the message says which.
+        """
+        if not path.is_file():
+            raise UserError(f"Found no {path}, expected the latents of the images: {REMEDY}.")
+        try:
+            with h5py.File(path, "r", locking=False) as file:  # locks fail on NFS and Lustre
+                latents = _read(cls, path, file)
+        except UserError:
+            raise
+        except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"Found {path} cut short, or not a latents file ({error}): {REMEDY}.") from None
+        if params is not None:
+            latents._check(params)
+        found = latents.provenance["vae_sha256"]
+        if vae_sha256 is not None and found != vae_sha256:
+            raise UserError(
+                f"Found {path} made with the autoencoder of sha256 {found}, expected the one of {vae_sha256}: {REMEDY}."
+            )
+        return latents
+
+    @property
+    def num_images(self) -> int:
+        """N."""
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.classes)
+
+    @property
+    def scaling_factor(self) -> float:
+        """Factor that brings sampled latents to about unit variance."""
+        return float(self.provenance["scaling_factor"])
+
+    def moments(self, indices: Any, mirrors: Any) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation, (B, c, h, w) float32 each, of images `indices` in `mirrors` (B,) int."""
+        rows = np.asarray(indices) * self.num_mirrors + np.asarray(mirrors)
+        taken = torch.from_numpy(np.take(self._rows, rows, axis=0)).float()  # (B, 2c, h, w)
+        mean, std = taken.chunk(2, dim=1)
+        return mean, std
+
+    def fingerprint(self) -> str:
+        """Return a sha256 over the provenance, which names the images and the autoencoder by theirs; reads nothing."""
+        return hashlib.sha256(json.dumps(self.provenance, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def _rows(self) -> NDArray[np.float16]:  # (N * M, 2c, h, w)
+        channels, height, width = self.latent_shape
+        shape = (self.num_images * self.num_mirrors, 2 * channels, height, width)
+        return np.memmap(self.path, np.dtype("<f2"), "r", self._offset, shape).view(np.ndarray)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_rows"}  # mapped anew, not copied
+
+    def _check(self, params: Params) -> None:
+        for name, expected in settings(params).items():
+            if self.provenance.get(name) != expected:
+                raise UserError(
+                    f"Found {self.path} with {name} {self.provenance.get(name)}, expected {expected} as params say: "
+                    f"{REMEDY}."
+                )
+        if self.latent_shape != params.latent_shape:
+            raise UserError(
+                f"Found {self.path} with latents of shape {self.latent_shape}, expected {params.latent_shape} "
+                f"as params say: {REMEDY}."
+            )
+
+
+def settings(params: Params) -> dict[str, str]:
+    """Return the part of the provenance that params decide."""
+    decided = {
+        "crop": "adm",
+        "input_range": "[-1, 1]",
+        "image_size": str(params.data.image_size),
+        "channels": str(params.data.channels),
+        "mirror": str(params.data.mirror).lower(),
+        "precision": params.encode.precision,
+        "batch_size": str(params.encode.batch_size),
+    }
+    if params.autoencoder.scaling_factor != "measured":
+        decided["scaling_factor"] = repr(params.autoencoder.scaling_factor)
+    return decided
+
+
+def file_offset(dataset: h5py.Dataset) -> int:
+    """Return where a contiguous data set starts in its file. Raises UserError on any other layout."""
+    offset = dataset.id.get_offset()  # None for virtual, external, chunked and never-allocated ones
+    if dataset.id.get_create_plist().get_layout() != h5py.h5d.CONTIGUOUS or dataset.external or offset is None:
+        raise UserError(
+            f"Found {dataset.name} chunked, compressed, virtual or in another file, expected one contiguous block: "
+            f"{REMEDY}."
+        )
+    return int(offset)
+
+
+def _read(cls: type[Latents], path: Path, file: h5py.File) -> Latents:
+    for name in (MOMENTS, LABELS, CLASSES, DONE):
+        link = file.get(name, getlink=True)
+        if not isinstance(link, h5py.HardLink) or not isinstance(file[name], h5py.Dataset):
+            raise UserError(f"Found {path} without a data set {name} of its own, expected one: {REMEDY}.")
+    provenance = {name: str(value) for name, value in file.attrs.items()}
+    version = provenance.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(f"Found {path} of format {version}, expected {FORMAT_VERSION}: {REMEDY}.")
+    missing = {"vae_sha256", "scaling_factor", "manifest_digest"} - set(provenance)
+    if missing:
+        raise UserError(f"Found {path} without its provenance ({', '.join(sorted(missing))}): {REMEDY}.")
+
+    moments, labels, classes, done = file[MOMENTS], file[LABELS][:], file[CLASSES][:], file[DONE][:]
+    if moments.dtype != "<f2" or moments.ndim != 5 or moments.shape[1] not in (1, 2) or moments.shape[2] % 2:
+        raise UserError(
+            f"Found moments of {moments.dtype} and shape {moments.shape} in {path}, expected float16 of "
+            f"(images, mirrors, 2 x channels, height, width): {REMEDY}."
+        )
+    num_images = len(moments)
+    if labels.dtype != "<i8" or labels.shape != (num_images,) or done.dtype != bool or done.shape != (num_images,):
+        raise UserError(f"Found labels or done map of another shape than the {num_images} images in {path}: {REMEDY}.")
+    if not done.all():
+        raise UserError(
+            f"Found {path} partial, with {int(done.sum())} of {num_images} images encoded: {REMEDY} (what is encoded "
+            "under work/ is kept)."
+        )
+    if num_images == 0 or labels.min() < 0 or labels.max() >= len(classes):
+        raise UserError(f"Found labels outside the {len(classes)} classes in {path}, or no image: {REMEDY}.")
+    offset = file_offset(moments)
+    if path.stat().st_size < offset + moments.size * moments.dtype.itemsize:
+        raise UserError(f"Found {path} cut short: {REMEDY}.")
+    _, num_mirrors, twice, height, width = moments.shape
+    return cls(
+        path=path,
+        labels=labels,
+        classes=tuple(os.fsdecode(name) for name in classes),
+        provenance=provenance,
+        num_mirrors=num_mirrors,
+        latent_shape=(twice // 2, height, width),
+        _offset=offset,
+    )

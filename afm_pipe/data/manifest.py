@@ -1,0 +1,215 @@
+"""The manifest: which images there are, of which class, with which bytes; and reading exactly those images.
+
+Raw images are no DVC dependency (a million files make a no-op slow), the manifest is: whoever reads an image through
+it gets the bytes that `prepare` saw, or an error.
+
+Legend: N images, B images of a batch, C channels, S side.
+"""
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from afm_pipe.console import Tick
+from afm_pipe.data.images import decode_image, list_images
+from afm_pipe.data.sources import materialise
+from afm_pipe.errors import UserError
+from afm_pipe.files import atomic_path, read_json
+from afm_pipe.params import Data
+
+FORMAT_VERSION = 1
+READ_AHEAD = 4  # batches
+FILES_PER_TICK = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Manifest:
+    """The images of a data set in their order: `paths` are relative to `root`, `digest` is one sha256 over all."""
+
+    root: Path
+    classes: tuple[str, ...]
+    paths: tuple[str, ...]
+    labels: NDArray[np.int64]  # (N,)
+    sha256: tuple[str, ...]
+    digest: str
+
+    @property
+    def num_images(self) -> int:
+        """N."""
+        return len(self.paths)
+
+
+def build_manifest(data: Data) -> Generator[Tick, None, Manifest]:
+    """List, count, hash and fully decode every image under data.root; return their manifest.
+
+    Raises UserError on a folder that is no data set (see `list_images`), on fewer than data.min_images, and once,
+    after all files were read, on damaged ones: their number and the first ten.
+    """
+    root = Path(data.root)
+    classes, images = list_images(root)
+    if len(images) < data.min_images:
+        raise UserError(
+            f"Found {len(images)} images under {root}, expected at least {data.min_images} (data.min_images): "
+            "check data.root."
+        )
+
+    def inspect(path: str) -> tuple[str, str | None]:
+        try:
+            content = (root / path).read_bytes()
+            decode_image(content, str(root / path), data.image_size, data.channels)
+        except UserError as error:
+            return "", str(error)
+        except OSError as error:
+            return "", f"Found {root / path} unreadable ({error.strerror}): restore it, or remove it."
+        return hashlib.sha256(content).hexdigest(), None
+
+    hashes: list[str] = []
+    mistakes: list[str] = []
+    with _pool() as pool:
+        for start in range(0, len(images), FILES_PER_TICK):
+            for digest, mistake in pool.map(inspect, [path for path, _ in images[start : start + FILES_PER_TICK]]):
+                hashes.append(digest)
+                mistakes += [mistake] if mistake else []
+            yield Tick(len(hashes), len(images), "images", f"{len(mistakes)} damaged" if mistakes else "")
+    if mistakes:
+        more = f"\n  and {len(mistakes) - 10} more" if len(mistakes) > 10 else ""
+        raise UserError(
+            f"Found {len(mistakes)} of {len(images)} images under {root} unusable, expected none:\n  "
+            + "\n  ".join(mistakes[:10])
+            + more
+        )
+    paths = [path for path, _ in images]
+    labels = [label for _, label in images]
+    digest = _digest(classes, paths, labels, hashes)
+    return Manifest(root, tuple(classes), tuple(paths), np.array(labels, np.int64), tuple(hashes), digest)
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Write a manifest as JSON, one line per column, atomically."""
+    columns: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "root": str(manifest.root),
+        "digest": manifest.digest,
+        "classes": manifest.classes,
+        "labels": manifest.labels.tolist(),
+        "paths": manifest.paths,
+        "sha256": manifest.sha256,
+    }
+    lines = (f"{json.dumps(name)}: {json.dumps(column)}" for name, column in columns.items())
+    with atomic_path(path) as aside:
+        aside.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read a manifest. Raises UserError when it is absent, of another version, or was edited."""
+    raw = read_json(path)
+    version = raw.get("format_version") if isinstance(raw, dict) else None
+    if version != FORMAT_VERSION:
+        raise UserError(f"Found {path} of format {version}, expected {FORMAT_VERSION}: run `dvc repro prepare` again.")
+    try:
+        columns = raw["classes"], raw["paths"], raw["labels"], raw["sha256"]
+        whole = _digest(*columns) == raw["digest"]
+        root = Path(raw["root"])
+    except (KeyError, TypeError, ValueError):
+        whole = False
+    if not whole:
+        raise UserError(f"Found {path} edited or damaged, expected it as written: run `dvc repro prepare` again.")
+    classes, paths, labels, hashes = columns
+    return Manifest(root, tuple(classes), tuple(paths), np.array(labels, np.int64), tuple(hashes), raw["digest"])
+
+
+def require_images(manifest: Manifest, data: Data) -> Generator[Tick, None, None]:
+    """See to it that the raw images are there: a built-in data set that is gone is written again.
+
+    Raises UserError naming the first missing file and what to do.
+    """
+    missing = _missing(manifest)
+    if missing and data.source != "folder" and len(missing) == manifest.num_images:
+        yield from materialise(data.source, manifest.root)
+        missing = _missing(manifest)
+    if missing:
+        raise UserError(
+            f"Found {len(missing)} of {manifest.num_images} images missing under {manifest.root}, the first "
+            f"{missing[0]}: put them back, or run `dvc repro -f prepare` to take the images as they are now."
+        )
+
+
+def read_images(manifest: Manifest, data: Data, indices: Sequence[int]) -> NDArray[np.uint8]:
+    """Read the images at `indices`, cropped: (B, C, S, S) uint8. Raises UserError when a file is gone or changed."""
+    with closing(image_batches(manifest, data, [indices])) as batches:
+        return next(batches)
+
+
+def image_batches(
+    manifest: Manifest, data: Data, batches: Iterable[Sequence[int]]
+) -> Generator[NDArray[np.uint8], None, None]:
+    """Yield each batch of indices as (B, C, S, S) uint8, a few batches read ahead in threads (Pillow frees the GIL).
+
+    Raises UserError when a file is gone, or has other bytes than `prepare` saw.
+    """
+
+    def load(index: int) -> NDArray[np.uint8]:
+        path = manifest.root / manifest.paths[index]
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"Found {path} unreadable ({error.strerror}): put it back.") from None
+        if hashlib.sha256(content).hexdigest() != manifest.sha256[index]:
+            raise UserError(
+                f"Found {path} changed since the manifest was written: put it back, or run `dvc repro -f prepare`."
+            )
+        return decode_image(content, str(path), data.image_size, data.channels)
+
+    pool = _pool()
+    try:
+        ahead: deque[Iterator[NDArray[np.uint8]]] = deque()
+        for batch in batches:
+            ahead.append(pool.map(load, batch))  # starts at once
+            if len(ahead) > READ_AHEAD:
+                yield np.stack(list(ahead.popleft()))  # (B, C, S, S)
+        while ahead:
+            yield np.stack(list(ahead.popleft()))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def load_images(manifest: Manifest, data: Data) -> Generator[Tick, None, NDArray[np.uint8]]:
+    """Read all images into memory, cropped: (N, C, S, S) uint8. For data sets that fit; see `image_batches`."""
+    yield from require_images(manifest, data)
+    total = manifest.num_images
+    images = np.empty((total, data.channels, data.image_size, data.image_size), np.uint8)
+    batches = [range(start, min(start + FILES_PER_TICK, total)) for start in range(0, total, FILES_PER_TICK)]
+    for indices, batch in zip(batches, image_batches(manifest, data, batches), strict=True):
+        images[indices.start : indices.stop] = batch
+        yield Tick(indices.stop, total, "images")
+    return images
+
+
+def _missing(manifest: Manifest) -> list[str]:
+    there: set[str] = set()
+    for name in manifest.classes:
+        folder = manifest.root / name
+        if folder.is_dir():
+            there.update(f"{name}/{file}" for file in os.listdir(folder))
+    return [path for path in manifest.paths if path not in there]
+
+
+def _digest(classes: list[str], paths: list[str], labels: list[int], hashes: list[str]) -> str:
+    """Hash the columns. File names that are not UTF-8 keep their bytes."""
+    lines = [f"{path}\0{label}\0{sha256}" for path, label, sha256 in zip(paths, labels, hashes, strict=True)]
+    return hashlib.sha256(os.fsencode("\n".join(["\0".join(classes), *lines]))).hexdigest()
+
+
+def _pool() -> ThreadPoolExecutor:
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has none
+    return ThreadPoolExecutor(allowed)

