@@ -14,6 +14,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+NotNegativeCount = Annotated[int, Field(ge=0)]
 RunName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
 Features = Literal["classifier", "inception_clean", "inception_legacy_tensorflow"]
 
@@ -155,6 +156,38 @@ class Ema(Section):
     """Use min(decay, (1 + i) / (10 + i)) at update i."""
 
 
+class Guidance(Section):
+    """Flow-based classifier guidance (paper section 3): a classifier's cross entropy on G's output joins G's loss."""
+
+    scale: NotNegative
+    """lambda_cg."""
+    t: Annotated[tuple[Fraction, Fraction], Field(strict=False)] | None = None
+    """One step: the time t' the output is brought to before the classifier sees it is drawn from this range."""
+    at: Annotated[tuple[Fraction, ...], Field(strict=False, min_length=1)] | None = None
+    """Several steps: guide where the target time is one of these, and let the classifier see the output as it is."""
+
+    @model_validator(mode="after")
+    def _one_of(self) -> "Guidance":
+        if (self.t is None) == (self.at is None):
+            raise ValueError("expected either `t`, a range (one step), or `at`, target times (several steps)")
+        if self.t is not None and self.t[0] > self.t[1]:
+            raise ValueError(f"expected t to be a range from low to high, found {list(self.t)}")
+        return self
+
+
+class Augmentation(Section):
+    """Discriminator augmentation in latent space, the same draw for a real and a generated latent (paper section 3)."""
+
+    probability: Fraction
+    """Of the translation, and of each erasing."""
+    translate: Fraction
+    """Largest translation, as a share of the side; whole latent pixels, zeros move in."""
+    erasings: NotNegativeCount
+    """How many times a rectangle may be set to zero."""
+    area: Annotated[tuple[Fraction, Fraction], Field(strict=False)]
+    """Smallest and largest share of the latent that one erasing covers."""
+
+
 class Phase(Section):
     """A stretch of training; lr and transport left out are the run's (paper Table 11)."""
 
@@ -170,6 +203,8 @@ class Phase(Section):
     """epoch: G is replaced by its moving average at the start of the phase and after every epoch."""
     reload_discriminator: Positive | None = None
     """At the start of the phase D is put back to what it was at this epoch."""
+    guidance: Guidance | None = None
+    augment: Augmentation | None = None
 
     _number = field_validator("transport", mode="before")(lambda value: _constant_transport(value))
 
@@ -222,6 +257,44 @@ class Run(Section):
         return self
 
 
+class Guided(Phase):
+    """A run that continues a trained one with one more phase, usually guided (the paper's phase 4).
+
+    G starts as the base's moving average, D as the base's last; time goes on from the base's end.
+    """
+
+    base: Annotated[str, Field(alias="from")]
+    """The run it continues."""
+    seed: int | None = None
+    """Left out: the base's."""
+
+
+class Affine(Section):
+    """Random affine augmentation of what a classifier is trained on."""
+
+    probability: Fraction
+    degrees: NotNegative
+    """Largest rotation to either side."""
+    translate: Fraction
+    """Largest translation, as a share of the side."""
+    scale: Annotated[tuple[Positive, Positive], Field(strict=False)]
+    """Smallest and largest magnification."""
+
+
+class Classifier(Section):
+    """The time-conditioned classifier C(x_t, t) on latents that guides (paper section 3)."""
+
+    size: Literal[tuple(SIZES)]  # type: ignore[valid-type]  # as in Run
+    batch_size: Count
+    lr: Positive
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)]
+    weight_decay: NotNegative
+    ema: Ema
+    epochs: Positive
+    affine: Affine | None
+    """Applied to latents, with reflection at the border; the paper applies it to images before encoding."""
+
+
 class Sample(Section):
     """Pictures of a run."""
 
@@ -258,6 +331,9 @@ class Params(Section):
     train: Run
     """What all runs share."""
     runs: Annotated[dict[RunName, Run], Field(min_length=1)]
+    classifier: Classifier | None
+    """Needed by phases with guidance."""
+    guided: dict[RunName, Guided]
     sample: Sample
     evaluate: Evaluate
 
@@ -272,16 +348,41 @@ class Params(Section):
             runs = {name: laid_over(train, run) if isinstance(run, dict) else run for name, run in runs.items()}
         return raw | {"train": train, "runs": runs}
 
+    @property
+    def models(self) -> dict[str, Run]:
+        """All trained models by name: the runs, and the guided runs resolved."""
+        return self.runs | {name: self._continued(guided) for name, guided in self.guided.items()}
+
+    def _continued(self, guided: Guided) -> Run:
+        base = self.runs[guided.base]
+        phase = Phase(**{name: getattr(guided, name) for name in Phase.model_fields})
+        seed = base.seed if guided.seed is None else guided.seed
+        return base.model_copy(update={"phases": (*base.phases, phase), "seed": seed})
+
     @model_validator(mode="after")
     def _check(self) -> "Params":
-        taken = RESERVED_NAMES & set(self.runs)
+        taken = (RESERVED_NAMES & {*self.runs, *self.guided}) | (set(self.runs) & set(self.guided))
         if taken:
-            raise ValueError(f"runs: expected another name than {', '.join(sorted(taken))}, which the pipeline uses")
+            raise ValueError(f"runs: expected another name than {', '.join(sorted(taken))}, which is taken")
         if self.data.image_size % self.autoencoder.downsample:
             raise ValueError(
                 f"data.image_size: expected a multiple of autoencoder.downsample {self.autoencoder.downsample}, "
                 f"found {self.data.image_size}"
             )
+        for name, guided in self.guided.items():
+            if guided.base not in self.runs:
+                raise ValueError(f"guided.{name}.from: expected a run ({', '.join(self.runs)}), found {guided.base}")
+            end = self.runs[guided.base].phases[-1].until_epoch
+            if guided.until_epoch <= end:
+                raise ValueError(
+                    f"guided.{name}.until_epoch: expected more than {end:g}, where {guided.base} ends, "
+                    f"found {guided.until_epoch:g}"
+                )
+            if guided.reload_discriminator is not None:
+                raise ValueError(f"guided.{name}.reload_discriminator: a guided run starts from its base's last D")
+        for name, run in self.models.items():
+            for phase in run.phases:
+                self._check_guidance(name, run, phase)
         for name, run in self.runs.items():
             patch = SIZES[run.size].patch
             if self.latent_size % patch:
@@ -290,6 +391,15 @@ class Params(Section):
                     f"found {run.size} with patch {patch}"
                 )
         return self
+
+    def _check_guidance(self, name: str, run: Run, phase: Phase) -> None:
+        if phase.guidance is None:
+            return
+        if self.classifier is None:
+            raise ValueError(f"{name}: expected a `classifier` section, since a phase has guidance; found null")
+        if (run.nfe == 1) != (phase.guidance.t is not None):
+            wanted = "`t`, a range of times, for one step" if run.nfe == 1 else "`at`, target times, for several steps"
+            raise ValueError(f"{name}: expected guidance with {wanted} (nfe is {run.nfe})")
 
     @property
     def latent_size(self) -> int:

@@ -4,14 +4,14 @@ import difflib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from afm_pipe import paths
 from afm_pipe.errors import UserError
-from afm_pipe.params import Params, Run
+from afm_pipe.params import Params
 
 LARGEST = 1 << 20  # bytes; a params file is written by hand
 
@@ -152,15 +152,17 @@ def _fields_at(place: list[Any]) -> list[str]:
     """Return the field names of the section at a place in the file."""
     section: Any = Params
     for part in place:
-        if section is Params and part == "runs":
-            section = dict[str, Run]
-        elif isinstance(section, type) and issubclass(section, BaseModel) and part in section.model_fields:
-            section = _section_in(section.model_fields[part].annotation)
-        elif section == dict[str, Run]:
-            section = Run
-        elif not isinstance(part, int):
-            return []
-    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            fields = {field.alias or name: field for name, field in section.model_fields.items()}
+            if part not in fields:
+                return []
+            annotation = fields[part].annotation
+            section = annotation if get_origin(annotation) is dict else _section_in(annotation)
+        elif get_origin(section) is dict:
+            section = get_args(section)[1]
+    if not (isinstance(section, type) and issubclass(section, BaseModel)):
+        return []
+    return [field.alias or name for name, field in section.model_fields.items()]
 
 
 def _section_in(annotation: Any) -> Any:
