@@ -63,6 +63,13 @@ def reference(params: ParamsFile = paths.PARAMS, overrides: Overrides = None) ->
     pipeline.reference(load_params(params, overrides or ()), load_launch())
 
 
+@app.command(rich_help_panel=DATA)
+@guarded
+def classifier(params: ParamsFile = paths.PARAMS, overrides: Overrides = None) -> None:
+    """Train the classifier that guides; resumable.  Example: afm-pipe classifier"""
+    pipeline.classifier(load_params(params, overrides or ()), load_launch())
+
+
 @app.command(rich_help_panel=RUN)
 @guarded
 def train(
@@ -79,6 +86,16 @@ def train(
         typer.echo(pipeline.plan(loaded, name))
     else:
         pipeline.train(loaded, name, load_launch())
+
+
+@app.command(rich_help_panel=RUN)
+@guarded
+def guide(run: RunName, params: ParamsFile = paths.PARAMS, overrides: Overrides = None) -> None:
+    """Continue a trained run with its guided phase; resumable.  Example: afm-pipe guide t4-guided"""
+    loaded = load_params(params, overrides or ())
+    if run not in loaded.guided:
+        raise UserError(f"Found no guided run {run!r} in params, expected one of {', '.join(loaded.guided) or 'none'}.")
+    pipeline.train(loaded, run, load_launch())
 
 
 @app.command(rich_help_panel=RUN)

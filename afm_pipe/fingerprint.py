@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parent
 TRAINING_SOURCES = (
     "data/latents.py",
     "data/order.py",
+    "models/classifier.py",
     "models/discriminator.py",
     "models/dit.py",
     "models/flow.py",

@@ -7,6 +7,7 @@ MANIFEST = Path("data/manifest.json")  # which images there are: written by prep
 LATENTS = Path("data/latents.h5")  # their latent moments: written by encode
 AUTOENCODER = Path("models/autoencoder")  # a diffusers AutoencoderKL folder
 AUTOENCODER_WEIGHTS = AUTOENCODER / "diffusion_pytorch_model.safetensors"  # whose sha256 is its identity
+CLASSIFIER = Path("models/classifier")  # guides G: written by classifier
 REFERENCE = Path("reference")  # statistics of the real images, the default's feature network, pictures
 WORK = Path("work")  # unfinished work: git-ignored and unknown to DVC
 REPORTS = Path("reports")

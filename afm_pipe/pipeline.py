@@ -12,7 +12,7 @@ from afm_pipe.console import follow
 from afm_pipe.errors import UserError
 from afm_pipe.files import atomic_path, exclusive, read_json, sha256_file, write_json
 from afm_pipe.launch import Launch, machine_name
-from afm_pipe.params import Params
+from afm_pipe.params import Params, Run
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from afm_pipe.data.latents import Latents
     from afm_pipe.models.checkpoint_format import ModelConfig
     from afm_pipe.training.budget import Budget
-    from afm_pipe.training.state import TrainingState
+    from afm_pipe.training.state import Start, TrainingState
 
 
 def prepare(params: Params) -> None:
@@ -80,8 +80,39 @@ def reference(params: Params, launch: Launch) -> None:
         follow("reference", building)
 
 
+def classifier(params: Params, launch: Launch) -> None:
+    """Train the classifier that guides, from where an interrupted training stopped; without one in params, say so."""
+    from afm_pipe.fingerprint import TRAINING_SOURCES, fingerprint
+    from afm_pipe.models.checkpoint_format import save_tensors
+    from afm_pipe.training.classifier import accuracy_by_level, train_latent_classifier
+
+    settings, device = params.classifier, launch.torch_device()
+    if settings is None:
+        with atomic_path(paths.CLASSIFIER) as folder:
+            write_json(folder / "config.json", {"classifier": None})
+        return
+    latents = _latents(params)
+    described = {"classifier": settings.model_dump(), "seed": params.seed}
+    identity = fingerprint(described, {"latents": latents.fingerprint()}, TRAINING_SOURCES)
+    work_dir = paths.WORK / "classifier"
+    with exclusive(work_dir), atomic_path(paths.CLASSIFIER) as folder:
+        training = train_latent_classifier(
+            settings, latents, params.seed, work_dir / identity, identity, device, launch.checkpoint_seconds
+        )
+        trained = follow("classifier", training)
+        folder.mkdir()
+        save_tensors(folder / "classifier.safetensors", trained.ema.state_dict())
+        channels, latent_size, _ = latents.latent_shape
+        shape = {"size": settings.size, "channels": channels, "latent_size": latent_size}
+        accuracy = accuracy_by_level(trained.ema, latents, params.seed, device)
+        write_json(folder / "config.json", described | shape | {"num_classes": len(latents.classes)} | accuracy)
+
+
 def train(params: Params, name: str, launch: Launch) -> None:
-    """Train a run to its end, from where an interrupted training stopped, and write its model, curves and cost."""
+    """Train a run to its end, from where an interrupted training stopped, and write its model, curves and cost.
+
+    A guided run starts from the model of the run it continues.
+    """
     from afm_pipe.fingerprint import TRAINING_SOURCES, fingerprint
     from afm_pipe.training.budget import require_memory
     from afm_pipe.training.curves import write_curves
@@ -91,12 +122,16 @@ def train(params: Params, name: str, launch: Launch) -> None:
     require_memory(run_budget(params, name), name, device)
     latents = _latents(params)
     config = _model_config(params, name, len(latents.classes))
+    start, guide, origins = _origin(params, name, run, device)
     identity = fingerprint(
-        {"run": run.model_dump(), "model": config.model_dump()}, {"latents": latents.fingerprint()}, TRAINING_SOURCES
+        {"run": run.model_dump(), "model": config.model_dump()},
+        {"latents": latents.fingerprint(), **origins},
+        TRAINING_SOURCES,
     )
-    with exclusive(paths.WORK / name):
+    work_dir = paths.WORK / name
+    with exclusive(work_dir):
         training = train_loop(
-            run, config, latents, paths.WORK / name / identity, identity, device, launch.checkpoint_seconds
+            run, config, latents, work_dir / identity, identity, device, launch.checkpoint_seconds, start, guide
         )
         trained = follow(f"train {name}", training)
         for note in trained.notes:
@@ -107,13 +142,14 @@ def train(params: Params, name: str, launch: Launch) -> None:
             "run": run.model_dump(),
             "classes": list(latents.classes),
             "scaling_factor": latents.scaling_factor,
-            "provenance": {"fingerprint": identity, "latents": latents.provenance},
+            "provenance": {"fingerprint": identity, "latents": latents.provenance, **origins},
             "updates": trained.state.update,
             "images_seen": trained.state.update * run.batch_size,
         }
         _write_model(name, trained.state, description)
         write_curves(paths.curves(name), trained.state.rows)
-        write_json(paths.costs(name), _cost(trained.state, run.batch_size, device))
+        own_updates = trained.state.update - (start.update if start else 0)
+        write_json(paths.costs(name), _cost(trained.state, own_updates, run.batch_size, device))
 
 
 def sample(params: Params, name: str, launch: Launch) -> None:
@@ -212,10 +248,31 @@ def run_budget(params: Params, name: str) -> "Budget":
     return budget(_run(params, name), _model_config(params, name, num_classes))
 
 
-def _run(params: Params, name: str) -> Any:
-    if name not in params.runs:
-        raise UserError(f"Found no run {name!r} in params, expected one of {', '.join(params.runs)}.")
-    return params.runs[name]
+def _run(params: Params, name: str) -> Run:
+    if name not in params.models:
+        raise UserError(f"Found no run {name!r} in params, expected one of {', '.join(params.models)}.")
+    return params.models[name]
+
+
+def _origin(
+    params: Params, name: str, run: Run, device: "torch.device"
+) -> tuple["Start | None", "torch.nn.Module | None", dict[str, str]]:
+    """Return what a run begins from and is guided by, if anything, and the hashes of those."""
+    from afm_pipe.models.checkpoint_format import load_tensors
+    from afm_pipe.models.classifier import load_latent_classifier
+    from afm_pipe.training.state import Start
+
+    if name not in params.guided:
+        return None, None, {}
+    base = paths.model(params.guided[name].base)
+    files = {part: base / f"{part}.safetensors" for part in ("generator", "discriminator")}
+    updates = read_json(base / "config.json")["updates"]
+    start = Start(load_tensors(files["generator"]), load_tensors(files["discriminator"]), updates)
+    guide = None
+    if run.phases[-1].guidance is not None:
+        guide = load_latent_classifier(paths.CLASSIFIER, device)
+        files["classifier"] = paths.CLASSIFIER / "classifier.safetensors"
+    return start, guide, {part: sha256_file(file) for part, file in files.items()}
 
 
 def _latents(params: Params) -> "Latents":
@@ -229,7 +286,7 @@ def _latents(params: Params) -> "Latents":
 def _model_config(params: Params, name: str, num_classes: int) -> "ModelConfig":
     from afm_pipe.models.checkpoint_format import ModelConfig
 
-    run, (channels, latent_size, _) = params.runs[name], params.latent_shape
+    run, (channels, latent_size, _) = params.models[name], params.latent_shape
     return ModelConfig(
         size=run.size,
         channels=channels,
@@ -249,7 +306,7 @@ def _write_model(name: str, state: "TrainingState", description: dict[str, Any])
         save_model(folder, state.ema, state.discriminator, description)
 
 
-def _cost(state: "TrainingState", batch_size: int, device: "torch.device") -> dict[str, Any]:
+def _cost(state: "TrainingState", updates: int, batch_size: int, device: "torch.device") -> dict[str, Any]:
     import torch
 
     seconds = state.seconds["training"]
@@ -258,10 +315,10 @@ def _cost(state: "TrainingState", batch_size: int, device: "torch.device") -> di
         "device": str(device),
         "threads": torch.get_num_threads(),
         "seconds": round(seconds, 1),
-        "updates": state.update,
-        "images": state.update * batch_size,
-        "updates_per_second": state.update / seconds,
-        "images_per_second": state.update * batch_size / seconds,
+        "updates": updates,
+        "images": updates * batch_size,
+        "updates_per_second": updates / seconds,
+        "images_per_second": updates * batch_size / seconds,
         "data_wait_share": state.seconds["data_wait"] / seconds,
         "checkpoint_share": state.seconds["saving"] / seconds,
         "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,  # Linux counts in KiB

@@ -19,14 +19,14 @@ def test_phases_take_over_at_their_epoch_and_inherit_what_they_leave_out(smoke_r
     phases = (Phase(until_epoch=2.0), Phase(until_epoch=3.0, lr=8e-5, transport=constant))
     run = smoke_run.model_copy(update={"phases": phases, "batch_size": 10, "lr": 1e-4})
     assert num_updates(run, 100) == 30
-    assert (setting_at(run, 19, 100).phase, setting_at(run, 19, 100).lr) == (0, 1e-4)
-    assert setting_at(run, 20, 100) == (1, 8e-5, 8e-5, 0.001, None)
+    assert (setting_at(run, 19, 100).phase, setting_at(run, 19, 100).lr) == (phases[0], 1e-4)
+    assert setting_at(run, 20, 100) == (phases[1], 8e-5, 8e-5, 0.001)
 
 
 def test_a_phase_may_give_the_discriminator_a_rate_of_its_own(smoke_run: Run) -> None:
     phases = (Phase(until_epoch=1.0, lr=5e-5, lr_discriminator=1e-4, gradient_clip=5.0),)
     setting = setting_at(smoke_run.model_copy(update={"phases": phases}), 0, 100)
-    assert (setting.lr, setting.lr_discriminator, setting.gradient_clip) == (5e-5, 1e-4, 5.0)
+    assert (setting.lr, setting.lr_discriminator, setting.phase.gradient_clip) == (5e-5, 1e-4, 5.0)
 
 
 def test_updates_cover_a_last_part_of_a_batch(smoke_run: Run) -> None:

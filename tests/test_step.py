@@ -8,12 +8,13 @@ from afm_pipe.models.discriminator import Discriminator
 from afm_pipe.models.flow import Flow
 from afm_pipe.models.generator import Generator
 from afm_pipe.params import Run
-from afm_pipe.training.batches import draw_times, interpolate
+from afm_pipe.training.batches import draw_times
 from afm_pipe.training.gradient_norm import GradientNormalizer
 from afm_pipe.training.losses import (
     Logits,
     discriminator_terms,
     gradient_penalty,
+    interpolate,
     relativistic,
     step_weighting,
     transport_cost,

@@ -93,6 +93,11 @@ class Latents:
         mean, std = taken.chunk(2, dim=1)
         return mean, std
 
+    def draw(self, indices: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw training latents x (B, c, h, w): a mirror each where there are, a posterior sample, scaled."""
+        mean, std = self.moments(indices, torch.randint(self.num_mirrors, (len(indices),), generator=generator))
+        return torch.addcmul(mean, std, torch.randn(mean.shape, generator=generator)) * self.scaling_factor
+
     def fingerprint(self) -> str:
         """Return a sha256 over the provenance, which names the images and the autoencoder by theirs; reads nothing."""
         return hashlib.sha256(json.dumps(self.provenance, sort_keys=True).encode()).hexdigest()

@@ -91,7 +91,7 @@ def read_inputs(params: Params) -> Inputs:
     """
     return Inputs(
         params=params,
-        runs=tuple(_read_run(name, run) for name, run in params.runs.items()),
+        runs=tuple(_read_run(name, run) for name, run in params.models.items()),
         summary=_typed(Summary, paths.REFERENCE / "summary.json", "reference"),
         reconstruction_mse=_reconstruction_mse(params),
         published=yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8")),

@@ -3,12 +3,15 @@
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from afm_pipe.data.latents import Latents
 from afm_pipe.data.order import Order, stream_generator
-from afm_pipe.params import Run
-from afm_pipe.training.step import Batch, PenaltyNoise
+from afm_pipe.params import Augmentation, Guidance, Run
+from afm_pipe.training.augment import View, discriminator_view
+from afm_pipe.training.guidance import guide_at_times, guide_to_data
+from afm_pipe.training.losses import interpolate
+from afm_pipe.training.step import Batch, Guide, PenaltyNoise
 
 Stream = Literal["discriminator", "generator"]
 
@@ -25,14 +28,12 @@ class Batches:
         """Return the batch of a stream that starts when G has seen `images_seen` images."""
         count, generator = self.run.batch_size, stream_generator(self.run.seed, stream, "noise", images_seen)
         indices = self.orders[stream].indices(images_seen, count)
-        mirrors = torch.randint(self.latents.num_mirrors, (count,), generator=generator)
-        mean, std = self.latents.moments(indices, mirrors)  # each (N, C, H, W)
-        posterior, z = torch.randn(2, *mean.shape, generator=generator)
-        x = torch.addcmul(mean, std, posterior) * self.latents.scaling_factor  # (N, C, H, W)
+        x = self.latents.draw(indices, generator)  # (N, C, H, W)
+        z = torch.randn(x.shape, generator=generator)
         batch = Batch(x, z, self.labels[indices])
         if self.run.nfe != 1:
             s, t = draw_times(self.run.nfe, count, generator)
-            z_target = torch.randn(mean.shape, generator=generator)  # independent of z, as released
+            z_target = torch.randn(x.shape, generator=generator)  # independent of z, as released
             batch = Batch(interpolate(x, z_target, t), interpolate(x, z, s), self.labels[indices], s, t)
         return batch.to(self.device)
 
@@ -43,6 +44,25 @@ class Batches:
         noises = torch.randn(2, count, *self.latents.latent_shape, generator=generator)
         return PenaltyNoise(*noises.to(self.device, non_blocking=True))
 
+    def view(self, augment: Augmentation | None, stream: Stream, images_seen: int) -> View | None:
+        """Return how D sees the latents of a stream's batch, if the phase augments them."""
+        if augment is None:
+            return None
+        generator = stream_generator(self.run.seed, "augment", stream, images_seen)
+        return discriminator_view(augment, self.run.batch_size, self.latents.latent_shape[1], generator)
+
+    def guide(
+        self, guidance: Guidance | None, classifier: nn.Module | None, batch: Batch, images_seen: int
+    ) -> Guide | None:
+        """Return the guidance loss for G's batch, if the phase guides."""
+        if guidance is None:
+            return None
+        assert classifier is not None, "params refuse guidance without a classifier"
+        if batch.t is not None:
+            return guide_at_times(classifier, guidance, batch.labels, batch.t)
+        generator = stream_generator(self.run.seed, "guidance", images_seen)
+        return guide_to_data(classifier, guidance, batch.labels, tuple(batch.source.shape), generator)
+
 
 def draw_times(nfe: int | Literal["any"], count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Draw source and target times, (N,) each: s in {1/n, ..., 1} and t = s - 1/n; any: s ~ U(0, 1), t ~ U(0, s)."""
@@ -51,8 +71,3 @@ def draw_times(nfe: int | Literal["any"], count: int, generator: torch.Generator
         return s, s * fraction
     step = torch.randint(1, nfe + 1, (count,), generator=generator)
     return step / nfe, (step - 1) / nfe
-
-
-def interpolate(x: Tensor, z: Tensor, t: Tensor) -> Tensor:
-    """Return x_t = (1 - t) x + t z for latents (N, C, H, W) and times (N,)."""
-    return torch.lerp(x, z, t[:, None, None, None])

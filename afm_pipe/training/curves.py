@@ -1,7 +1,7 @@
 """Training curves: one row per stretch of updates, means over the updates in it."""
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from afm_pipe.files import atomic_path
@@ -19,16 +19,16 @@ MEANS = (
     "d_grad_norm",
     "g_adversarial",
     "g_transport",
+    "g_guidance",  # weighted, unlike the others
     "move_rms",  # rms(G(z) - z)
     "g_grad_norm",
 )
-COLUMNS = CLOCK + MEANS
 
 
-def write_curves(path: Path, rows: Iterable[Row]) -> None:
+def write_curves(path: Path, rows: Sequence[Row], columns: tuple[str, ...] = CLOCK + MEANS) -> None:
     """Write rows as CSV with a header, atomically."""
     with atomic_path(path) as aside, aside.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -36,7 +36,7 @@ def write_curves(path: Path, rows: Iterable[Row]) -> None:
 def append_curve(path: Path, row: Row) -> None:
     """Append one row to a file that `write_curves` began, for whoever watches a run."""
     with path.open("a", newline="") as file:
-        csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
+        csv.DictWriter(file, list(row), lineterminator="\n").writerow(row)
 
 
 def read_curves(path: Path) -> list[Row]:

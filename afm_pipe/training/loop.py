@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from afm_pipe.console import Tick
 from afm_pipe.data.latents import Latents
@@ -17,8 +17,9 @@ from afm_pipe.models.flow import Flow
 from afm_pipe.params import Run
 from afm_pipe.training.batches import Batches
 from afm_pipe.training.curves import CLOCK, MEANS, append_curve, write_curves
+from afm_pipe.training.interventions import intervene
 from afm_pipe.training.schedules import ema_decay_at, num_updates, setting_at
-from afm_pipe.training.state import TrainingState, load_latest, save_checkpoint
+from afm_pipe.training.state import Start, TrainingState, load_latest, save_checkpoint
 from afm_pipe.training.step import DiscriminatorStep, GeneratorStep, discriminator_step, generator_step
 
 ROWS = 1000  # at the most, in the curves of a run; rows are at least 10 updates apart
@@ -39,14 +40,19 @@ def train(
     fingerprint: str,
     device: torch.device,
     checkpoint_seconds: float,
+    start: Start | None = None,
+    classifier: nn.Module | None = None,
 ) -> Generator[Tick, None, Trained]:
-    """Train a run to its end, from its newest checkpoint under `work_dir` if there is one.
+    """Train a run to its end, from its newest checkpoint under `work_dir`, else from `start`, else from nothing.
 
+    `classifier` is needed by phases with guidance.
     Raises UserError on a non-finite loss (before it reaches the weights) and on a checkpoint of other params.
     """
     total = num_updates(run, latents.num_images)
     row_every = max(10, total // ROWS)
     state = TrainingState.fresh(config, run, device)
+    if start is not None:
+        state.begin_from(start)
     notes = load_latest(work_dir / "checkpoints", state, fingerprint)
     write_curves(work_dir / "curves.csv", state.rows)
     batches = Batches(latents, run, device)
@@ -59,17 +65,22 @@ def train(
     while state.update < total:
         waited = time.monotonic()
         seen = state.update * run.batch_size
+        setting = setting_at(run, state.update, latents.num_images)
+        phase = setting.phase
         d_batch, g_batch = batches.batch("discriminator", seen), batches.batch("generator", seen)
         noise = batches.penalty_noise(seen)
+        d_view, g_view = (batches.view(phase.augment, stream, seen) for stream in ("discriminator", "generator"))
+        guide = batches.guide(phase.guidance, classifier, g_batch, seen)
         state.seconds["data_wait"] += time.monotonic() - waited
 
-        setting = setting_at(run, state.update, latents.num_images)
-        d_step = discriminator_step(flow, state.discriminator, d_batch, noise, run)
-        d_norm = _apply(state, "discriminator", d_step.total, setting.lr_discriminator, setting.gradient_clip)
+        for event in intervene(run, state, latents.num_images, work_dir / "discriminators"):
+            notes.append(f"update {state.update}: {event}")
+        d_step = discriminator_step(flow, state.discriminator, d_batch, noise, run, d_view)
+        d_norm = _apply(state, "discriminator", d_step.total, setting.lr_discriminator, phase.gradient_clip)
         state.discriminator.requires_grad_(False)
-        g_step = generator_step(flow, state.discriminator, g_batch, setting.transport, normalizer)
+        g_step = generator_step(flow, state.discriminator, g_batch, setting.transport, normalizer, g_view, guide)
         state.discriminator.requires_grad_(True)
-        g_norm = _apply(state, "generator", g_step.total, setting.lr, setting.gradient_clip)
+        g_norm = _apply(state, "generator", g_step.total, setting.lr, phase.gradient_clip)
         _update_ema(state, ema_decay_at(run.ema, state.update))
         sums += _figures(d_step, d_norm, g_step, g_norm)
         state.update += 1
@@ -77,7 +88,7 @@ def train(
         if state.update % row_every and state.update < total:
             continue
         # Checkpoints fall on rows, so that a resumed run writes the very same rows.
-        since = state.update - (state.rows[-1]["update"] if state.rows else 0)
+        since = state.update - (state.rows[-1]["update"] if state.rows else start.update if start else 0)
         means = dict(zip(MEANS, (sums / since).tolist(), strict=True))
         seen = state.update * run.batch_size
         clock = (state.update, seen, seen / latents.num_images, setting.lr, setting.transport)
@@ -102,11 +113,11 @@ def _apply(state: TrainingState, which: str, total: Tensor, lr: float, clip: flo
             f"Found a {which} loss of {total.item()} at update {state.update}, expected a finite one: the weights "
             "before it are kept. Lower lr, or raise the weight of the transport or the penalty."
         )
-    module: torch.nn.Module = getattr(state, which)
+    module: nn.Module = getattr(state, which)
     optimizer: torch.optim.AdamW = getattr(state, f"optimizer_{which}")
-    norm = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None], foreach=True)
+    norm = nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None], foreach=True)
     if clip is not None:
-        torch.nn.utils.clip_grads_with_norm_(module.parameters(), clip, norm, foreach=True)
+        nn.utils.clip_grads_with_norm_(module.parameters(), clip, norm, foreach=True)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()

@@ -20,10 +20,11 @@ class DiscriminatorTerms(NamedTuple):
 
 
 class GeneratorTerms(NamedTuple):
-    """Unweighted terms of G's loss."""
+    """Terms of G's loss, unweighted but for guidance."""
 
     adversarial: Tensor
     transport: Tensor
+    guidance: Tensor  # lambda_cg times the classifier's cross entropy; 0 in phases without
 
 
 class Logits(NamedTuple):
@@ -74,3 +75,8 @@ def step_weighting(s: Tensor, t: Tensor) -> Tensor:
 def moved(x: Tensor, noise: Tensor, epsilon: float) -> Tensor:
     """Return x + epsilon noise: where D is asked again for the penalties."""
     return torch.add(x, noise, alpha=epsilon)
+
+
+def interpolate(x: Tensor, z: Tensor, t: Tensor) -> Tensor:
+    """Return x_t = (1 - t) x + t z for latents (N, ...) and times (N,), or for numbers with a time each."""
+    return torch.lerp(x, z, t.reshape(*t.shape, *[1] * (x.ndim - t.ndim)))

@@ -1,40 +1,44 @@
 """What holds at which moment of a run: its phase, learning rate and transport weight. Time is images seen by G."""
 
-from math import cos, pi
+from bisect import bisect_right
+from math import ceil, cos, pi
 from typing import NamedTuple
 
-from afm_pipe.params import Ema, Run
+from afm_pipe.params import Ema, Phase, Run
 
 
 class Setting(NamedTuple):
     """What one update is made with."""
 
-    phase: int
+    phase: Phase
     lr: float
     lr_discriminator: float
     transport: float
-    gradient_clip: float | None
 
 
 def num_updates(run: Run, num_images: int) -> int:
     """Return the number of G updates until the last phase's end, rounded up to whole batches."""
-    return -(-round(run.phases[-1].until_epoch * num_images) // run.batch_size)
+    return update_at(run, run.phases[-1].until_epoch, num_images)
+
+
+def update_at(run: Run, epoch: float, num_images: int) -> int:
+    """Return the first update that starts when G has seen `epoch` epochs or more."""
+    return ceil(round(epoch * num_images) / run.batch_size)
 
 
 def setting_at(run: Run, update: int, num_images: int) -> Setting:
     """Return the setting of an update (counted from 0) on a data set of `num_images` images."""
-    epoch = update * run.batch_size / num_images
-    index = next((i for i, phase in enumerate(run.phases) if epoch < phase.until_epoch), len(run.phases) - 1)
+    ends = [update_at(run, phase.until_epoch, num_images) for phase in run.phases]
+    index = min(bisect_right(ends, update), len(ends) - 1)
     phase = run.phases[index]
     transport = phase.transport or run.transport
     decay_updates = round(transport.decay_epochs * num_images / run.batch_size)
     lr = phase.lr or run.lr
     return Setting(
-        phase=index,
+        phase=phase,
         lr=lr,
         lr_discriminator=phase.lr_discriminator or lr,
         transport=cosine(transport.start, transport.end, update, decay_updates),
-        gradient_clip=phase.gradient_clip,
     )
 
 

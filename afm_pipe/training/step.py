@@ -5,6 +5,7 @@ With a forward pass of G on one batch as the unit, the two together cost 14.5 un
 Shapes: N batch, n its penalised part, C, H, W of latents.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from afm_pipe.models.flow import Flow
 from afm_pipe.params import Run
+from afm_pipe.training.augment import View
 from afm_pipe.training.gradient_norm import GradientNormalizer
 from afm_pipe.training.losses import (
     DiscriminatorTerms,
@@ -23,6 +25,8 @@ from afm_pipe.training.losses import (
     step_weighting,
     transport_cost,
 )
+
+Guide = Callable[[Tensor], Tensor]  # G's output (N, C, H, W) to a weighted loss
 
 
 class Batch(NamedTuple):
@@ -68,12 +72,17 @@ class GeneratorStep(NamedTuple):
 
 
 def discriminator_step(
-    generator: Flow, discriminator: nn.Module, batch: Batch, noise: PenaltyNoise, run: Run
+    generator: Flow, discriminator: nn.Module, batch: Batch, noise: PenaltyNoise, run: Run, view: View | None = None
 ) -> DiscriminatorStep:
-    """Add the gradients of D's loss to D's parameters, by one D forward over 2 N + 2 n latents."""
+    """Add the gradients of D's loss to D's parameters, by one D forward over 2 N + 2 n latents.
+
+    `view` is how D sees latents, real and generated alike, where they are augmented.
+    """
     real, labels, t, weighting = batch.real, batch.labels, batch.t, batch.weighting
     with torch.no_grad():
         fake = generator(batch.source, labels, batch.s, t)  # (N, C, H, W)
+    if view is not None:
+        real, fake = view(real), view(fake)
     n, epsilon = len(noise.real), run.penalty.epsilon
     everything = [real, fake, moved(real[:n], noise.real, epsilon), moved(fake[:n], noise.fake, epsilon)]
     logits = discriminator(torch.cat(everything), _four(labels, n), None if t is None else _four(t, n))  # (2 N + 2 n,)
@@ -90,26 +99,31 @@ def generator_step(
     batch: Batch,
     transport_weight: float,
     normalizer: GradientNormalizer | None,
+    view: View | None = None,
+    guide: Guide | None = None,
 ) -> GeneratorStep:
     """Add the gradients of G's loss to G's parameters.
 
-    The adversarial gradient is taken at G's output first, normalised there, joined by the transport gradient, and
-    both go through G in one backward pass. D's parameters must not require gradients.
+    The adversarial gradient is taken at G's output first, normalised there, joined by the gradients of the transport
+    loss and of `guide` (a weighted loss of G's output), and all go through G in one backward pass. `view` is as in
+    the D step. D's parameters must not require gradients.
     """
     fake = generator(batch.source, batch.labels, batch.s, batch.t)  # (N, C, H, W)
-    with torch.no_grad():
-        real_logits = discriminator(batch.real, batch.labels, batch.t)
     output = fake.detach().requires_grad_()
-    adversarial = relativistic(discriminator(output, batch.labels, batch.t), real_logits)
+    seen_real, seen_fake = (batch.real, output) if view is None else (view(batch.real), view(output))
+    with torch.no_grad():
+        real_logits = discriminator(seen_real, batch.labels, batch.t)
+    adversarial = relativistic(discriminator(seen_fake, batch.labels, batch.t), real_logits)
     (gradient,) = torch.autograd.grad(adversarial, output)
     if normalizer is not None:
         gradient = normalizer(gradient)
     transport = transport_cost(output, batch.source, batch.weighting)
-    (pull,) = torch.autograd.grad(transport_weight * transport, output)
+    guidance = torch.zeros_like(transport) if guide is None else guide(output)
+    (pull,) = torch.autograd.grad(transport_weight * transport + guidance, output)
     fake.backward(gradient + pull)
-    terms = GeneratorTerms(adversarial.detach(), transport.detach())
-    move_rms = (output.detach() - batch.source).square().mean().sqrt()
-    return GeneratorStep(terms.adversarial + transport_weight * terms.transport, terms, move_rms)
+    terms = GeneratorTerms(adversarial.detach(), transport.detach(), guidance.detach())
+    total = terms.adversarial + transport_weight * terms.transport + terms.guidance
+    return GeneratorStep(total, terms, (output.detach() - batch.source).square().mean().sqrt())
 
 
 def _four(values: Tensor, n: int) -> Tensor:

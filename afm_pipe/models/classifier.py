@@ -1,0 +1,44 @@
+"""The classifier C(x_t, t) that guides: a DiT told the time and not the class, with class logits on one extra token."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from afm_pipe.errors import UserError
+from afm_pipe.files import read_json
+from afm_pipe.models.checkpoint_format import load_exactly, load_tensors
+from afm_pipe.models.dit import DiT, TimestepEmbedder, linear
+from afm_pipe.models.sizes import SIZES, ModelSize
+
+
+class LatentClassifier(DiT):
+    """Classify latents at a known noise level (paper section 3)."""
+
+    def __init__(self, size: ModelSize, channels: int, latent_size: int, num_classes: int) -> None:
+        super().__init__(size, channels, latent_size)
+        self.t_embedder = TimestepEmbedder(size.width)
+        self.cls_embed = nn.Parameter(torch.randn(size.width) * 0.02)
+        self.final_layer = nn.Sequential(
+            nn.LayerNorm(size.width, eps=1e-6, elementwise_affine=False), linear(size.width, num_classes)
+        )
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Map latents x (N, C, H, W) at times t (N,) to class logits (N, K)."""
+        token = self.cls_embed.expand(len(x), 1, -1)
+        tokens = self.run_blocks(torch.cat([token, self.embed(x)], dim=1), self.t_embedder(t))  # (N, 1 + T, D)
+        return self.final_layer(tokens[:, 0])
+
+
+def load_latent_classifier(folder: Path, device: torch.device) -> LatentClassifier:
+    """Load the classifier of a folder, in evaluation mode. Raises UserError when there is none, or it does not fit."""
+    config, path = read_json(folder / "config.json"), folder / "classifier.safetensors"
+    try:
+        size = SIZES[config["size"]]
+        classifier = LatentClassifier(size, config["channels"], config["latent_size"], config["num_classes"])
+    except (KeyError, TypeError):
+        raise UserError(
+            f"Found {folder} without a classifier: give params one, and run `dvc repro classifier`."
+        ) from None
+    load_exactly(classifier, load_tensors(path), path)
+    return classifier.to(device).eval().requires_grad_(False)

@@ -1,0 +1,72 @@
+"""Random changes to latents: of what D sees in guided phases, and of what the classifier learns from.
+
+Drawn from a generator of one's own, so that a batch's changes are a function of (seed, images seen) like all else.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from afm_pipe.params import Affine, Augmentation
+
+View = Callable[[Tensor], Tensor]
+ASPECT = (0.3, 3.3)  # of an erased rectangle, drawn log-uniformly; the usual range, the paper names none
+
+
+def discriminator_view(augment: Augmentation, count: int, side: int, generator: torch.Generator) -> View:
+    """Draw translations and erasings for a batch; return what applies them, differentiably, to real and fake alike.
+
+    Latents are (N, C, H, W) with H = W = `side`. Zeros move in, and erased rectangles are zero.
+    """
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")  # (H, W)
+    most = round(augment.translate * side)
+    moves = torch.randint(-most, most + 1, (2, count, 1, 1), generator=generator)
+    moves = moves * (torch.rand(count, 1, 1, generator=generator) < augment.probability)
+    from_rows, from_columns = rows - moves[0], columns - moves[1]  # (N, H, W)
+    keep = (from_rows >= 0) & (from_rows < side) & (from_columns >= 0) & (from_columns < side)
+    for _ in range(augment.erasings):
+        keep &= ~_rectangles(augment, count, side, generator, rows, columns)
+    index = from_rows.clamp(0, side - 1) * side + from_columns.clamp(0, side - 1)
+
+    def view(x: Tensor) -> Tensor:
+        n, channels = x.shape[:2]
+        where = index.to(x.device).view(n, 1, -1).expand(n, channels, -1)
+        return x.flatten(2).gather(2, where).view_as(x) * keep.to(x.device)[:, None]
+
+    return view
+
+
+def affine_view(affine: Affine, count: int, generator: torch.Generator) -> View:
+    """Draw rotations, translations and magnifications for a batch; what lies beyond the border is reflected."""
+    angle = math.radians(affine.degrees) * (2 * torch.rand(count, generator=generator) - 1)
+    shift = 2 * affine.translate * (2 * torch.rand(2, count, generator=generator) - 1)  # in half sides
+    low, high = affine.scale
+    scale = low + (high - low) * torch.rand(count, generator=generator)
+    chosen = torch.rand(count, generator=generator) < affine.probability
+    cosine, sine = angle.cos() / scale, angle.sin() / scale
+    theta = torch.stack([cosine, -sine, shift[0], sine, cosine, shift[1]], dim=1).view(count, 2, 3)
+    theta = torch.where(chosen[:, None, None], theta, torch.eye(2, 3))
+
+    def view(x: Tensor) -> Tensor:
+        grid = F.affine_grid(theta.to(x), list(x.shape), align_corners=False)
+        return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+
+    return view
+
+
+def _rectangles(
+    augment: Augmentation, count: int, side: int, generator: torch.Generator, rows: Tensor, columns: Tensor
+) -> Tensor:
+    """Draw a rectangle per latent as a mask (N, H, W); empty where the draw leaves the latent alone."""
+    chosen, area, aspect, top, left = torch.rand(5, count, 1, 1, generator=generator)
+    low, high = augment.area
+    area = (low + (high - low) * area) * side**2
+    aspect = torch.exp(math.log(ASPECT[0]) + (math.log(ASPECT[1]) - math.log(ASPECT[0])) * aspect)
+    height = (area * aspect).sqrt().round().clamp(1, side)
+    width = (area / height).round().clamp(1, side)
+    top, left = (top * (side - height + 1)).floor(), (left * (side - width + 1)).floor()
+    inside = (rows >= top) & (rows < top + height) & (columns >= left) & (columns < left + width)
+    return inside & (chosen < augment.probability)

@@ -1,0 +1,129 @@
+"""Training of the classifier that guides: cross entropy on latents at random noise levels (paper section 3).
+
+Killed at any moment, the same call goes on. Where this differs from the paper: the affine augmentation changes latents,
+with reflection at the border, since images are encoded once and for all; the paper changes images and encodes them.
+"""
+
+import copy
+import time
+from collections.abc import Generator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from afm_pipe.console import Tick
+from afm_pipe.data.latents import Latents
+from afm_pipe.data.order import Order, stream_generator
+from afm_pipe.models.checkpoint_format import load_exactly
+from afm_pipe.models.classifier import LatentClassifier
+from afm_pipe.models.sizes import SIZES
+from afm_pipe.params import Classifier
+from afm_pipe.training.augment import affine_view
+from afm_pipe.training.curves import Row
+from afm_pipe.training.losses import interpolate
+from afm_pipe.training.schedules import ema_decay_at
+from afm_pipe.training.state import CLOCKS, load_latest, load_optimizer, optimizer_tensors, save_checkpoint
+
+UPDATES_PER_ROW = 50
+LEVELS = (0.0, 0.1, 0.25, 0.5)  # times at which accuracy is measured
+MEASURED = 2000  # latents
+
+
+class ClassifierState:
+    """The classifier, its moving average, its optimizer and its clock."""
+
+    def __init__(self, model: LatentClassifier, params: Classifier) -> None:
+        self.model, self.ema = model, copy.deepcopy(model).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=params.lr, betas=params.betas, weight_decay=params.weight_decay, fused=True
+        )
+        self.update = 0
+        self.seconds = dict.fromkeys(CLOCKS, 0.0)
+        self.rows: list[Row] = []
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Return all tensors of the state by part and name."""
+        parts = {"model": self.model.state_dict(), "ema": self.ema.state_dict()}
+        return parts | {"optimizer": optimizer_tensors(self.optimizer)}
+
+    def load_tensors(self, tensors: dict[str, dict[str, Tensor]], folder: Path) -> None:
+        """Take over tensors as `tensors` returns them. Raises UserError when they are of another model."""
+        load_exactly(self.model, tensors["model"], folder / "model.safetensors")
+        load_exactly(self.ema, tensors["ema"], folder / "ema.safetensors")
+        load_optimizer(self.optimizer, tensors["optimizer"])
+
+
+def train_latent_classifier(
+    params: Classifier,
+    latents: Latents,
+    seed: int,
+    work_dir: Path,
+    fingerprint: str,
+    device: torch.device,
+    checkpoint_seconds: float,
+) -> Generator[Tick, None, ClassifierState]:
+    """Train the classifier to its end, from its newest checkpoint under `work_dir` if there is one."""
+    state = ClassifierState(_untrained(params, latents, seed).to(device), params)
+    load_latest(work_dir / "checkpoints", state, fingerprint)
+    total = -(-round(params.epochs * latents.num_images) // params.batch_size)
+    order = Order(latents.num_images, seed, "classifier")
+    labels_of = torch.as_tensor(latents.labels)
+    losses = torch.zeros((), device=device)
+    saved = time.monotonic()
+    while state.update < total:
+        indices = order.indices(state.update * params.batch_size, params.batch_size)
+        generator = stream_generator(seed, "classifier", "noise", state.update)
+        x, labels = latents.draw(indices, generator).to(device), labels_of[indices].to(device)
+        if params.affine is not None:
+            x = affine_view(params.affine, len(x), generator)(x)
+        t = torch.rand(len(x), generator=generator).to(device)
+        z = torch.randn(x.shape, generator=generator).to(device)
+        loss = F.cross_entropy(state.model(interpolate(x, z, t), t), labels)
+        loss.backward()
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            averages: list[Tensor] = list(state.ema.parameters())
+            torch._foreach_lerp_(averages, list(state.model.parameters()), 1 - ema_decay_at(params.ema, state.update))
+        losses += loss.detach()
+        state.update += 1
+        if state.update % UPDATES_PER_ROW and state.update < total:
+            continue
+        since = state.update - (state.rows[-1]["update"] if state.rows else 0)
+        state.rows.append({"update": state.update, "images": state.update * params.batch_size})
+        state.rows[-1]["cross_entropy"] = losses.item() / since
+        losses.zero_()
+        if time.monotonic() - saved >= checkpoint_seconds or state.update == total:
+            save_checkpoint(work_dir / "checkpoints", state, fingerprint)
+            saved = time.monotonic()
+        yield Tick(state.update, total, "updates", f"cross entropy {state.rows[-1]['cross_entropy']:.3f}")
+    return state
+
+
+@torch.no_grad()
+def accuracy_by_level(model: LatentClassifier, latents: Latents, seed: int, device: torch.device) -> dict[str, float]:
+    """Return the share of training latents put in their class, by time t in [0, 1] of the noise added."""
+    generator = stream_generator(seed, "classifier", "accuracy")
+    indices = torch.randperm(latents.num_images, generator=generator)[:MEASURED]
+    x, labels = latents.draw(indices, generator), torch.as_tensor(latents.labels)[indices]
+    z = torch.randn(x.shape, generator=generator)
+    model.eval()
+    shares = {}
+    for level in LEVELS:
+        t = torch.full((len(x),), level)
+        noisy = interpolate(x, z, t)
+        right = [
+            (model(part.to(device), at.to(device)).argmax(1).cpu() == truth).sum().item()
+            for part, at, truth in zip(noisy.split(100), t.split(100), labels.split(100), strict=True)
+        ]
+        shares[f"accuracy_t{level:g}"] = sum(right) / len(x)
+    return shares
+
+
+def _untrained(params: Classifier, latents: Latents, seed: int) -> LatentClassifier:
+    channels, side, _ = latents.latent_shape
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LatentClassifier(SIZES[params.size], channels, side, len(latents.classes))

@@ -1,0 +1,23 @@
+"""Train the classifier that guides, on noisy latents, into models/classifier.
+
+    python stages/classifier.py
+    dvc repro classifier
+
+To resume, run the same command again.
+"""
+
+import typer
+
+from afm_pipe import pipeline
+from afm_pipe.console import guarded
+from afm_pipe.launch import load_launch
+from afm_pipe.params_file import load_params
+
+
+@guarded
+def main() -> None:
+    pipeline.classifier(load_params(), load_launch())
+
+
+if __name__ == "__main__":
+    typer.run(main)
