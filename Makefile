@@ -49,4 +49,4 @@ $(INSTALLED): pyproject.toml
 	@touch $(INSTALLED)
 
 clean:
-	rm -rf data models samples reference curves costs metrics reports work
+	rm -rf data models samples reference curves costs metrics reports toy work

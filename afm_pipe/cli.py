@@ -18,7 +18,7 @@ from afm_pipe.console import guarded
 from afm_pipe.errors import UserError
 from afm_pipe.launch import load_launch
 from afm_pipe.params import Params
-from afm_pipe.params_file import json_schema, load_params
+from afm_pipe.params_file import imported, json_schema, load_params
 
 app = typer.Typer(
     help="Adversarial Flow Models as one declarative pipeline. `dvc repro` runs all stages; these run one.",
@@ -33,6 +33,7 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override a param; may be given several times.")
 ]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run that params names.")]
+ModelName = Annotated[str, typer.Argument(metavar="NAME", help="A model under models/: a run, or an imported one.")]
 
 
 @app.command(rich_help_panel=DATA)
@@ -100,9 +101,37 @@ def guide(run: RunName, params: ParamsFile = paths.PARAMS, overrides: Overrides 
 
 @app.command(rich_help_panel=RUN)
 @guarded
-def sample(run: RunName, params: ParamsFile = paths.PARAMS, overrides: Overrides = None) -> None:
-    """Draw a run's sample grid.  Example: afm-pipe sample t4 --set sample.seed=7"""
-    pipeline.sample(load_params(params, overrides or ()), run, load_launch())
+def sample(
+    run: ModelName,
+    classes: Annotated[str | None, typer.Option(help="Classes by number or name, with commas between.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Image i comes from seed + i.")] = None,
+    per_class: Annotated[int | None, typer.Option(help="So many images of each class, in rows.")] = None,
+    count: Annotated[int | None, typer.Option(help="So many images in all, classes in turn.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps from noise to image, for models of any number.")] = None,
+    grid: Annotated[Path | None, typer.Option(help="Write one picture, a PNG file.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Write numbered PNG files into this folder.")] = None,
+    npz: Annotated[Path | None, typer.Option(help="Write arr_0 (N, H, W, C) and labels into one file.")] = None,
+    interpolate: Annotated[str | None, typer.Option(help="Draw strips between these seeds, as in 0,1,2.")] = None,
+    frames: Annotated[int, typer.Option(help="Pictures from one seed to the next, both shown.")] = 8,
+    params: ParamsFile = paths.PARAMS,
+    overrides: Overrides = None,
+) -> None:
+    """Draw samples, by default the report's grid.  Example: afm-pipe sample t4 --classes 3,7 --grid out.png"""
+    from afm_pipe.drawing import Request
+
+    request = Request(
+        classes=classes,
+        seed=seed,
+        per_class=per_class,
+        count=count,
+        steps=steps,
+        grid=grid,
+        images=images,
+        npz=npz,
+        interpolate=interpolate,
+        frames=frames,
+    )
+    pipeline.sample(load_params(params, overrides or ()), run, load_launch(), request)
 
 
 @app.command(rich_help_panel=RUN)
@@ -112,11 +141,89 @@ def evaluate(run: RunName, params: ParamsFile = paths.PARAMS, overrides: Overrid
     pipeline.evaluate(load_params(params, overrides or ()), run, load_launch())
 
 
+@app.command(rich_help_panel=TOOL)
+@guarded
+def toy(params: ParamsFile = paths.PARAMS, overrides: Overrides = None) -> None:
+    """Run the study on a line.  Example: afm-pipe toy --set toy.pairs=5000"""
+    pipeline.toy(load_params(params, overrides or ()), load_launch())
+
+
 @app.command(rich_help_panel=RUN)
 @guarded
 def report(params: ParamsFile = paths.PARAMS, overrides: Overrides = None) -> None:
     """Write the page and the tables.  Example: afm-pipe report"""
     pipeline.report(load_params(params, overrides or ()))
+
+
+@app.command("import", rich_help_panel=TOOL)
+@guarded
+def import_weights(
+    file: Annotated[str, typer.Argument(help="Weights: .pth, .pt or .safetensors.")],
+    name: Annotated[str, typer.Option(help="What the model will be called: models/NAME.")],
+    nfe: Annotated[str | None, typer.Option(help="Steps it was trained for, where its tensors leave it open.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="How often its blocks run: 1, 2 or 4.")] = None,
+    form: Annotated[str | None, typer.Option(help="direct or residual, if it is not as released.")] = None,
+    classes: Annotated[str | None, typer.Option(help="Text file of class names, one a line.")] = None,
+    params: ParamsFile = paths.PARAMS,
+    overrides: Overrides = None,
+) -> None:
+    """Make a model of released weights.  Example: afm-pipe import xl2_1nfe_guided_FID2.38.pth --name xl2-released"""
+    loaded = load_params(params, overrides or ())
+    steps = int(nfe) if nfe is not None and nfe.isdecimal() else nfe
+    told = {"file": file, "nfe": steps, "repeats": repeats, "form": form, "classes": classes}
+    pipeline.import_weights(loaded, name, imported(told))
+
+
+@app.command(rich_help_panel=TOOL)
+@guarded
+def export(
+    run: ModelName,
+    kind: Annotated[str, typer.Option("--format", help="released, safetensors or diffusers.")],
+    out: Annotated[Path, typer.Option(help="The file, or for diffusers the folder, to write.")],
+) -> None:
+    """Write a model for others.  Example: afm-pipe export t4 --format diffusers --out t4-diffusers"""
+    pipeline.export(run, kind, out)
+
+
+@app.command(rich_help_panel=TOOL)
+@guarded
+def plan(
+    runs: Annotated[
+        list[str] | None, typer.Argument(metavar="[RUN]...", help="Runs that params names; or all.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(help="So many GPUs; they share each batch.")] = 8,
+    gpu: Annotated[str, typer.Option(help="a100, h100, h200 or b200.")] = "h100",
+    utilisation: Annotated[float, typer.Option(help="Share of the GPU's peak that is reached.")] = 0.4,
+    precision: Annotated[str, typer.Option(help="fp32, tf32 or bf16.")] = "tf32",
+    images: Annotated[
+        int | None, typer.Option(help="Images of the data set, before `prepare` has counted them.")
+    ] = None,
+    params: ParamsFile = paths.PARAMS,
+    overrides: Overrides = None,
+) -> None:
+    """Estimate work, memory, days and disk; trains nothing.  Example: afm-pipe plan xl2 --gpus 8 --gpu h100"""
+    loaded = load_params(params, overrides or ())
+    from afm_pipe.plan import machine
+
+    typer.echo(pipeline.plan_study(loaded, runs or [], machine(gpu, gpus, utilisation, precision), images))
+
+
+@app.command(rich_help_panel=TOOL)
+@guarded
+def profile(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A file under profiles/, without .yaml.")] = None,
+) -> None:
+    """Make a profile the params.yaml, keeping the old one; or list them.  Example: afm-pipe profile imagenet256"""
+    from afm_pipe.profiles import activate, list_profiles
+
+    if name is None:
+        for each in list_profiles():
+            typer.echo(f"{each.name:12} {each.words}")
+        return
+    switch = activate(name)
+    typer.echo(f"{paths.PARAMS} is {'now' if switch.changed else 'already'} the profile {name}.")
+    if switch.kept:
+        typer.echo(f"The old one is {switch.kept}.")
 
 
 @app.command(rich_help_panel=TOOL)

@@ -67,10 +67,11 @@ def _data(params: Params) -> Finding:
     root = Path(params.data.root)
     if paths.MANIFEST.exists():
         return Finding("data", f"{paths.MANIFEST} lists the images of {root}")
-    if params.data.source != "folder":
+    if params.data.source not in ("folder", "tar"):
         return Finding("data", f"{params.data.source}, which `dvc repro` writes to {root}")
-    remedy = f"Put your images into {root}, one folder per class, or set data.root."
-    return Finding("data", f"{root} {'is there' if root.is_dir() else 'is missing'}", root.is_dir(), remedy)
+    there = root.is_dir() if params.data.source == "folder" else root.is_file()
+    remedy = f"Put your images into {root}, one folder per class or one archive of them, or set data.root."
+    return Finding("data", f"{root} {'is there' if there else 'is missing'}", there, remedy)
 
 
 def _weights(params: Params) -> list[Finding]:

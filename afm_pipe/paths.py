@@ -3,6 +3,8 @@
 from pathlib import Path
 
 PARAMS = Path("params.yaml")
+PROFILES = Path("profiles")  # whole params files
+SCHEMA = Path("params.schema.json")  # of all of them, for editors
 MANIFEST = Path("data/manifest.json")  # which images there are: written by prepare
 LATENTS = Path("data/latents.h5")  # their latent moments: written by encode
 AUTOENCODER = Path("models/autoencoder")  # a diffusers AutoencoderKL folder
@@ -10,6 +12,7 @@ AUTOENCODER_WEIGHTS = AUTOENCODER / "diffusion_pytorch_model.safetensors"  # who
 CLASSIFIER = Path("models/classifier")  # guides G: written by classifier
 REFERENCE = Path("reference")  # statistics of the real images, the default's feature network, pictures
 WORK = Path("work")  # unfinished work: git-ignored and unknown to DVC
+TOY = Path("toy")  # the study on a line: results.json, its maps as CSV, its figures
 REPORTS = Path("reports")
 
 

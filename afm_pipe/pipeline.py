@@ -3,6 +3,7 @@
 The scripts in stages/ (what DVC runs) and the commands of `afm-pipe` are two doors to these functions.
 """
 
+import math
 import resource
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,28 +13,33 @@ from afm_pipe.console import follow
 from afm_pipe.errors import UserError
 from afm_pipe.files import atomic_path, exclusive, read_json, sha256_file, write_json
 from afm_pipe.launch import Launch, machine_name
-from afm_pipe.params import Params, Run
+from afm_pipe.params import RESERVED_NAMES, Imported, Params, Run, valid_name
 
 if TYPE_CHECKING:
     import torch
 
     from afm_pipe.data.latents import Latents
+    from afm_pipe.drawing import Request, Sampler
     from afm_pipe.models.checkpoint_format import ModelConfig
+    from afm_pipe.plan import Machine
     from afm_pipe.training.budget import Budget
     from afm_pipe.training.state import Start, TrainingState
+
+IMAGENET_IMAGES = 1_281_167  # of its training set
+IN_MEMORY = 4 << 30  # bytes; data sets of more pixels are read as they are needed
 
 
 def prepare(params: Params) -> None:
     """Check, count and hash the images, and write their manifest; a built-in data set is written out first."""
     from afm_pipe.data.manifest import build_manifest, write_manifest
-    from afm_pipe.data.sources import materialise
+    from afm_pipe.data.sources import BUILT_IN, materialise
 
     root = Path(params.data.root)
-    if params.data.source != "folder":
+    if params.data.source in BUILT_IN:
         follow("materialise", materialise(params.data.source, root))
     manifest = follow("prepare", build_manifest(params.data))
     write_manifest(paths.MANIFEST, manifest)
-    print(f"{manifest.num_images} images of {len(manifest.classes)} classes under {root}.")
+    print(f"{manifest.num_images} images of {len(manifest.classes)} classes under {manifest.root}.")
 
 
 def autoencoder(params: Params, launch: Launch) -> None:
@@ -66,13 +72,17 @@ def encode(params: Params, launch: Launch) -> None:
 
 def reference(params: Params, launch: Launch) -> None:
     """Measure the real images: the statistics that samples are held against."""
-    from afm_pipe.data.manifest import load_images, read_manifest
+    from afm_pipe.data.manifest import UnreadImages, load_images, read_manifest, require_images
     from afm_pipe.evaluation.reference import build_reference
     from afm_pipe.models.autoencoder import load_autoencoder
 
     device, manifest = launch.torch_device(), read_manifest(paths.MANIFEST)
     vae = load_autoencoder(paths.AUTOENCODER, device)
-    images = follow("read images", load_images(manifest, params.data))
+    images: Any = UnreadImages(manifest, params.data)
+    if images.nbytes < IN_MEMORY:
+        images = follow("read images", load_images(manifest, params.data))
+    else:
+        follow("look for images", require_images(manifest, params.data))
     with atomic_path(paths.REFERENCE) as folder:
         building = build_reference(
             params, images, manifest.labels, manifest.classes, manifest.digest, vae, folder, device
@@ -152,20 +162,57 @@ def train(params: Params, name: str, launch: Launch) -> None:
         write_json(paths.costs(name), _cost(trained.state, own_updates, run.batch_size, device))
 
 
-def sample(params: Params, name: str, launch: Launch) -> None:
-    """Draw a run's grid: the first classes in rows, the same seeds for every run."""
+def import_weights(params: Params, name: str, settings: Imported | None = None) -> None:
+    """Make a model of weights from outside, as `imported` in params says or as `settings` does."""
+    from afm_pipe.models.released import describe, import_generator
+
+    settings = settings or params.imported.get(name)
+    if settings is None:
+        raise UserError(f"Found no {name!r} under imported in params, expected one of {', '.join(params.imported)}.")
+    if name in {*params.runs, *params.guided, *RESERVED_NAMES} or not valid_name(name):
+        raise UserError(f"Found the name {name!r}, expected one that no run has, in small letters and digits.")
+    described = paths.model(name) / "config.json"
+    if paths.model(name).exists() and not (described.is_file() and _imported(read_json(described))):
+        raise UserError(f"Found {paths.model(name)}, which was not imported: take another name, or move it away.")
+    config = import_generator(settings, paths.model(name))
+    print(f"{paths.model(name)}: {describe(config)}.")
+
+
+def export(name: str, kind: str, out: Path) -> None:
+    """Write a model for others: released, safetensors or diffusers."""
+    from afm_pipe.models.exports import export as write_export
+
+    write_export(paths.model(name), paths.AUTOENCODER, kind, out)
+    print(f"{out}: {name} as {kind}.")
+
+
+def sample(params: Params, name: str, launch: Launch, request: "Request | None" = None) -> None:
+    """Draw a model's grid (the first classes in rows, the same seeds for every model), or what `request` asks for."""
     import torch
 
-    from afm_pipe.models.autoencoder import load_autoencoder
-    from afm_pipe.models.checkpoint_format import load_generator
+    from afm_pipe.drawing import check_request, draw
     from afm_pipe.sampling import generate_images, grid
 
-    settings, device = params.sample, launch.torch_device()
-    generator, vae = load_generator(paths.model(name), device), load_autoencoder(paths.AUTOENCODER, device)
-    rows = min(settings.classes, len(read_json(paths.model(name) / "config.json")["classes"]))
+    settings = params.sample
+    if request:
+        check_request(request)
+    sampler = _sampler(params, name, launch.torch_device())
+    if request:
+        drawing = draw(sampler, request, settings.seed, settings.per_class, settings.classes)
+        drawn = follow(f"sample {name}", drawing)
+        print(drawn.words())
+        return
+    rows = min(settings.classes, len(sampler.class_names))
     labels = torch.arange(rows).repeat_interleave(settings.per_class)
     images = generate_images(
-        generator, vae, settings.seed, range(len(labels)), labels, params.latent_shape, settings.micro_batch, device
+        sampler.generator,
+        sampler.vae,
+        settings.seed,
+        range(len(labels)),
+        labels,
+        sampler.latent_shape,
+        sampler.micro_batch,
+        sampler.device,
     )
     with atomic_path(paths.samples(name) / "grid.png") as aside:
         grid(images, settings.per_class).save(aside, format="png")
@@ -174,11 +221,15 @@ def sample(params: Params, name: str, launch: Launch) -> None:
 def evaluate(params: Params, name: str, launch: Launch) -> None:
     """Measure a run's samples against the reference."""
     from afm_pipe.evaluation.metrics import evaluate_run
-    from afm_pipe.models.autoencoder import autoencoder_sha256, load_autoencoder
-    from afm_pipe.models.checkpoint_format import load_generator
+    from afm_pipe.models.autoencoder import autoencoder_sha256
 
     device = launch.torch_device()
-    generator, vae = load_generator(paths.model(name), device), load_autoencoder(paths.AUTOENCODER, device)
+    generator, vae, shape, *_ = _sampler(params, name, device)
+    if shape != params.latent_shape:
+        raise UserError(
+            f"Found {paths.model(name)} on latents {shape}, expected {params.latent_shape}, as data and autoencoder in "
+            "params make them: evaluate it with its own data."
+        )
     provenance = {
         "run": name,
         "nfe": generator.nfe,
@@ -193,6 +244,16 @@ def evaluate(params: Params, name: str, launch: Launch) -> None:
     write_json(paths.metrics(name), metrics)
     with atomic_path(paths.samples(name) / "nearest.png") as aside:
         nearest.save(aside, format="png")
+
+
+def toy(params: Params, launch: Launch) -> None:
+    """Run the study on a line, where the best map is known: its numbers, the maps themselves, and three figures."""
+    from afm_pipe.toy.study import run_study
+    from afm_pipe.toy.writing import write_study
+
+    study = follow("toy", run_study(params.toy, params.seed, launch.torch_device()))
+    with atomic_path(paths.TOY) as folder:
+        write_study(study, params.toy, folder)
 
 
 def report(params: Params) -> None:
@@ -239,6 +300,21 @@ def plan(params: Params, name: str) -> str:
     )
 
 
+def plan_study(params: Params, names: list[str], machine: "Machine", num_images: int | None) -> str:
+    """Return what models need on a machine, of so many images; else of those there are, else of ImageNet's."""
+    from afm_pipe.data.manifest import read_manifest
+    from afm_pipe.plan import plan_text
+
+    classes = 1000
+    if num_images is None:
+        num_images = IMAGENET_IMAGES
+        if paths.MANIFEST.exists():
+            manifest = read_manifest(paths.MANIFEST)
+            if Path(params.data.root) in (manifest.root, manifest.root.parent):  # else of another profile
+                num_images, classes = manifest.num_images, len(manifest.classes)
+    return follow("plan", plan_text(params, names, machine, num_images, classes))
+
+
 def run_budget(params: Params, name: str) -> "Budget":
     """Return what a run needs, counted without allocating it; before there is data, as if it had 1,000 classes."""
     from afm_pipe.data.manifest import read_manifest
@@ -246,6 +322,30 @@ def run_budget(params: Params, name: str) -> "Budget":
 
     num_classes = len(read_manifest(paths.MANIFEST).classes) if paths.MANIFEST.exists() else 1000
     return budget(_run(params, name), _model_config(params, name, num_classes))
+
+
+def _sampler(params: Params, name: str, device: "torch.device") -> "Sampler":
+    """Return a model ready to draw from. Raises UserError when the autoencoder is not that of its latents."""
+    from afm_pipe.drawing import Sampler
+    from afm_pipe.models.autoencoder import load_autoencoder
+    from afm_pipe.models.checkpoint_format import load_config, load_generator
+
+    folder = paths.model(name)
+    generator, described = load_generator(folder, device), read_json(folder / "config.json")
+    config, vae = load_config(folder), load_autoencoder(paths.AUTOENCODER, device)
+    found = (vae.config.latent_channels, vae.config.scaling_factor)
+    expected = (config.channels, described.get("scaling_factor") or found[1])
+    if found[0] != expected[0] or not math.isclose(found[1], expected[1], rel_tol=1e-6):
+        raise UserError(
+            f"Found {paths.AUTOENCODER} with {found[0]} latent channels and scaling factor {found[1]:g}, expected "
+            f"{expected[0]} and {expected[1]:g}, on which {folder} was trained: put that autoencoder there."
+        )
+    names = described["classes"]
+    return Sampler(generator, vae, config.latent_shape, names, params.sample.micro_batch, device)
+
+
+def _imported(described: dict[str, Any]) -> bool:
+    return "imported" in described.get("provenance", {})
 
 
 def _run(params: Params, name: str) -> Run:

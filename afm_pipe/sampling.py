@@ -45,14 +45,15 @@ def generate_latents(
     latent_shape: Sequence[int],
     micro_batch: int,
     device: torch.device = CPU,
+    steps: int | None = None,
 ) -> Tensor:
-    """Generate the latents of some samples, in any order: (B, c, h, w) float32.
+    """Generate the latents of some samples, in any order: (B, c, h, w) float32; `steps` as `Flow.sample` takes them.
 
     Raises UserError when a latent is not finite.
     """
     latents = torch.empty(len(indices), *latent_shape, device=device)
     for wanted, slots in _micro_batches(indices, micro_batch):
-        batch = _latent_batch(generator, seed, indices, labels, wanted, slots, latent_shape, micro_batch, device)
+        batch = _latent_batch(generator, seed, indices, labels, wanted, slots, latent_shape, micro_batch, device, steps)
         latents[wanted] = batch[slots]
     return latents
 
@@ -66,6 +67,7 @@ def generate_images(
     latent_shape: Sequence[int],
     micro_batch: int,
     device: torch.device = CPU,
+    steps: int | None = None,
 ) -> Tensor:
     """Generate some samples, in any order, and decode them: (B, C, H, W) uint8 on the CPU.
 
@@ -73,10 +75,25 @@ def generate_images(
     """
     images: dict[int, Tensor] = {}
     for wanted, slots in _micro_batches(indices, micro_batch):
-        batch = _latent_batch(generator, seed, indices, labels, wanted, slots, latent_shape, micro_batch, device)
+        batch = _latent_batch(generator, seed, indices, labels, wanted, slots, latent_shape, micro_batch, device, steps)
         decoded = to_uint8(_decode(vae, batch))  # all slots: decoding rounds by batch size too
         images.update(zip(wanted, decoded[slots].cpu(), strict=True))
     return torch.stack([images[position] for position in range(len(indices))])
+
+
+def images_of(
+    generator: Flow,
+    vae: Any,
+    z: Tensor,
+    labels: Tensor,
+    micro_batch: int,
+    device: torch.device = CPU,
+    steps: int | None = None,
+) -> Tensor:
+    """Generate and decode at most a micro-batch of given noises (B, c, h, w): (B, C, H, W) uint8 on the CPU."""
+    places = [f"noise {i}" for i in range(len(z))]
+    latents = _whole_batch(generator, z, labels, list(range(len(z))), places, micro_batch, device, steps)
+    return to_uint8(_decode(vae, latents))[: len(z)].cpu()
 
 
 def stream_images(
@@ -118,7 +135,6 @@ def grid(images: Tensor | np.ndarray, columns: int, gap: int = 2) -> Image.Image
     return Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
 
 
-@torch.inference_mode()
 def _latent_batch(
     generator: Flow,
     seed: int,
@@ -129,20 +145,38 @@ def _latent_batch(
     latent_shape: Sequence[int],
     micro_batch: int,
     device: torch.device,
+    steps: int | None,
 ) -> Tensor:
-    """Generate one whole micro-batch, with `indices[wanted]` in `slots` and zeros elsewhere."""
+    """Generate one whole micro-batch, with `indices[wanted]` in `slots`."""
     asked = [indices[position] for position in wanted]
-    z = torch.zeros(micro_batch, *latent_shape)
-    z[slots] = noise(seed, asked, latent_shape)
+    names = [f"sample {index}, seed {seed}" for index in asked]
+    drawn = noise(seed, asked, latent_shape)
+    return _whole_batch(generator, drawn, labels[wanted], slots, names, micro_batch, device, steps)
+
+
+@torch.inference_mode()
+def _whole_batch(
+    generator: Flow,
+    noises: Tensor,
+    labels: Tensor,
+    slots: list[int],
+    names: list[str],
+    micro_batch: int,
+    device: torch.device,
+    steps: int | None,
+) -> Tensor:
+    """Generate one whole micro-batch from noises (B, c, h, w) in `slots` and zeros elsewhere; `names` is for errors."""
+    z = torch.zeros(micro_batch, *noises.shape[1:])
+    z[slots] = noises
     classes = torch.zeros(micro_batch, dtype=torch.int64)
-    classes[slots] = labels[wanted]
-    latents = generator.sample(z.to(device), classes.to(device)).float()
+    classes[slots] = labels
+    given = () if steps is None else (steps,)
+    latents = generator.sample(z.to(device), classes.to(device), *given).float()
     finite = latents[slots].flatten(1).isfinite().all(dim=1)
     if not finite.all():
-        bad = asked[int(finite.int().argmin())]
         raise UserError(
-            f"Found a latent that is not finite (sample {bad}, seed {seed}), expected numbers: the generator's "
-            "weights have diverged; train it again with a lower lr or another transport."
+            f"Found a latent that is not finite ({names[int(finite.int().argmin())]}), expected numbers: the "
+            "generator's weights have diverged; train it again with a lower lr or another transport."
         )
     return latents
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from afm_pipe.cli import app
 from tests.conftest import ROOT, SMOKE
 
-COMMANDS = ["prepare", "autoencoder", "encode", "reference", "train", "sample", "evaluate", "report", "doctor"]
+COMMANDS = ["prepare", "autoencoder", "encode", "reference", "train", "sample", "evaluate", "report", "doctor", "toy"]
 HEAVY = {"torch", "diffusers", "dvc", "matplotlib", "h5py", "numpy", "scipy", "PIL", "cleanfid"}
 
 

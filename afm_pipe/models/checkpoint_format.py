@@ -108,6 +108,22 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 def load_exactly(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     """Load tensors whose names and shapes are exactly the module's. Raises UserError naming the first that are not."""
+    require_fit(module, tensors, path)
+    module.load_state_dict(tensors)
+
+
+def require_fit(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Raise UserError naming the first tensors whose names or shapes are not the module's."""
+    problems = misfits(module, tensors)
+    if problems:
+        raise UserError(
+            f"Found weights in {path} that do not fit the model its config names: {'; '.join(problems[:5])}"
+            f"{' and more' if len(problems) > 5 else ''}. Take the folder's own config.json, or train again."
+        )
+
+
+def misfits(module: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
+    """Return, in words, which tensors are missing, too many or of another shape than the module's; sorted."""
     expected = module.state_dict()
     problems = [f"missing {name}" for name in expected.keys() - tensors.keys()]
     problems += [f"unexpected {name}" for name in tensors.keys() - expected.keys()]
@@ -116,12 +132,7 @@ def load_exactly(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> N
         for name, value in expected.items()
         if name in tensors and tensors[name].shape != value.shape
     ]
-    if problems:
-        raise UserError(
-            f"Found weights in {path} that do not fit the model its config names: {'; '.join(sorted(problems)[:5])}"
-            f"{' and more' if len(problems) > 5 else ''}. Take the folder's own config.json, or train again."
-        )
-    module.load_state_dict(tensors)
+    return sorted(problems)
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -15,6 +15,7 @@ class ModelSize(NamedTuple):
 SIZES = {
     # name            depth     width      heads     patch
     "t4": ModelSize(depth=4, width=128, heads=4, patch=4),  # the laptop default: 4 tokens on 8x8 latents
+    "s4": ModelSize(depth=2, width=128, heads=4, patch=4),  # half of it, for blocks that are run several times
     "t2": ModelSize(depth=4, width=128, heads=4, patch=2),
     "b2": ModelSize(depth=12, width=768, heads=12, patch=2),
     "m2": ModelSize(depth=16, width=1024, heads=16, patch=2),

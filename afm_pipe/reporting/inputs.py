@@ -33,12 +33,13 @@ class Cost(BaseModel):
 
 
 class Config(BaseModel):
-    """What a trained model says of its size."""
+    """What a model says of itself; an imported one has no discriminator."""
 
     model_config = ConfigDict(frozen=True)
 
     generator_parameters: int
-    discriminator_parameters: int
+    discriminator_parameters: int | None = None
+    model: dict[str, Any] = {}
 
 
 class Summary(BaseModel):
@@ -59,14 +60,14 @@ class Summary(BaseModel):
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Everything known of one run."""
+    """Everything known of one run; of an imported model, settings, curve and cost are not."""
 
     name: str
-    settings: Run
+    settings: Run | None
     metrics: dict[str, float | None]
     protocol: dict[str, Any]
     curve: dict[str, list[float]]  # column -> one value per logged update
-    cost: Cost
+    cost: Cost | None
     config: Config
 
 
@@ -91,8 +92,8 @@ def read_inputs(params: Params) -> Inputs:
     """
     return Inputs(
         params=params,
-        runs=tuple(_read_run(name, run) for name, run in params.models.items()),
-        summary=_typed(Summary, paths.REFERENCE / "summary.json", "reference"),
+        runs=tuple(_read_run(params, name) for name in params.names),
+        summary=typed(Summary, paths.REFERENCE / "summary.json", "reference"),
         reconstruction_mse=_reconstruction_mse(params),
         published=yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8")),
     )
@@ -105,9 +106,19 @@ def needed(path: Path, stage: str) -> Path:
     return path
 
 
-def _read_run(name: str, settings: Run) -> RunRecord:
-    path = paths.metrics(name)
-    stored = _mapping(path, f"evaluate@{name}")
+def stage_of(params: Params, verb: str, name: str) -> str:
+    """Return the pipeline's stage that does `verb` (train, sample, evaluate) for a model."""
+    if name in params.runs:
+        return f"{verb}@{name}"
+    if verb == "train":
+        return f"{'guide' if name in params.guided else 'import'}@{name}"
+    return f"{verb}-{'guided' if name in params.guided else 'imported'}@{name}"
+
+
+def _read_run(params: Params, name: str) -> RunRecord:
+    path, measuring, making = paths.metrics(name), stage_of(params, "evaluate", name), stage_of(params, "train", name)
+    stored = _mapping(path, measuring)
+    trained = name not in params.imported
     metrics: dict[str, float | None] = {}
     for key, value in stored.items():
         if value is None:
@@ -115,15 +126,15 @@ def _read_run(name: str, settings: Run) -> RunRecord:
         elif isinstance(value, int | float) and not isinstance(value, bool):
             metrics[key] = float(value)
     if not metrics or not isinstance(stored.get("protocol"), dict):
-        raise UserError(f"Found {path} without numbers or their protocol: run `dvc repro --force evaluate@{name}`.")
+        raise UserError(f"Found {path} without numbers or their protocol: run `dvc repro --force {measuring}`.")
     return RunRecord(
         name=name,
-        settings=settings,
+        settings=params.models[name] if trained else None,
         metrics=metrics,
         protocol=stored["protocol"],
-        curve=_read_curve(paths.curves(name), f"train@{name}"),
-        cost=_typed(Cost, paths.costs(name), f"train@{name}"),
-        config=_typed(Config, paths.model(name) / "config.json", f"train@{name}"),
+        curve=_read_curve(paths.curves(name), making) if trained else {},
+        cost=typed(Cost, paths.costs(name), making) if trained else None,
+        config=typed(Config, paths.model(name) / "config.json", making),
     )
 
 
@@ -159,7 +170,8 @@ def _mapping(path: Path, stage: str) -> dict[str, Any]:
     return value
 
 
-def _typed(model: type[Model], path: Path, stage: str) -> Model:
+def typed(model: type[Model], path: Path, stage: str) -> Model:
+    """Read a JSON file into a model. Raises UserError naming file, field and stage when it is missing or wrong."""
     try:
         return model.model_validate(_mapping(path, stage))
     except ValidationError as error:

@@ -11,7 +11,8 @@ from markupsafe import Markup
 from afm_pipe import paths
 from afm_pipe.params import Params
 from afm_pipe.reporting import curves, pictures, tables, titles
-from afm_pipe.reporting.inputs import Inputs, RunRecord, read_inputs
+from afm_pipe.reporting.inputs import Inputs, RunRecord, read_inputs, stage_of
+from afm_pipe.reporting.one_dimension import read_one_dimension
 from afm_pipe.reporting.pictures import Picture
 
 PICTURE_BYTES = 6 * 2**20  # of all pictures together, before base64 adds a third: the page stays under 10 MiB
@@ -37,7 +38,9 @@ def write_report(params: Params, folder: Path) -> None:
     inputs = read_inputs(params)
     own = (tables.run_table(inputs), tables.cost_table(inputs))
     published = tables.published_tables(inputs.published)
-    panels = curves.draw_panels(inputs.runs)
+    one_dimension = read_one_dimension()
+    trained = [record for record in inputs.runs if record.settings]  # they come first; the others have no curves
+    panels = curves.draw_panels(trained)
     grids, nearest = _pictures(inputs)
     page = (
         _environment()
@@ -52,23 +55,24 @@ def write_report(params: Params, folder: Path) -> None:
             run_table=own[0],
             cost_table=own[1],
             published=published,
+            one_dimension=one_dimension,
             panels=panels,
-            legend=[(record.name, Markup(curves.legend_key(index))) for index, record in enumerate(inputs.runs)],
+            legend=[(record.name, Markup(curves.legend_key(index))) for index, record in enumerate(trained)],
             css=Markup(f"{curves.palette_css()}\n{curves.PANEL_CSS}"),
             grids=grids,
             nearest=nearest,
             metrics=[(column.title, column.meaning) for column in own[0].columns if titles.metric(column.key).meaning],
             protocol=_protocol(inputs.runs),
-            resolved={record.name: _yaml(record.settings.model_dump(mode="json")) for record in inputs.runs},
+            resolved={record.name: _yaml(_settings(params, record)) for record in inputs.runs},
             measured={record.name: _yaml(record.metrics | {"protocol": record.protocol}) for record in inputs.runs},
         )
     )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "index.html").write_text(page, encoding="utf-8")
-    for table in (*own, *published):
+    for table in (*own, *([one_dimension.table] if one_dimension else []), *published):
         (folder / f"{table.name}.md").write_text(tables.markdown(table), encoding="utf-8")
         (folder / f"{table.name}.csv").write_text(tables.csv_text(table), encoding="utf-8")
-    (folder / "curves.svg").write_text(curves.draw_sheet(panels, [run.name for run in inputs.runs]), encoding="utf-8")
+    (folder / "curves.svg").write_text(curves.draw_sheet(panels, [run.name for run in trained]), encoding="utf-8")
     pictures.draw_sheet(_tiles(inputs), folder / "samples.png")
 
 
@@ -88,18 +92,21 @@ def _pictures(inputs: Inputs) -> tuple[list[Picture], list[Picture]]:
     ]
     nearest = []
     for record in inputs.runs:
-        name, stage = record.name, f"sample@{record.name}"
+        name, stage = record.name, stage_of(inputs.params, "sample", record.name)
         alt = f"Samples of run {name}, {rows}"
         grids.append(pictures.inline(paths.samples(name) / "grid.png", stage, alt, f"Samples of {name}", share))
         alt = f"Samples of run {name}, each above the training images nearest to it in pixels"
-        stage = f"evaluate@{name}"
+        stage = stage_of(inputs.params, "evaluate", name)
         nearest.append(pictures.inline(paths.samples(name) / "nearest.png", stage, alt, name, share))
     return grids, nearest
 
 
 def _tiles(inputs: Inputs) -> list[tuple[str, Any]]:
     real = [(title, paths.REFERENCE / f"{title}.png", "reference") for title in ("real", "reconstructed")]
-    runs = [(run.name, paths.samples(run.name) / "grid.png", f"sample@{run.name}") for run in inputs.runs]
+    runs = [
+        (run.name, paths.samples(run.name) / "grid.png", stage_of(inputs.params, "sample", run.name))
+        for run in inputs.runs
+    ]
     return [(title, pictures.open_png(path, stage)) for title, path, stage in real + runs]
 
 
@@ -123,8 +130,10 @@ def _facts(inputs: Inputs) -> list[Fact]:
         words = f"of {shown.name}'s samples are nearly a training image; new real images would give about 0.1 %"
         facts.append(Fact("Copies", titles.percent(shown.metrics["copies"]), words, source))
     cost = shown.cost
-    words = f"for {titles.number(cost.images)} images, {titles.number(cost.images_per_second)} a second, {cost.machine}"
-    facts.append(Fact(f"Training {shown.name}", titles.duration(cost.seconds), words, paths.costs(shown.name)))
+    if cost is not None:
+        words = f"for {titles.number(cost.images)} images, {titles.number(cost.images_per_second)} a second, "
+        words += cost.machine
+        facts.append(Fact(f"Training {shown.name}", titles.duration(cost.seconds), words, paths.costs(shown.name)))
     return facts
 
 
@@ -190,6 +199,13 @@ def _classes(inputs: Inputs, most: int = 10) -> str:
     shown = inputs.summary.classes[: min(most, inputs.params.sample.classes)]
     more = min(inputs.params.sample.classes, len(inputs.summary.classes)) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
+
+
+def _settings(params: Params, record: RunRecord) -> dict[str, Any]:
+    """Return a run's resolved settings; of an imported model, what params say of it and what it turned out to be."""
+    if record.settings is not None:
+        return record.settings.model_dump(mode="json")
+    return {"imported": params.imported[record.name].model_dump(mode="json"), "model": record.config.model}
 
 
 def _yaml(value: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from afm_pipe import paths
@@ -51,7 +52,7 @@ class Table(NamedTuple):
 
 def run_table(inputs: Inputs) -> Table:
     """Build the table of runs: the settings in which they differ, metrics, cost."""
-    settings = differing_settings([record.settings for record in inputs.runs])
+    settings = differing_settings([record.settings or record.config.model for record in inputs.runs])
     metrics = titles.in_order(key for record in inputs.runs for key in record.metrics)
     columns = (
         Column("run", "Run", numeric=False),
@@ -65,8 +66,8 @@ def run_table(inputs: Inputs) -> Table:
             Cell(record.name, record.name),
             *(_setting_cell(key, values[index]) for key, values in settings.items()),
             *(_metric_cell(record, key) for key in metrics),
-            _cost_cell(record, "seconds", titles.duration(record.cost.seconds)),
-            _cost_cell(record, "images_per_second", titles.number(record.cost.images_per_second)),
+            _cost_cell(record, "seconds", titles.duration) if record.cost else Cell("imported", None),
+            _cost_cell(record, "images_per_second", titles.number),
         )
         for index, record in enumerate(inputs.runs)
     )
@@ -162,11 +163,14 @@ def published_tables(published: dict[str, Any]) -> tuple[Table, ...]:
     )
 
 
-def differing_settings(runs: list[Run]) -> dict[str, list[Any]]:
-    """Return the settings in which runs differ: dotted name -> one value per run."""
-    flat = [_flat(run.model_dump(mode="json")) for run in runs]
-    values = {key: [settings[key] for settings in flat] for key in flat[0]}
-    return {key: per_run for key, per_run in values.items() if any(value != per_run[0] for value in per_run)}
+def differing_settings(runs: Sequence[Run | dict[str, Any]]) -> dict[str, list[Any]]:
+    """Return the settings in which runs differ: dotted name -> one value per run, None where it is not known.
+
+    A mapping stands for a model that was not trained here, with the few settings that are known of it.
+    """
+    flat = [_flat(run.model_dump(mode="json")) if isinstance(run, Run) else run for run in runs]
+    values = {key: [settings.get(key) for settings in flat] for key in flat[0]}
+    return {key: found for key, found in values.items() if any(v not in (None, found[0]) for v in found)}
 
 
 def markdown(table: Table) -> str:
@@ -224,10 +228,12 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _setting_column(key: str, values: list[Any]) -> Column:
     meaning = f"{key} of the run in {paths.PARAMS}"
-    return Column(key, _SETTINGS.get(key, key), meaning, numeric=all(map(_is_number, values)))
+    return Column(key, _SETTINGS.get(key, key), meaning, numeric=all(_is_number(v) for v in values if v is not None))
 
 
 def _setting_cell(key: str, value: Any) -> Cell:
+    if value is None:
+        return Cell("", None)
     text = setting_text(key, value)
     return Cell(text, value if _is_number(value) else text)
 
@@ -248,30 +254,35 @@ def _floor_cell(inputs: Inputs, key: str, source: str) -> Cell:
     return Cell(titles.metric_text(key, value), value, source, f"{titles.base_key(key)}_reconstruction")
 
 
-def _cost_cell(record: RunRecord, key: str, text: str) -> Cell:
-    return Cell(text, getattr(record.cost, key), str(paths.costs(record.name)), key)
+def _cost_cell(record: RunRecord, key: str, text: Callable[[Any], str]) -> Cell:
+    if record.cost is None:
+        return Cell("", None)
+    value = getattr(record.cost, key)
+    return Cell(text(value), value, str(paths.costs(record.name)), key)
 
 
 def _cost_row(record: RunRecord) -> tuple[Cell, ...]:
     cost, config, source = record.cost, record.config, str(paths.model(record.name) / "config.json")
-    memory = titles.MISSING if cost.peak_memory_gib is None else f"{titles.number(cost.peak_memory_gib)} GiB"
-    texts = {
-        "updates": titles.number(cost.updates),
-        "images": titles.number(cost.images),
-        "seconds": titles.duration(cost.seconds),
-        "updates_per_second": titles.number(cost.updates_per_second),
-        "images_per_second": titles.number(cost.images_per_second),
-        "data_wait_share": titles.percent(cost.data_wait_share),
-        "checkpoint_share": titles.percent(cost.checkpoint_share),
-        "peak_memory_gib": memory,
-        "machine": f"{cost.machine}, {cost.device}, {cost.threads} threads",
+    texts: dict[str, Callable[[Any], str]] = {
+        "updates": titles.number,
+        "images": titles.number,
+        "seconds": titles.duration,
+        "updates_per_second": titles.number,
+        "images_per_second": titles.number,
+        "data_wait_share": titles.percent,
+        "checkpoint_share": titles.percent,
+        "peak_memory_gib": lambda value: titles.MISSING if value is None else f"{titles.number(value)} GiB",
+        "machine": lambda value: f"{value}, {cost.device}, {cost.threads} threads" if cost else "",
     }
     generator, discriminator = config.generator_parameters, config.discriminator_parameters
+    cells = [_cost_cell(record, key, text) for key, text in texts.items()]
     return (
         Cell(record.name, record.name),
         Cell(titles.millions(generator), generator, source, "generator_parameters"),
-        Cell(titles.millions(discriminator), discriminator, source, "discriminator_parameters"),
-        *(_cost_cell(record, key, text) for key, text in texts.items()),
+        Cell(titles.millions(discriminator), discriminator, source, "discriminator_parameters")
+        if discriminator is not None
+        else Cell("", None),
+        *(cells if cost else (*cells[:-1], Cell("imported", None))),
     )
 
 

@@ -1,0 +1,161 @@
+"""A model folder's generator for others: released key names, one safetensors file, or a folder for diffusers.
+
+The diffusers folder carries its own code, since no stock pipeline knows adversarial flow models, and needs nothing of
+this package: the modules a generator is made of are written into one file.
+"""
+
+import ast
+import importlib.metadata
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from afm_pipe.errors import UserError
+from afm_pipe.files import atomic_path, read_json, sha256_file, write_json
+from afm_pipe.models.checkpoint_format import ModelConfig, build_generator, load_config, load_tensors, require_fit
+from afm_pipe.models.released import METADATA, describe
+from afm_pipe.models.sizes import SIZES
+
+PACKAGE = Path(__file__).parent.parent
+TRAVELLING = ("errors.py", *(f"models/{name}.py" for name in ("sizes", "dit", "generator", "flow")))
+TRANSFORMER = "afm_transformer"  # the module that diffusers looks for in transformer/
+SUFFIXES = {"released": (".pth", ".pt"), "safetensors": (".safetensors",), "diffusers": ("",)}
+
+
+def export(model_dir: Path, autoencoder_dir: Path, kind: str, out: Path) -> None:
+    """Write the generator of `model_dir` to `out`, whole or not at all.
+
+    released: a .pth of plain tensors under the released names; safetensors: the same with what the model is in its
+    metadata; diffusers: a folder that DiffusionPipeline.from_pretrained loads, autoencoder and code included.
+    Raises UserError for a model that does not fit its config, or for an `out` of another kind.
+    """
+    _check_out(kind, out)
+    config, described = load_config(model_dir), read_json(model_dir / "config.json")
+    path = model_dir / "generator.safetensors"
+    tensors = load_tensors(path)
+    with torch.device("meta"):
+        require_fit(build_generator(config), tensors, path)
+    said = {
+        "model": config.model_dump(),
+        "classes": described.get("classes"),
+        "scaling_factor": described.get("scaling_factor"),
+    }
+    with atomic_path(out) as aside:
+        if kind == "released":
+            with aside.open("wb") as file:  # by handle: by name, the archive would hold the name
+                torch.save(tensors, file)
+        elif kind == "safetensors":
+            save_file(tensors, aside, {"format": "pt", METADATA: json.dumps(said, sort_keys=True)})
+        else:
+            _write_diffusers(aside, autoencoder_dir, config, described, tensors, sha256_file(path))
+
+
+def travelling_source() -> str:
+    """Return one module with everything a generator is made of, from this package's own sources."""
+    plain, named = set[str](), dict[str, set[str]]()  # imports of modules, and of names from modules
+    bodies = []
+    for part in (*TRAVELLING, "models/diffusers_transformer.py"):
+        text = (PACKAGE / part).read_text(encoding="utf-8")
+        lines, (docstring, *nodes) = text.splitlines(), ast.parse(text).body
+        imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+        for node in imports:
+            if isinstance(node, ast.Import):
+                plain.add(ast.unparse(node))
+            elif not str(node.module).startswith("afm_pipe"):
+                named.setdefault(str(node.module), set()).update(ast.unparse(alias) for alias in node.names)
+        for gone in (docstring, *imports):
+            for number in range(gone.lineno - 1, gone.end_lineno or gone.lineno):
+                lines[number] = ""
+        bodies.append(f"# From afm_pipe/{part}\n\n\n" + "\n".join(lines).strip())
+    head = '"""The generator of an adversarial flow model (arXiv 2511.22475), in one file; MIT licence."""'
+    imported = sorted(plain) + [f"from {module} import {', '.join(sorted(named[module]))}" for module in sorted(named)]
+    return "\n\n\n".join([head + "\n\n" + "\n".join(imported), *bodies]) + "\n"
+
+
+def _check_out(kind: str, out: Path) -> None:
+    if kind not in SUFFIXES:
+        raise UserError(f"Found --format {kind}, expected one of {', '.join(SUFFIXES)}.")
+    if kind != "diffusers":
+        if out.suffix not in SUFFIXES[kind] or out.is_dir():
+            raise UserError(f"Found --out {out}, expected the name of a file that ends in {SUFFIXES[kind][0]}.")
+    elif out.exists() and not (out / "model_index.json").is_file() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"Found --out {out} holding something else, expected a new folder or an earlier export.")
+
+
+def _write_diffusers(
+    folder: Path,
+    autoencoder_dir: Path,
+    config: ModelConfig,
+    described: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+    sha256: str,
+) -> None:
+    version = importlib.metadata.version("diffusers")
+    names = described.get("classes") or [str(label) for label in range(config.num_classes)]
+    shape = SIZES[config.size]._asdict() | config.model_dump(exclude={"size"}) | {"times": config.times}
+    folder.mkdir()
+    write_json(
+        folder / "model_index.json",
+        {
+            "_class_name": ["pipeline", "AFMPipeline"],
+            "_diffusers_version": version,
+            "transformer": [TRANSFORMER, "AFMTransformer"],
+            "vae": ["diffusers", "AutoencoderKL"],
+            "id2label": {str(label): name for label, name in enumerate(names)},
+        },
+    )
+    shutil.copyfile(PACKAGE / "models" / "diffusers_pipeline.py", folder / "pipeline.py")
+    (folder / "transformer").mkdir()
+    write_json(
+        folder / "transformer" / "config.json",
+        {"_class_name": "AFMTransformer", "_diffusers_version": version} | shape,
+    )
+    (folder / "transformer" / f"{TRANSFORMER}.py").write_text(travelling_source(), encoding="utf-8")
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({f"network.{name}": tensor for name, tensor in tensors.items()}, weights, {"format": "pt"})
+    (folder / "vae").mkdir()
+    for name in ("config.json", weights.name):
+        shutil.copyfile(autoencoder_dir / name, folder / "vae" / name)
+    (folder / "README.md").write_text(_card(config, described, names, sha256), encoding="utf-8")
+
+
+def _card(config: ModelConfig, described: dict[str, Any], names: list[str], sha256: str) -> str:
+    seen = described.get("images_seen")
+    origin = (
+        f"trained by afm-pipe on {seen:,} images" if seen else "imported by afm-pipe from weights trained elsewhere"
+    )
+    labels = [names[0], names[len(names) // 2]]
+
+    return f"""---
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+tags: [adversarial-flow-models, class-conditional]
+---
+
+# {described.get("name", "Adversarial flow model")}
+
+A class-conditional [adversarial flow model](https://arxiv.org/abs/2511.22475), {origin}.
+
+```python
+from diffusers import DiffusionPipeline
+
+folder = "."  # where this file is
+pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+images = pipe({labels!r}, seed=0).images  # names, or numbers from 0 to {config.num_classes - 1}
+```
+
+The code that `trust_remote_code` asks you to trust is in this folder: `pipeline.py` and
+`transformer/{TRANSFORMER}.py`, MIT licence. Image i depends on seed + i and its class alone.
+
+| | |
+| --- | --- |
+| generator | {describe(config)} |
+| sha256 of its generator.safetensors | {sha256} |
+| scaling factor of latents | {described.get("scaling_factor")} |
+
+The weights carry the terms of what they were trained on and where they came from.
+"""

@@ -1,0 +1,20 @@
+"""Turn weights from outside into a model: models/NAME, like a trained run's.
+
+python stages/import.py NAME
+dvc repro import@NAME
+"""
+
+import typer
+
+from afm_pipe import pipeline
+from afm_pipe.console import guarded
+from afm_pipe.params_file import load_params
+
+
+@guarded
+def main(name: str) -> None:
+    pipeline.import_weights(load_params(), name)
+
+
+if __name__ == "__main__":
+    typer.run(main)
