@@ -1,0 +1,21 @@
+"""Run the study on a line, and write its numbers, maps and figures into toy/.
+
+python stages/toy.py
+dvc repro toy
+"""
+
+import typer
+
+from afm_pipe import pipeline
+from afm_pipe.console import guarded
+from afm_pipe.launch import load_launch
+from afm_pipe.params_file import load_params
+
+
+@guarded
+def main() -> None:
+    pipeline.toy(load_params(), load_launch())
+
+
+if __name__ == "__main__":
+    typer.run(main)
