@@ -1,0 +1,161 @@
+"""Images inside a tar archive, read where they lie: the archive is indexed once, nothing is unpacked.
+
+Two layouts: the official tar of tars (ILSVRC2012_img_train.tar holds n01440764.tar, which holds that class's images),
+and one archive of CLASS/IMAGE or train/CLASS/IMAGE.
+"""
+
+import io
+import os
+import tarfile
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from afm_pipe.console import Tick
+from afm_pipe.data.images import EXTENSIONS, named
+from afm_pipe.errors import UserError
+
+BLOCK = 512
+LARGEST_HEADER = 1 << 20  # bytes; a long name, or pax attributes
+# What tarfile raises on hostile bytes.
+DAMAGE = (tarfile.TarError, OSError, ValueError, IndexError, OverflowError, RecursionError)
+
+
+class Span(NamedTuple):
+    """Where a file's bytes lie in the archive."""
+
+    offset: int
+    size: int
+
+
+class TarIndex(NamedTuple):
+    """The images of an archive, in the order of a folder's: classes, then files, in plain string order."""
+
+    classes: list[str]
+    images: list[tuple[str, int]]  # (CLASS/IMAGE, label)
+    spans: list[Span]
+
+
+def index_tar(path: Path) -> Generator[Tick, None, TarIndex]:
+    """Find every image of an archive without reading the images.
+
+    Hidden files are passed over, as in folders. Raises UserError naming the member on links, devices, sparse files,
+    absolute paths, paths with `..`, files given twice or that are no images, and on a compressed, damaged or truncated
+    archive.
+    """
+    if not path.is_file():
+        raise UserError(f"Found no file {path}, expected a tar archive: check data.root, or say data.source: folder.")
+    found: dict[str, dict[str, Span]] = {}
+    with path.open("rb") as file:
+        whole = Span(0, os.fstat(file.fileno()).st_size)
+        for parts, span in _members(file.fileno(), whole, str(path)):
+            yield Tick(span.offset >> 20, (whole.size >> 20) + 1, "MiB", "indexed")
+            if parts[-1].endswith(".tar"):
+                images = found.setdefault(parts[-1].removesuffix(".tar"), {})
+                where = f"{path}/{'/'.join(parts)}"
+                for inner, inner_span in _members(file.fileno(), span, where):
+                    if len(inner) != 1:
+                        raise UserError(f"Found the folder {inner[0]} in {where}, expected images alone: pack it anew.")
+                    _add(images, inner[0], inner_span, where)
+                continue
+            inside = parts[1:] if parts[0] == "train" and len(parts) == 3 else parts
+            if len(inside) != 2:
+                raise UserError(
+                    f"Found {'/'.join(parts)} in {path}, expected CLASS/IMAGE, train/CLASS/IMAGE or CLASS.tar alone: "
+                    "pack the class folders and nothing else."
+                )
+            _add(found.setdefault(inside[0], {}), inside[1], span, str(path))
+    return _listed(found, path)
+
+
+def read_span(handle: int, span: Span) -> bytes:
+    """Read a file's bytes out of an open archive, from any thread. Raises OSError when the archive is cut short."""
+    content = os.pread(handle, span.size, span.offset)
+    if len(content) < span.size:
+        raise OSError(0, "the archive ends within it")
+    return content
+
+
+class _Window(io.RawIOBase):
+    """A stretch of an open file as a file of its own, of which tarfile reads the headers."""
+
+    def __init__(self, handle: int, span: Span) -> None:
+        self.handle, self.span, self.position = handle, span, 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.position = offset
+        return offset
+
+    def tell(self) -> int:
+        return self.position
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= LARGEST_HEADER or self.position < 0:
+            raise tarfile.ReadError(f"a header of {size} bytes at {self.position}")
+        size = max(min(size, self.span.size - self.position), 0)
+        content = os.pread(self.handle, size, self.span.offset + self.position)
+        self.position += len(content)
+        return content
+
+
+def _members(handle: int, span: Span, where: str) -> Iterator[tuple[list[str], Span]]:
+    """Yield the path (in parts) and the place of each visible file of the archive at `span`."""
+    try:
+        tar = tarfile.open(fileobj=_Window(handle, span), mode="r:")  # noqa: SIM115  # it holds nothing open
+        last = -1
+        while (member := tar.next()) is not None:
+            tar.members = []  # type: ignore[attr-defined]  # a million of them fill the memory
+            parts = _checked(member, where)
+            at = Span(span.offset + member.offset_data, member.size)
+            if not last < tar.offset <= span.size:
+                raise UserError(f"Found {where} cut short within {member.name}, expected all of it: fetch it again.")
+            last = tar.offset
+            if member.isreg() and not any(part.startswith(".") for part in parts):
+                yield parts, at
+    except UserError:
+        raise
+    except DAMAGE as error:
+        raise UserError(
+            f"Found {where}, which is no whole tar archive without compression ({error}): fetch it again, "
+            "or decompress it."
+        ) from None
+    # tarfile takes a damaged header, and a cut between two members, for the end.
+    if os.pread(handle, BLOCK, span.offset + tar.offset) != bytes(BLOCK):
+        raise UserError(f"Found {where} damaged or cut short after {tar.offset} bytes: fetch it again.")
+
+
+def _checked(member: tarfile.TarInfo, where: str) -> list[str]:
+    parts = [part for part in member.name.split("/") if part not in ("", ".")]
+    if member.name.startswith("/") or ".." in parts:
+        raise UserError(f"Found the path {member.name!r} in {where}, expected one within the archive: pack it anew.")
+    if not (member.isdir() or member.isreg()) or member.issparse():
+        raise UserError(
+            f"Found {member.name!r} in {where}, which is a link, a device or a sparse file; expected plain files: "
+            "pack it anew, with `tar --dereference`."
+        )
+    if member.size < 0 or (member.isreg() and not parts):
+        raise UserError(f"Found {member.name!r} of {member.size} bytes in {where}, expected a file: fetch it again.")
+    return parts
+
+
+def _add(images: dict[str, Span], name: str, span: Span, where: str) -> None:
+    if name in images:
+        raise UserError(f"Found {name} twice in {where}, expected it once: pack it anew.")
+    images[name] = span
+
+
+def _listed(found: dict[str, dict[str, Span]], path: Path) -> TarIndex:
+    if not found:
+        raise UserError(f"Found no image in {path}, expected CLASS.tar or CLASS/IMAGE in it: check data.root.")
+    classes = sorted(found)
+    empty = [name for name in classes if not found[name]]
+    if empty:
+        raise UserError(f"Found no image of class {named(empty)} in {path}, expected at least one: fetch it again.")
+    images = [(f"{name}/{image}", label) for label, name in enumerate(classes) for image in sorted(found[name])]
+    unknown = [image for image, _ in images if Path(image).suffix.lower() not in EXTENSIONS]
+    if unknown:
+        raise UserError(
+            f"Found {named(unknown)} in {path}, expected only files ending in {', '.join(sorted(EXTENSIONS))}: "
+            "pack it anew without the rest."
+        )
+    return TarIndex(classes, images, [found[name][image] for name in classes for image in sorted(found[name])])

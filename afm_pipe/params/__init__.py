@@ -1,0 +1,185 @@
+"""The schema of params.yaml: every knob that changes a number, typed, with its unit and its place in the paper.
+
+No field has a hidden default: what shapes a number is written in the file, so that DVC sees it change.
+A run is the `train` section with the run's own fields laid over it.
+"""
+
+import re
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from afm_pipe.models.sizes import SIZES
+from afm_pipe.params.base import NAME, RunName, Section
+from afm_pipe.params.images import (
+    Autoencoder,
+    AutoencoderTraining,
+    Data,
+    Encode,
+    Evaluate,
+    FeatureClassifier,
+    Features,
+    Imported,
+    Reference,
+    Sample,
+)
+from afm_pipe.params.toy import Toy, ToyGuidance
+from afm_pipe.params.training import (
+    Affine,
+    Augmentation,
+    Classifier,
+    Ema,
+    GradientNormalization,
+    Guidance,
+    Guided,
+    Penalty,
+    Phase,
+    Run,
+    Transport,
+)
+
+__all__ = [
+    "Affine",
+    "Augmentation",
+    "Autoencoder",
+    "AutoencoderTraining",
+    "Classifier",
+    "Data",
+    "Ema",
+    "Encode",
+    "Evaluate",
+    "FeatureClassifier",
+    "Features",
+    "GradientNormalization",
+    "Guidance",
+    "Guided",
+    "Imported",
+    "Params",
+    "Penalty",
+    "Phase",
+    "Reference",
+    "Run",
+    "Sample",
+    "Toy",
+    "ToyGuidance",
+    "Transport",
+    "laid_over",
+    "valid_name",
+]
+
+RESERVED_NAMES = {"autoencoder", "classifier"}  # folders under models/ that are not runs
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    seed: int
+    """Of everything random that is not a run's or a sample's; also a run's own, unless it names another."""
+    data: Data
+    autoencoder: Autoencoder
+    encode: Encode
+    reference: Reference
+    train: Run
+    """What all runs share."""
+    runs: Annotated[dict[RunName, Run], Field(min_length=1)]
+    classifier: Classifier | None
+    """Needed by phases with guidance."""
+    guided: dict[RunName, Guided]
+    imported: dict[RunName, Imported]
+    """Models that are not trained here, sampled and measured like those that are."""
+    sample: Sample
+    evaluate: Evaluate
+    toy: Toy
+
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or not isinstance(raw.get("train"), dict):
+            return raw
+        train = {"seed": raw["seed"], **raw["train"]} if "seed" in raw else raw["train"]
+        runs = raw.get("runs")
+        if isinstance(runs, dict):
+            runs = {name: laid_over(train, run) if isinstance(run, dict) else run for name, run in runs.items()}
+        return raw | {"train": train, "runs": runs}
+
+    @property
+    def models(self) -> dict[str, Run]:
+        """All trained models by name: the runs, and the guided runs resolved."""
+        return self.runs | {name: self._continued(guided) for name, guided in self.guided.items()}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All models by name, the imported ones too: the rows of the tables."""
+        return (*self.runs, *self.guided, *self.imported)
+
+    def _continued(self, guided: Guided) -> Run:
+        base = self.runs[guided.base]
+        phase = Phase(**{name: getattr(guided, name) for name in Phase.model_fields})
+        seed = base.seed if guided.seed is None else guided.seed
+        return base.model_copy(update={"phases": (*base.phases, phase), "seed": seed})
+
+    @model_validator(mode="after")
+    def _check(self) -> "Params":
+        taken = RESERVED_NAMES & set(self.names) | {name for name in self.names if self.names.count(name) > 1}
+        if taken:
+            raise ValueError(f"runs: expected another name than {', '.join(sorted(taken))}, which is taken")
+        if self.data.image_size % self.autoencoder.downsample:
+            raise ValueError(
+                f"data.image_size: expected a multiple of autoencoder.downsample {self.autoencoder.downsample}, "
+                f"found {self.data.image_size}"
+            )
+        for name, guided in self.guided.items():
+            if guided.base not in self.runs:
+                raise ValueError(f"guided.{name}.from: expected a run ({', '.join(self.runs)}), found {guided.base}")
+            end = self.runs[guided.base].phases[-1].until_epoch
+            if guided.until_epoch <= end:
+                raise ValueError(
+                    f"guided.{name}.until_epoch: expected more than {end:g}, where {guided.base} ends, "
+                    f"found {guided.until_epoch:g}"
+                )
+            if guided.reload_discriminator is not None:
+                raise ValueError(f"guided.{name}.reload_discriminator: a guided run starts from its base's last D")
+        for name, run in self.models.items():
+            for phase in run.phases:
+                self._check_guidance(name, run, phase)
+        for name, run in self.runs.items():
+            patch = SIZES[run.size].patch
+            if self.latent_size % patch:
+                raise ValueError(
+                    f"runs.{name}.size: expected a patch that divides the latent side {self.latent_size}, "
+                    f"found {run.size} with patch {patch}"
+                )
+        return self
+
+    def _check_guidance(self, name: str, run: Run, phase: Phase) -> None:
+        if phase.guidance is None:
+            return
+        if self.classifier is None:
+            raise ValueError(f"{name}: expected a `classifier` section, since a phase has guidance; found null")
+        if (run.nfe == 1) != (phase.guidance.t is not None):
+            wanted = "`t`, a range of times, for one step" if run.nfe == 1 else "`at`, target times, for several steps"
+            raise ValueError(f"{name}: expected guidance with {wanted} (nfe is {run.nfe})")
+
+    @property
+    def latent_size(self) -> int:
+        """Side of a latent, in latent pixels."""
+        return self.data.image_size // self.autoencoder.downsample
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a latent."""
+        return self.autoencoder.latent_channels, self.latent_size, self.latent_size
+
+
+def valid_name(name: str) -> bool:
+    """Tell whether a model may be called so."""
+    return re.fullmatch(NAME, name) is not None
+
+
+def laid_over(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` with `own` laid over it: mappings merge field by field, all else (lists too) is replaced."""
+    merged = dict(base)
+    for key, value in own.items():
+        below = base.get(key)
+        merged[key] = laid_over(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged

