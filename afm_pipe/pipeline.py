@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from afm_pipe.data.latents import Latents
+    from afm_pipe.data.manifest import Manifest
     from afm_pipe.drawing import Request, Sampler
     from afm_pipe.models.checkpoint_format import ModelConfig
     from afm_pipe.plan import Machine
@@ -280,13 +281,12 @@ def plan(params: Params, name: str) -> str:
     """Return what a run would be: its resolved params, its parameters, updates and memory."""
     import yaml
 
-    from afm_pipe.data.manifest import read_manifest
     from afm_pipe.training.schedules import num_updates
 
-    run, needs = _run(params, name), run_budget(params, name)
-    if paths.MANIFEST.exists():
-        num_images = read_manifest(paths.MANIFEST).num_images
-        updates = f"{num_updates(run, num_images)} of G and of D, {run.batch_size} images each, on {num_images} images"
+    run, needs, manifest = _run(params, name), run_budget(params, name), _known_images(params)
+    if manifest is not None:
+        count = num_updates(run, manifest.num_images)
+        updates = f"{count} of G and of D, {run.batch_size} images each, on {manifest.num_images} images"
     else:
         updates = f"{run.phases[-1].until_epoch:g} epochs; `afm-pipe prepare` counts the images of one"
     return (
@@ -302,26 +302,30 @@ def plan(params: Params, name: str) -> str:
 
 def plan_study(params: Params, names: list[str], machine: "Machine", num_images: int | None) -> str:
     """Return what models need on a machine, of so many images; else of those there are, else of ImageNet's."""
-    from afm_pipe.data.manifest import read_manifest
     from afm_pipe.plan import plan_text
 
-    classes = 1000
-    if num_images is None:
-        num_images = IMAGENET_IMAGES
-        if paths.MANIFEST.exists():
-            manifest = read_manifest(paths.MANIFEST)
-            if Path(params.data.root) in (manifest.root, manifest.root.parent):  # else of another profile
-                num_images, classes = manifest.num_images, len(manifest.classes)
-    return follow("plan", plan_text(params, names, machine, num_images, classes))
+    manifest = _known_images(params)
+    classes = len(manifest.classes) if manifest and num_images is None else 1000
+    count = num_images or (manifest.num_images if manifest else IMAGENET_IMAGES)
+    return follow("plan", plan_text(params, names, machine, count, classes))
 
 
 def run_budget(params: Params, name: str) -> "Budget":
     """Return what a run needs, counted without allocating it; before there is data, as if it had 1,000 classes."""
-    from afm_pipe.data.manifest import read_manifest
     from afm_pipe.training.budget import budget
 
-    num_classes = len(read_manifest(paths.MANIFEST).classes) if paths.MANIFEST.exists() else 1000
-    return budget(_run(params, name), _model_config(params, name, num_classes))
+    manifest = _known_images(params)
+    return budget(_run(params, name), _model_config(params, name, len(manifest.classes) if manifest else 1000))
+
+
+def _known_images(params: Params) -> "Manifest | None":
+    """Return the manifest of the images params name, if `prepare` has made it; another profile's is not taken."""
+    from afm_pipe.data.manifest import read_manifest
+
+    if not paths.MANIFEST.exists():
+        return None
+    manifest = read_manifest(paths.MANIFEST)
+    return manifest if Path(params.data.root) in (manifest.root, manifest.root.parent) else None
 
 
 def _sampler(params: Params, name: str, device: "torch.device") -> "Sampler":

@@ -43,7 +43,7 @@ class Gpu(NamedTuple):
         return 1e12 * {"fp32": self.fp32, "tf32": self.tf32, "bf16": self.bf16}[precision]
 
 
-# NVIDIA's data sheets of the SXM parts; where they give only figures with 2:4 sparsity, half of those.
+# NVIDIA's data sheets of the SXM parts as others quote them; where those give only 2:4 sparse figures, half of them.
 GPUS = {
     # name          fp32       tf32        bf16         memory
     "a100": Gpu(fp32=19.5, tf32=156.0, bf16=312.0, memory=80),

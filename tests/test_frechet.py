@@ -4,10 +4,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from afm_pipe.errors import UserError
 from afm_pipe.evaluation.frechet import Statistics, frechet_distance
-from afm_pipe.evaluation.measures import kid, sample_suffix, within_class_variance
+from afm_pipe.evaluation.measures import ClassSpread, kid, sample_suffix, within_class_variance
 
 
 def features(seed: int, count: int = 400, dim: int = 16) -> np.ndarray:
@@ -120,3 +121,11 @@ def test_within_class_variance_wants_two_of_a_class() -> None:
 @pytest.mark.parametrize(("samples", "suffix"), [(5000, "_5k"), (1234, "_1234"), (49_999, "_49999"), (50_000, "")])
 def test_keys_carry_the_sample_count_below_fifty_thousand(samples: int, suffix: str) -> None:
     assert sample_suffix(samples) == suffix
+
+
+def test_class_spread_of_a_stream_is_the_variance_of_the_whole() -> None:
+    x, labels = torch.randn(60, 2, 3), torch.arange(60) % 4
+    spread = ClassSpread(5)
+    for start in range(0, 60, 7):
+        spread.add(x[start : start + 7], labels[start : start + 7])
+    assert spread.variance() == pytest.approx(within_class_variance(x.flatten(1).numpy(), labels.numpy()), rel=1e-5)

@@ -4,7 +4,9 @@ Shapes: N samples, D features.
 """
 
 import numpy as np
+import torch
 from cleanfid.fid import kernel_distance
+from torch import Tensor
 
 from afm_pipe.errors import UserError
 
@@ -38,6 +40,31 @@ def within_class_variance(features: np.ndarray, labels: np.ndarray) -> float:
     if not traces:
         raise UserError(f"Found {len(labels)} images, each of another class, expected two of some class: add images.")
     return float(np.mean(traces))
+
+
+class ClassSpread:
+    """Within-class variance, as `within_class_variance`, of more samples than memory holds: sums alone are kept."""
+
+    def __init__(self, num_classes: int) -> None:
+        self.counts = torch.zeros(num_classes, dtype=torch.float64)
+        self.sums: Tensor | None = None  # (K, D)
+        self.squares = torch.zeros(num_classes, dtype=torch.float64)
+
+    def add(self, samples: Tensor, labels: Tensor) -> None:
+        """Take in samples (B, ...) of classes `labels` (B,)."""
+        flat = samples.flatten(1).double()  # (B, D)
+        if self.sums is None:
+            self.sums = torch.zeros(len(self.counts), flat.shape[1], dtype=torch.float64)
+        self.sums.index_add_(0, labels, flat)
+        self.squares.index_add_(0, labels, flat.square().sum(1))
+        self.counts.index_add_(0, labels, torch.ones(len(flat), dtype=torch.float64))
+
+    def variance(self) -> float:
+        """Return the trace of the covariance within a class, averaged over the classes of two samples or more."""
+        assert self.sums is not None, "no samples were added"
+        some = self.counts > 1
+        counts, sums, squares = self.counts[some], self.sums[some], self.squares[some]
+        return float(((squares - sums.square().sum(1) / counts) / (counts - 1)).mean())
 
 
 def sample_suffix(samples: int) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 from afm_pipe.console import Tick
 from afm_pipe.errors import UserError
 from afm_pipe.evaluation.features import NAMES, load_network
-from afm_pipe.evaluation.measures import sample_suffix, within_class_variance
+from afm_pipe.evaluation.measures import ClassSpread, sample_suffix, within_class_variance
 from afm_pipe.evaluation.nearest import Neighbours, Thumbnails, thumbnail
 from afm_pipe.evaluation.reference import SUMMARY, THUMBNAILS, FeatureStream, Reference
 from afm_pipe.files import read_json
@@ -42,8 +42,8 @@ def evaluate_run(
     perfect generator is a little below zero: with classes in equal shares its samples are not quite independent.
 
     class_accuracy        share of samples the reference's classifier puts in the class asked for (if it is used)
-    within_class_variance trace of the feature covariance within a class, averaged over classes, over that of real
-                          images; in the first network of evaluate.features
+    within_class_variance variance of thumbnails' pixels within a class, averaged over classes, over real images';
+                          _features: the same in the first network of evaluate.features
     copies                share of samples whose nearest training image, in pixels, is as much nearer than the second
                           nearest as for one training image in a thousand (`Thumbnails.copied`): new images give 0.001
     nearest_distance_ratio median distance of samples to the nearest training image, over the median of training
@@ -64,12 +64,15 @@ def evaluate_run(
 
     streams = [FeatureStream(network, protocol.samples) for network in networks]
     distances, pictured, found = [], [], []
+    spread, real_spread = ClassSpread(num_classes), ClassSpread(num_classes)
+    real_spread.add(thumbnails.images, torch.from_numpy(thumbnails.labels))
     samples = stream_images(generator, vae, params, protocol.seed, protocol.samples, num_classes, device)
-    for indices, _, images in samples:
+    for indices, asked, images in samples:
         _check_size(images, summary["image_shape"])
         for stream in streams:
             stream.add(images)
         small = thumbnail(images)
+        spread.add(small, asked)
         near, which = neighbours.nearest(small, NEAREST_SHOWN)  # (B, 3) each
         distances.append(near)
         if indices.start < NEAREST_SAMPLES:
@@ -87,8 +90,9 @@ def evaluate_run(
         if stream.network.head is not None:
             predicted = stream.network.predict(torch.from_numpy(stream.features)).numpy()
             metrics["class_accuracy"] = float((predicted == labels).mean())
-    spread = within_class_variance(streams[0].features, labels)
-    metrics["within_class_variance"] = spread / references[0].within_class_variance
+    metrics["within_class_variance"] = spread.variance() / real_spread.variance()
+    of_features = within_class_variance(streams[0].features, labels)
+    metrics["within_class_variance_features"] = of_features / references[0].within_class_variance
     metrics |= _nearness(torch.cat(distances), thumbnails)
     metrics["protocol"] = provenance | {
         "samples": protocol.samples,
@@ -100,7 +104,7 @@ def evaluate_run(
         "decode_precision": "fp32",
         "device": device.type,
         "features": {network.name: network.sha256 for network in networks},
-        "within_class_variance_features": networks[0].name,
+        "within_class_variance_network": networks[0].name,
         "kid_features": {name: "rms 1" if NAMES[name].kid_rescaled else "as they are" for name in protocol.features},
         "kid_subsets": protocol.kid_subsets,
         "kid_subset_size": min(protocol.kid_subset_size, protocol.samples, len(references[0].features)),

@@ -36,8 +36,13 @@ _METRICS = {  # in the order of the tables' columns
     "within_class_variance": Metric(
         "Within-class variance",
         "near 1",
-        "Variance of the features within a class, averaged over classes, samples over real images; well below 1: too "
+        "Variance of the pixels within a class, averaged over classes, samples over real images; well below 1: too "
         "little variety",
+    ),
+    "within_class_variance_features": Metric(
+        "... of features",
+        "near 1",
+        "The same for the features of the network distances are taken in; odd images weigh more here",
     ),
     "copies": Metric(
         "Copies",
