@@ -17,6 +17,7 @@ from afm_pipe.errors import UserError
 from afm_pipe.params import Params
 from afm_pipe.reporting import curves, tables, titles
 from afm_pipe.reporting.page import write_report
+from afm_pipe.reporting.tables import setting_text
 
 COMMITTED = yaml.safe_load((Path(__file__).parents[1] / "params.yaml").read_text())
 RUNS = {"t4": {"seed": 0}, "t4-no-transport": {"transport": 0.0}}
@@ -354,3 +355,11 @@ def test_only_inception_distances_are_called_fid() -> None:
     for key in ("fd_classifier_5k", "kid_classifier_5k", "fd_dinov2", "kid_dinov2"):
         assert "FID" not in titles.metric(key).title
         assert "KID" not in titles.metric(key).title
+
+
+def test_a_phase_says_all_that_is_done_in_it() -> None:
+    phase = {"until_epoch": 10.0, "lr": 3e-4, "guidance": {"scale": 0.02}, "augment": {"probability": 0.4}}
+    later = {"until_epoch": 12.0, "reload_ema": "epoch", "reload_discriminator": 8.0, "gradient_clip": 5.0}
+    found = setting_text("phases", [phase, later])
+    expected = "10 at lr 0.0003, guided by 0.02, augmented, then 12, clipped at 5, EMA reload, D reload from 8"
+    assert found == expected

@@ -71,4 +71,6 @@ def draw_sheet(tiles: Sequence[tuple[str, Image.Image]], path: Path, columns: in
         x, y = gap + index % columns * (width + gap), gap + index // columns * (height + gap)
         draw.text((x, y), title, fill="#1c2127", font=font)
         sheet.paste(image, (x, y + head))
+    if all(image.mode in ("1", "L") for image in images):
+        sheet = sheet.convert("L")  # a third of the bytes
     sheet.save(path, optimize=True)

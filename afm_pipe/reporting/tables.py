@@ -213,7 +213,13 @@ def _transport_text(value: dict[str, float]) -> str:
 def _phase_text(phase: dict[str, Any]) -> str:
     text = f"{phase['until_epoch']:g}"
     text += f" at lr {phase['lr']:g}" if phase.get("lr") is not None else ""
-    return text + (f" at transport {_transport_text(phase['transport'])}" if phase.get("transport") else "")
+    text += f" at transport {_transport_text(phase['transport'])}" if phase.get("transport") else ""
+    text += f", guided by {phase['guidance']['scale']:g}" if phase.get("guidance") else ""
+    text += ", augmented" if phase.get("augment") else ""
+    text += f", clipped at {phase['gradient_clip']:g}" if phase.get("gradient_clip") else ""
+    text += ", EMA reload" if phase.get("reload_ema") == "epoch" else ""
+    back = phase.get("reload_discriminator")
+    return text + ("" if back is None else f", D reload from {back:g}")
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
