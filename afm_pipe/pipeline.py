@@ -267,14 +267,18 @@ def report(params: Params) -> None:
 
 
 def summary(params: Params) -> str:
-    """Return the run table of what was measured, for a terminal."""
+    """Return the run table of what was measured, for a terminal: without the settings, which the report has."""
     from afm_pipe.console import table_text
     from afm_pipe.reporting.inputs import read_inputs
     from afm_pipe.reporting.tables import run_table
 
-    table = run_table(read_inputs(params))
-    rows = [[cell.text for cell in row] for row in (*table.rows, *([table.footer] if table.footer else []))]
-    return table_text([column.title for column in table.columns], rows)
+    inputs = read_inputs(params)
+    table = run_table(inputs)
+    shown = {"run", "seconds"}.union(*(record.metrics for record in inputs.runs))
+    chosen = [index for index, column in enumerate(table.columns) if column.key in shown]
+    rows = [*table.rows, *([table.footer] if table.footer else [])]
+    header = [table.columns[index].title for index in chosen]
+    return table_text(header, [[row[index].text for index in chosen] for row in rows])
 
 
 def plan(params: Params, name: str) -> str:

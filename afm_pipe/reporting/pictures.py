@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from afm_pipe.errors import UserError
 from afm_pipe.reporting.inputs import needed
@@ -71,6 +71,11 @@ def draw_sheet(tiles: Sequence[tuple[str, Image.Image]], path: Path, columns: in
         x, y = gap + index % columns * (width + gap), gap + index // columns * (height + gap)
         draw.text((x, y), title, fill="#1c2127", font=font)
         sheet.paste(image, (x, y + head))
-    if all(image.mode in ("1", "L") for image in images):
+    if all(map(_is_grey, images)):
         sheet = sheet.convert("L")  # a third of the bytes
     sheet.save(path, optimize=True)
+
+
+def _is_grey(image: Image.Image) -> bool:
+    red, *others = image.convert("RGB").split()
+    return all(ImageChops.difference(red, band).getbbox() is None for band in others)
