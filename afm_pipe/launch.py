@@ -28,7 +28,7 @@ class Launch(BaseModel):
     device: str = "auto"
     """A torch device such as cpu, cuda or cuda:1; auto: cuda where there is one."""
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0
-    """A killed training loses at most about this much."""
+    """A killed training loses at most about this much, or a thousandth of the run if that is longer."""
 
     def torch_device(self) -> "torch.device":
         """Return the device. Raises UserError when this machine does not have it."""
