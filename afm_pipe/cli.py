@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from afm_pipe import paths, pipeline
+from afm_pipe import answers, paths, pipeline
 from afm_pipe.console import guarded
 from afm_pipe.errors import UserError
 from afm_pipe.launch import load_launch
@@ -84,7 +84,7 @@ def train(
     loaded = load_params(params, overrides or ())
     name = _named(loaded, run, size)
     if dry_run:
-        typer.echo(pipeline.plan(loaded, name))
+        typer.echo(answers.plan(loaded, name))
     else:
         pipeline.train(loaded, name, load_launch())
 
@@ -205,7 +205,7 @@ def plan(
     loaded = load_params(params, overrides or ())
     from afm_pipe.plan import machine
 
-    typer.echo(pipeline.plan_study(loaded, runs or [], machine(gpu, gpus, utilisation, precision), images))
+    typer.echo(answers.plan_study(loaded, runs or [], machine(gpu, gpus, utilisation, precision), images))
 
 
 @app.command(rich_help_panel=TOOL)
@@ -244,7 +244,7 @@ def doctor(params: ParamsFile = paths.PARAMS) -> None:
 @guarded
 def summary(params: ParamsFile = paths.PARAMS) -> None:
     """Print the run table of the last report.  Example: afm-pipe summary"""
-    typer.echo(pipeline.summary(load_params(params)))
+    typer.echo(answers.summary(load_params(params)))
 
 
 @app.command(rich_help_panel=TOOL)

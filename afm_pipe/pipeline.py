@@ -22,11 +22,9 @@ if TYPE_CHECKING:
     from afm_pipe.data.manifest import Manifest
     from afm_pipe.drawing import Request, Sampler
     from afm_pipe.models.checkpoint_format import ModelConfig
-    from afm_pipe.plan import Machine
     from afm_pipe.training.budget import Budget
     from afm_pipe.training.state import Start, TrainingState
 
-IMAGENET_IMAGES = 1_281_167  # of its training set
 IN_MEMORY = 4 << 30  # bytes; data sets of more pixels are read as they are needed
 
 
@@ -129,7 +127,7 @@ def train(params: Params, name: str, launch: Launch) -> None:
     from afm_pipe.training.curves import write_curves
     from afm_pipe.training.loop import train as train_loop
 
-    run, device = _run(params, name), launch.torch_device()
+    run, device = named_run(params, name), launch.torch_device()
     require_memory(run_budget(params, name), name, device)
     latents = _latents(params)
     config = _model_config(params, name, len(latents.classes))
@@ -266,63 +264,15 @@ def report(params: Params) -> None:
     print(f"The report is {paths.REPORTS / 'index.html'}.")
 
 
-def summary(params: Params) -> str:
-    """Return the run table of what was measured, for a terminal: without the settings, which the report has."""
-    from afm_pipe.console import table_text
-    from afm_pipe.reporting.inputs import read_inputs
-    from afm_pipe.reporting.tables import run_table
-
-    inputs = read_inputs(params)
-    table = run_table(inputs)
-    shown = {"run", "seconds"}.union(*(record.metrics for record in inputs.runs))
-    chosen = [index for index, column in enumerate(table.columns) if column.key in shown]
-    rows = [*table.rows, *([table.footer] if table.footer else [])]
-    header = [table.columns[index].title for index in chosen]
-    return table_text(header, [[row[index].text for index in chosen] for row in rows])
-
-
-def plan(params: Params, name: str) -> str:
-    """Return what a run would be: its resolved params, its parameters, updates and memory."""
-    import yaml
-
-    from afm_pipe.training.schedules import num_updates
-
-    run, needs, manifest = _run(params, name), run_budget(params, name), _known_images(params)
-    if manifest is not None:
-        count = num_updates(run, manifest.num_images)
-        updates = f"{count} of G and of D, {run.batch_size} images each, on {manifest.num_images} images"
-    else:
-        updates = f"{run.phases[-1].until_epoch:g} epochs; `afm-pipe prepare` counts the images of one"
-    return (
-        yaml.safe_dump({name: run.model_dump(mode="json")}, sort_keys=False)
-        + f"\ngenerator      {needs.generator_parameters:,} parameters"
-        + f"\ndiscriminator  {needs.discriminator_parameters:,} parameters"
-        + f"\nupdates        {updates}"
-        + f"\nmemory         about {needs.memory_bytes / 2**30:.1f} GiB: {needs.state_bytes / 2**30:.2f} weights and "
-        + f"optimizers, {needs.activation_bytes / 2**30:.2f} activations, the rest torch itself"
-        + f"\ncheckpoint     {needs.checkpoint_bytes / 2**30:.2f} GiB on disk, two are kept"
-    )
-
-
-def plan_study(params: Params, names: list[str], machine: "Machine", num_images: int | None) -> str:
-    """Return what models need on a machine, of so many images; else of those there are, else of ImageNet's."""
-    from afm_pipe.plan import plan_text
-
-    manifest = _known_images(params)
-    classes = len(manifest.classes) if manifest and num_images is None else 1000
-    count = num_images or (manifest.num_images if manifest else IMAGENET_IMAGES)
-    return follow("plan", plan_text(params, names, machine, count, classes))
-
-
 def run_budget(params: Params, name: str) -> "Budget":
     """Return what a run needs, counted without allocating it; before there is data, as if it had 1,000 classes."""
     from afm_pipe.training.budget import budget
 
-    manifest = _known_images(params)
-    return budget(_run(params, name), _model_config(params, name, len(manifest.classes) if manifest else 1000))
+    manifest = known_images(params)
+    return budget(named_run(params, name), _model_config(params, name, len(manifest.classes) if manifest else 1000))
 
 
-def _known_images(params: Params) -> "Manifest | None":
+def known_images(params: Params) -> "Manifest | None":
     """Return the manifest of the images params name, if `prepare` has made it; another profile's is not taken."""
     from afm_pipe.data.manifest import read_manifest
 
@@ -356,7 +306,8 @@ def _imported(described: dict[str, Any]) -> bool:
     return "imported" in described.get("provenance", {})
 
 
-def _run(params: Params, name: str) -> Run:
+def named_run(params: Params, name: str) -> Run:
+    """Return a run by name, guided ones resolved. Raises UserError naming those there are."""
     if name not in params.models:
         raise UserError(f"Found no run {name!r} in params, expected one of {', '.join(params.models)}.")
     return params.models[name]

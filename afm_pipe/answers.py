@@ -1,0 +1,60 @@
+"""What a person asks without running a stage: the last results, and what a run or a study would need."""
+
+from typing import TYPE_CHECKING
+
+from afm_pipe.console import follow
+from afm_pipe.params import Params
+from afm_pipe.pipeline import known_images, named_run, run_budget
+
+if TYPE_CHECKING:
+    from afm_pipe.plan import Machine
+
+IMAGENET_IMAGES = 1_281_167  # of its training set
+
+
+def summary(params: Params) -> str:
+    """Return the run table of what was measured, for a terminal: without the settings, which the report has."""
+    from afm_pipe.console import table_text
+    from afm_pipe.reporting.inputs import read_inputs
+    from afm_pipe.reporting.tables import run_table
+
+    inputs = read_inputs(params)
+    table = run_table(inputs)
+    shown = {"run", "seconds"}.union(*(record.metrics for record in inputs.runs))
+    chosen = [index for index, column in enumerate(table.columns) if column.key in shown]
+    rows = [*table.rows, *([table.footer] if table.footer else [])]
+    header = [table.columns[index].title for index in chosen]
+    return table_text(header, [[row[index].text for index in chosen] for row in rows])
+
+
+def plan(params: Params, name: str) -> str:
+    """Return what a run would be: its resolved params, its parameters, updates and memory."""
+    import yaml
+
+    from afm_pipe.training.schedules import num_updates
+
+    run, needs, manifest = named_run(params, name), run_budget(params, name), known_images(params)
+    if manifest is not None:
+        count = num_updates(run, manifest.num_images)
+        updates = f"{count} of G and of D, {run.batch_size} images each, on {manifest.num_images} images"
+    else:
+        updates = f"{run.phases[-1].until_epoch:g} epochs; `afm-pipe prepare` counts the images of one"
+    return (
+        yaml.safe_dump({name: run.model_dump(mode="json")}, sort_keys=False)
+        + f"\ngenerator      {needs.generator_parameters:,} parameters"
+        + f"\ndiscriminator  {needs.discriminator_parameters:,} parameters"
+        + f"\nupdates        {updates}"
+        + f"\nmemory         about {needs.memory_bytes / 2**30:.1f} GiB: {needs.state_bytes / 2**30:.2f} weights and "
+        + f"optimizers, {needs.activation_bytes / 2**30:.2f} activations, the rest torch itself"
+        + f"\ncheckpoint     {needs.checkpoint_bytes / 2**30:.2f} GiB on disk, two are kept"
+    )
+
+
+def plan_study(params: Params, names: list[str], machine: "Machine", num_images: int | None) -> str:
+    """Return what models need on a machine, of so many images; else of those there are, else of ImageNet's."""
+    from afm_pipe.plan import plan_text
+
+    manifest = known_images(params)
+    classes = len(manifest.classes) if manifest and num_images is None else 1000
+    count = num_images or (manifest.num_images if manifest else IMAGENET_IMAGES)
+    return follow("plan", plan_text(params, names, machine, count, classes))
