@@ -355,6 +355,7 @@ def _model_config(params: Params, name: str, num_classes: int) -> "ModelConfig":
         form=run.form,
         repeats=run.repeats,
         qk_norm=run.qk_norm,
+        condition_on_source=run.condition_on_source,
     )
 
 

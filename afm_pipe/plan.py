@@ -214,7 +214,10 @@ def _figure(value: float) -> str:
 
 @cache
 def measure(run: Run, config: ModelConfig, batch_size: int) -> Work:
-    """Count one update of a run on a batch of `batch_size`, without guidance; shapes alone, nothing is computed."""
+    """Count one update of a run on a batch of `batch_size`, without guidance; shapes alone, nothing is computed.
+
+    Lazy penalties are counted by their mean over updates.
+    """
     penalised = max(round(batch_size * run.penalty.share), 1)
     with torch.device("meta"):
         generator, discriminator = build_generator(config), build_discriminator(config)
@@ -226,12 +229,16 @@ def measure(run: Run, config: ModelConfig, batch_size: int) -> Work:
             flow(batch.source, batch.labels, batch.s, batch.t)
         with _Counter() as d_step:
             discriminator_step(flow, discriminator, batch, noise, run)
+        with _Counter() as d_step_without:
+            discriminator_step(flow, discriminator, batch, None, run)
         discriminator.requires_grad_(False)
         with _Counter() as g_step:
             generator_step(flow, discriminator, batch, 1.0, None)
     weights = [*generator.parameters(), *discriminator.parameters()]
     activations = max(step.kept_bytes(weights) for step in (d_step, g_step))
-    return Work(forward.flops, d_step.flops + g_step.flops, activations)
+    lazy = (d_step.flops + (run.penalty.every - 1) * d_step_without.flops) / run.penalty.every
+    reused = forward.flops if run.reuse_forward else 0.0
+    return Work(forward.flops, lazy + g_step.flops - reused, activations)
 
 
 @cache
@@ -291,5 +298,5 @@ class _Counter(TorchDispatchMode):
 def _model_config(params: Params, run: Run, num_classes: int) -> ModelConfig:
     channels, latent_size, _ = params.latent_shape
     shape = {"channels": channels, "latent_size": latent_size, "num_classes": num_classes}
-    form = {"nfe": run.nfe, "form": run.form, "repeats": run.repeats, "qk_norm": run.qk_norm}
+    form = {name: getattr(run, name) for name in ("nfe", "form", "repeats", "qk_norm", "condition_on_source")}
     return ModelConfig.model_validate({"size": run.size, **shape, **form})

@@ -44,6 +44,7 @@ def golden(name: str) -> dict[str, torch.Tensor]:
         return {key: torch.from_numpy(np.asarray(value)) for key, value in file.items()}
 
 
+@pytest.mark.usefixtures("released_rates")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_forward_equals_the_released_implementation(name: str, dtype: torch.dtype, tolerance: float) -> None:

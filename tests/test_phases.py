@@ -33,6 +33,7 @@ GUIDED = (
 )
 
 
+@pytest.mark.usefixtures("released_rates")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 def test_classifier_forward_equals_the_released_implementation(dtype: torch.dtype, tolerance: float) -> None:
     vectors = golden("classifier")

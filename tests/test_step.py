@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from afm_pipe.models.checkpoint_format import ModelConfig, build_discriminator
 from afm_pipe.models.discriminator import Discriminator
 from afm_pipe.models.flow import Flow
 from afm_pipe.models.generator import Generator
@@ -44,6 +45,7 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
+@pytest.mark.usefixtures("released_rates")
 @pytest.mark.parametrize("nfe", [1, 2])
 @pytest.mark.parametrize(
     ("dtype", "tolerance", "penalty_tolerance", "gradient_tolerance"),
@@ -153,3 +155,59 @@ def test_fixed_times_are_neighbours_on_the_grid_and_any_times_are_ordered() -> N
     assert ((t >= 0) & (t <= s) & (s <= 1)).all()
     assert s.mean().item() == pytest.approx(0.5, abs=0.05)
     assert t.mean().item() == pytest.approx(0.25, abs=0.05)
+
+
+def small_step(run: Run) -> tuple[Flow, Discriminator, Batch, PenaltyNoise]:
+    vectors = golden("step_1nfe")
+    generator, discriminator = networks(vectors, "1nfe", torch.float64)
+    latents, noise = vectors["in/latents"].double(), vectors["in/noises_src"].double()
+    directions = PenaltyNoise(vectors["in/noises_r1"][:2].double(), vectors["in/noises_r2"][:2].double())
+    return Flow(generator, "direct", 1), discriminator, Batch(latents, noise, vectors["in/labels"]), directions
+
+
+def gradients(module: torch.nn.Module) -> torch.Tensor:
+    found = torch.cat([parameter.grad.flatten() for parameter in module.parameters() if parameter.grad is not None])
+    module.zero_grad(set_to_none=True)
+    return found
+
+
+def test_lazy_penalties_have_the_penalties_mean_gradient(run: Run) -> None:
+    flow, discriminator, batch, directions = small_step(run)
+    every = run.model_copy(update={"penalty": run.penalty.model_copy(update={"every": 4})})
+    steps = [discriminator_step(flow, discriminator, batch, directions, run)]
+    always = gradients(discriminator)
+    mean = torch.zeros_like(always)
+    for update in range(4):
+        noise = None if update % 4 else directions
+        steps.append(discriminator_step(flow, discriminator, batch, noise, every))
+        mean += gradients(discriminator) / 4
+    assert distance(mean, always) < 1e-9
+    assert steps[1].terms.r1.item() == pytest.approx(4 * steps[0].terms.r1.item())
+    assert [step.terms.r1.item() for step in steps[2:]] == [0, 0, 0]
+
+
+def test_a_reused_forward_gives_the_same_gradients(run: Run) -> None:
+    flow, discriminator, batch, directions = small_step(run)
+    runs = []
+    for reuse in (False, True):
+        fake = flow(batch.source, batch.labels) if reuse else None
+        discriminator_step(flow, discriminator, batch, directions, run, fake=fake)
+        of_d = gradients(discriminator)
+        discriminator.requires_grad_(False)
+        generator_step(flow, discriminator, batch, LAMBDA_OT, GradientNormalizer(0.9, dtype=torch.float64), fake=fake)
+        discriminator.requires_grad_(True)
+        runs.append((of_d, gradients(flow)))
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert torch.equal(runs[0][1], runs[1][1])
+
+
+def test_a_discriminator_that_sees_the_source_depends_on_it() -> None:
+    config = ModelConfig(size="t4", channels=4, latent_size=8, num_classes=3, condition_on_source=True)
+    discriminator = build_discriminator(config)
+    for block in discriminator.blocks:
+        torch.nn.init.normal_(block.adaLN_modulation[1].weight, std=0.5)
+    x, labels, source = torch.randn(2, 4, 8, 8), torch.tensor([0, 2]), torch.randn(2, 4, 8, 8)
+    seen, moved = discriminator(x, labels, None, source), discriminator(x, labels, None, source + 1)
+    assert not torch.allclose(seen, moved)
+    blind = build_discriminator(config.model_copy(update={"condition_on_source": False}))
+    assert torch.equal(blind(x, labels, None, source), blind(x, labels))

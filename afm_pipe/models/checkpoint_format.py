@@ -34,6 +34,7 @@ class ModelConfig(BaseModel):
     form: Literal["direct", "residual"] = "direct"
     repeats: int = 1
     qk_norm: bool = False
+    condition_on_source: bool = False
 
     @property
     def times(self) -> Times:
@@ -55,7 +56,8 @@ def build_generator(config: ModelConfig) -> Generator:
 def build_discriminator(config: ModelConfig) -> Discriminator:
     """Build the discriminator a config describes; it is told the target time when there are several steps."""
     shape = SIZES[config.size], config.channels, config.latent_size, config.num_classes
-    return Discriminator(*shape, timed=config.nfe != 1, qk_norm=config.qk_norm)
+    timed, sees_source = config.nfe != 1, config.condition_on_source
+    return Discriminator(*shape, timed=timed, qk_norm=config.qk_norm, sees_source=sees_source)
 
 
 def save_model(folder: Path, generator: nn.Module, discriminator: nn.Module, config: dict[str, Any]) -> None:

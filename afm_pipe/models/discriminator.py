@@ -11,6 +11,7 @@ class Discriminator(DiT):
     """The same DiT as the generator's with one learned token prepended, from which the logit is read (paper section 3).
 
     `timed`: it is told the target time (several steps).
+    `sees_source`: it is shown G's input beside what it judges, which the paper advises against.
     """
 
     def __init__(
@@ -21,19 +22,26 @@ class Discriminator(DiT):
         num_classes: int,
         timed: bool = False,
         qk_norm: bool = False,
+        sees_source: bool = False,
     ) -> None:
-        super().__init__(size, channels, latent_size, qk_norm)
+        super().__init__(size, channels * (2 if sees_source else 1), latent_size, qk_norm)
         self.y_embedder = LabelEmbedder(num_classes, size.width)
         if timed:
             self.t_embedder = TimestepEmbedder(size.width)
-        self.timed = timed
+        self.timed, self.sees_source = timed, sees_source
         self.dis_embed = nn.Parameter(torch.randn(size.width) * 0.02)
         self.final_layer = nn.Sequential(
             nn.LayerNorm(size.width, eps=1e-6, elementwise_affine=False), linear(size.width, 1, bias=False)
         )
 
-    def forward(self, x: Tensor, labels: Tensor, t: Tensor | None = None) -> Tensor:
-        """Map latents x (N, C, H, W), labels (N,) and target times t (N,) to logits (N,)."""
+    def forward(self, x: Tensor, labels: Tensor, t: Tensor | None = None, source: Tensor | None = None) -> Tensor:
+        """Map latents x (N, C, H, W), labels (N,) and target times t (N,) to logits (N,).
+
+        `source` (N, C, H, W), G's input, is looked at only by a network that was built to see it.
+        """
+        if self.sees_source:
+            assert source is not None, "this discriminator judges x together with its source"
+            x = torch.cat([x, source], dim=1)
         condition = self.y_embedder(labels)  # (N, D)
         if self.timed:
             condition = condition + self.t_embedder(t)

@@ -6,6 +6,7 @@ Shapes: N batch, C latent channels, H = W latent side, p patch, T = (H / p)^2 to
 """
 
 import math
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -44,11 +45,23 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(linear(FREQUENCIES, width, std=0.02), nn.SiLU(), linear(width, width, std=0.02))
 
     def forward(self, t: Tensor) -> Tensor:  # (N,) -> (N, D)
-        half = FREQUENCIES // 2
-        rates = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
-        angles = (TIME_SCALE * t).float()[:, None] * rates  # (N, 128); in fp32 as released, whatever the weights are
+        angles = (TIME_SCALE * t).float()[:, None] * time_rates(
+            t.device
+        )  # (N, 128); in fp32 as released, whatever the weights are
         code = torch.cat([angles.cos(), angles.sin()], dim=-1)
         return self.mlp(code.to(next(self.mlp.parameters()).dtype))
+
+
+@cache
+def time_rates(device: torch.device) -> Tensor:
+    """Return the rates of the sinusoidal time code, 10000^(-i / 128): (128,) float32.
+
+    Exponents are float32 as released, but their exponential is rounded from float64: float32's own differs in the last
+    bit from one processor to the next, and a time of 1000 makes that a thousand times larger.
+    """
+    half = FREQUENCIES // 2
+    exponents = -math.log(10000) / half * torch.arange(half, dtype=torch.float32, device="cpu")
+    return exponents.double().exp().float().to(device)
 
 
 class LabelEmbedder(nn.Module):

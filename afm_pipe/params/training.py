@@ -28,6 +28,13 @@ class Penalty(Section):
     """Step of the finite difference."""
 
 
+class LazyPenalty(Penalty):
+    """The penalties of a run, which may be left out of some updates."""
+
+    every: Count
+    """Computed in one D update of so many, and weighed as many times then; 1 in the paper."""
+
+
 class GradientNormalization(Section):
     """Normalisation of the adversarial gradient at G's output."""
 
@@ -110,6 +117,10 @@ class Run(Section):
     """How often G runs its blocks: XL/2 with 2 has 56 layers, with 4 it has 112. D runs its own once."""
     qk_norm: bool
     """RMS-normalise queries and keys in G and D; bf16 training needs it to be stable."""
+    condition_on_source: bool
+    """D is also shown G's input, as further channels. The paper does without: training oscillates or diverges."""
+    reuse_forward: bool
+    """D and G learn from the same batch and one forward pass of G; the paper draws a batch for each."""
     batch_size: Count
     """Images per update over all devices; G and D each draw as many."""
     lr: Positive
@@ -118,7 +129,7 @@ class Run(Section):
     """AdamW's."""
     weight_decay: NotNegative
     ema: Ema
-    penalty: Penalty
+    penalty: LazyPenalty
     centring: NotNegative
     """lambda_cp, weight of the logit centring."""
     transport: Transport

@@ -37,8 +37,10 @@ class Batches:
             batch = Batch(interpolate(x, z_target, t), interpolate(x, z, s), self.labels[indices], s, t)
         return batch.to(self.device)
 
-    def penalty_noise(self, images_seen: int) -> PenaltyNoise:
-        """Return the directions of the finite differences for the D step at `images_seen`."""
+    def penalty_noise(self, images_seen: int) -> PenaltyNoise | None:
+        """Return the directions of the finite differences for the D step at `images_seen`, if it has penalties."""
+        if images_seen // self.run.batch_size % self.run.penalty.every:
+            return None
         count = round(self.run.batch_size * self.run.penalty.share)
         generator = stream_generator(self.run.seed, "penalty", images_seen)
         noises = torch.randn(2, count, *self.latents.latent_shape, generator=generator)

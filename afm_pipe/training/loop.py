@@ -67,7 +67,8 @@ def train(
         seen = state.update * run.batch_size
         setting = setting_at(run, state.update, latents.num_images)
         phase = setting.phase
-        d_batch, g_batch = batches.batch("discriminator", seen), batches.batch("generator", seen)
+        g_batch = batches.batch("generator", seen)
+        d_batch = g_batch if run.reuse_forward else batches.batch("discriminator", seen)
         noise = batches.penalty_noise(seen)
         d_view, g_view = (batches.view(phase.augment, stream, seen) for stream in ("discriminator", "generator"))
         guide = batches.guide(phase.guidance, classifier, g_batch, seen)
@@ -75,10 +76,11 @@ def train(
 
         for event in intervene(run, state, latents.num_images, work_dir / "discriminators"):
             notes.append(f"update {state.update}: {event}")
-        d_step = discriminator_step(flow, state.discriminator, d_batch, noise, run, d_view)
+        fake = flow(g_batch.source, g_batch.labels, g_batch.s, g_batch.t) if run.reuse_forward else None
+        d_step = discriminator_step(flow, state.discriminator, d_batch, noise, run, d_view, fake)
         d_norm = _apply(state, "discriminator", d_step.total, setting.lr_discriminator, phase.gradient_clip)
         state.discriminator.requires_grad_(False)
-        g_step = generator_step(flow, state.discriminator, g_batch, setting.transport, normalizer, g_view, guide)
+        g_step = generator_step(flow, state.discriminator, g_batch, setting.transport, normalizer, g_view, guide, fake)
         state.discriminator.requires_grad_(True)
         g_norm = _apply(state, "generator", g_step.total, setting.lr, phase.gradient_clip)
         _update_ema(state, ema_decay_at(run.ema, state.update))

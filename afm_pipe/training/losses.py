@@ -57,8 +57,10 @@ def relativistic(higher: Tensor, lower: Tensor) -> Tensor:
 def gradient_penalty(logits: Tensor, moved: Tensor, epsilon: float, weighting: Tensor | float = 1.0) -> Tensor:
     """Return mean w ((D(u + eps noise) - D(u)) / eps)^2 over the first len(moved) samples of the batch.
 
-    A finite difference, so no gradient of a gradient is needed.
+    A finite difference, so no gradient of a gradient is needed. Without any moved sample it is 0.
     """
+    if not len(moved):
+        return logits.new_zeros(())
     return (weighting * ((moved - logits[: len(moved)]) / epsilon).square()).mean()
 
 

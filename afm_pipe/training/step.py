@@ -72,22 +72,36 @@ class GeneratorStep(NamedTuple):
 
 
 def discriminator_step(
-    generator: Flow, discriminator: nn.Module, batch: Batch, noise: PenaltyNoise, run: Run, view: View | None = None
+    generator: Flow,
+    discriminator: nn.Module,
+    batch: Batch,
+    noise: PenaltyNoise | None,
+    run: Run,
+    view: View | None = None,
+    fake: Tensor | None = None,
 ) -> DiscriminatorStep:
     """Add the gradients of D's loss to D's parameters, by one D forward over 2 N + 2 n latents.
 
-    `view` is how D sees latents, real and generated alike, where they are augmented.
+    `view` is how D sees latents, real and generated alike, where they are augmented. `fake` (N, C, H, W) is G's output
+    on the batch where it is at hand. Without `noise` the update is one that lazy penalties leave out: n = 0.
     """
     real, labels, t, weighting = batch.real, batch.labels, batch.t, batch.weighting
-    with torch.no_grad():
-        fake = generator(batch.source, labels, batch.s, t)  # (N, C, H, W)
+    if fake is None:
+        with torch.no_grad():
+            fake = generator(batch.source, labels, batch.s, t)  # (N, C, H, W)
+    fake, source = fake.detach(), batch.source
     if view is not None:
-        real, fake = view(real), view(fake)
-    n, epsilon = len(noise.real), run.penalty.epsilon
-    everything = [real, fake, moved(real[:n], noise.real, epsilon), moved(fake[:n], noise.fake, epsilon)]
-    logits = discriminator(torch.cat(everything), _four(labels, n), None if t is None else _four(t, n))  # (2 N + 2 n,)
-    split = Logits(*logits.split([len(part) for part in everything]))
+        real, fake, source = view(real), view(fake), view(source)
+    epsilon, n = run.penalty.epsilon, 0 if noise is None else len(noise.real)
+    everything = [real, fake]
+    if noise is not None:
+        everything += [moved(real[:n], noise.real, epsilon), moved(fake[:n], noise.fake, epsilon)]
+    times = None if t is None else _four(t, n)
+    logits = discriminator(torch.cat(everything), _four(labels, n), times, _four(source, n))  # (2 N + 2 n,)
+    split = Logits(*logits.split([len(real), len(fake), n, n]))
     terms = discriminator_terms(split, epsilon, weighting if isinstance(weighting, float) else weighting[:n])
+    # Lazy penalties weigh more where they are computed, so that their mean over updates is the penalty's.
+    terms = terms._replace(r1=run.penalty.every * terms.r1, r2=run.penalty.every * terms.r2)
     total = terms.adversarial + run.penalty.weight * (terms.r1 + terms.r2) + run.centring * terms.centring
     total.backward()
     return DiscriminatorStep(total.detach(), DiscriminatorTerms(*(term.detach() for term in terms)), split)
@@ -101,19 +115,23 @@ def generator_step(
     normalizer: GradientNormalizer | None,
     view: View | None = None,
     guide: Guide | None = None,
+    fake: Tensor | None = None,
 ) -> GeneratorStep:
     """Add the gradients of G's loss to G's parameters.
 
     The adversarial gradient is taken at G's output first, normalised there, joined by the gradients of the transport
-    loss and of `guide` (a weighted loss of G's output), and all go through G in one backward pass. `view` is as in
-    the D step. D's parameters must not require gradients.
+    loss and of `guide` (a weighted loss of G's output), and all go through G in one backward pass. `view` and `fake`
+    are as in the D step, `fake` with its graph. D's parameters must not require gradients.
     """
-    fake = generator(batch.source, batch.labels, batch.s, batch.t)  # (N, C, H, W)
+    if fake is None:
+        fake = generator(batch.source, batch.labels, batch.s, batch.t)  # (N, C, H, W)
     output = fake.detach().requires_grad_()
-    seen_real, seen_fake = (batch.real, output) if view is None else (view(batch.real), view(output))
+    real, seen, source = batch.real, output, batch.source
+    if view is not None:
+        real, seen, source = view(real), view(output), view(source)
     with torch.no_grad():
-        real_logits = discriminator(seen_real, batch.labels, batch.t)
-    adversarial = relativistic(discriminator(seen_fake, batch.labels, batch.t), real_logits)
+        real_logits = discriminator(real, batch.labels, batch.t, source)
+    adversarial = relativistic(discriminator(seen, batch.labels, batch.t, source), real_logits)
     (gradient,) = torch.autograd.grad(adversarial, output)
     if normalizer is not None:
         gradient = normalizer(gradient)
