@@ -141,6 +141,18 @@ def evaluate(run: RunName, params: ParamsFile = paths.PARAMS, overrides: Overrid
     pipeline.evaluate(load_params(params, overrides or ()), run, load_launch())
 
 
+@app.command(rich_help_panel=RUN)
+@guarded
+def tables(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[TABLE]...", help="Tables of params; or all.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write them into this folder instead of tables/.")] = None,
+    params: ParamsFile = paths.PARAMS,
+    overrides: Overrides = None,
+) -> None:
+    """Train and measure tables; resumable.  Example: afm-pipe tables transport_decay"""
+    pipeline.tables(load_params(params, overrides or ()), names or [], load_launch(), out)
+
+
 @app.command(rich_help_panel=TOOL)
 @guarded
 def toy(params: ParamsFile = paths.PARAMS, overrides: Overrides = None) -> None:

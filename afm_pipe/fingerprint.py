@@ -23,6 +23,9 @@ TRAINING_SOURCES = (
     "training",
 )
 
+# The source that shapes what is measured of a trained model.
+MEASURING_SOURCES = ("evaluation", "models/flow.py", "sampling.py", "study")
+
 
 def fingerprint(settings: Any, inputs: dict[str, str], sources: tuple[str, ...]) -> str:
     """Return 16 hex digits over settings (as JSON), named hashes of inputs, and source files or folders."""

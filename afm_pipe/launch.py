@@ -1,7 +1,7 @@
 """How the machine is used, which never changes a number's meaning and so never stands in params.yaml.
 
-Settings come from the environment (AFM_DEVICE, AFM_CHECKPOINT_SECONDS), else from an untracked launch.toml with the
-keys device and checkpoint_seconds, else from the defaults here.
+Settings come from the environment (AFM_DEVICE, AFM_CHECKPOINT_SECONDS, AFM_WORKERS), else from an untracked launch.toml
+with the keys device, checkpoint_seconds and workers, else from the defaults here.
 """
 
 import os
@@ -29,6 +29,12 @@ class Launch(BaseModel):
     """A torch device such as cpu, cuda or cuda:1; auto: cuda where there is one."""
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0
     """A killed training loses at most about this much, or a thousandth of the run if that is longer."""
+    workers: Annotated[int, Field(ge=1)] | None = None
+    """Processes, of one thread each, that train the cells of tables; left out: one for each core, one on a GPU."""
+
+    def num_workers(self, device: "torch.device") -> int:
+        """Return how many processes train cells."""
+        return self.workers or (1 if device.type == "cuda" else os.cpu_count() or 1)
 
     def torch_device(self) -> "torch.device":
         """Return the device. Raises UserError when this machine does not have it."""

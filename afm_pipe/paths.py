@@ -14,6 +14,8 @@ REFERENCE = Path("reference")  # statistics of the real images, the default's fe
 WORK = Path("work")  # unfinished work: git-ignored and unknown to DVC
 TOY = Path("toy")  # the study on a line: results.json, its maps as CSV, its figures
 REPORTS = Path("reports")
+CELLS = WORK / "cells"  # every cell of the study, by fingerprint
+STUDY = Path("study")  # the larger study's tables, kept in git
 
 
 def model(run: str) -> Path:
@@ -34,6 +36,11 @@ def metrics(run: str) -> Path:
 def curves(run: str) -> Path:
     """Training curves of a run: one row per logged update."""
     return Path("curves") / f"{run}.csv"
+
+
+def table(name: str) -> Path:
+    """A table of the study: its cells with what was measured of each."""
+    return Path("tables") / f"{name}.json"
 
 
 def costs(run: str) -> Path:

@@ -5,6 +5,7 @@ The scripts in stages/ (what DVC runs) and the commands of `afm-pipe` are two do
 
 import math
 import resource
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -243,6 +244,22 @@ def evaluate(params: Params, name: str, launch: Launch) -> None:
     write_json(paths.metrics(name), metrics)
     with atomic_path(paths.samples(name) / "nearest.png") as aside:
         nearest.save(aside, format="png")
+
+
+def tables(params: Params, names: Sequence[str], launch: Launch, out: Path | None = None) -> None:
+    """Train and measure the missing cells of some tables, or of all, and write the tables, to `out` if it is given."""
+    from afm_pipe.study.cells import Jobs, write_tables
+
+    jobs = Jobs(params, names)
+    if not all(job.result.is_file() for job in jobs.all):
+        from afm_pipe.study.training import run_jobs
+
+        device = launch.torch_device()
+        workers = launch.num_workers(device)
+        title = " ".join(["table", *names])
+        follow(title, run_jobs(params, jobs.all, device, workers, launch.checkpoint_seconds))
+    for path in write_tables(jobs, out):
+        print(path)
 
 
 def toy(params: Params, launch: Launch) -> None:

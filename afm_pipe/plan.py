@@ -17,7 +17,13 @@ from torch.utils.flop_counter import flop_registry
 
 from afm_pipe.console import Tick, table_text
 from afm_pipe.errors import UserError
-from afm_pipe.models.checkpoint_format import ModelConfig, build_discriminator, build_generator, count_parameters
+from afm_pipe.models.checkpoint_format import (
+    RUN_SHAPE,
+    ModelConfig,
+    build_discriminator,
+    build_generator,
+    count_parameters,
+)
 from afm_pipe.models.classifier import LatentClassifier
 from afm_pipe.models.flow import Flow
 from afm_pipe.models.sizes import SIZES
@@ -298,5 +304,4 @@ class _Counter(TorchDispatchMode):
 def _model_config(params: Params, run: Run, num_classes: int) -> ModelConfig:
     channels, latent_size, _ = params.latent_shape
     shape = {"channels": channels, "latent_size": latent_size, "num_classes": num_classes}
-    form = {name: getattr(run, name) for name in ("nfe", "form", "repeats", "qk_norm", "condition_on_source")}
-    return ModelConfig.model_validate({"size": run.size, **shape, **form})
+    return ModelConfig.model_validate(shape | {name: getattr(run, name) for name in RUN_SHAPE})

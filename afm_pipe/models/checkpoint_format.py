@@ -47,6 +47,9 @@ class ModelConfig(BaseModel):
         return self.channels, self.latent_size, self.latent_size
 
 
+RUN_SHAPE = ("size", "nfe", "form", "repeats", "qk_norm", "condition_on_source")  # what a run says of its model
+
+
 def build_generator(config: ModelConfig) -> Generator:
     """Build the generator a config describes, with fresh weights on the current default device."""
     shape = SIZES[config.size], config.channels, config.latent_size, config.num_classes

@@ -5,7 +5,7 @@ A run is the `train` section with the run's own fields laid over it.
 """
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -23,6 +23,7 @@ from afm_pipe.params.images import (
     Reference,
     Sample,
 )
+from afm_pipe.params.study import Axis, Check, Group, Place, Study, StudyTable, TableName
 from afm_pipe.params.toy import Toy, ToyGuidance
 from afm_pipe.params.training import (
     Affine,
@@ -43,6 +44,8 @@ __all__ = [
     "Augmentation",
     "Autoencoder",
     "AutoencoderTraining",
+    "Axis",
+    "Check",
     "Classifier",
     "Data",
     "Ema",
@@ -51,15 +54,19 @@ __all__ = [
     "FeatureClassifier",
     "Features",
     "GradientNormalization",
+    "Group",
     "Guidance",
     "Guided",
     "Imported",
     "Params",
     "Penalty",
     "Phase",
+    "Place",
     "Reference",
     "Run",
     "Sample",
+    "Study",
+    "StudyTable",
     "Toy",
     "ToyGuidance",
     "Transport",
@@ -90,6 +97,9 @@ class Params(Section):
     sample: Sample
     evaluate: Evaluate
     toy: Toy
+    study: Study
+    tables: dict[TableName, StudyTable]
+    """Tables whose cells are trained for them: the paper's, and the checks it left open."""
 
     @model_validator(mode="before")
     @classmethod
@@ -161,6 +171,23 @@ class Params(Section):
             raise ValueError(f"{name}: expected guidance with {wanted} (nfe is {run.nfe})")
 
     @property
+    def cells(self) -> dict[str, list["Cell"]]:
+        """All cells of every table, each resolved to what is trained and measured."""
+        return {name: [self._cell(table, place) for place in table.places()] for name, table in self.tables.items()}
+
+    def _cell(self, table: StudyTable, place: Place) -> "Cell":
+        own: dict[str, Any] = {}
+        for overrides in place.overrides:
+            own = laid_over(own, overrides)
+        then, steps = own.pop("then", None), own.pop("steps", None)
+        train = self.train.model_dump(mode="json", exclude_unset=False)
+        base = Run.model_validate(laid_over(train, own))
+        run = base
+        if then is not None:
+            run = base.model_copy(update={"phases": (*base.phases, Phase.model_validate(then))})
+        return Cell(place.row, place.column, place.seed, base, run, steps)
+
+    @property
     def latent_size(self) -> int:
         """Side of a latent, in latent pixels."""
         return self.data.image_size // self.autoencoder.downsample
@@ -169,6 +196,18 @@ class Params(Section):
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of a latent."""
         return self.autoencoder.latent_channels, self.latent_size, self.latent_size
+
+
+class Cell(NamedTuple):
+    """A cell of a table, resolved: what is trained, and how many steps an any-step model is measured at."""
+
+    row: str
+    column: str
+    seed: int
+    base: Run
+    """What is trained first; `run` itself unless one more phase continues it, as a guided run continues its base."""
+    run: Run
+    steps: int | None
 
 
 def valid_name(name: str) -> bool:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from afm_pipe.console import Tick
 from afm_pipe.data.latents import Latents
-from afm_pipe.errors import UserError
-from afm_pipe.models.checkpoint_format import ModelConfig
+from afm_pipe.errors import NotFinite
+from afm_pipe.files import atomic_path
+from afm_pipe.models.checkpoint_format import ModelConfig, save_tensors
 from afm_pipe.models.flow import Flow
 from afm_pipe.params import Run
 from afm_pipe.training.batches import Batches
@@ -42,11 +43,13 @@ def train(
     checkpoint_seconds: float,
     start: Start | None = None,
     classifier: nn.Module | None = None,
+    keep_at: Collection[int] = (),
 ) -> Generator[Tick, None, Trained]:
     """Train a run to its end, from its newest checkpoint under `work_dir`, else from `start`, else from nothing.
 
-    `classifier` is needed by phases with guidance.
-    Raises UserError on a non-finite loss (before it reaches the weights) and on a checkpoint of other params.
+    `classifier` is needed by phases with guidance. After the updates in `keep_at` G's moving average is kept, as
+    `kept(work_dir, update)`.
+    Raises NotFinite on a non-finite loss (before it reaches the weights) and on a checkpoint of other params.
     """
     total = num_updates(run, latents.num_images)
     row_every = max(10, total // ROWS)
@@ -86,6 +89,9 @@ def train(
         _update_ema(state, ema_decay_at(run.ema, state.update))
         sums += _figures(d_step, d_norm, g_step, g_norm)
         state.update += 1
+        if state.update in keep_at:
+            with atomic_path(kept(work_dir, state.update)) as aside:
+                save_tensors(aside, state.ema.state_dict())
 
         if state.update % row_every and state.update < total:
             continue
@@ -108,12 +114,18 @@ def train(
     return Trained(state, notes)
 
 
+def kept(work_dir: Path, update: int) -> Path:
+    """Where the moving average after an update is kept, if it is."""
+    return work_dir / "kept" / f"update-{update:09d}.safetensors"
+
+
 def _apply(state: TrainingState, which: str, total: Tensor, lr: float, clip: float | None) -> Tensor:
     """Step one optimizer with the gradients at hand and clear them; return the gradients' norm before any clipping."""
     if not math.isfinite(total.item()):
-        raise UserError(
+        raise NotFinite(
             f"Found a {which} loss of {total.item()} at update {state.update}, expected a finite one: the weights "
-            "before it are kept. Lower lr, or raise the weight of the transport or the penalty."
+            "before it are kept. Lower lr, or raise the weight of the transport or the penalty.",
+            state.update,
         )
     module: nn.Module = getattr(state, which)
     optimizer: torch.optim.AdamW = getattr(state, f"optimizer_{which}")

@@ -1,0 +1,164 @@
+"""What the cells of tables are, where their results lie, and the tables made of them. Free of torch: collecting is quick.
+
+A cell is known by two fingerprints: of its training, under which its weights are kept, and of its measurement, under
+which its result is. A killed study goes on where it stopped, one changed cell runs alone, tables share their cells.
+"""
+
+import json
+from collections.abc import Iterable
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from afm_pipe import paths
+from afm_pipe.data.provenance import read_provenance
+from afm_pipe.errors import UserError
+from afm_pipe.files import read_json, sha256_file, write_json
+from afm_pipe.fingerprint import MEASURING_SOURCES, TRAINING_SOURCES, fingerprint
+from afm_pipe.params import Cell, Params, Run
+from afm_pipe.training.schedules import num_updates, update_at
+
+
+class Job(NamedTuple):
+    """A cell with its fingerprints; `base_training` is that of what it continues, if anything."""
+
+    cell: Cell
+    training: str
+    measurement: str
+    base_training: str | None
+
+    @property
+    def folder(self) -> Path:
+        """Where its weights are kept."""
+        return paths.CELLS / self.training
+
+    @property
+    def result(self) -> Path:
+        """Where its result is, once it is measured."""
+        return paths.CELLS / "results" / f"{self.measurement}.json"
+
+    @property
+    def base(self) -> "Job | None":
+        """The job that trains what it continues, without being measured for itself."""
+        if self.base_training is None:
+            return None
+        cell = self.cell._replace(run=self.cell.base)
+        return Job(cell, self.base_training, self.base_training, None)
+
+
+class Jobs:
+    """The cells of some tables as jobs, on the data, the reference and the classifier at hand.
+
+    Raises UserError when one of these is missing.
+    """
+
+    def __init__(self, params: Params, names: Iterable[str]) -> None:
+        self.params = params
+        unknown = [name for name in names if name not in params.tables]
+        if unknown:
+            known = ", ".join(params.tables) or "none"
+            raise UserError(f"Found no table {unknown[0]!r} in params, expected one of {known}.")
+        cells = params.cells
+        self.by_table = {name: [self._job(cell) for cell in cells[name]] for name in names or params.tables}
+
+    @property
+    def all(self) -> list[Job]:
+        """Every job once, in the order of the tables."""
+        return list({job.measurement: job for jobs in self.by_table.values() for job in jobs}.values())
+
+    @cached_property
+    def provenance(self) -> dict[str, str]:
+        """Provenance of the latents."""
+        return read_provenance(paths.LATENTS)
+
+    @cached_property
+    def _latents(self) -> str:
+        return sha256(json.dumps(self.provenance, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def _classifier(self) -> str:
+        return sha256_file(_needed(paths.CLASSIFIER / "classifier.safetensors", "classifier"))
+
+    @cached_property
+    def _measured_with(self) -> dict[str, str]:
+        return {
+            "reference": sha256_file(_needed(paths.REFERENCE / "summary.json", "reference")),
+            "autoencoder": sha256_file(_needed(paths.AUTOENCODER_WEIGHTS, "autoencoder")),
+        }
+
+    def _job(self, cell: Cell) -> Job:
+        base = self._training(cell.base, {}) if cell.run is not cell.base else None
+        origins = {} if base is None else {"base": base}
+        if cell.run.phases[-1].guidance is not None:
+            origins["classifier"] = self._classifier
+        training = self._training(cell.run, origins)
+        settings = {
+            "training": training,
+            "steps": cell.steps,
+            "study": self.params.study.model_dump(mode="json"),
+            "evaluate": self.params.evaluate.model_dump(mode="json"),
+            "micro_batch": self.params.sample.micro_batch,
+        }
+        return Job(cell, training, fingerprint(settings, self._measured_with, MEASURING_SOURCES), base)
+
+    def _training(self, run: Run, origins: dict[str, str]) -> str:
+        settings = {"run": run.model_dump(mode="json"), "latent_shape": self.params.latent_shape}
+        return fingerprint(settings, {"latents": self._latents, **origins}, TRAINING_SOURCES)
+
+
+def probes(job: Job, num_images: int) -> dict[int, int | None]:
+    """Return the updates after which a cell is measured, and of which phase (from 1) each is the end, if of one.
+
+    A third of the way tells a training that got worse from one that has not come far.
+    """
+    run = job.cell.run
+    ends = {update_at(run, phase.until_epoch, num_images): index + 1 for index, phase in enumerate(run.phases)}
+    total = num_updates(run, num_images)
+    if job.base_training is not None:
+        return {total: len(run.phases)}
+    found: dict[int, int | None] = {max(total // 3, 1): None}
+    return dict(sorted((found | ends).items()))
+
+
+def write_tables(jobs: Jobs, out: Path | None = None) -> list[Path]:
+    """Write each table from its cells' results, all of which must be there; return the files."""
+    written = []
+    for name, of_table in jobs.by_table.items():
+        results = [read_json(job.result) for job in of_table]
+        cells = [
+            {"row": job.cell.row, "column": job.cell.column, "seed": job.cell.seed, **result}
+            for job, result in zip(of_table, results, strict=True)
+        ]
+        table = {
+            "table": jobs.params.tables[name].model_dump(mode="json"),
+            "scale": _scale(jobs, of_table, results),
+            "machine": ", ".join(sorted({result["cost"]["machine"] for result in results})),
+            "protocol": results[0]["protocol"],
+            "cells": [{key: value for key, value in cell.items() if key != "protocol"} for cell in cells],
+        }
+        path = paths.table(name) if out is None else out / f"{name}.json"
+        write_json(path, table)
+        written.append(path)
+    return written
+
+
+def _scale(jobs: Jobs, of_table: list[Job], results: list[dict[str, Any]]) -> str:
+    """Say in one sentence at what scale a table was made."""
+    runs, data = [job.cell.run for job in of_table], jobs.params.data
+    sizes = ", ".join(sorted({run.size for run in runs}))
+    updates = sorted({result["cost"]["updates"] for result in results})
+    span = f"{updates[0]:,}" if len(updates) == 1 else f"{updates[0]:,} to {updates[-1]:,}"
+    seeds = len({job.cell.seed for job in of_table})
+    channels, side, _ = jobs.params.latent_shape
+    return (
+        f"Size {sizes} on {channels} x {side} x {side} latents of {data.source} ({data.image_size} pixels); {span} "
+        f"updates of batch {runs[0].batch_size}, {seeds} seed{'s' * (seeds != 1)}, {jobs.params.study.samples:,} "
+        "samples of each cell: not the paper's scale."
+    )
+
+
+def _needed(path: Path, stage: str) -> Path:
+    if not path.is_file():
+        raise UserError(f"Found no {path}, expected what stage {stage} writes: run `dvc repro {stage}`.")
+    return path

@@ -1,0 +1,269 @@
+"""Train and measure the cells of tables, several at a time, each in a process of one thread.
+
+A diverged cell is a result like any other. What tells it from one that has not come far: a loss that is not finite, or
+a distance to the data at the end that is above the one at a third of the updates, their intervals apart.
+"""
+
+import multiprocessing
+import os
+import shutil
+import sys
+from collections.abc import Generator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from afm_pipe import paths
+from afm_pipe.console import Tick
+from afm_pipe.data.latents import Latents
+from afm_pipe.errors import NotFinite, UserError
+from afm_pipe.evaluation.metrics import Evaluator, evaluate_run
+from afm_pipe.evaluation.networks import NAMES
+from afm_pipe.evaluation.measures import sample_suffix
+from afm_pipe.files import exclusive, read_json, sha256_file, write_json
+from afm_pipe.launch import machine_name
+from afm_pipe.models.autoencoder import load_autoencoder
+from afm_pipe.models.checkpoint_format import (
+    RUN_SHAPE,
+    ModelConfig,
+    build_generator,
+    load_exactly,
+    load_tensors,
+    save_tensors,
+)
+from afm_pipe.models.classifier import load_latent_classifier
+from afm_pipe.models.flow import Flow
+from afm_pipe.params import Params
+from afm_pipe.plan import guidance_flops, measure
+from afm_pipe.study.cells import Job, probes
+from afm_pipe.training.loop import kept, train
+from afm_pipe.training.state import Start
+
+T = TypeVar("T")
+TRAINED = "trained.json"  # in a cell's folder, once its training is over
+
+
+def run_jobs(
+    params: Params, jobs: Sequence[Job], device: torch.device, workers: int, checkpoint_seconds: float
+) -> Generator[Tick, None, None]:
+    """Train and measure what is missing, first what others continue. Raises UserError as a cell does."""
+    missing = [job for job in jobs if not job.result.is_file()]
+    bases = [job.base for job in missing if job.base is not None and not (job.base.folder / TRAINED).is_file()]
+    rounds = [[job for job in missing if job.base is None] + bases, [job for job in missing if job.base is not None]]
+    total = len({job.measurement for job in rounds[0] + rounds[1]})
+    done = 0
+    common = (params, device, checkpoint_seconds)
+    yield Tick(done, total, "cells")
+    for each in rounds:
+        groups = _by_training(each)
+        if workers == 1 or len(groups) <= 1:
+            worker = Worker(*common)
+            for group in groups:
+                worker.run(group)
+                done += len(group)
+                yield Tick(done, total, "cells", _label(group[0]))
+            continue
+        spawn = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(min(workers, len(groups)), spawn, _begin_worker, (os.getpid(), *common))
+        try:
+            futures = {pool.submit(_run_group, group): group for group in groups}
+            for future in as_completed(futures):
+                future.result()
+                done += len(futures[future])
+                yield Tick(done, total, "cells", _label(futures[future][0]))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+class Worker:
+    """Trains and measures cells, one after the other; the data and what it measures with are loaded once."""
+
+    def __init__(
+        self, params: Params, device: torch.device, checkpoint_seconds: float, parent: int | None = None
+    ) -> None:
+        self.params, self.device, self.checkpoint_seconds, self.parent = params, device, checkpoint_seconds, parent
+
+    @cached_property
+    def latents(self) -> Latents:
+        """What is trained on."""
+        return Latents.open(paths.LATENTS, self.params, sha256_file(paths.AUTOENCODER_WEIGHTS))
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        """What is measured with."""
+        evaluate = self.params.evaluate.model_copy(update={"samples": self.params.study.samples})
+        return Evaluator(self.params.model_copy(update={"evaluate": evaluate}), paths.REFERENCE, self.device)
+
+    @cached_property
+    def autoencoder(self) -> Any:
+        """What decodes samples."""
+        return load_autoencoder(paths.AUTOENCODER, self.device)
+
+    def run(self, group: Sequence[Job]) -> None:
+        """Train the one training of a group of cells, and measure each of them."""
+        trained = self.train(group[0])
+        for job in group:
+            if job.measurement != job.training:  # else it is a base, wanted for its weights alone
+                write_json(job.result, self.measure(job, trained))
+
+    def train(self, job: Job) -> dict[str, Any]:
+        """Train a cell, unless that was done; keep its moving averages at the probes, and its last D."""
+        record, run = job.folder / TRAINED, job.cell.run
+        with exclusive(job.folder):
+            if record.is_file():
+                return read_json(record)
+            config, (start, guide) = self._config(job), self._origin(job)
+            training = train(
+                run,
+                config,
+                self.latents,
+                job.folder,
+                job.training,
+                self.device,
+                self.checkpoint_seconds,
+                start,
+                guide,
+                probes(job, self.latents.num_images),
+            )
+            try:
+                state = self._finish(training).state
+                updates, seconds, not_finite = state.update, round(state.seconds["training"], 1), None
+                save_tensors(job.folder / "discriminator.safetensors", state.discriminator.state_dict())
+            except NotFinite as error:
+                updates, seconds, not_finite = error.update, None, error.update
+            updates -= start.update if start else 0
+            cost = {
+                "machine": machine_name(self.device),
+                "threads": torch.get_num_threads(),
+                "seconds": seconds,
+                "updates": updates,
+                "images": updates * run.batch_size,
+                "units": self._units(job, config),
+            }
+            trained = {"cost": cost, "not_finite": not_finite}
+            write_json(record, trained)
+            shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
+        return trained
+
+    def measure(self, job: Job, trained: dict[str, Any]) -> dict[str, Any]:
+        """Measure a cell at every probe it reached; return its result."""
+        measured: list[dict[str, Any]] = []
+        protocol: dict[str, Any] = {}
+        for update, phase in probes(job, self.latents.num_images).items():
+            if not kept(job.folder, update).is_file():
+                break  # it diverged before
+            metrics = self._metrics(job, update)
+            protocol, intervals = metrics.pop("protocol"), metrics.pop("intervals")
+            epoch = update * job.cell.run.batch_size / self.latents.num_images
+            measured.append(
+                {"update": update, "epoch": epoch, "phase": phase, "metrics": metrics, "intervals": intervals}
+            )
+        finite = trained["not_finite"] is None
+        return {
+            "fingerprint": job.measurement,
+            "settings": job.cell.run.model_dump(mode="json"),
+            "diverged": diverged(trained["not_finite"], measured, self._distance_key),
+            "probes": measured,
+            "metrics": measured[-1]["metrics"] if finite else {},
+            "intervals": measured[-1]["intervals"] if finite else {},
+            "cost": trained["cost"],
+            "protocol": protocol,
+        }
+
+    def _metrics(self, job: Job, update: int) -> dict[str, Any]:
+        config, weights = self._config(job), kept(job.folder, update)
+        generator = build_generator(config)
+        load_exactly(generator, load_tensors(weights), weights)
+        generator = generator.to(self.device).eval().requires_grad_(False)
+        flow = Flow(generator, config.form, job.cell.steps or config.nfe)
+        told = {"weights": "EMA", "autoencoder_sha256": sha256_file(paths.AUTOENCODER_WEIGHTS)}
+        measuring = evaluate_run(
+            self.evaluator.params,
+            flow,
+            self.autoencoder,
+            paths.REFERENCE,
+            told,
+            self.device,
+            evaluator=self.evaluator,
+        )
+        metrics, _ = self._finish(measuring)
+        return metrics
+
+    def _origin(self, job: Job) -> tuple[Start | None, nn.Module | None]:
+        """Return what a cell continues, if anything, and what guides it. Raises UserError when its base diverged."""
+        base = job.base
+        if base is None:
+            return None, None
+        if read_json(base.folder / TRAINED)["not_finite"] is not None:
+            raise UserError(f"Found the base of the cell {_label(job)} diverged, expected one to continue: change it.")
+        update = max(probes(base, self.latents.num_images))
+        tensors = load_tensors(kept(base.folder, update)), load_tensors(base.folder / "discriminator.safetensors")
+        guided = job.cell.run.phases[-1].guidance is not None
+        return Start(*tensors, update), load_latent_classifier(paths.CLASSIFIER, self.device) if guided else None
+
+    def _config(self, job: Job) -> ModelConfig:
+        run, (channels, side, _) = job.cell.run, self.params.latent_shape
+        shape = {"channels": channels, "latent_size": side, "num_classes": self.latents.num_classes}
+        return ModelConfig.model_validate(shape | {name: getattr(run, name) for name in RUN_SHAPE})
+
+    def _units(self, job: Job, config: ModelConfig) -> float:
+        """Return what an update costs, in forward passes of G."""
+        run = job.cell.run
+        work = measure(job.cell.base, config, run.batch_size)
+        flops = work.flops
+        if run.phases[-1].guidance is not None and self.params.classifier is not None:
+            flops += guidance_flops(self.params.classifier.size, config, run.batch_size)
+        return flops / work.forward_flops
+
+    @property
+    def _distance_key(self) -> str:
+        return f"{NAMES[self.params.evaluate.features[0]].distance}{sample_suffix(self.params.study.samples)}"
+
+    def _finish(self, ticks: Generator[Tick, None, T]) -> T:
+        """Drive a generator to its end; end this process when the one that started it is gone."""
+        while True:
+            try:
+                next(ticks)
+            except StopIteration as end:
+                return end.value
+            if self.parent is not None and os.getppid() != self.parent:
+                sys.exit("The process that started this one has ended: nobody would take its work.")
+
+
+def diverged(not_finite: int | None, measured: Sequence[dict[str, Any]], key: str) -> str | None:
+    """Say how a cell diverged, None where it did not: the rule of this module."""
+    if not_finite is not None:
+        return f"a loss that is not finite at update {not_finite}"
+    if len(measured) > 1:
+        third, end = (probe["intervals"][key] for probe in (measured[0], measured[-1]))
+        if end[0] > third[1]:
+            return "worse at three times the updates"
+    return None
+
+
+def _by_training(jobs: Sequence[Job]) -> list[list[Job]]:
+    """Group cells that share a training, bases left out where a cell of its own trains them."""
+    groups: dict[str, dict[str, Job]] = {}
+    for job in jobs:
+        groups.setdefault(job.training, {})[job.measurement] = job
+    return [list(group.values()) for group in groups.values()]
+
+
+def _label(job: Job) -> str:
+    return " x ".join(filter(None, (job.cell.row, job.cell.column))) + f", seed {job.cell.seed}"
+
+
+_worker: Worker  # of a process of the pool
+
+
+def _begin_worker(parent: int, params: Params, device: torch.device, checkpoint_seconds: float) -> None:
+    global _worker
+    torch.set_num_threads(1)
+    _worker = Worker(params, device, checkpoint_seconds, parent)
+
+
+def _run_group(group: Sequence[Job]) -> None:
+    _worker.run(group)
