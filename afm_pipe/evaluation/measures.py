@@ -30,7 +30,7 @@ def kid_of_subsets(
     np.random.seed(seed % 2**32)
     real, samples = reference.astype(np.float64), features.astype(np.float64)
     try:
-        one = dict(num_subsets=1, max_subset_size=subset_size)
+        one = {"num_subsets": 1, "max_subset_size": subset_size}
         return np.array([kernel_distance(real, samples, **one) for _ in range(subsets)])
     finally:
         np.random.set_state(state)
