@@ -7,7 +7,6 @@ import math
 import resource
 import shutil
 from collections.abc import Generator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -246,13 +245,28 @@ def sample(params: Params, name: str, launch: Launch, request: "Request | None" 
     )
     with atomic_path(paths.samples(name) / "grid.png") as aside:
         grid(images, settings.per_class).save(aside, format="png")
+    if settings.keep_images:
+        with atomic_path(paths.samples(name) / "images") as folder:
+            follow(f"keep images of {name}", _keep_images(params, sampler, folder))
+
+
+def _keep_images(params: Params, sampler: "Sampler", folder: Path) -> Generator[Tick, None, None]:
+    """Write the very images that evaluation measures as PNG files by index."""
+    from afm_pipe.image_files import PngFolder
+    from afm_pipe.sampling import stream_images
+
+    settings, files, num_classes = params.evaluate, PngFolder(folder), len(sampler.class_names)
+    for indices, _, images in stream_images(
+        sampler.generator, sampler.vae, params, settings.seed, settings.samples, num_classes, sampler.device
+    ):
+        files.add(images)
+        yield Tick(indices.stop, settings.samples, "images")
 
 
 def evaluate(params: Params, name: str, launch: Launch) -> None:
     """Measure a run's samples against the reference."""
     from afm_pipe.evaluation.metrics import Evaluator, evaluate_run
     from afm_pipe.fingerprint import fingerprint
-    from afm_pipe.image_files import PngFolder
     from afm_pipe.models.autoencoder import autoencoder_sha256
 
     device = launch.torch_device()
@@ -281,10 +295,7 @@ def evaluate(params: Params, name: str, launch: Launch) -> None:
     hashes |= {"thumbnails": sha256_file(paths.REFERENCE / "thumbnails.npz")}
     identity = fingerprint(measured, hashes, ("evaluation", "sampling.py", "models"))
     work_dir = paths.WORK / name / "evaluate"
-    with exclusive(work_dir), ExitStack() as stack:
-        keep = None
-        if params.sample.keep_images:
-            keep = PngFolder(stack.enter_context(atomic_path(paths.samples(name) / "images")))
+    with exclusive(work_dir):
         run = evaluate_run(
             params,
             generator,
@@ -295,7 +306,6 @@ def evaluate(params: Params, name: str, launch: Launch) -> None:
             evaluator=tools,
             work_dir=work_dir / identity,
             checkpoint_seconds=launch.checkpoint_seconds,
-            keep=keep,
         )
         metrics, nearest = follow(f"evaluate {name}", run)
     write_json(paths.metrics(name), metrics)

@@ -10,13 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from afm_pipe.console import follow
 from afm_pipe.errors import UserError
+from afm_pipe.evaluation.adm import adm_path, adm_references
+from afm_pipe.evaluation.features import LEGACY, SPATIAL, FeatureNetwork, load_network
 from afm_pipe.evaluation.metrics import evaluate_run
+from afm_pipe.evaluation.reference import Reference
+from afm_pipe.files import sha256_file
 from afm_pipe.image_files import PngFolder, ShuffledNpz
-from afm_pipe.sampling import labels_for
+from afm_pipe.params import AdmReference
+from afm_pipe.sampling import labels_for, stream_images
 from tests.test_evaluation import Painter, evaluate, params_with, real, reference, vae  # noqa: F401 (fixtures)
 
 SCRIPT = """
@@ -85,24 +89,36 @@ def test_a_narrow_generator_is_precise_and_recalls_little(vae: Any, reference: P
     assert right["precision_classifier_240"] > 0.6
 
 
-def test_kept_images_are_the_pixels_that_were_measured(
+def test_our_distances_are_clean_fids_on_a_folder_of_the_same_images(
     vae: Any,  # noqa: F811
     reference: Path,  # noqa: F811
+    real: tuple[np.ndarray, np.ndarray],  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    params = params_with(evaluate={"samples": 42})
-    measured = []
+    """Its folder of PNG files against our stream: quantisation, features and formula at once."""
+    from cleanfid import fid
 
-    class Keep(PngFolder):
-        def add(self, images: torch.Tensor) -> None:
-            measured.append(images)
-            super().add(images)
+    folders = tmp_path / "samples", tmp_path / "real"
+    files = PngFolder(folders[0])
+    for _, _, images in stream_images(Painter(spread=0.8), vae, params_with(), 2000, 240, 3):
+        files.add(images)
+    PngFolder(folders[1]).add(torch.from_numpy(real[0]))
+    network = load_network("classifier", reference)
 
-    follow("e", evaluate_run(params, Painter(), vae, reference, {}, keep=Keep(tmp_path / "images")))
-    files = sorted((tmp_path / "images").iterdir())
-    assert [file.name for file in files] == [f"{i:06d}.png" for i in range(42)]
-    back = np.stack([np.asarray(Image.open(file)) for file in files])
-    assert (back == torch.cat(measured)[:, 0].numpy()).all()
+    def extract(batch: torch.Tensor) -> torch.Tensor:  # (B, 3, H, W) in [0, 255]
+        assert (batch == batch.round()).all()
+        return network(batch[:, :1].to(torch.uint8))
+
+    given: dict[str, Any] = {"num_workers": 0, "device": torch.device("cpu"), "verbose": False}
+    features = [
+        fid.get_folder_features(str(folder), extract, custom_fn_resize=lambda x: x, **given) for folder in folders
+    ]
+    metrics = evaluate(Painter(spread=0.8), vae, reference)
+    try:
+        expected = fid.fid_from_feats(*(each.astype(np.float64) for each in features))
+    except TypeError:
+        pytest.skip("this scipy has no sqrtm(disp=), which clean-fid's formula calls")
+    assert metrics["fd_classifier_240"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_npz_for_adms_evaluator_is_shuffled_with_its_labels(tmp_path: Path) -> None:
@@ -123,9 +139,36 @@ def test_the_npz_for_adms_evaluator_is_shuffled_with_its_labels(tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "b.npz"]
 
 
-def test_an_evaluation_wants_the_reference_its_params_name(vae: Any, reference: Path) -> None:  # noqa: F811
-    from afm_pipe.evaluation.adm import adm_path
-    from afm_pipe.params import AdmReference
-
+def test_adms_statistics_take_the_place_of_ours_and_are_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AFM_WEIGHTS", str(tmp_path))
+    random, spread = np.random.default_rng(0), np.eye(5)
+    arrays = {"mu": random.normal(size=5), "sigma": spread, "mu_s": random.normal(size=5), "sigma_s": 2 * spread}
+    batch = random.integers(0, 256, (23, 4, 4, 3), dtype=np.uint8)
+    np.savez(tmp_path / "adm.npz", arr_0=batch, **arrays)
+    sha256 = sha256_file(tmp_path / "adm.npz")
+    networks = [
+        FeatureNetwork(name, 5, "0" * 64, lambda x: x.flatten(1)[:, :5].float())
+        for name in ("classifier", LEGACY, SPATIAL)
+    ]
+    ours = [
+        Reference(n.name, n.sha256, "digest", 9, np.zeros(5), spread, np.zeros((9, 5), np.float32), np.arange(9), 1.0)
+        for n in networks
+    ]
+    kept, pooled, spatial = adm_references(AdmReference(file="adm.npz", sha256=sha256), networks, ours, 10)
+    assert kept is ours[0] and kept.source == "training images"
+    assert pooled.source == spatial.source == f"adm {sha256}"
+    assert (pooled.mu == arrays["mu"]).all() and (spatial.mu == arrays["mu_s"]).all()
+    assert (spatial.sigma == 2 * spread).all() and pooled.digest != ours[1].digest
+    assert (pooled.features == batch.transpose(0, 3, 1, 2).reshape(23, -1)[:, :5]).all()
+    with pytest.raises(UserError, match="with sha256 .*adm_reference.sha256"):
+        adm_path(AdmReference(file="adm.npz", sha256="1" * 64))
     with pytest.raises(UserError, match="Found no .*gone.npz"):
         adm_path(AdmReference(file="gone.npz", sha256=None))
+    np.savez(tmp_path / "half.npz", arr_0=batch)
+    with pytest.raises(UserError, match="expected arrays mu, sigma"):
+        list(adm_references(AdmReference(file="half.npz", sha256=None), networks, ours, 10))
+    np.savez(tmp_path / "wide.npz", arr_0=batch, **(arrays | {"mu": np.zeros(6)}))
+    with pytest.raises(UserError, match=r"Found mean \(6,\)"):
+        list(adm_references(AdmReference(file="wide.npz", sha256=None), networks, ours, 10))

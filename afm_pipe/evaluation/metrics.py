@@ -30,7 +30,6 @@ from afm_pipe.evaluation.networks import RESIZE
 from afm_pipe.evaluation.reference import OWN, SUMMARY, THUMBNAILS, Reference, spread_evenly
 from afm_pipe.evaluation.seen import Seen
 from afm_pipe.files import read_json
-from afm_pipe.image_files import ImageFile
 from afm_pipe.models.flow import Flow
 from afm_pipe.params import Params
 from afm_pipe.sampling import UINT8_RULE, grid, labels_for, stream_images
@@ -76,7 +75,6 @@ def evaluate_run(
     evaluator: Evaluator | None = None,
     work_dir: Path | None = None,
     checkpoint_seconds: float = 60.0,
-    keep: ImageFile | None = None,
 ) -> Generator[Tick, None, tuple[dict[str, Any], Image.Image]]:
     """Measure a generator; return its metrics and a picture of samples above their nearest training images.
 
@@ -97,14 +95,14 @@ def evaluate_run(
 
     `evaluator` saves loading the networks and the reference again. With `work_dir` what was measured so far is kept
     there every `checkpoint_seconds`, the same call goes on from it and gives the same numbers; its name must tell the
-    generator and the protocol apart. `keep` is given all samples (with it nothing is resumed).
+    generator and the protocol apart.
     Memory does not grow with the number of samples but for their features.
     Raises UserError as `Evaluator`, and for latents not finite.
     """
     protocol = params.evaluate
     tools = evaluator or Evaluator(params, reference_dir, device)
     seen = Seen(tools.networks, protocol.samples, tools.num_classes)
-    if work_dir is not None and keep is None:
+    if work_dir is not None:
         seen.restore(work_dir)
     saved = time.monotonic()
     samples = stream_images(
@@ -116,9 +114,7 @@ def evaluate_run(
         near, which = tools.neighbours.nearest(small, NEAREST_SHOWN)  # (B, 3) each
         pictured = (small, which) if indices.start < NEAREST_SAMPLES else None
         seen.add(images, small, asked, near, pictured)
-        if keep is not None:
-            keep.add(images)
-        if work_dir is not None and keep is None and time.monotonic() - saved >= checkpoint_seconds:
+        if work_dir is not None and time.monotonic() - saved >= checkpoint_seconds:
             seen.save(work_dir)
             saved = time.monotonic()
         yield Tick(indices.stop, protocol.samples, "samples")
