@@ -5,7 +5,6 @@ Shapes: N samples, D features.
 
 import numpy as np
 import torch
-from cleanfid.fid import kernel_distance
 from torch import Tensor
 
 from afm_pipe.errors import UserError
@@ -14,10 +13,10 @@ SCORE_PART = 5000  # samples of an Inception Score
 
 
 def kid(reference: np.ndarray, features: np.ndarray, subsets: int, subset_size: int, seed: int) -> float:
-    """Return the kernel distance (unbiased MMD^2, cubic kernel) of features (N, D) to reference features, by clean-fid.
+    """Return the kernel distance (unbiased MMD^2, cubic kernel) of features (N, D) to reference features.
 
-    A mean over random subsets, drawn from `seed`; the global random state is left as it was. Near zero it may be
-    negative. Computed in float64: features of a small classifier cancel badly in float32.
+    Equal to clean-fid's, which draws its subsets from the global random state. A mean over random subsets, drawn from
+    `seed`. Near zero it may be negative. Computed in float64: features of a small classifier cancel badly in float32.
     """
     return float(kid_of_subsets(reference, features, subsets, subset_size, seed).mean())
 
@@ -26,14 +25,20 @@ def kid_of_subsets(
     reference: np.ndarray, features: np.ndarray, subsets: int, subset_size: int, seed: int
 ) -> np.ndarray:
     """Return the kernel distance of each random subset (subsets,); their mean is `kid`."""
-    state = np.random.get_state()
-    np.random.seed(seed % 2**32)
-    real, samples = reference.astype(np.float64), features.astype(np.float64)
-    try:
-        one = {"num_subsets": 1, "max_subset_size": subset_size}
-        return np.array([kernel_distance(real, samples, **one) for _ in range(subsets)])
-    finally:
-        np.random.set_state(state)
+    random, width = np.random.RandomState(seed % 2**32), reference.shape[1]  # clean-fid's draws, in its order
+    size, values = min(len(reference), len(features), subset_size), []
+    for _ in range(subsets):
+        x = features[random.choice(len(features), size, replace=False)].astype(np.float64)
+        y = reference[random.choice(len(reference), size, replace=False)].astype(np.float64)
+        within = _cubic(x @ x.T / width) + _cubic(y @ y.T / width)
+        apart = _cubic(x @ y.T / width)
+        values.append((within.sum() - np.trace(within)) / (size * (size - 1)) - 2 * apart.mean())
+    return np.array(values)
+
+
+def _cubic(inner: np.ndarray) -> np.ndarray:
+    inner += 1
+    return inner * inner * inner  # ten times as fast as a power
 
 
 def inception_score(probabilities: np.ndarray, seed: int) -> float:
