@@ -190,11 +190,16 @@ def import_weights(
 @guarded
 def export(
     run: ModelName,
-    kind: Annotated[str, typer.Option("--format", help="released, safetensors or diffusers.")],
+    kind: Annotated[str, typer.Option("--format", help="released, safetensors, diffusers or adm-npz.")],
     out: Annotated[Path, typer.Option(help="The file, or for diffusers the folder, to write.")],
+    params: ParamsFile = paths.PARAMS,
+    overrides: Overrides = None,
 ) -> None:
-    """Write a model for others.  Example: afm-pipe export t4 --format diffusers --out t4-diffusers"""
-    pipeline.export(run, kind, out)
+    """Write a model for others, or its samples (adm-npz).  Example: afm-pipe export t4 --format adm-npz --out t4.npz"""
+    if kind == "adm-npz":
+        pipeline.export_samples(load_params(params, overrides or ()), run, load_launch(), out)
+    else:
+        pipeline.export(run, kind, out)
 
 
 @app.command(rich_help_panel=TOOL)

@@ -75,6 +75,7 @@ def _data(params: Params) -> Finding:
 
 
 def _weights(params: Params) -> list[Finding]:
+    from afm_pipe.evaluation.adm import adm_path
     from afm_pipe.evaluation.features import inception_path
 
     findings = []
@@ -83,6 +84,11 @@ def _weights(params: Params) -> list[Finding]:
             findings.append(Finding("Inception", str(inception_path())))
         except UserError as error:
             findings.append(Finding("Inception", "missing or another", False, str(error)))
+    if params.evaluate.adm_reference is not None:
+        try:
+            findings.append(Finding("ADM's statistics", str(adm_path(params.evaluate.adm_reference)[0])))
+        except UserError as error:
+            findings.append(Finding("ADM's statistics", "missing or another", False, str(error)))
     pretrained = params.autoencoder.pretrained
     if pretrained is not None:
         place = "a local folder" if Path(pretrained).is_dir() else "no local folder, so a name on the hub"

@@ -5,7 +5,7 @@ class UserError(ValueError):
     """A mistake the user can mend: the message names what was found, what was expected and what to do."""
 
 
-class NotFinite(UserError):
+class NotFiniteError(UserError):
     """A loss that is no longer a number at an update: the training diverged."""
 
     def __init__(self, message: str, update: int) -> None:

@@ -3,6 +3,7 @@
 Each is given batches (B, C, H, W) uint8 on the CPU in the order of their indices, and is finished after the last.
 """
 
+import shutil
 import zipfile
 from pathlib import Path
 from typing import IO, Protocol
@@ -80,4 +81,46 @@ class NpzFile:
         self.archive.close()
 
     def _member(self, name: str) -> IO[bytes]:
-        return self.archive.open(zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0)), "w", force_zip64=True)
+        return self.archive.open(_entry(name), "w", force_zip64=True)
+
+
+class ShuffledNpz:
+    """arr_0 (N, H, W, 3) uint8 for ADM's evaluator and arr_1 (N,) their labels, in an order drawn from a seed.
+
+    Its Inception Score is of parts in the order of the file, so samples in the order of their classes would be wrong.
+    The images go to a file beside `path` as they come, and from there into the archive: they are never all in memory.
+    """
+
+    def __init__(self, path: Path, labels: list[int], seed: int) -> None:
+        self.path, self.labels, self.done = path, np.asarray(labels, dtype=np.int64), 0
+        self.order = np.random.default_rng(seed).permutation(len(labels))  # place in the file -> sample
+        self.place = np.argsort(self.order)  # sample -> place in the file
+        self.aside = path.with_name(f"{path.name}.arr_0.npy")
+        self.images: np.memmap | None = None
+
+    def add(self, images: Tensor) -> None:
+        pixels = images.permute(0, 2, 3, 1).numpy()  # (B, H, W, C)
+        pixels = np.repeat(pixels, 3, axis=3) if pixels.shape[3] == 1 else pixels
+        if self.images is None:
+            shape = (len(self.labels), *pixels.shape[1:])
+            self.images = np.lib.format.open_memmap(self.aside, mode="w+", dtype=np.uint8, shape=shape)
+        self.images[self.place[self.done : self.done + len(pixels)]] = pixels
+        self.done += len(pixels)
+
+    def finish(self) -> None:
+        assert self.images is not None and self.done == len(self.labels), "all images were added"
+        self.images.flush()
+        del self.images
+        with zipfile.ZipFile(self.path, "w") as archive:
+            with self.aside.open("rb") as source, archive.open(_entry("arr_0"), "w", force_zip64=True) as target:
+                shutil.copyfileobj(source, target, 1 << 20)
+            with archive.open(_entry("arr_1"), "w") as target:
+                np.lib.format.write_array(target, self.labels[self.order], allow_pickle=False)
+
+    def close(self) -> None:
+        """Remove what lies beside the archive, however it ended."""
+        self.aside.unlink(missing_ok=True)
+
+
+def _entry(name: str) -> zipfile.ZipInfo:
+    return zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))

@@ -5,12 +5,13 @@ The scripts in stages/ (what DVC runs) and the commands of `afm-pipe` are two do
 
 import math
 import resource
-from collections.abc import Sequence
+import shutil
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afm_pipe import paths
-from afm_pipe.console import follow
+from afm_pipe.console import Tick, follow
 from afm_pipe.errors import UserError
 from afm_pipe.files import atomic_path, exclusive, read_json, sha256_file, write_json
 from afm_pipe.launch import Launch, machine_name
@@ -186,6 +187,34 @@ def export(name: str, kind: str, out: Path) -> None:
     print(f"{out}: {name} as {kind}.")
 
 
+def export_samples(params: Params, name: str, launch: Launch, out: Path) -> None:
+    """Write the samples that evaluation measures as one npz in shuffled order, for ADM's evaluator."""
+    from afm_pipe.image_files import ShuffledNpz
+    from afm_pipe.sampling import labels_for, stream_images
+
+    if out.suffix != ".npz" or out.is_dir():
+        raise UserError(f"Found --out {out}, expected the name of a file that ends in .npz.")
+    sampler, settings = _sampler(params, name, launch.torch_device()), params.evaluate
+    num_classes = len(sampler.class_names)
+    labels = labels_for(range(settings.samples), num_classes).tolist()
+
+    def write(path: Path) -> Generator[Tick, None, None]:
+        file = ShuffledNpz(path, labels, settings.seed)
+        try:
+            for indices, _, images in stream_images(
+                sampler.generator, sampler.vae, params, settings.seed, settings.samples, num_classes, sampler.device
+            ):
+                file.add(images)
+                yield Tick(indices.stop, settings.samples, "samples")
+            file.finish()
+        finally:
+            file.close()
+
+    with atomic_path(out) as aside:
+        follow(f"export {name}", write(aside))
+    print(f"{out}: {settings.samples} samples of {name}, shuffled, for ADM's evaluator.")
+
+
 def sample(params: Params, name: str, launch: Launch, request: "Request | None" = None) -> None:
     """Draw a model's grid (the first classes in rows, the same seeds for every model), or what `request` asks for."""
     import torch
@@ -216,11 +245,28 @@ def sample(params: Params, name: str, launch: Launch, request: "Request | None" 
     )
     with atomic_path(paths.samples(name) / "grid.png") as aside:
         grid(images, settings.per_class).save(aside, format="png")
+    if settings.keep_images:
+        with atomic_path(paths.samples(name) / "images") as folder:
+            follow(f"keep images of {name}", _keep_images(params, sampler, folder))
+
+
+def _keep_images(params: Params, sampler: "Sampler", folder: Path) -> Generator[Tick, None, None]:
+    """Write the very images that evaluation measures as PNG files by index."""
+    from afm_pipe.image_files import PngFolder
+    from afm_pipe.sampling import stream_images
+
+    settings, files, num_classes = params.evaluate, PngFolder(folder), len(sampler.class_names)
+    for indices, _, images in stream_images(
+        sampler.generator, sampler.vae, params, settings.seed, settings.samples, num_classes, sampler.device
+    ):
+        files.add(images)
+        yield Tick(indices.stop, settings.samples, "images")
 
 
 def evaluate(params: Params, name: str, launch: Launch) -> None:
     """Measure a run's samples against the reference."""
-    from afm_pipe.evaluation.metrics import evaluate_run
+    from afm_pipe.evaluation.metrics import Evaluator, evaluate_run
+    from afm_pipe.fingerprint import fingerprint
     from afm_pipe.models.autoencoder import autoencoder_sha256
 
     device = launch.torch_device()
@@ -238,10 +284,32 @@ def evaluate(params: Params, name: str, launch: Launch) -> None:
         "generator_sha256": sha256_file(paths.model(name) / "generator.safetensors"),
         "autoencoder_sha256": autoencoder_sha256(paths.AUTOENCODER),
     }
-    metrics, nearest = follow(
-        f"evaluate {name}", evaluate_run(params, generator, vae, paths.REFERENCE, provenance, device)
-    )
+    tools = Evaluator(params, paths.REFERENCE, device)
+    measured = {
+        "provenance": provenance,
+        "evaluate": params.evaluate.model_dump(),
+        "micro_batch": params.sample.micro_batch,
+        "device": str(device),
+    }
+    hashes = {reference.name: reference.sha256 for reference in tools.references}
+    hashes |= {"thumbnails": sha256_file(paths.REFERENCE / "thumbnails.npz")}
+    identity = fingerprint(measured, hashes, ("evaluation", "sampling.py", "models"))
+    work_dir = paths.WORK / name / "evaluate"
+    with exclusive(work_dir):
+        run = evaluate_run(
+            params,
+            generator,
+            vae,
+            paths.REFERENCE,
+            provenance,
+            device,
+            evaluator=tools,
+            work_dir=work_dir / identity,
+            checkpoint_seconds=launch.checkpoint_seconds,
+        )
+        metrics, nearest = follow(f"evaluate {name}", run)
     write_json(paths.metrics(name), metrics)
+    shutil.rmtree(work_dir / identity, ignore_errors=True)
     with atomic_path(paths.samples(name) / "nearest.png") as aside:
         nearest.save(aside, format="png")
 

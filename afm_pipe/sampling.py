@@ -104,13 +104,14 @@ def stream_images(
     count: int,
     num_classes: int,
     device: torch.device = CPU,
+    first: int = 0,
 ) -> Iterator[tuple[range, Tensor, Tensor]]:
-    """Yield samples 0 to count - 1 in turn, a micro-batch at a time: indices, labels (B,), images (B, C, H, W) uint8.
+    """Yield samples `first` to count - 1, a micro-batch at a time: indices, labels (B,), images (B, C, H, W) uint8.
 
     Memory does not grow with `count`. Raises UserError when a latent is not finite.
     """
     size = params.sample.micro_batch
-    for start in range(0, count, size):
+    for start in range(first, count, size):
         indices = range(start, min(start + size, count))
         labels = labels_for(indices, num_classes)
         images = generate_images(generator, vae, seed, indices, labels, params.latent_shape, size, device)

@@ -54,6 +54,7 @@ def params_with(**changes: Any) -> Params:
             "features": ["classifier"],
             "kid_subsets": 10,
             "kid_subset_size": 100,
+            "adm_reference": None,
         },
     }
     raw = yaml.safe_load((ROOT / "params.yaml").read_text())

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from afm_pipe.console import follow
 from afm_pipe.errors import UserError
 from afm_pipe.evaluation.classifier import WEIGHTS, Classifier, load_classifier, save_classifier, train_classifier
-from afm_pipe.evaluation.features import INCEPTION_FILE, NAMES, FeatureNetwork, inception_path, load_network
+from afm_pipe.evaluation.features import (
+    INCEPTION_FILE,
+    NAMES,
+    FeatureNetwork,
+    inception_path,
+    load_network,
+    load_networks,
+)
+from afm_pipe.evaluation.inception import _resized
 from afm_pipe.params import FeatureClassifier
 
 SETTINGS = FeatureClassifier(widths=(4, 8), features=6, lr=1e-2, batch_size=16, epochs=6, held_out=0.2)
@@ -105,22 +113,51 @@ def test_only_inception_distances_are_called_fid() -> None:
         assert ("fid" in names.distance) == ("FID" in names.title) == name.startswith("inception")
 
 
-class Layers(nn.Module):
-    """2,048 numbers of an image."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.adaptive_avg_pool2d(x, (32, 64)).mean(dim=1)
-
-
-class StandIn(nn.Module):
-    """A network with the outside of the Inception file."""
+class Mixed(nn.Module):
+    """A layer whose first branch is `conv`, as mixed_6 has it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = Layers()
+        self.conv = nn.Conv2d(3, 192, 1)
 
-    def forward(self, x: Tensor, return_features: bool = False) -> Tensor:
-        return self.layers((F.interpolate(x, [299, 299], mode="nearest") - 128) / 100)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)[:, :128]
+
+
+class Pool(nn.Module):
+    """The last layer: 2,048 numbers of an image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(x, (4, 4)).flatten(1)
+
+
+class StandIn(nn.Module):
+    """A network with the outside of the Inception file: its resizing, its named layers, its two kinds of answers."""
+
+    def __init__(self, spoilt: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layers = nn.Sequential()
+        layers.add_module("conv", nn.AvgPool2d(17, 17))
+        layers.add_module("mixed_6", Mixed())
+        layers.add_module("pool2", Pool())
+        self.layers = layers
+        self.output = nn.Linear(2048, 1008)
+        self.spoilt = spoilt
+
+    def forward(self, img: Tensor, return_features: bool = False, no_output_bias: bool = False) -> Tensor:
+        size, (height, width) = img.shape[0], (img.shape[2], img.shape[3])
+        theta = torch.eye(2, 3)
+        theta[0, 2] += 1 / width - 1 / 299
+        theta[1, 2] += 1 / height - 1 / 299
+        grid = F.affine_grid(theta.unsqueeze(0).repeat([size, 1, 1]), [size, 3, 299, 299], align_corners=False)
+        x = F.grid_sample(img.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
+        features = self.layers((x - 128) / 128).view(size, 2048) + self.spoilt
+        if return_features:
+            return features
+        if no_output_bias:
+            return F.softmax(F.linear(features, self.output.weight), dim=1)
+        return F.softmax(self.output(features), dim=1)
 
 
 @pytest.fixture
@@ -143,6 +180,7 @@ def test_inception_features_of_grey_equal_those_of_the_same_in_colour(mode: str,
     features = network(grey)
     assert features.shape == (3, 2048) and features.dtype == torch.float32
     assert torch.equal(features, network(grey.repeat(1, 3, 1, 1)))
+    assert not torch.equal(features[0], features[1])
     with pytest.raises(UserError, match="Found no classes"):
         network.predict(features)
 
@@ -166,7 +204,46 @@ def test_clean_features_are_those_of_cleanfid_on_png_files(sha256: str, tmp_path
 def test_clean_and_legacy_features_differ(sha256: str) -> None:
     images = torch.randint(0, 256, (2, 3, 20, 20), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     clean, legacy = (load_inception(mode, sha256)(images) for mode in ("clean", "legacy_tensorflow"))
-    assert (clean - legacy).abs().max() > 0.1
+    assert (clean - legacy).abs().max() > 0.05 * legacy.abs().max()
+
+
+def test_one_pass_of_inception_gives_features_spatial_features_and_probabilities(sha256: str, tmp_path: Path) -> None:
+    pooled, spatial = load_networks(["inception_legacy_tensorflow"], Path("unused"), inception_sha256=sha256)
+    images = torch.randint(0, 256, (3, 3, 40, 24), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    base = torch.jit.load(str(tmp_path / INCEPTION_FILE))
+    features = pooled(images)
+    with torch.no_grad():
+        assert torch.allclose(features, base(images, return_features=True), atol=1e-4)
+        assert pooled.probabilities is not None
+        assert torch.allclose(pooled.probabilities(features), base(images, no_output_bias=True), atol=1e-4)
+    found = spatial(images)
+    assert found.shape == (3, 2023) and spatial.dim == 2023 and spatial.name == "inception_spatial"
+    layers = dict(base.layers.named_children())
+    with torch.no_grad():
+        expected = layers["mixed_6"].conv(layers["conv"]((_resized(images.float()) - 128) / 128))  # (3, 192, 17, 17)
+    assert torch.allclose(found.view(3, 17, 17, 7)[0, 4, 9], expected[0, :7, 4, 9], atol=1e-5)  # channels stand last
+
+
+def test_an_inception_whose_layers_give_something_else_is_refused(tmp_path: Path, sha256: str) -> None:
+    path = tmp_path / INCEPTION_FILE
+    torch.jit.script(StandIn(spoilt=5.0)).save(str(path))
+    with pytest.raises(UserError, match="whose layers are not as expected .features .* off its own"):
+        load_inception("legacy_tensorflow", hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def test_efficientnet_tells_photographs_apart_from_noise() -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    network = load_network("efficientnet", Path("unused"))
+    grey = torch.randint(0, 256, (2, 1, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    features = network(grey)
+    assert features.shape == (2, 1280) and features.std() > 0.01
+    assert torch.allclose(features, network(grey.repeat(1, 3, 1, 1)))
+
+
+def test_missing_dinov2_says_where_it_belongs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AFM_WEIGHTS", str(tmp_path))
+    with pytest.raises(UserError, match="dinov2_vitl14.safetensors"):
+        load_network("dinov2", Path("unused"))
 
 
 def test_another_inception_file_is_refused_before_it_is_loaded(

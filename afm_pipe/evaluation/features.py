@@ -7,90 +7,51 @@ Shapes: B images, C channels, H x W pixels, D features, K classes.
 """
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
-from cleanfid.inception_torchscript import InceptionV3W
-from cleanfid.resize import build_resizer
 from torch import Tensor
 
 from afm_pipe.errors import UserError
 from afm_pipe.evaluation.classifier import CONFIG, WEIGHTS, load_classifier
+from afm_pipe.evaluation.inception import inception
+from afm_pipe.evaluation.networks import LEGACY, NAMES, SPATIAL, FeatureNetwork, Names
+from afm_pipe.evaluation.other_networks import OTHER_NETWORKS
 from afm_pipe.files import sha256_file, sha256_files
 
 INCEPTION_FILE = "inception-2015-12-05.pt"
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 INCEPTION_URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{INCEPTION_FILE}"
-INCEPTION_DIM = 2048
 CPU = torch.device("cpu")
 
+__all__ = ["LEGACY", "NAMES", "SPATIAL", "FeatureNetwork", "Names", "inception_path", "load_network", "load_networks"]
 
-class Names(NamedTuple):
-    """What the measures in a network's features are called: in tables, and as keys.
 
-    `kid_rescaled`: KID's kernel (x y / D + 1)^3 suits features about 1 in size, as Inception's are; others are divided
-    by the root mean square of the real images' before it.
+def load_networks(
+    names: Sequence[str], reference_dir: Path, device: torch.device = CPU, inception_sha256: str = INCEPTION_SHA256
+) -> list[FeatureNetwork]:
+    """Load feature networks, in order; with Inception of TensorFlow's resizing come its spatial features, for sFID.
+
+    The classifier is in the reference's folder, EfficientNet-Lite0 in its package, the others in the folder of weights.
+    Raises UserError when a file is missing or another.
     """
-
-    title: str
-    distance: str
-    kid: str
-    kid_rescaled: bool
-
-
-NAMES = {
-    "classifier": Names("FD (classifier)", "fd_classifier", "kid_classifier", kid_rescaled=True),
-    "inception_clean": Names("FID (clean)", "fid_clean", "kid_clean", kid_rescaled=False),
-    "inception_legacy_tensorflow": Names("FID", "fid", "kid", kid_rescaled=False),
-}
-
-
-@dataclass(frozen=True)
-class FeatureNetwork:
-    """Maps uint8 images (B, C, H, W) to float32 features (B, D) on the CPU.
-
-    `head`, where there is one, maps features (B, D) on to class logits (B, K).
-    """
-
-    name: str
-    dim: int
-    sha256: str
-    extract: Callable[[Tensor], Tensor]
-    head: Callable[[Tensor], Tensor] | None = None
-
-    @property
-    def title(self) -> str:
-        return NAMES[self.name].title
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        features = self.extract(images).float().cpu()  # (B, D)
-        if not features.isfinite().all():
-            raise UserError(f"Found features of {self.name} that are not finite, expected numbers: check its weights.")
-        return features
-
-    @torch.no_grad()
-    def predict(self, features: Tensor) -> Tensor:
-        """Return the class (B,) each row of features is put in. Raises UserError for a network without classes."""
-        if self.head is None:
-            raise UserError(f"Found no classes in {self.name}, expected the classifier: add it to evaluate.features.")
-        return self.head(features).argmax(dim=1).cpu()
+    networks: list[FeatureNetwork] = []
+    for name in names:
+        if name == "classifier":
+            networks.append(_classifier(reference_dir, device))
+        elif name in OTHER_NETWORKS:
+            networks.append(FeatureNetwork(name, *OTHER_NETWORKS[name](device)))
+        else:
+            networks += inception(name, inception_path(inception_sha256), inception_sha256, device)
+    return networks
 
 
 def load_network(
     name: str, reference_dir: Path, device: torch.device = CPU, inception_sha256: str = INCEPTION_SHA256
 ) -> FeatureNetwork:
-    """Load a feature network: the classifier from the reference's folder, Inception from the folder of weights.
-
-    Raises UserError when its file is missing or another.
-    """
-    if name == "classifier":
-        return _classifier(reference_dir, device)
-    return _inception(name, inception_path(inception_sha256), inception_sha256, device)
+    """Load one feature network, as `load_networks`."""
+    return load_networks([name], reference_dir, device, inception_sha256)[0]
 
 
 def inception_path(sha256: str = INCEPTION_SHA256) -> Path:
@@ -125,17 +86,3 @@ def _classifier(folder: Path, device: torch.device) -> FeatureNetwork:
         extract=extract,
         head=lambda features: model.head(features.to(device)),
     )
-
-
-def _inception(name: str, path: Path, sha256: str, device: torch.device) -> FeatureNetwork:
-    mode = name.removeprefix("inception_")
-    model = InceptionV3W(str(path.parent), download=False, resize_inside=mode == "legacy_tensorflow").to(device).eval()
-    resize = build_resizer(mode)  # the identity for legacy_tensorflow, which resizes inside
-
-    def extract(images: Tensor) -> Tensor:
-        rgb = images if images.shape[1] == 3 else images.repeat(1, 3, 1, 1)
-        pixels = rgb.permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
-        resized = np.stack([resize(picture) for picture in pixels])
-        return model(torch.from_numpy(resized).float().permute(0, 3, 1, 2).contiguous().to(device))
-
-    return FeatureNetwork(name=name, dim=INCEPTION_DIM, sha256=sha256, extract=extract)

@@ -56,17 +56,29 @@ class Statistics:
 
 
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
-    """Return |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1^.5 S2 S1^.5)^.5) for means (D,) and covariances (D, D).
+    """Return |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S2^.5 S1 S2^.5)^.5) for means (D,) and covariances (D, D).
 
     Equal to the usual form with (S1 S2)^.5, but of symmetric matrices alone: real, faster, and free of scipy's sqrtm.
     Not below zero: what rounding leaves there is clipped. Raises UserError when an input is not finite.
+    """
+    return frechet_and_map(mu1, sigma1, mu2, sigma2)[0]
+
+
+def frechet_and_map(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> tuple[float, Array]:
+    """Return the Frechet distance, and the optimal map's matrix (D, D) from the first Gaussian to the second.
+
+    The gradient of the distance by S1 is the identity less that matrix.
     """
     mu1, sigma1, mu2, sigma2 = (np.asarray(value, dtype=np.float64) for value in (mu1, sigma1, mu2, sigma2))
     for name, value in {"mean": mu1 - mu2, "covariance": sigma1 + sigma2}.items():
         if not np.isfinite(value).all():
             raise UserError(f"Found a feature {name} that is not finite, expected numbers: check the images compared.")
-    values, vectors = np.linalg.eigh(sigma1)
+    values, vectors = np.linalg.eigh(sigma2)
     root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T  # (D, D)
-    between = np.linalg.eigvalsh(root @ sigma2 @ root)  # (D,)
-    distance = np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2)
-    return float(max(distance - 2 * np.sqrt(between.clip(min=0)).sum(), 0.0))
+    between, axes = np.linalg.eigh(root @ sigma1 @ root)
+    lengths = np.sqrt(between.clip(min=0))  # (D,)
+    distance = np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * lengths.sum()
+    # Directions in which samples do not vary have no gradient: a pseudo-inverse.
+    inverse = np.divide(1.0, lengths, out=np.zeros_like(lengths), where=lengths > 1e-7 * lengths.max(initial=0.0))
+    half = root @ axes  # (D, D)
+    return float(max(distance, 0.0)), (half * inverse) @ half.T

@@ -5,26 +5,56 @@ Shapes: N samples, D features.
 
 import numpy as np
 import torch
-from cleanfid.fid import kernel_distance
 from torch import Tensor
 
 from afm_pipe.errors import UserError
 
+SCORE_PART = 5000  # samples of an Inception Score
+
 
 def kid(reference: np.ndarray, features: np.ndarray, subsets: int, subset_size: int, seed: int) -> float:
-    """Return the kernel distance (unbiased MMD^2, cubic kernel) of features (N, D) to reference features, by clean-fid.
+    """Return the kernel distance (unbiased MMD^2, cubic kernel) of features (N, D) to reference features.
 
-    A mean over random subsets, drawn from `seed`; the global random state is left as it was. Near zero it may be
-    negative. Computed in float64: features of a small classifier cancel badly in float32.
+    Equal to clean-fid's, which draws its subsets from the global random state. A mean over random subsets, drawn from
+    `seed`. Near zero it may be negative. Computed in float64: features of a small classifier cancel badly in float32.
     """
-    state = np.random.get_state()
-    np.random.seed(seed % 2**32)
-    try:
-        return kernel_distance(
-            reference.astype(np.float64), features.astype(np.float64), num_subsets=subsets, max_subset_size=subset_size
-        )
-    finally:
-        np.random.set_state(state)
+    return float(kid_of_subsets(reference, features, subsets, subset_size, seed).mean())
+
+
+def kid_of_subsets(
+    reference: np.ndarray, features: np.ndarray, subsets: int, subset_size: int, seed: int
+) -> np.ndarray:
+    """Return the kernel distance of each random subset (subsets,); their mean is `kid`."""
+    random, width = np.random.RandomState(seed % 2**32), reference.shape[1]  # clean-fid's draws, in its order
+    size, values = min(len(reference), len(features), subset_size), []
+    for _ in range(subsets):
+        x = features[random.choice(len(features), size, replace=False)].astype(np.float64)
+        y = reference[random.choice(len(reference), size, replace=False)].astype(np.float64)
+        within = _cubic(x @ x.T / width) + _cubic(y @ y.T / width)
+        apart = _cubic(x @ y.T / width)
+        values.append((within.sum() - np.trace(within)) / (size * (size - 1)) - 2 * apart.mean())
+    return np.array(values)
+
+
+def _cubic(inner: np.ndarray) -> np.ndarray:
+    inner += 1
+    return inner * inner * inner  # ten times as fast as a power
+
+
+def inception_score(probabilities: np.ndarray, seed: int) -> float:
+    """Return the Inception Score of class probabilities (N, K): exp of the mean divergence from their mean.
+
+    The mean over parts of 5,000, as ADM's evaluator takes it; the parts are of a permutation drawn from `seed`, since
+    samples in the order of their classes would give another score. Fewer than 5,000 are one part.
+    """
+    parts = max(len(probabilities) // SCORE_PART, 1)
+    scores = []
+    for chosen in np.array_split(np.random.default_rng(seed).permutation(len(probabilities)), parts):
+        p = probabilities[chosen].astype(np.float64)
+        tiny = np.finfo(np.float64).tiny
+        divergence = (p * (np.log(p.clip(min=tiny)) - np.log(p.mean(axis=0).clip(min=tiny)))).sum(axis=1)
+        scores.append(np.exp(divergence.mean()))
+    return float(np.mean(scores))
 
 
 def within_class_variance(features: np.ndarray, labels: np.ndarray) -> float:

@@ -3,6 +3,7 @@
 Shapes: N samples, B of them at a time, C channels, H x W pixels, K classes, T training thumbnails.
 """
 
+import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,20 @@ from torch import Tensor
 
 from afm_pipe.console import Tick
 from afm_pipe.errors import UserError
-from afm_pipe.evaluation.features import NAMES, load_network
-from afm_pipe.evaluation.measures import ClassSpread, sample_suffix, within_class_variance
+from afm_pipe.evaluation.features import LEGACY, NAMES, SPATIAL, load_networks
+from afm_pipe.evaluation.intervals import wilson
+from afm_pipe.evaluation.manifold import MAX_REAL, NEIGHBOURS, precision_recall
+from afm_pipe.evaluation.measures import (
+    SCORE_PART,
+    ClassSpread,
+    inception_score,
+    sample_suffix,
+    within_class_variance,
+)
 from afm_pipe.evaluation.nearest import Neighbours, Thumbnails, thumbnail
-from afm_pipe.evaluation.reference import SUMMARY, THUMBNAILS, FeatureStream, Reference
+from afm_pipe.evaluation.networks import RESIZE
+from afm_pipe.evaluation.reference import OWN, SUMMARY, THUMBNAILS, Reference, spread_evenly
+from afm_pipe.evaluation.seen import Seen
 from afm_pipe.files import read_json
 from afm_pipe.models.flow import Flow
 from afm_pipe.params import Params
@@ -27,6 +38,32 @@ NEAREST_SAMPLES, NEAREST_SHOWN = 10, 3  # in the picture of nearest training ima
 CPU = torch.device("cpu")
 
 
+class Evaluator:
+    """All that samples are measured with, loaded once for any number of generators of the same params and reference.
+
+    Raises UserError for too few samples, and for a reference of other images, networks or params.
+    """
+
+    def __init__(self, params: Params, reference_dir: Path, device: torch.device = CPU) -> None:
+        self.params, self.device = params, device
+        self.summary = read_json(reference_dir / SUMMARY)
+        _check(params, self.summary, reference_dir)
+        self.num_classes = len(self.summary["classes"])
+        self.networks = load_networks(params.evaluate.features, reference_dir, device)
+        self.references = [Reference.load(reference_dir, network) for network in self.networks]
+        adm = params.evaluate.adm_reference
+        for reference in self.references:
+            if reference.name in (LEGACY, SPATIAL) and (reference.source == OWN) != (adm is None):
+                raise UserError(
+                    f"Found statistics of {reference.source} for {reference.name} in {reference_dir}, expected those "
+                    f"of {adm.file if adm else OWN}, as evaluate.adm_reference says: build the reference again."
+                )
+        self.thumbnails = Thumbnails.load(reference_dir / THUMBNAILS)
+        self.neighbours = Neighbours(self.thumbnails.images)
+        self.real_spread = ClassSpread(self.num_classes)
+        self.real_spread.add(self.thumbnails.images, torch.from_numpy(self.thumbnails.labels))
+
+
 def evaluate_run(
     params: Params,
     generator: Flow,
@@ -34,12 +71,17 @@ def evaluate_run(
     reference_dir: Path,
     provenance: dict[str, Any],
     device: torch.device = CPU,
+    *,
+    evaluator: Evaluator | None = None,
+    work_dir: Path | None = None,
+    checkpoint_seconds: float = 60.0,
 ) -> Generator[Tick, None, tuple[dict[str, Any], Image.Image]]:
     """Measure a generator; return its metrics and a picture of samples above their nearest training images.
 
-    Per network of evaluate.features the Frechet and the kernel distance to the real images, keys as in
-    `features.NAMES`, followed by the sample count below 50,000 (fd_classifier_5k, fid, kid_clean_1234). KID of a
-    perfect generator is a little below zero: with classes in equal shares its samples are not quite independent.
+    Per network of evaluate.features the Frechet and the kernel distance to the real images, and precision and recall,
+    keys as in `networks.NAMES`, followed by the sample count below 50,000 (fd_classifier_5k, fid, kid_clean_1234); with
+    Inception of TensorFlow's resizing also sfid and inception_score. KID of a perfect generator is a little below
+    zero: with classes in equal shares its samples are not quite independent.
 
     class_accuracy        share of samples the reference's classifier puts in the class asked for (if it is used)
     within_class_variance variance of thumbnails' pixels within a class, averaged over classes, over real images';
@@ -48,53 +90,71 @@ def evaluate_run(
                           nearest as for one training image in a thousand (`Thumbnails.copied`): new images give 0.001
     nearest_distance_ratio median distance of samples to the nearest training image, over the median of training
                           images to their nearest other; null when most training images have exact duplicates
+    intervals             {key: [low, high]}, 95 %, for every distance and share among these keys
     protocol              how it was measured, with `provenance` laid under it
 
+    `evaluator` saves loading the networks and the reference again. With `work_dir` what was measured so far is kept
+    there every `checkpoint_seconds`, the same call goes on from it and gives the same numbers; its name must tell the
+    generator and the protocol apart.
     Memory does not grow with the number of samples but for their features.
-    Raises UserError for too few samples, for a reference of other images, networks or params, for latents not finite.
+    Raises UserError as `Evaluator`, and for latents not finite.
     """
     protocol = params.evaluate
-    summary = read_json(reference_dir / SUMMARY)
-    num_classes = len(summary["classes"])
-    _check(params, summary, reference_dir)
-    networks = [load_network(name, reference_dir, device) for name in protocol.features]
-    references = [Reference.load(reference_dir, network) for network in networks]
-    thumbnails = Thumbnails.load(reference_dir / THUMBNAILS)
-    neighbours = Neighbours(thumbnails.images)
-
-    streams = [FeatureStream(network, protocol.samples) for network in networks]
-    distances, pictured, found = [], [], []
-    spread, real_spread = ClassSpread(num_classes), ClassSpread(num_classes)
-    real_spread.add(thumbnails.images, torch.from_numpy(thumbnails.labels))
-    samples = stream_images(generator, vae, params, protocol.seed, protocol.samples, num_classes, device)
+    tools = evaluator or Evaluator(params, reference_dir, device)
+    seen = Seen(tools.networks, protocol.samples, tools.num_classes)
+    if work_dir is not None:
+        seen.restore(work_dir)
+    saved = time.monotonic()
+    samples = stream_images(
+        generator, vae, params, protocol.seed, protocol.samples, tools.num_classes, device, seen.done
+    )
     for indices, asked, images in samples:
-        _check_size(images, summary["image_shape"])
-        for stream in streams:
-            stream.add(images)
+        _check_size(images, tools.summary["image_shape"])
         small = thumbnail(images)
-        spread.add(small, asked)
-        near, which = neighbours.nearest(small, NEAREST_SHOWN)  # (B, 3) each
-        distances.append(near)
-        if indices.start < NEAREST_SAMPLES:
-            pictured.append(small)
-            found.append(which)
+        near, which = tools.neighbours.nearest(small, NEAREST_SHOWN)  # (B, 3) each
+        pictured = (small, which) if indices.start < NEAREST_SAMPLES else None
+        seen.add(images, small, asked, near, pictured)
+        if work_dir is not None and time.monotonic() - saved >= checkpoint_seconds:
+            seen.save(work_dir)
+            saved = time.monotonic()
         yield Tick(indices.stop, protocol.samples, "samples")
+    metrics = _numbers(tools, seen, params, device)
+    metrics["protocol"] = provenance | _protocol(tools, params, device)
+    return metrics, _picture(torch.cat(seen.pictured), torch.cat(seen.found), tools.thumbnails)
 
-    suffix = sample_suffix(protocol.samples)
-    labels = labels_for(range(protocol.samples), num_classes).numpy()
+
+def _numbers(tools: Evaluator, seen: Seen, params: Params, device: torch.device) -> dict[str, Any]:
+    protocol = params.evaluate
+    suffix, labels = sample_suffix(protocol.samples), labels_for(range(protocol.samples), tools.num_classes).numpy()
     metrics: dict[str, Any] = {}
-    for stream, reference in zip(streams, references, strict=True):
-        keys = NAMES[reference.name]
-        frechet, kernel = reference.distances(stream.statistics, stream.features, protocol)
-        metrics[f"{keys.distance}{suffix}"], metrics[f"{keys.kid}{suffix}"] = frechet, kernel
+    intervals: dict[str, list[float]] = {}
+    for stream, reference in zip(seen.streams, tools.references, strict=True):
+        names, features = NAMES[reference.name], stream.features
+        for key, (value, interval) in reference.measured(stream.statistics, features, labels, protocol).items():
+            metrics[f"{key}{suffix}"], intervals[f"{key}{suffix}"] = value, interval
+        if names.precision:
+            near = precision_recall(spread_evenly(reference.features, MAX_REAL), features, device)
+            for key, hits, count in (
+                (f"{names.precision}{suffix}", near.samples_within, near.samples),
+                (f"{names.recall}{suffix}", near.real_within, near.real),
+            ):
+                metrics[key], intervals[key] = hits / count, wilson(hits, count)
+        if names.score and stream.network.probabilities is not None:
+            parts = [stream.network.probabilities(part).cpu() for part in torch.from_numpy(features).split(1000)]
+            metrics[f"{names.score}{suffix}"] = inception_score(torch.cat(parts).numpy(), protocol.seed)
         if stream.network.head is not None:
-            predicted = stream.network.predict(torch.from_numpy(stream.features)).numpy()
-            metrics["class_accuracy"] = float((predicted == labels).mean())
-    metrics["within_class_variance"] = spread.variance() / real_spread.variance()
-    of_features = within_class_variance(streams[0].features, labels)
-    metrics["within_class_variance_features"] = of_features / references[0].within_class_variance
-    metrics |= _nearness(torch.cat(distances), thumbnails)
-    metrics["protocol"] = provenance | {
+            right = int((stream.network.predict(torch.from_numpy(features)).numpy() == labels).sum())
+            metrics["class_accuracy"], intervals["class_accuracy"] = right / len(labels), wilson(right, len(labels))
+    metrics["within_class_variance"] = seen.spread.variance() / tools.real_spread.variance()
+    of_features = within_class_variance(seen.streams[0].features, labels)
+    metrics["within_class_variance_features"] = of_features / tools.references[0].within_class_variance
+    metrics |= _nearness(torch.cat(seen.distances), tools.thumbnails)
+    return metrics | {"intervals": intervals}
+
+
+def _protocol(tools: Evaluator, params: Params, device: torch.device) -> dict[str, Any]:
+    protocol, references = params.evaluate, tools.references
+    return {
         "samples": protocol.samples,
         "seed": protocol.seed,
         "noise": "sample i from its own generator seeded with seed + i",
@@ -102,18 +162,25 @@ def evaluate_run(
         "micro_batch": params.sample.micro_batch,
         "uint8_rule": UINT8_RULE,
         "decode_precision": "fp32",
+        "feature_precision": "fp32",
+        "statistics_precision": "fp64",
         "device": device.type,
-        "features": {network.name: network.sha256 for network in networks},
-        "within_class_variance_network": networks[0].name,
+        "features": {network.name: network.sha256 for network in tools.networks},
+        "resize": {network.name: RESIZE[network.name] for network in tools.networks},
+        "within_class_variance_network": tools.networks[0].name,
         "kid_features": {name: "rms 1" if NAMES[name].kid_rescaled else "as they are" for name in protocol.features},
         "kid_subsets": protocol.kid_subsets,
         "kid_subset_size": min(protocol.kid_subset_size, protocol.samples, len(references[0].features)),
+        "precision_recall": f"k = {NEIGHBOURS}, at most {MAX_REAL} real images",
+        "intervals": "95 %; of drawing the samples, real images as given; distances to first order, shares by Wilson",
+        "inception_score": f"mean over parts of {SCORE_PART} of a permutation drawn from seed",
+        "reference": {reference.name: reference.source for reference in references},
+        "reference_sha256": {reference.name: reference.digest for reference in references},
         "reference_images": references[0].count,
         "reference_manifest": references[0].manifest_digest,
-        "thumbnails": len(thumbnails.images),
-        "copy_ratio": thumbnails.copy_ratio,
+        "thumbnails": len(tools.thumbnails.images),
+        "copy_ratio": tools.thumbnails.copy_ratio,
     }
-    return metrics, _picture(torch.cat(pictured), torch.cat(found), thumbnails)
 
 
 def _check(params: Params, summary: dict[str, Any], reference_dir: Path) -> None:

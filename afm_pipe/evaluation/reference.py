@@ -3,6 +3,7 @@
 Shapes: N images, C channels, H x W pixels, D features, K classes.
 """
 
+import hashlib
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,10 @@ from torch import Tensor
 from afm_pipe.console import Tick
 from afm_pipe.errors import UserError
 from afm_pipe.evaluation.classifier import save_classifier, train_classifier
-from afm_pipe.evaluation.features import NAMES, FeatureNetwork, inception_path, load_network
-from afm_pipe.evaluation.frechet import Array, Statistics, frechet_distance
-from afm_pipe.evaluation.measures import kid, within_class_variance
+from afm_pipe.evaluation.features import LEGACY, NAMES, FeatureNetwork, load_networks
+from afm_pipe.evaluation.frechet import Array, Statistics, frechet_and_map
+from afm_pipe.evaluation.intervals import around, frechet_error, kernel_error
+from afm_pipe.evaluation.measures import kid_of_subsets, within_class_variance
 from afm_pipe.evaluation.nearest import build_thumbnails, load_arrays, thumbnail
 from afm_pipe.files import write_json
 from afm_pipe.models.autoencoder import decode, encode_moments, sample_latent
@@ -25,6 +27,7 @@ from afm_pipe.params import Evaluate, Params
 from afm_pipe.sampling import grid, noise, to_uint8
 
 SUMMARY, THUMBNAILS = "summary.json", "thumbnails.npz"
+OWN = "training images"
 MAX_FEATURES = 50_000  # kept for KID; mean and covariance are of all images
 CPU = torch.device("cpu")
 
@@ -42,6 +45,13 @@ class Reference:
     features: np.ndarray
     labels: np.ndarray
     within_class_variance: float
+    source: str = OWN
+    """Whose statistics: our own images', or `adm SHA256`; count, manifest and labels are then still our images'."""
+
+    @property
+    def digest(self) -> str:
+        """Hash of mean and covariance, by which a reference is told from another."""
+        return hashlib.sha256(self.mu.tobytes() + self.sigma.tobytes()).hexdigest()
 
     def save(self, folder: Path) -> None:
         """Write NAME.npz into a folder."""
@@ -67,12 +77,23 @@ class Reference:
                 )
         return found
 
-    def distances(self, statistics: Statistics, features: np.ndarray, params: Evaluate) -> tuple[float, float]:
-        """Return the Frechet and the kernel distance of other images, given by their statistics and features (N, D)."""
-        frechet = frechet_distance(statistics.mu, statistics.sigma, self.mu, self.sigma)
-        size = float(np.sqrt(np.square(self.features).mean())) if NAMES[self.name].kid_rescaled else 1.0
-        kernel = kid(self.features / size, features / size, params.kid_subsets, params.kid_subset_size, params.seed)
-        return frechet, kernel
+    def measured(
+        self, statistics: Statistics, features: np.ndarray, labels: np.ndarray, params: Evaluate
+    ) -> dict[str, tuple[float, list[float]]]:
+        """Return the distances to other images by key, each with its interval.
+
+        They are given by their statistics, features (N, D) and labels (N,).
+        """
+        names = NAMES[self.name]
+        value, pull = frechet_and_map(statistics.mu, statistics.sigma, self.mu, self.sigma)
+        error = frechet_error(features, labels, self.mu, pull)
+        found = {names.distance: (value, around(value, error, 0.0))}
+        if names.kid:
+            size = float(np.sqrt(np.square(self.features).mean())) if names.kid_rescaled else 1.0
+            real, other = self.features / size, features / size
+            each = kid_of_subsets(real, other, params.kid_subsets, params.kid_subset_size, params.seed)
+            found[names.kid] = float(each.mean()), around(each.mean(), kernel_error(real, other, labels, each))
+        return found
 
 
 def build_reference(
@@ -96,11 +117,15 @@ def build_reference(
     their distance is the floor for a generator that matches the latents exactly.
     Raises UserError for images of another shape than params say, and for a missing feature network.
     """
+    from afm_pipe.evaluation.adm import adm_path, adm_references
+
     _check(params, images, labels, classes)
     folder.mkdir(parents=True, exist_ok=True)
     names = params.evaluate.features
-    if any(name.startswith("inception") for name in names):
-        inception_path()  # fail before the classifier is trained
+    adm = params.evaluate.adm_reference if LEGACY in names else None
+    load_networks([name for name in names if name != "classifier"], folder, device)  # fail before it is trained
+    if adm:
+        adm_path(adm)
     summary: dict[str, Any] = {
         "images": len(images),
         "image_shape": list(images.shape[1:]),
@@ -111,7 +136,7 @@ def build_reference(
         training = train_classifier(params.reference.classifier, images, labels, len(classes), params.seed, device)
         classifier, summary["classifier_accuracy"] = yield from training
         save_classifier(classifier, folder)
-    networks = [load_network(name, folder, device) for name in names]
+    networks = load_networks(names, folder, device)
 
     size = params.sample.micro_batch
     kept = _evenly(len(images), MAX_FEATURES)
@@ -126,9 +151,11 @@ def build_reference(
         yield Tick(int(rows[-1]) + 1, total, "images", "features of real images")
     references = []
     for stream in collected:
-        reference = stream.reference(labels[kept], manifest_digest)
+        references.append(stream.reference(labels[kept], manifest_digest))
+    if adm:
+        references = list(adm_references(adm, networks, references, size))
+    for reference in references:
         reference.save(folder)
-        references.append(reference)
     summary["within_class_variance"] = references[0].within_class_variance
 
     collected = [FeatureStream(network, len(chosen)) for network in networks]
@@ -139,9 +166,8 @@ def build_reference(
             stream.add(rebuilt)
         yield Tick(len(images) + start + len(rows), total, "images", "features of reconstructions")
     for stream, reference in zip(collected, references, strict=True):
-        distance, kernel = reference.distances(stream.statistics, stream.features, params.evaluate)
-        keys = NAMES[reference.name]
-        summary[f"{keys.distance}_reconstruction"], summary[f"{keys.kid}_reconstruction"] = distance, kernel
+        measured = reference.measured(stream.statistics, stream.features, labels[chosen], params.evaluate)
+        summary |= {f"{key}_reconstruction": value for key, (value, _) in measured.items()}
     summary["reconstructions"] = len(chosen)
 
     kept = np.sort(_spread_over_classes(labels, len(classes), params.reference.thumbnails))
@@ -175,6 +201,17 @@ class FeatureStream:
     @property
     def features(self) -> np.ndarray:
         return self._features[: self._filled]
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return what was taken in, as arrays by name."""
+        name, s = self.network.name, self.statistics
+        return {f"{name}/features": self.features, f"{name}/mu": s.mu, f"{name}/scatter": s.scatter}
+
+    def restore(self, state: dict[str, np.ndarray], count: int) -> None:
+        """Go on from what `state` returned after `count` images."""
+        name, features = self.network.name, state[f"{self.network.name}/features"]
+        self.statistics = Statistics(count, state[f"{name}/mu"], state[f"{name}/scatter"])
+        self._features[: len(features)], self._filled = features, len(features)
 
     def reference(self, labels: np.ndarray, manifest_digest: str) -> Reference:
         """Return what was seen as a reference; `labels` are of the features kept."""
@@ -229,6 +266,11 @@ def _draw(params: Params, vae: Any, images: np.ndarray, labels: np.ndarray, fold
         rebuilt.append(torch.cat([_reconstructed(params, vae, images, rows, device), blank]))
     grid(torch.cat(real), columns).save(folder / "real.png")
     grid(torch.cat(rebuilt), columns).save(folder / "reconstructed.png")
+
+
+def spread_evenly(rows: np.ndarray, most: int) -> np.ndarray:
+    """Return at most `most` rows, evenly spaced."""
+    return rows if len(rows) <= most else rows[_evenly(len(rows), most)]
 
 
 def _evenly(total: int, most: int) -> np.ndarray:

@@ -78,7 +78,7 @@ def travelling_source() -> str:
 
 def _check_out(kind: str, out: Path) -> None:
     if kind not in SUFFIXES:
-        raise UserError(f"Found --format {kind}, expected one of {', '.join(SUFFIXES)}.")
+        raise UserError(f"Found --format {kind}, expected one of {', '.join(SUFFIXES)}, adm-npz.")
     if kind != "diffusers":
         if out.suffix not in SUFFIXES[kind] or out.is_dir():
             raise UserError(f"Found --out {out}, expected the name of a file that ends in {SUFFIXES[kind][0]}.")

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from afm_pipe.models.sizes import SIZES
 from afm_pipe.params.base import NAME, RunName, Section
 from afm_pipe.params.images import (
+    AdmReference,
     Autoencoder,
     AutoencoderTraining,
     Data,
@@ -40,6 +41,7 @@ from afm_pipe.params.training import (
 )
 
 __all__ = [
+    "AdmReference",
     "Affine",
     "Augmentation",
     "Autoencoder",

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from afm_pipe.params.base import Count, NotNegative, Positive, Section
 
-Features = Literal["classifier", "inception_clean", "inception_legacy_tensorflow"]
+Features = Literal["classifier", "efficientnet", "dinov2", "inception_clean", "inception_legacy_tensorflow"]
 
 
 class Data(Section):
@@ -113,6 +113,17 @@ class Sample(Section):
     """Classes in the grid, the first ones."""
     micro_batch: Count
     """Samples per forward pass, in every stage that generates: image i must not depend on the batch it is in."""
+    keep_images: bool
+    """Also write the images that evaluation measures, as samples/RUN/images/000000.png and on."""
+
+
+class AdmReference(Section):
+    """ADM's published statistics of ImageNet, VIRTUAL_imagenet256_labeled.npz, put in the folder of weights."""
+
+    file: str
+    """Its name there."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
+    """Expected hash; null: any, and the one found is written into every protocol."""
 
 
 class Evaluate(Section):
@@ -125,6 +136,8 @@ class Evaluate(Section):
     """Networks whose features distances are taken in."""
     kid_subsets: Count
     kid_subset_size: Annotated[int, Field(ge=2)]
+    adm_reference: AdmReference | None
+    """What inception_legacy_tensorflow is compared with; null: statistics of the training images."""
 
 
 class Imported(Section):

@@ -1,11 +1,14 @@
-"""Params of the study: tables as data. A table is a view over cells, small trainings that differ in what its axes say."""
+"""Params of the study: tables as data.
+
+A table is a view over cells, small trainings that differ in what its axes say.
+"""
 
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from afm_pipe.params.base import NAME, Count, Fraction, Section
+from afm_pipe.params.base import NAME, Fraction, Section
 
 Overrides = dict[str, Any]  # fields of a run, laid over `train`; `then` and `steps` besides
 Label = Annotated[str, Field(min_length=1, max_length=60)]
@@ -65,8 +68,8 @@ class StudyTable(Section):
                     unknown = set(getattr(group, axis) or ()) - labels
                     if unknown:
                         raise ValueError(
-                            f"expected {axis} of the check {check.claim!r} among {', '.join(sorted(labels)) or 'none'}, "
-                            f"found {', '.join(sorted(unknown))}"
+                            f"expected {axis} of the check {check.claim!r} among "
+                            f"{', '.join(sorted(labels)) or 'none'}, found {', '.join(sorted(unknown))}"
                         )
         return self
 

@@ -23,13 +23,23 @@ _KERNEL = "Unbiased kernel distance (cubic kernel, mean over random subsets) bet
 _CLASSIFIER = (
     "of a small classifier trained on the same real images; not Inception's, so values compare within this page only"
 )
+_PRECISION = "Share of samples among the real images: within the ball of one that reaches to its third nearest other"
+_RECALL = "Share of real images among the samples: within the ball of one that reaches to its third nearest other"
 _METRICS = {  # in the order of the tables' columns
     "fid": Metric("FID{n}", "lower", f"{_FRECHET}; Inception features, TensorFlow's resizing (the common protocol)"),
     "kid": Metric("KID{n}", "lower", f"{_KERNEL}; Inception features, TensorFlow's resizing"),
+    "sfid": Metric("sFID{n}", "lower", f"{_FRECHET}; spatial features of Inception, TensorFlow's resizing"),
+    "inception_score": Metric("IS{n}", "higher", "Inception Score, the mean over parts of 5,000 in random order"),
+    "precision": Metric("Precision{n}", "higher", f"{_PRECISION}; Inception features"),
+    "recall": Metric("Recall{n}", "higher", f"{_RECALL}; Inception features"),
     "fid_clean": Metric("FID{n} (clean)", "lower", f"{_FRECHET}; Inception features, clean-fid's resizing"),
     "kid_clean": Metric("KID{n} (clean)", "lower", f"{_KERNEL}; Inception features, clean-fid's resizing"),
+    "precision_clean": Metric("Precision{n} (clean)", "higher", f"{_PRECISION}; Inception, clean-fid's resizing"),
+    "recall_clean": Metric("Recall{n} (clean)", "higher", f"{_RECALL}; Inception features, clean-fid's resizing"),
     "fd_classifier": Metric("FD{n} (classifier)", "lower", f"{_FRECHET}; features {_CLASSIFIER}"),
     "kid_classifier": Metric("KD{n} (classifier)", "lower", f"{_KERNEL}; features {_CLASSIFIER}"),
+    "precision_classifier": Metric("Precision{n} (classifier)", "higher", f"{_PRECISION}; features {_CLASSIFIER}"),
+    "recall_classifier": Metric("Recall{n} (classifier)", "higher", f"{_RECALL}; features {_CLASSIFIER}"),
     "class_accuracy": Metric(
         "Right class", "higher", "Share of samples that the classifier puts in the class asked for", share=True
     ),
@@ -58,7 +68,7 @@ _METRICS = {  # in the order of the tables' columns
         "nearest other one; well below 1: memorised",
     ),
 }
-_DISTANCES = ("fid", "fid_clean", "fd_")
+_DISTANCES = ("fid", "fid_clean", "sfid", "fd_")
 _SAMPLES = re.compile(r"^(?P<base>.+?)_(?P<count>\d+k?)$")
 
 
@@ -77,6 +87,10 @@ def metric(key: str) -> Metric:
         kind, features = base.split("_", 1)
         words, short = (_FRECHET, "FD") if kind == "fd" else (_KERNEL, "KD")
         found = Metric(f"{short}{{n}} ({features})", "lower", f"{words}; features of {features}, not Inception's")
+    if found is None and base.startswith(("precision_", "recall_")):
+        kind, features = base.split("_", 1)
+        words = _PRECISION if kind == "precision" else _RECALL
+        found = Metric(f"{kind.capitalize()}{{n}} ({features})", "higher", f"{words}; features of {features}")
     found = found or Metric(f"{base}{{n}}", "", "")
     return found._replace(title=found.title.replace("{n}", f"-{match['count']}" if match else ""))
 

@@ -1,4 +1,4 @@
-"""What the cells of tables are, where their results lie, and the tables made of them. Free of torch: collecting is quick.
+"""What the cells of tables are, where their results lie, and the tables made of them; free of torch, so quick.
 
 A cell is known by two fingerprints: of its training, under which its weights are kept, and of its measurement, under
 which its result is. A killed study goes on where it stopped, one changed cell runs alone, tables share their cells.

@@ -19,10 +19,10 @@ from torch import nn
 from afm_pipe import paths
 from afm_pipe.console import Tick
 from afm_pipe.data.latents import Latents
-from afm_pipe.errors import NotFinite, UserError
+from afm_pipe.errors import NotFiniteError, UserError
+from afm_pipe.evaluation.measures import sample_suffix
 from afm_pipe.evaluation.metrics import Evaluator, evaluate_run
 from afm_pipe.evaluation.networks import NAMES
-from afm_pipe.evaluation.measures import sample_suffix
 from afm_pipe.files import exclusive, read_json, sha256_file, write_json
 from afm_pipe.launch import machine_name
 from afm_pipe.models.autoencoder import load_autoencoder
@@ -132,7 +132,7 @@ class Worker:
                 state = self._finish(training).state
                 updates, seconds, not_finite = state.update, round(state.seconds["training"], 1), None
                 save_tensors(job.folder / "discriminator.safetensors", state.discriminator.state_dict())
-            except NotFinite as error:
+            except NotFiniteError as error:
                 updates, seconds, not_finite = error.update, None, error.update
             updates -= start.update if start else 0
             cost = {

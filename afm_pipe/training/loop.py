@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from afm_pipe.console import Tick
 from afm_pipe.data.latents import Latents
-from afm_pipe.errors import NotFinite
+from afm_pipe.errors import NotFiniteError
 from afm_pipe.files import atomic_path
 from afm_pipe.models.checkpoint_format import ModelConfig, save_tensors
 from afm_pipe.models.flow import Flow
@@ -49,7 +49,7 @@ def train(
 
     `classifier` is needed by phases with guidance. After the updates in `keep_at` G's moving average is kept, as
     `kept(work_dir, update)`.
-    Raises NotFinite on a non-finite loss (before it reaches the weights) and on a checkpoint of other params.
+    Raises NotFiniteError on a non-finite loss (before it reaches the weights) and on a checkpoint of other params.
     """
     total = num_updates(run, latents.num_images)
     row_every = max(10, total // ROWS)
@@ -122,7 +122,7 @@ def kept(work_dir: Path, update: int) -> Path:
 def _apply(state: TrainingState, which: str, total: Tensor, lr: float, clip: float | None) -> Tensor:
     """Step one optimizer with the gradients at hand and clear them; return the gradients' norm before any clipping."""
     if not math.isfinite(total.item()):
-        raise NotFinite(
+        raise NotFiniteError(
             f"Found a {which} loss of {total.item()} at update {state.update}, expected a finite one: the weights "
             "before it are kept. Lower lr, or raise the weight of the transport or the penalty.",
             state.update,
