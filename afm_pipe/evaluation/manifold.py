@@ -48,7 +48,7 @@ def _radii(points: Tensor) -> Tensor:
     for start, squared in _blocks(points, points):
         rows = torch.arange(len(squared), device=points.device)
         squared[rows, rows + start] = -1.0  # itself first, whatever rounding says
-        found.append(squared.kthvalue(NEIGHBOURS + 1, dim=1).values)
+        found.append(squared.topk(NEIGHBOURS + 1, dim=1, largest=False).values[:, -1])
     return torch.cat(found)
 
 
