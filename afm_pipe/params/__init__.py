@@ -178,11 +178,12 @@ class Params(Section):
         return {name: [self._cell(table, place) for place in table.places()] for name, table in self.tables.items()}
 
     def _cell(self, table: StudyTable, place: Place) -> "Cell":
-        own: dict[str, Any] = {}
+        own = self.study.base
         for overrides in place.overrides:
             own = laid_over(own, overrides)
+        own = dict(own)
         then, steps = own.pop("then", None), own.pop("steps", None)
-        train = self.train.model_dump(mode="json", exclude_unset=False)
+        train = self.train.model_dump(mode="json")
         base = Run.model_validate(laid_over(train, own))
         run = base
         if then is not None:

@@ -53,7 +53,7 @@ class StudyTable(Section):
     paper: str | None
     """Key of the paper's own numbers in published.yaml, shown beside; null: there are none."""
     base: Overrides
-    """What all its cells share, laid over `train`."""
+    """What its cells share besides, laid over `study.base`."""
     rows: Axis
     columns: Axis | None
     seeds: Annotated[tuple[int, ...], Field(strict=False, min_length=1)]
@@ -74,7 +74,7 @@ class StudyTable(Section):
         return self
 
     def places(self) -> "Iterator[Place]":
-        """Yield every cell's place, row by row, with the overrides its labels add up to."""
+        """Yield every cell's place, seed by seed, with the overrides its labels add up to."""
         columns = self.columns.settings if self.columns else {"": {}}
         for seed in self.seeds:
             for row, of_row in self.rows.settings.items():
@@ -98,3 +98,5 @@ class Study(Section):
     """Of each cell, at each of its probes: a third of its updates, the end of every phase, its own end."""
     trained: Fraction
     """A cell counts as trained from this share of samples in the class asked for."""
+    base: Overrides
+    """What the cells of all tables share, laid over `train`."""

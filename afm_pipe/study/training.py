@@ -49,8 +49,11 @@ TRAINED = "trained.json"  # in a cell's folder, once its training is over
 def run_jobs(
     params: Params, jobs: Sequence[Job], device: torch.device, workers: int, checkpoint_seconds: float
 ) -> Generator[Tick, None, None]:
-    """Train and measure what is missing, first what others continue. Raises UserError as a cell does."""
-    missing = [job for job in jobs if not job.result.is_file()]
+    """Train and measure what is missing, first what others continue, whole seeds one after the other.
+
+    Raises UserError as a cell does.
+    """
+    missing = sorted((job for job in jobs if not job.result.is_file()), key=lambda job: job.cell.seed)
     bases = [job.base for job in missing if job.base is not None and not (job.base.folder / TRAINED).is_file()]
     rounds = [[job for job in missing if job.base is None] + bases, [job for job in missing if job.base is not None]]
     total = len({job.measurement for job in rounds[0] + rounds[1]})
