@@ -139,13 +139,13 @@ def _panel(quantity: Quantity, lines: list[tuple[str, np.ndarray, np.ndarray]]) 
 
     rules = "".join(
         f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{TOP + y:.1f}" y2="{TOP + y:.1f}"/>'
-        f'<text x="{LEFT - 6}" y="{TOP + y + 4:.1f}" text-anchor="end">{_short(tick)}</text>'
+        f'<text x="{LEFT - 6}" y="{TOP + y + 4:.1f}" text-anchor="end">{short(tick)}</text>'
         for tick in (_log_ticks(low, high) if log else _ticks(low, high))
         for y in (float(up(tick)),)
     )
     axis = "".join(
         f'<text x="{LEFT + float(across(tick)):.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">'
-        f"{_short(tick)}</text>"
+        f"{short(tick)}</text>"
         for tick in _ticks(0, last)
     )
     drawn = "".join(
@@ -171,6 +171,19 @@ def _range(values: np.ndarray, log: bool) -> tuple[float, float]:
         return low / 1.3, high * 1.3
     pad = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
     return (0.0 if 0 <= low <= 0.3 * high else low - pad), high + pad
+
+
+def axis_ticks(values: Sequence[float], log: bool) -> tuple[float, float, list[float]]:
+    """Return the ends of an axis that holds all of some values with room to spare, and its ticks."""
+    if not values:
+        return 0.0, 1.0, [0.0, 0.5, 1.0]
+    low, high = min(values), max(values)
+    if log:
+        low, high = low / 1.3, high * 1.3
+        return low, high, _log_ticks(low, high)
+    pad = 0.08 * (high - low) or abs(high) * 0.1 or 1.0
+    low, high = (0.0 if 0 <= low <= 0.5 * high else low - pad), high + pad
+    return low, high, _ticks(low, high)
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -201,7 +214,8 @@ def _path(across: np.ndarray, up: np.ndarray) -> str:
     return "".join(parts)
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
+    """Print a tick: 20k, 0.05, 1e-5."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:g}{unit}"

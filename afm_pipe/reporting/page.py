@@ -14,6 +14,9 @@ from afm_pipe.reporting import curves, pictures, tables, titles
 from afm_pipe.reporting.inputs import Inputs, RunRecord, read_inputs, stage_of
 from afm_pipe.reporting.one_dimension import read_one_dimension
 from afm_pipe.reporting.pictures import Picture
+from afm_pipe.reporting.plots import PLOTS_CSS
+from afm_pipe.reporting.printing import write_files
+from afm_pipe.reporting.sections import sections
 
 PICTURE_BYTES = 6 * 2**20  # of all pictures together, before base64 adds a third: the page stays under 10 MiB
 IMAGENET_IMAGES = 1_281_167
@@ -37,7 +40,7 @@ def write_report(params: Params, folder: Path) -> None:
     """
     inputs = read_inputs(params)
     own = (tables.run_table(inputs), tables.cost_table(inputs))
-    published = tables.published_tables(inputs.published)
+    parts = sections(inputs)
     one_dimension = read_one_dimension()
     trained = [record for record in inputs.runs if record.settings]  # they come first; the others have no curves
     panels = curves.draw_panels(trained)
@@ -54,11 +57,14 @@ def write_report(params: Params, folder: Path) -> None:
             scale=_scale_sentence(inputs),
             run_table=own[0],
             cost_table=own[1],
-            published=published,
+            sections=parts,
+            up="../",
+            here="",
+            runs="runs/",
             one_dimension=one_dimension,
             panels=panels,
             legend=[(record.name, Markup(curves.legend_key(index))) for index, record in enumerate(trained)],
-            css=Markup(f"{curves.palette_css()}\n{curves.PANEL_CSS}"),
+            css=Markup(f"{curves.palette_css()}\n{curves.PANEL_CSS}\n{PLOTS_CSS}"),
             grids=grids,
             nearest=nearest,
             metrics=[(column.title, column.meaning) for column in own[0].columns if titles.metric(column.key).meaning],
@@ -69,9 +75,9 @@ def write_report(params: Params, folder: Path) -> None:
     )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "index.html").write_text(page, encoding="utf-8")
-    for table in (*own, *([one_dimension.table] if one_dimension else []), *published):
-        (folder / f"{table.name}.md").write_text(tables.markdown(table), encoding="utf-8")
-        (folder / f"{table.name}.csv").write_text(tables.csv_text(table), encoding="utf-8")
+    of_sections = [table for part in parts for table in (*part.tables, *part.published)]
+    for table in (*own, *([one_dimension.table] if one_dimension else []), *of_sections):
+        write_files(table, folder)
     (folder / "curves.svg").write_text(curves.draw_sheet(panels, [run.name for run in trained]), encoding="utf-8")
     pictures.draw_sheet(_tiles(inputs), folder / "samples.png")
 
