@@ -15,7 +15,7 @@ def grid() -> ElementTree.Element:
 
 
 def test_the_better_a_cell_the_fuller_and_the_best_is_framed() -> None:
-    cells = [each for each in grid().iter("rect")]
+    cells = list(grid().iter("rect"))
     fullness = [float(each.get("fill-opacity", "nan")) for each in cells]
     assert fullness[1] > fullness[3] > fullness[0] > fullness[4]
     assert abs((fullness[1] - fullness[3]) - (fullness[3] - fullness[0])) < 0.01  # by ratio: 2, 4, 8

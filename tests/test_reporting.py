@@ -58,6 +58,7 @@ def write_inputs(params: Params, rows: int = 40) -> None:
         write_curve(paths.curves(name), number, rows)
         write_picture(paths.samples(name) / "grid.png", number)
         write_picture(paths.samples(name) / "nearest.png", number + 10)
+        write_picture(paths.samples(name) / "interpolation.png", number + 20)
     write(
         paths.REFERENCE / "summary.json",
         {"classifier_accuracy": 0.97, "fd_classifier_reconstruction": 3.14, "kid_classifier_reconstruction": 0.004}
@@ -212,7 +213,7 @@ def test_page_fetches_nothing_and_describes_every_picture(project: Path) -> None
             assert len(attributes["alt"] or "") > 20
         if tag == "svg" and attributes.get("role") == "img":
             assert "over images seen" in (attributes["aria-label"] or "")
-    assert len(page.all("img")) == 2 + 2 * len(params.runs)
+    assert len(page.all("img")) == 2 + 3 * len(params.runs)
     assert "url(" not in (paths.REPORTS / "index.html").read_text().split("</style>")[0]
 
 
@@ -223,7 +224,7 @@ def test_summary_names_the_best_run_the_floor_and_the_scale(project: Path) -> No
     write(paths.metrics("better"), json.loads(paths.metrics("better").read_text()) | {"fd_classifier_5k": 7.7})
     text = built(params).text
     assert "7.70" in text
-    assert "run better, the lowest; reconstructed real images have 3.14" in text
+    assert "run better, the lowest (without intervals: no ranking); reconstructed real images have 3.14" in text
     assert "not comparable with the paper's ImageNet numbers: 5,000 training images instead of 1,281,167" in text
 
 
@@ -239,8 +240,10 @@ def test_published_numbers_stand_in_their_own_tables_only(project: Path) -> None
     params = make_params()
     write_inputs(params)
     page = built(params)
-    published = page.rows["table-published tbody"]
-    assert ["AFM XL/2", "673", "125", "cg+da", "2.38", "yes", "9"] in published
+    one_step = page.rows["table-paper_one_step tbody"]
+    assert ["AFM XL/2paper", "1", "673", "125", "cg+da", "2.38", "", ""] in [[*row[:6], "", ""] for row in one_step]
+    assert one_step[0][:6] == ["t4ours", "1", "1.23", "8", "none", titles.MISSING]  # the paper's FID was not measured
+    assert one_step[0][6] == "8.12"
     assert page.rows["table-published_transport_penalty tbody"][1][3] == "53.90 ± 1"
     assert page.rows["table-published_transport_decay tbody"][1] == ["cosine 0.2 → 0.01", "8.51"]
     assert not any("AFM" in cell for row in page.rows["table-runs tbody"] for cell in row)
@@ -289,8 +292,11 @@ def test_same_inputs_give_the_same_bytes(project: Path) -> None:
     write_inputs(params)
     for folder in ("first", "second"):
         write_report(params, Path(folder))
-    names = sorted(path.name for path in Path("first").iterdir())
-    assert names == sorted(path.name for path in Path("second").iterdir())
+    names, again = (
+        sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
+        for folder in ("first", "second")
+    )
+    assert names == again
     assert "index.html" in names
     for name in names:
         assert Path("first", name).read_bytes() == Path("second", name).read_bytes()

@@ -58,4 +58,6 @@ class Table(NamedTuple):
 
 def origins_of(ours: Sequence[Any], theirs: Sequence[Any]) -> tuple[Origin, ...]:
     """Return the origins of a table of our rows above the paper's."""
-    return (*("ours" for _ in ours), *("paper" for _ in theirs))
+    origins: list[Origin] = ["ours"] * len(ours)
+    origins += ["paper"] * len(theirs)
+    return tuple(origins)

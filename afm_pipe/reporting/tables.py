@@ -58,6 +58,30 @@ def run_table(inputs: Inputs) -> Table:
     return Table("runs", caption, columns, tuple(ranked(rows, columns, measured)), footer, note=interval_note(rows))
 
 
+def measured_table(inputs: Inputs, record: RunRecord) -> Table:
+    """Build the table of all that was measured of one run, beside the floor."""
+    columns = (
+        Column("metric", "Metric", numeric=False),
+        Column("value", "Measured"),
+        Column("floor", "Floor", "The autoencoder's reconstructions of real images"),
+        Column("meaning", "What it is", numeric=False),
+    )
+    source = str(paths.REFERENCE / "summary.json")
+    rows = tuple(
+        (
+            Cell(titles.metric(key).title, key),
+            metric_cell(record, key),
+            _floor_cell(inputs, key, source),
+            Cell(words := _better(titles.metric(key)), words),
+        )
+        for key in titles.in_order(record.metrics)
+    )
+    samples = titles.number(record.protocol.get("samples"))
+    caption = f"{record.name}: all that was measured, over {samples} samples, from {paths.metrics(record.name)}."
+    bracket = "In brackets: 95 % intervals of the measurement." if record.intervals else "No interval was recorded."
+    return Table(f"run-{record.name}", caption, columns, rows, note=bracket)
+
+
 def cost_table(inputs: Inputs) -> Table:
     """Build the table of what training cost."""
     columns = (
