@@ -125,6 +125,7 @@ def train(params: Params, name: str, launch: Launch) -> None:
     A guided run starts from the model of the run it continues.
     """
     from afm_pipe.fingerprint import TRAINING_SOURCES, fingerprint
+    from afm_pipe.live_log import logged
     from afm_pipe.training.budget import require_memory
     from afm_pipe.training.curves import write_curves
     from afm_pipe.training.loop import train as train_loop
@@ -144,7 +145,8 @@ def train(params: Params, name: str, launch: Launch) -> None:
         training = train_loop(
             run, config, latents, work_dir / identity, identity, device, launch.checkpoint_seconds, start, guide
         )
-        trained = follow(f"train {name}", training)
+        live = logged(training, work_dir / identity / "curves.csv", paths.WORK / "dvclive" / name)
+        trained = follow(f"train {name}", live)
         for note in trained.notes:
             print(note)
         description = {

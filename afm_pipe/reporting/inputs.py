@@ -145,7 +145,7 @@ def _read_run(params: Params, name: str) -> RunRecord:
         settings=params.models[name] if trained else None,
         metrics=metrics,
         protocol=stored["protocol"],
-        curve=_read_curve(paths.curves(name), making) if trained else {},
+        curve=read_curve(paths.curves(name), making) if trained else {},
         cost=typed(Cost, paths.costs(name), making) if trained else None,
         config=typed(Config, paths.model(name) / "config.json", making),
         intervals=_intervals(stored.get("intervals", {}), path, measuring),
@@ -178,11 +178,14 @@ def _read_events(path: Path, stage: str) -> tuple[Event, ...]:
     return tuple(events)
 
 
-def _read_curve(path: Path, stage: str) -> dict[str, list[float]]:
+def read_curve(path: Path, stage: str, may_grow: bool = False) -> dict[str, list[float]]:
+    """Read curves as columns. Of a file that may be growing, no row yet and half a last row are no mistakes."""
     with needed(path, stage).open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         columns: dict[str, list[float]] = {name: [] for name in reader.fieldnames or ()}
         for row in reader:
+            if may_grow and None in row.values():
+                break
             for name, values in columns.items():
                 try:
                     values.append(float(row[name]))
@@ -191,7 +194,7 @@ def _read_curve(path: Path, stage: str) -> dict[str, list[float]]:
                         f"Found {row[name]!r} in {path}, line {reader.line_num}, column {name}, expected a number: "
                         f"run `dvc repro --force {stage}`."
                     ) from None
-    if not columns.get("images"):
+    if not columns.get("images") and not may_grow:
         raise UserError(f"Found no rows or no column `images` in {path}: run `dvc repro --force {stage}`.")
     return columns
 

@@ -19,6 +19,10 @@ _SETTINGS = {
     "penalty.weight": "Penalty weight",
     "gradient_normalization.enabled": "Gradient normalisation",
     "phases": "Epochs",
+    "nfe": "Steps",
+    "form": "Form",
+    "repeats": "Repeats",
+    "ema.decay": "EMA",
 }
 
 
@@ -28,29 +32,28 @@ def run_table(inputs: Inputs) -> Table:
     metrics = titles.in_order(key for record in inputs.runs for key in record.metrics)
     columns = (
         Column("run", "Run", numeric=False),
-        *(_setting_column(key, values) for key, values in settings.items()),
         *(Column(key, (kind := titles.metric(key)).title, _better(kind)) for key in metrics),
         Column("seconds", "Training time", "Time spent training"),
         Column("images_per_second", "Images/s", "Images seen by the generator per second of training"),
+        *(_setting_column(key, values) for key, values in settings.items()),
     )
     rows = tuple(
         (
             Cell(record.name, record.name, run=record.name),
-            *(_setting_cell(key, values[index]) for key, values in settings.items()),
             *(metric_cell(record, key) for key in metrics),
             _cost_cell(record, "seconds", titles.duration) if record.cost else Cell("imported", None),
             _cost_cell(record, "images_per_second", titles.number),
+            *(_setting_cell(key, values[index]) for key, values in settings.items()),
         )
         for index, record in enumerate(inputs.runs)
     )
     source = str(paths.REFERENCE / "summary.json")
     footer = (
         Cell("Floor: reconstructions", None),
-        *(Cell("", None) for _ in settings),
         *(_floor_cell(inputs, key, source) for key in metrics),
-        *(Cell("", None) for _ in range(2)),
+        *(Cell("", None) for _ in range(2 + len(settings))),
     )
-    measured = range(1 + len(settings), 1 + len(settings) + len(metrics))
+    measured = range(1, 1 + len(metrics))
     caption = (
         f"Runs of this repository, {titles.number(inputs.params.evaluate.samples)} samples each. Metrics from "
         f"{paths.metrics('RUN')}, cost from {paths.costs('RUN')}."
