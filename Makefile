@@ -8,12 +8,13 @@ BIN := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.afm-pipe-installed
 ON_PATH := PATH="$(BIN):$$PATH"
 
-.PHONY: help repro test test-slow lint install clean
+.PHONY: help repro test test-slow test-browser lint install clean
 
 help:
 	@echo "make repro      set up, run the pipeline on params.yaml, print the run table"
 	@echo "make test       set up, lint, check types, run the tests"
 	@echo "make test-slow  the tests that take longer"
+	@echo "make test-browser  the report in a headless Chromium, installed first where that is possible"
 	@echo "make clean      remove what the pipeline made, but no environment and no weights"
 
 repro: $(INSTALLED)
@@ -28,6 +29,17 @@ test: $(INSTALLED) lint
 
 test-slow: $(INSTALLED)
 	@$(ON_PATH) pytest -m "slow and not gpu"
+
+test-browser: $(INSTALLED)
+	@for name in chromium chromium-browser google-chrome google-chrome-stable; do \
+		command -v $$name >/dev/null && exit 0; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		echo "== installing chromium"; apt-get update -qq && apt-get install -y -qq chromium >/dev/null; \
+	else \
+		echo "error: found no Chromium or Chrome: install one (Debian: sudo apt install chromium; macOS: put" >&2; \
+		echo "google-chrome on PATH), then run make test-browser again." >&2; exit 1; \
+	fi
+	@$(ON_PATH) pytest -m browser -rs
 
 lint: $(INSTALLED)
 	@echo "== ruff and mypy"

@@ -58,3 +58,14 @@ def plan_study(params: Params, names: list[str], machine: "Machine", num_images:
     classes = len(manifest.classes) if manifest and num_images is None else 1000
     count = num_images or (manifest.num_images if manifest else IMAGENET_IMAGES)
     return follow("plan", plan_text(params, names, machine, count, classes))
+
+
+def watch(params: Params, seconds: float) -> None:
+    """Write a page of what is training now, again and again, until Ctrl-C."""
+    from afm_pipe.reporting.watch import PAGE, watch
+
+    print(f"Open {PAGE.resolve()} in a browser; Ctrl-C ends.", flush=True)
+    try:
+        watch(params, seconds)
+    except KeyboardInterrupt:
+        print("Watching ended; training was not touched.")

@@ -162,9 +162,18 @@ def toy(params: ParamsFile = paths.PARAMS, overrides: Overrides = None) -> None:
 
 @app.command(rich_help_panel=RUN)
 @guarded
-def report(params: ParamsFile = paths.PARAMS, overrides: Overrides = None) -> None:
-    """Write the page and the tables.  Example: afm-pipe report"""
-    pipeline.report(load_params(params, overrides or ()))
+def report(
+    watch: Annotated[bool, typer.Option("--watch", help="Show what is training now, until Ctrl-C.")] = False,
+    every: Annotated[float, typer.Option(help="With --watch: so many seconds between pages.")] = 5.0,
+    params: ParamsFile = paths.PARAMS,
+    overrides: Overrides = None,
+) -> None:
+    """Write the page and the tables, or watch a training.  Example: afm-pipe report --watch"""
+    loaded = load_params(params, overrides or ())
+    if watch:
+        answers.watch(loaded, every)
+    else:
+        pipeline.report(loaded)
 
 
 @app.command("import", rich_help_panel=TOOL)

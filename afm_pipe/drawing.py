@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from afm_pipe.console import Tick
@@ -20,9 +21,10 @@ from afm_pipe.errors import UserError
 from afm_pipe.files import atomic_path
 from afm_pipe.image_files import GridFile, ImageFile, NpzFile, PngFolder
 from afm_pipe.models.flow import Flow
-from afm_pipe.sampling import generate_images, images_of, noise
+from afm_pipe.sampling import generate_images, grid, images_of, noise
 
 LATENCY_RUNS, LATENCY_SECONDS = 5, 10.0  # timed passes of one latent: so many, or as many as fit
+STRIP_ROWS, STRIP_FRAMES = 5, 5  # of the report's strips
 CPU = torch.device("cpu")
 
 
@@ -120,6 +122,14 @@ def draw(sampler: Sampler, request: Request, seed: int, per_class: int, rows: in
             file.finish()
         seconds = time.monotonic() - started
     return Drawn(labels, steps, latency, computed / seconds)
+
+
+def draw_interpolation(sampler: Sampler, seed: int, rows: int) -> Image.Image:
+    """Draw the report's strips: from `seed` over the next two, the first few classes in rows."""
+    request = Request(interpolate=",".join(str(seed + step) for step in range(3)), frames=STRIP_FRAMES)
+    classes = list(range(min(rows, STRIP_ROWS, len(sampler.class_names))))
+    _, columns, batches = _strips(sampler, request, classes, sampler.generator.num_steps(None))
+    return grid(torch.cat(list(batches)), columns)
 
 
 def check_request(request: Request) -> None:

@@ -24,7 +24,7 @@ def model(run: str) -> Path:
 
 
 def samples(run: str) -> Path:
-    """Folder of a run's pictures: grid.png by sample, nearest.png by evaluate."""
+    """Folder of a run's pictures: grid.png and interpolation.png by sample, nearest.png by evaluate."""
     return Path("samples") / run
 
 

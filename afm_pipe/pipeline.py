@@ -125,6 +125,7 @@ def train(params: Params, name: str, launch: Launch) -> None:
     A guided run starts from the model of the run it continues.
     """
     from afm_pipe.fingerprint import TRAINING_SOURCES, fingerprint
+    from afm_pipe.live_log import logged
     from afm_pipe.training.budget import require_memory
     from afm_pipe.training.curves import write_curves
     from afm_pipe.training.loop import train as train_loop
@@ -144,7 +145,8 @@ def train(params: Params, name: str, launch: Launch) -> None:
         training = train_loop(
             run, config, latents, work_dir / identity, identity, device, launch.checkpoint_seconds, start, guide
         )
-        trained = follow(f"train {name}", training)
+        live = logged(training, work_dir / identity / "curves.csv", paths.WORK / "dvclive" / name)
+        trained = follow(f"train {name}", live)
         for note in trained.notes:
             print(note)
         description = {
@@ -216,10 +218,11 @@ def export_samples(params: Params, name: str, launch: Launch, out: Path) -> None
 
 
 def sample(params: Params, name: str, launch: Launch, request: "Request | None" = None) -> None:
-    """Draw a model's grid (the first classes in rows, the same seeds for every model), or what `request` asks for."""
+    """Draw a model's grid (the first classes in rows, the same seeds for every model) and strips from seed to seed, or
+    what `request` asks for."""
     import torch
 
-    from afm_pipe.drawing import check_request, draw
+    from afm_pipe.drawing import check_request, draw, draw_interpolation
     from afm_pipe.sampling import generate_images, grid
 
     settings = params.sample
@@ -245,6 +248,8 @@ def sample(params: Params, name: str, launch: Launch, request: "Request | None" 
     )
     with atomic_path(paths.samples(name) / "grid.png") as aside:
         grid(images, settings.per_class).save(aside, format="png")
+    with atomic_path(paths.samples(name) / "interpolation.png") as aside:
+        draw_interpolation(sampler, settings.seed, rows).save(aside, format="png")
     if settings.keep_images:
         with atomic_path(paths.samples(name) / "images") as folder:
             follow(f"keep images of {name}", _keep_images(params, sampler, folder))

@@ -15,7 +15,7 @@ from PIL import Image
 from afm_pipe import paths
 from afm_pipe.errors import UserError
 from afm_pipe.params import Params
-from afm_pipe.reporting import curves, tables, titles
+from afm_pipe.reporting import curves, printing, tables, titles
 from afm_pipe.reporting.page import write_report
 from afm_pipe.reporting.tables import setting_text
 
@@ -58,6 +58,7 @@ def write_inputs(params: Params, rows: int = 40) -> None:
         write_curve(paths.curves(name), number, rows)
         write_picture(paths.samples(name) / "grid.png", number)
         write_picture(paths.samples(name) / "nearest.png", number + 10)
+        write_picture(paths.samples(name) / "interpolation.png", number + 20)
     write(
         paths.REFERENCE / "summary.json",
         {"classifier_accuracy": 0.97, "fd_classifier_reconstruction": 3.14, "kid_classifier_reconstruction": 0.004}
@@ -159,8 +160,7 @@ def test_numbers_are_printed_short_and_stored_in_full(project: Path) -> None:
     with (paths.REPORTS / "runs.csv").open(newline="") as file:
         assert float(next(csv.DictReader(file))["fd_classifier_5k"]) == 8.1234
     markdown = (paths.REPORTS / "runs.md").read_text()
-    transport = tables.setting_text("transport", params.runs["t4"].transport.model_dump())
-    assert f"| t4 | {transport} | 8.12 |" in markdown
+    assert "| t4 | 8.12 |" in markdown
 
 
 def test_settings_in_which_runs_differ_stand_under_their_titles(project: Path) -> None:
@@ -212,7 +212,7 @@ def test_page_fetches_nothing_and_describes_every_picture(project: Path) -> None
             assert len(attributes["alt"] or "") > 20
         if tag == "svg" and attributes.get("role") == "img":
             assert "over images seen" in (attributes["aria-label"] or "")
-    assert len(page.all("img")) == 2 + 2 * len(params.runs)
+    assert len(page.all("img")) == 2 + 3 * len(params.runs)
     assert "url(" not in (paths.REPORTS / "index.html").read_text().split("</style>")[0]
 
 
@@ -223,7 +223,7 @@ def test_summary_names_the_best_run_the_floor_and_the_scale(project: Path) -> No
     write(paths.metrics("better"), json.loads(paths.metrics("better").read_text()) | {"fd_classifier_5k": 7.7})
     text = built(params).text
     assert "7.70" in text
-    assert "run better, the lowest; reconstructed real images have 3.14" in text
+    assert "run better, the lowest (without intervals: no ranking); reconstructed real images have 3.14" in text
     assert "not comparable with the paper's ImageNet numbers: 5,000 training images instead of 1,281,167" in text
 
 
@@ -239,8 +239,10 @@ def test_published_numbers_stand_in_their_own_tables_only(project: Path) -> None
     params = make_params()
     write_inputs(params)
     page = built(params)
-    published = page.rows["table-published tbody"]
-    assert ["AFM XL/2", "673", "125", "cg+da", "2.38", "yes", "9"] in published
+    one_step = page.rows["table-paper_one_step tbody"]
+    assert ["AFM XL/2paper", "1", "673", "125", "cg+da", "2.38", "", ""] in [[*row[:6], "", ""] for row in one_step]
+    assert one_step[0][:6] == ["t4ours", "1", "1.23", "8", "none", titles.MISSING]  # the paper's FID was not measured
+    assert one_step[0][6] == "8.12"
     assert page.rows["table-published_transport_penalty tbody"][1][3] == "53.90 ± 1"
     assert page.rows["table-published_transport_decay tbody"][1] == ["cosine 0.2 → 0.01", "8.51"]
     assert not any("AFM" in cell for row in page.rows["table-runs tbody"] for cell in row)
@@ -289,8 +291,11 @@ def test_same_inputs_give_the_same_bytes(project: Path) -> None:
     write_inputs(params)
     for folder in ("first", "second"):
         write_report(params, Path(folder))
-    names = sorted(path.name for path in Path("first").iterdir())
-    assert names == sorted(path.name for path in Path("second").iterdir())
+    names, again = (
+        sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
+        for folder in ("first", "second")
+    )
+    assert names == again
     assert "index.html" in names
     for name in names:
         assert Path("first", name).read_bytes() == Path("second", name).read_bytes()
@@ -317,7 +322,7 @@ def test_curve_breaks_where_a_run_diverged_and_missing_metrics_are_dashes(projec
     stored = json.loads(paths.metrics("t4").read_text())
     write(paths.metrics("t4"), stored | {"fd_classifier_5k": None})
     page = built(params)
-    assert page.rows["table-runs tbody"][0][2] == titles.MISSING
+    assert page.rows["table-runs tbody"][0][1] == titles.MISSING
     gap = next(svg for svg in page.all("path") if "--run-0" in str(svg["style"]) and len(str(svg["d"])) > 100)
     assert str(gap["d"]).count("M") == 2
     assert "nan" not in str(gap["d"])
@@ -363,3 +368,126 @@ def test_a_phase_says_all_that_is_done_in_it() -> None:
     found = setting_text("phases", [phase, later])
     expected = "10 at lr 0.0003, guided by 0.02, augmented, then 12, clipped at 5, EMA reload, D reload from 8"
     assert found == expected
+
+
+def test_intervals_are_shown_and_overlapping_rows_are_not_told_apart(project: Path) -> None:
+    params = make_params(a={}, b={"lr": 5.0e-4}, c={"lr": 6.0e-4}, d={"lr": 7.0e-4})
+    write_inputs(params)
+    values = {"a": (8.0, [7.0, 9.0]), "b": (7.0, [6.6, 7.4]), "c": (20.0, [19.0, 21.0]), "d": (6.0, None)}
+    for name, (value, interval) in values.items():
+        stored = json.loads(paths.metrics(name).read_text()) | {"fd_classifier_5k": value}
+        write(paths.metrics(name), stored | ({"intervals": {"fd_classifier_5k": interval}} if interval else {}))
+    page = built(params)
+    cells = [row[1] for row in page.rows["table-runs tbody"]]
+    assert cells == ["8.00 [7.00, 9.00]not told apart", "7.00 [6.60, 7.40]best", "20.0 [19.0, 21.0]", "6.00"]
+    assert "rows whose interval overlaps the best's are not told apart from it" in page.text
+    with (paths.REPORTS / "runs.csv").open(newline="") as file:
+        row = list(csv.DictReader(file))[1]
+    assert (row["fd_classifier_5k_low"], row["fd_classifier_5k_high"]) == ("6.6", "7.4")
+
+
+def test_rows_without_intervals_are_not_ranked_and_the_caption_says_so(project: Path) -> None:
+    params = make_params()
+    write_inputs(params)
+    page = built(params)
+    assert not any(each.get("class", "").startswith("mark") for each in page.all("abbr"))  # type: ignore[union-attr]
+    assert "No row carries an interval" in (paths.REPORTS / "runs.md").read_text()
+
+
+def test_the_summary_says_what_the_lowest_is_not_told_apart_from(project: Path) -> None:
+    params = make_params(a={}, b={"lr": 5.0e-4})
+    write_inputs(params)
+    for name, value in {"a": 8.0, "b": 7.5}.items():
+        stored = json.loads(paths.metrics(name).read_text()) | {"fd_classifier_5k": value}
+        write(paths.metrics(name), stored | {"intervals": {"fd_classifier_5k": [value - 1, value + 1]}})
+    assert "run b, the lowest, not told apart from a" in built(params).text
+
+
+@pytest.mark.parametrize("intervals", [[1, 2], {"fd_classifier_5k": 3.0}, {"fd_classifier_5k": ["x", 1]}])
+def test_damaged_intervals_are_a_clear_error(project: Path, intervals: Any) -> None:
+    params = make_params()
+    write_inputs(params)
+    write(paths.metrics("t4"), json.loads(paths.metrics("t4").read_text()) | {"intervals": intervals})
+    with pytest.raises(UserError, match="intervals that are no pairs of numbers"):
+        built(params)
+
+
+def test_latex_is_escaped_has_rules_and_says_the_sample_count(project: Path) -> None:
+    params = make_params()
+    write_inputs(params)
+    built(params)
+    text = (paths.REPORTS / "paper_one_step.tex").read_text()
+    for part in ("\\toprule", "\\midrule", "\\bottomrule", "\\label{tab:paper-one-step}", "5,000 samples"):
+        assert text.count(part) >= 1
+    assert text.count("{") == text.count("}")
+    assert text.index("From this repository") < text.index("From the paper")
+    kinds = text.split("\\begin{tabular}{")[1].split("}")[0]
+    rows = [line for line in text.splitlines() if line.endswith("\\\\") and "multicolumn" not in line]
+    assert {line.count(" & ") for line in rows} == {len(kinds) - 1}
+    assert printing.escape_latex("a_b & 5 % {x} \\ #1 $2 ~ ^ λ ± →") == (
+        r"a\_b \& 5 \% \{x\} \textbackslash{} \#1 \$2 \textasciitilde{} \textasciicircum{} "
+        r"$\lambda$ $\pm$ $\rightarrow$"
+    )
+
+
+def test_every_table_is_written_in_all_three_ways(project: Path) -> None:
+    params = make_params()
+    write_inputs(params)
+    page = built(params)
+    names = {str(each["id"]).removeprefix("table-") for each in page.all("table")}
+    assert {"runs", "costs", "paper_one_step", "paper_architectures", "published_transport_decay"} <= names
+    for name in names:
+        for kind in ("md", "csv", "tex"):
+            assert (paths.REPORTS / f"{name}.{kind}").stat().st_size > 20
+
+
+def test_a_run_has_a_page_with_its_settings_protocol_and_events(project: Path) -> None:
+    phases = [{"until_epoch": 6}, {"until_epoch": 8, "reload_ema": "epoch", "reload_discriminator": 4}]
+    params = make_params(a={"phases": phases}, b={})
+    write_inputs(params)
+    event = {"update": 12, "images": 768, "kind": "stall", "text": "D reloaded <by hand>"}
+    paths.curves("a").with_suffix(".events.jsonl").write_text(json.dumps(event) + "\n")
+    index = built(params)
+    page = Page((paths.REPORTS / "runs" / "a.html").read_text())
+    for words in ("reload_discriminator: 4.0", "stall: D reloaded <by hand> (update 12)", "a phase ends: epoch 6"):
+        assert words in page.text
+    assert "D reloaded from epoch 4" in page.text
+    assert "1000" in page.text  # the seed, of the protocol
+    assert {"../index.html", "b.html", "../../metrics/a.json"} <= {str(link["href"]) for link in page.all("a")}
+    for link in page.all("a"):
+        if not str(link["href"]).startswith("#"):
+            assert (paths.REPORTS / "runs" / str(link["href"])).is_file()
+    marks = [each for each in index.all("path") if "mark" in str(each.get("class"))]
+    assert any("intervention" in str(each["class"]) for each in marks)
+
+
+def test_damaged_events_name_their_line(project: Path) -> None:
+    params = make_params()
+    write_inputs(params)
+    paths.curves("t4").with_suffix(".events.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match=r"t4.events.jsonl, line 1, expected update, images, kind and text"):
+        built(params)
+
+
+def test_counted_parameters_equal_the_published_ones(project: Path) -> None:
+    params = make_params()
+    write_inputs(params)
+    rows = built(params).rows["table-paper_architectures tbody"]
+    assert len(rows) == 12
+    for ours, theirs in zip(rows[::2], rows[1::2], strict=True):
+        for place in (4, 5):
+            assert abs(float(ours[place]) - float(theirs[place])) < 1.0
+
+
+def test_the_work_of_a_run_is_counted_on_its_steps(project: Path) -> None:
+    params = make_params(a={}, b={"repeats": 2})
+    write_inputs(params)
+    shape = {"size": "t4", "channels": 4, "latent_size": 8, "num_classes": 10}
+    for name, repeats in {"a": 1, "b": 2}.items():
+        described = {"generator_parameters": 1, "discriminator_parameters": 1, "model": shape | {"repeats": repeats}}
+        write(paths.model(name) / "config.json", described)
+    rows = built(params).rows["table-paper_compute tbody"]
+    assert ["AFMpaper", "14.5"] in rows
+    one, two = float(rows[0][1]), float(rows[1][1])
+    assert 14 < one < 19
+    assert two < 0.75 * one  # a generator of twice the work for the same discriminator

@@ -4,7 +4,7 @@ Colours are CSS variables, so that one drawing serves light, dark and print. Tex
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -31,6 +31,16 @@ class Quantity(NamedTuple):
     log: bool = False
 
 
+class Line(NamedTuple):
+    """One run in a panel: its place among the runs, and its points."""
+
+    place: int
+    name: str
+    x: np.ndarray
+    y: np.ndarray
+    marks: "list[Mark]"
+
+
 class Panel(NamedTuple):
     """A drawn panel with what its readers need to know."""
 
@@ -55,12 +65,53 @@ QUANTITIES = (
 )
 
 
-def draw_panels(runs: Sequence[RunRecord]) -> list[Panel]:
-    """Draw a panel for each known quantity that changes in any run; lines break where a value is not finite."""
+class Mark(NamedTuple):
+    """What happened to a run at a number of images seen: the end of a phase, or an intervention."""
+
+    images: float
+    text: str
+    intervention: bool
+
+
+def marks_of(run: RunRecord, images_per_epoch: int) -> list[Mark]:
+    """Return where a run's phases end and where someone or something intervened, in the order of the images seen.
+
+    Reloads that params ask for stand at the start of their phase; what was written down while it trained stands where
+    it happened.
+    """
+    marks, started = [], 0.0
+    for phase in run.settings.phases if run.settings else ():
+        until = phase.until_epoch * images_per_epoch
+        if phase.reload_ema == "epoch":
+            marks.append(Mark(started, "G reloaded from its moving average, then after every epoch", True))
+        if phase.reload_discriminator is not None:
+            marks.append(Mark(started, f"D reloaded from epoch {phase.reload_discriminator:g}", True))
+        if phase is not run.settings.phases[-1]:  # type: ignore[union-attr]
+            marks.append(Mark(until, f"a phase ends: epoch {phase.until_epoch:g}", False))
+        started = until
+    marks += [Mark(event.images, f"{event.kind}: {event.text} (update {event.update:,})", True) for event in run.events]
+    return sorted(set(marks))
+
+
+def draw_panels(runs: Sequence[RunRecord], images_per_epoch: int, alone: RunRecord | None = None) -> list[Panel]:
+    """Draw a panel for each known quantity that changes in any run; lines break where a value is not finite.
+
+    With `alone` only that run is drawn, in the colour it has among the runs.
+    """
+    drawn = [(index, run) for index, run in enumerate(runs) if alone is None or run is alone]
     return [
-        Panel(quantity, _panel(quantity, [(run.name, *_line(run.curve, quantity.key)) for run in runs]))
+        Panel(
+            quantity,
+            _panel(
+                quantity,
+                [
+                    Line(index, run.name, *_line(run.curve, quantity.key), marks_of(run, images_per_epoch))
+                    for index, run in drawn
+                ],
+            ),
+        )
         for quantity in QUANTITIES
-        if len({value for run in runs for value in run.curve.get(quantity.key, ())}) > 1
+        if len({value for _, run in drawn for value in run.curve.get(quantity.key, ())}) > 1
     ]
 
 
@@ -106,7 +157,9 @@ def palette_css() -> str:
 PANEL_CSS = """svg text{font:11px system-ui,sans-serif;fill:var(--muted)}
 svg text.title{font-weight:600;font-size:12px;fill:var(--ink)}
 svg .grid{stroke:var(--rule);stroke-width:1}
-svg .line{fill:none;stroke-width:1.6;stroke-linejoin:round;stroke-linecap:round}"""
+svg .line{fill:none;stroke-width:1.6;stroke-linejoin:round;stroke-linecap:round}
+svg .mark{fill:none;stroke-width:2;stroke-dasharray:none}
+svg .mark.intervention{fill:var(--surface)}"""
 
 
 def _line(curve: dict[str, list[float]], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -119,12 +172,12 @@ def _line(curve: dict[str, list[float]], key: str) -> tuple[np.ndarray, np.ndarr
     return np.array([images[a:b].mean() for a, b in spans]), np.array([values[a:b].mean() for a, b in spans])
 
 
-def _panel(quantity: Quantity, lines: list[tuple[str, np.ndarray, np.ndarray]]) -> str:
-    values = np.concatenate([y for _, _, y in lines])
+def _panel(quantity: Quantity, lines: list[Line]) -> str:
+    values = np.concatenate([line.y for line in lines])
     values = values[np.isfinite(values)]
     log = quantity.log and bool((values > 0).any())
     low, high = _range(values[values > 0] if log else values, log)
-    last = max(float(x[-1]) for _, x, _ in lines) or 1.0
+    last = max(float(line.x[-1]) for line in lines) or 1.0
     inner_width, inner_height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
 
     def across(images: np.ndarray | float) -> np.ndarray:
@@ -139,20 +192,24 @@ def _panel(quantity: Quantity, lines: list[tuple[str, np.ndarray, np.ndarray]]) 
 
     rules = "".join(
         f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{TOP + y:.1f}" y2="{TOP + y:.1f}"/>'
-        f'<text x="{LEFT - 6}" y="{TOP + y + 4:.1f}" text-anchor="end">{_short(tick)}</text>'
+        f'<text x="{LEFT - 6}" y="{TOP + y + 4:.1f}" text-anchor="end">{short(tick)}</text>'
         for tick in (_log_ticks(low, high) if log else _ticks(low, high))
         for y in (float(up(tick)),)
     )
     axis = "".join(
         f'<text x="{LEFT + float(across(tick)):.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">'
-        f"{_short(tick)}</text>"
+        f"{short(tick)}</text>"
         for tick in _ticks(0, last)
     )
     drawn = "".join(
-        f'<path class="line" {_stroke(index)} d="{_path(across(x), up(y))}"><title>{escape(name)}</title></path>'
-        for index, (name, x, y) in enumerate(lines)
+        f'<path class="line" {_stroke(each.place)} d="{_path(across(each.x), up(each.y))}">'
+        f"<title>{escape(each.name)}</title></path>"
+        for each in lines
     )
-    ends = "; ".join(f"{name} ends at {number(_last(y))}" for name, _, y in lines)
+    for each in lines:
+        for mark in each.marks:
+            drawn += _draw_mark(each, mark, float(across(mark.images)), up, inner_height if len(lines) == 1 else 0)
+    ends = "; ".join(f"{each.name} ends at {number(_last(each.y))}" for each in lines)
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{escape(f"{quantity.title} over images seen by the generator: {ends}")}">'
@@ -160,6 +217,23 @@ def _panel(quantity: Quantity, lines: list[tuple[str, np.ndarray, np.ndarray]]) 
         f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 5}" text-anchor="end">images seen</text>'
         f'<svg x="{LEFT}" y="{TOP}" width="{inner_width}" height="{inner_height}">{drawn}</svg></svg>'
     )
+
+
+def _draw_mark(line: Line, mark: Mark, x: float, up: Callable[[float], np.ndarray], height: int) -> str:
+    """Draw a mark: with a `height` (a run alone) as a line across the panel, else as a sign on the run's own line."""
+    title = f"<title>{escape(f'{line.name}: {mark.text}')}</title>"
+    kind = "mark intervention" if mark.intervention else "mark"
+    if height:
+        return f'<path class="{kind}" style="stroke:var(--muted)" d="M{x:.1f} 0V{height}">{title}</path>'
+    finite = np.isfinite(line.y)
+    if not finite.any():
+        return ""
+    y = float(up(float(np.interp(mark.images, line.x[finite], line.y[finite]))))
+    if not math.isfinite(y):
+        return ""
+    shape = f"M{x - 4:.1f} {y:.1f}l4 -4l4 4l-4 4z" if mark.intervention else f"M{x:.1f} {y - 4:.1f}v8"
+    colour = f"var(--run-{line.place % len(LIGHT)})"
+    return f'<path class="{kind}" style="stroke:{colour}" d="{shape}">{title}</path>'
 
 
 def _range(values: np.ndarray, log: bool) -> tuple[float, float]:
@@ -171,6 +245,19 @@ def _range(values: np.ndarray, log: bool) -> tuple[float, float]:
         return low / 1.3, high * 1.3
     pad = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
     return (0.0 if 0 <= low <= 0.3 * high else low - pad), high + pad
+
+
+def axis_ticks(values: Sequence[float], log: bool) -> tuple[float, float, list[float]]:
+    """Return the ends of an axis that holds all of some values with room to spare, and its ticks."""
+    if not values:
+        return 0.0, 1.0, [0.0, 0.5, 1.0]
+    low, high = min(values), max(values)
+    if log:
+        low, high = low / 1.3, high * 1.3
+        return low, high, _log_ticks(low, high)
+    pad = 0.08 * (high - low) or abs(high) * 0.1 or 1.0
+    low, high = (0.0 if 0 <= low <= 0.5 * high else low - pad), high + pad
+    return low, high, _ticks(low, high)
 
 
 def _ticks(low: float, high: float) -> list[float]:
@@ -201,7 +288,8 @@ def _path(across: np.ndarray, up: np.ndarray) -> str:
     return "".join(parts)
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
+    """Print a tick: 20k, 0.05, 1e-5."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:g}{unit}"

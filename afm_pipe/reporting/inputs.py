@@ -58,6 +58,17 @@ class Summary(BaseModel):
         return float(value) if isinstance(value, int | float) else None
 
 
+class Event(BaseModel):
+    """Something that happened while a run trained: curves/RUN.events.jsonl has one a line."""
+
+    model_config = ConfigDict(frozen=True)
+
+    update: int
+    images: int
+    kind: str
+    text: str
+
+
 @dataclass(frozen=True)
 class RunRecord:
     """Everything known of one run; of an imported model, settings, curve and cost are not."""
@@ -69,6 +80,8 @@ class RunRecord:
     curve: dict[str, list[float]]  # column -> one value per logged update
     cost: Cost | None
     config: Config
+    intervals: dict[str, tuple[float, float]]  # of some metrics, 95 %
+    events: tuple[Event, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -132,17 +145,47 @@ def _read_run(params: Params, name: str) -> RunRecord:
         settings=params.models[name] if trained else None,
         metrics=metrics,
         protocol=stored["protocol"],
-        curve=_read_curve(paths.curves(name), making) if trained else {},
+        curve=read_curve(paths.curves(name), making) if trained else {},
         cost=typed(Cost, paths.costs(name), making) if trained else None,
         config=typed(Config, paths.model(name) / "config.json", making),
+        intervals=_intervals(stored.get("intervals", {}), path, measuring),
+        events=_read_events(paths.curves(name).with_suffix(".events.jsonl"), making),
     )
 
 
-def _read_curve(path: Path, stage: str) -> dict[str, list[float]]:
+def _intervals(stored: Any, path: Path, stage: str) -> dict[str, tuple[float, float]]:
+    try:
+        return {key: (float(low), float(high)) for key, (low, high) in stored.items() if low is not None}
+    except (AttributeError, TypeError, ValueError):
+        raise UserError(
+            f"Found {path} with intervals that are no pairs of numbers by metric: run `dvc repro --force {stage}`."
+        ) from None
+
+
+def _read_events(path: Path, stage: str) -> tuple[Event, ...]:
+    """Read what happened while a run trained, where that was written down."""
+    if not path.is_file():
+        return ()
+    events = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            events.append(Event.model_validate_json(line))
+        except ValidationError:
+            raise UserError(
+                f"Found {line[:60]!r} in {path}, line {number}, expected update, images, kind and text as JSON: run "
+                f"`dvc repro --force {stage}`."
+            ) from None
+    return tuple(events)
+
+
+def read_curve(path: Path, stage: str, may_grow: bool = False) -> dict[str, list[float]]:
+    """Read curves as columns. Of a file that may be growing, no row yet and half a last row are no mistakes."""
     with needed(path, stage).open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         columns: dict[str, list[float]] = {name: [] for name in reader.fieldnames or ()}
         for row in reader:
+            if may_grow and None in row.values():
+                break
             for name, values in columns.items():
                 try:
                     values.append(float(row[name]))
@@ -151,7 +194,7 @@ def _read_curve(path: Path, stage: str) -> dict[str, list[float]]:
                         f"Found {row[name]!r} in {path}, line {reader.line_num}, column {name}, expected a number: "
                         f"run `dvc repro --force {stage}`."
                     ) from None
-    if not columns.get("images"):
+    if not columns.get("images") and not may_grow:
         raise UserError(f"Found no rows or no column `images` in {path}: run `dvc repro --force {stage}`.")
     return columns
 

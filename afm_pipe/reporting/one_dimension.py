@@ -171,7 +171,9 @@ def _drawings(results: Results) -> tuple[Drawing, ...]:
 
 
 def _drawing(title: str, name: str, alt: str, caption: str, points: str) -> Drawing:
-    return Drawing(title, pictures.inline(paths.TOY / name, "toy", alt, caption, MAX_BYTES), paths.TOY / points)
+    return Drawing(
+        title, pictures.inline(pictures.read(paths.TOY / name, "toy"), alt, caption, MAX_BYTES), paths.TOY / points
+    )
 
 
 def _table(results: Results) -> Table:

@@ -2,31 +2,25 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from afm_pipe import paths
 from afm_pipe.params import Params
-from afm_pipe.reporting import curves, pictures, tables, titles
-from afm_pipe.reporting.inputs import Inputs, RunRecord, read_inputs, stage_of
+from afm_pipe.reporting import curves, gallery, pictures, titles
+from afm_pipe.reporting.inputs import Inputs, RunRecord, read_inputs
 from afm_pipe.reporting.one_dimension import read_one_dimension
-from afm_pipe.reporting.pictures import Picture
+from afm_pipe.reporting.plots import PLOTS_CSS
+from afm_pipe.reporting.printing import write_files
+from afm_pipe.reporting.sections import sections
+from afm_pipe.reporting.summary import facts
+from afm_pipe.reporting.tables import cost_table, measured_table, run_table
 
-PICTURE_BYTES = 6 * 2**20  # of all pictures together, before base64 adds a third: the page stays under 10 MiB
+RUN_PICTURE_BYTES = 2**20  # of each of the three pictures of a run's own page
 IMAGENET_IMAGES = 1_281_167
 DATA_TITLES = {"mnist5k": "MNIST-5k (handwritten digits)"}
-
-
-class Fact(NamedTuple):
-    """A figure of the summary, the words under it, and the file it was read from."""
-
-    title: str
-    value: str
-    words: str
-    source: Path
 
 
 def write_report(params: Params, folder: Path) -> None:
@@ -36,119 +30,88 @@ def write_report(params: Params, folder: Path) -> None:
     The same inputs give the same bytes.
     """
     inputs = read_inputs(params)
-    own = (tables.run_table(inputs), tables.cost_table(inputs))
-    published = tables.published_tables(inputs.published)
-    one_dimension = read_one_dimension()
+    runs, costs, parts, one_dimension = run_table(inputs), cost_table(inputs), sections(inputs), read_one_dimension()
     trained = [record for record in inputs.runs if record.settings]  # they come first; the others have no curves
-    panels = curves.draw_panels(trained)
-    grids, nearest = _pictures(inputs)
+    panels = curves.draw_panels(trained, inputs.summary.images)
+    shown = gallery.gallery(inputs)
+    shared = {
+        "css": Markup(f"{curves.palette_css()}\n{curves.PANEL_CSS}\n{PLOTS_CSS}"),
+        "data": _data_title(params),
+        "pixelated": params.data.image_size <= 64,
+    }
     page = (
-        _environment()
+        environment()
         .get_template("page.html.j2")
         .render(
-            data=_data_title(params),
+            **shared,
+            up="../",
+            here="",
+            runs="runs/",
             shape=_shape(params),
-            pixelated=params.data.image_size <= 64,
             inputs=inputs,
-            facts=_facts(inputs),
+            facts=facts(inputs),
             scale=_scale_sentence(inputs),
-            run_table=own[0],
-            cost_table=own[1],
-            published=published,
+            run_table=runs,
+            cost_table=costs,
+            sections=parts,
             one_dimension=one_dimension,
             panels=panels,
             legend=[(record.name, Markup(curves.legend_key(index))) for index, record in enumerate(trained)],
-            css=Markup(f"{curves.palette_css()}\n{curves.PANEL_CSS}"),
-            grids=grids,
-            nearest=nearest,
-            metrics=[(column.title, column.meaning) for column in own[0].columns if titles.metric(column.key).meaning],
+            shown=shown,
+            seeds=gallery.SIDE_BY_SIDE,
+            metrics=[(column.title, column.meaning) for column in runs.columns if titles.metric(column.key).meaning],
             protocol=_protocol(inputs.runs),
-            resolved={record.name: _yaml(_settings(params, record)) for record in inputs.runs},
-            measured={record.name: _yaml(record.metrics | {"protocol": record.protocol}) for record in inputs.runs},
         )
     )
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "runs").mkdir(parents=True, exist_ok=True)
     (folder / "index.html").write_text(page, encoding="utf-8")
-    for table in (*own, *([one_dimension.table] if one_dimension else []), *published):
-        (folder / f"{table.name}.md").write_text(tables.markdown(table), encoding="utf-8")
-        (folder / f"{table.name}.csv").write_text(tables.csv_text(table), encoding="utf-8")
-    (folder / "curves.svg").write_text(curves.draw_sheet(panels, [run.name for run in trained]), encoding="utf-8")
-    pictures.draw_sheet(_tiles(inputs), folder / "samples.png")
-
-
-def _pictures(inputs: Inputs) -> tuple[list[Picture], list[Picture]]:
-    """Return the grids (real, reconstructed, one per run) and the nearest-neighbour pictures, ready for the page."""
-    share = PICTURE_BYTES // (2 + 2 * len(inputs.runs))
-    rows = f"one row per class: {_classes(inputs)}"
-    grids = [
-        pictures.inline(paths.REFERENCE / "real.png", "reference", f"Real images, {rows}", "Real images", share),
-        pictures.inline(
-            paths.REFERENCE / "reconstructed.png",
-            "reference",
-            f"The same real images after the autoencoder, {rows}",
-            "The same, reconstructed by the autoencoder",
-            share,
-        ),
-    ]
-    nearest = []
+    of_sections = [table for part in parts for table in (*part.tables, *part.published)]
+    for table in (runs, costs, *([one_dimension.table] if one_dimension else []), *of_sections):
+        write_files(table, folder)
     for record in inputs.runs:
-        name, stage = record.name, stage_of(inputs.params, "sample", record.name)
-        alt = f"Samples of run {name}, {rows}"
-        grids.append(pictures.inline(paths.samples(name) / "grid.png", stage, alt, f"Samples of {name}", share))
-        alt = f"Samples of run {name}, each above the training images nearest to it in pixels"
-        stage = stage_of(inputs.params, "evaluate", name)
-        nearest.append(pictures.inline(paths.samples(name) / "nearest.png", stage, alt, name, share))
-    return grids, nearest
+        text = _run_page(inputs, record, trained, shared)
+        (folder / "runs" / f"{record.name}.html").write_text(text, encoding="utf-8")
+    (folder / "curves.svg").write_text(curves.draw_sheet(panels, [run.name for run in trained]), encoding="utf-8")
+    pictures.draw_sheet(gallery.tiles(inputs), folder / "samples.png")
 
 
-def _tiles(inputs: Inputs) -> list[tuple[str, Any]]:
-    real = [(title, paths.REFERENCE / f"{title}.png", "reference") for title in ("real", "reconstructed")]
-    runs = [
-        (run.name, paths.samples(run.name) / "grid.png", stage_of(inputs.params, "sample", run.name))
-        for run in inputs.runs
-    ]
-    return [(title, pictures.open_png(path, stage)) for title, path, stage in real + runs]
+def _run_page(inputs: Inputs, record: RunRecord, trained: Sequence[RunRecord], shared: dict[str, Any]) -> str:
+    """Return a run's own page: what it is, what was measured and how, its curves and pictures."""
+    images, place = inputs.summary.images, inputs.runs.index(record)
+    others = [run.name for run in inputs.runs]
+    return (
+        environment()
+        .get_template("run.html.j2")
+        .render(
+            **shared,
+            up="../../",
+            here="../",
+            runs="",
+            name=record.name,
+            before=others[place - 1] if place else None,
+            after=others[place + 1] if place + 1 < len(others) else None,
+            measured=measured_table(inputs, record),
+            spent=_spent(record),
+            marks=curves.marks_of(record, images),
+            panels=curves.draw_panels(trained, images, record) if record.settings else [],
+            grid=gallery.grid(inputs, record, RUN_PICTURE_BYTES),
+            strip=gallery.strip(inputs, record, RUN_PICTURE_BYTES),
+            nearest=gallery.nearest_picture(inputs, record, RUN_PICTURE_BYTES),
+            protocol=[(key, str(value)) for key, value in _flat(record.protocol).items()],
+            resolved=_yaml(_settings(inputs.params, record)),
+        )
+    )
 
 
-def _facts(inputs: Inputs) -> list[Fact]:
-    """Return the figures that answer at a glance: how good, how right, how original, at what cost."""
-    facts = []
-    key, best = _best(inputs.runs)
-    if best is not None:
-        floor = inputs.summary.floor(titles.base_key(key))
-        words = f"{titles.metric(key).title}, run {best.name}, the lowest"
-        words += f"; reconstructed real images have {titles.number(floor)}" if floor is not None else ""
-        facts.append(Fact("Best distance", titles.metric_text(key, best.metrics[key]), words, paths.metrics(best.name)))
-    shown = best or inputs.runs[0]
-    source = paths.metrics(shown.name)
-    if shown.metrics.get("class_accuracy") is not None:
-        words = f"of {shown.name}'s samples show the class asked for"
-        accuracy = inputs.summary.classifier_accuracy
-        words += f"; the classifier is right on {titles.percent(accuracy)} of held-out real images" if accuracy else ""
-        facts.append(Fact("Right class", titles.percent(shown.metrics["class_accuracy"]), words, source))
-    if shown.metrics.get("copies") is not None:
-        words = f"of {shown.name}'s samples are nearly a training image; new real images would give about 0.1 %"
-        facts.append(Fact("Copies", titles.percent(shown.metrics["copies"]), words, source))
-    cost = shown.cost
-    if cost is not None:
-        words = f"for {titles.number(cost.images)} images, {titles.number(cost.images_per_second)} a second, "
-        words += cost.machine
-        facts.append(Fact(f"Training {shown.name}", titles.duration(cost.seconds), words, paths.costs(shown.name)))
-    return facts
-
-
-def _best(runs: Sequence[RunRecord]) -> tuple[str, RunRecord | None]:
-    """Return the run of the lowest distance, in the first distance that most runs have; None without any."""
-    values: dict[str, dict[str, float]] = {}
-    for run in runs:
-        for key, value in run.metrics.items():
-            if value is not None and titles.is_distance(key):
-                values.setdefault(key, {})[run.name] = value
-    if not values:
-        return "", None
-    key = max(titles.in_order(values), key=lambda key: len(values[key]))
-    lowest = min(values[key], key=lambda name: values[key][name])
-    return key, next(run for run in runs if run.name == lowest)
+def _spent(record: RunRecord) -> str:
+    cost = record.cost
+    if cost is None:
+        return "Imported: trained elsewhere, at a cost that is not known here."
+    return (
+        f"{titles.duration(cost.seconds)} for {cost.updates:,} updates, {cost.images:,} images seen, "
+        f"{titles.number(cost.images_per_second)} images a second on {cost.machine} ({cost.device}, {cost.threads} "
+        f"thread{'s' * (cost.threads != 1)})."
+    )
 
 
 def _scale_sentence(inputs: Inputs) -> str:
@@ -173,7 +136,7 @@ def _protocol(runs: Sequence[RunRecord]) -> list[tuple[str, str]]:
     flat = [_flat(run.protocol) for run in runs]
     keys = list(dict.fromkeys(key for protocol in flat for key in protocol))
     return [
-        (key, str(flat[0].get(key)) if len({str(f.get(key)) for f in flat}) == 1 else "differs: see each run below")
+        (key, str(flat[0].get(key)) if len({str(f.get(key)) for f in flat}) == 1 else "differs: see each run's page")
         for key in keys
     ]
 
@@ -195,12 +158,6 @@ def _shape(params: Params) -> str:
     return f"{params.data.image_size} × {params.data.image_size} {colour}"
 
 
-def _classes(inputs: Inputs, most: int = 10) -> str:
-    shown = inputs.summary.classes[: min(most, inputs.params.sample.classes)]
-    more = min(inputs.params.sample.classes, len(inputs.summary.classes)) - len(shown)
-    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
-
-
 def _settings(params: Params, record: RunRecord) -> dict[str, Any]:
     """Return a run's resolved settings; of an imported model, what params say of it and what it turned out to be."""
     if record.settings is not None:
@@ -212,7 +169,8 @@ def _yaml(value: dict[str, Any]) -> str:
     return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Return the templates beside this file; all they print is escaped."""
     return Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,  # class names and paths are the user's

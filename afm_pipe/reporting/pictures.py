@@ -26,13 +26,22 @@ class Picture(NamedTuple):
     source: str
 
 
-def inline(path: Path, stage: str, alt: str, caption: str, max_bytes: int) -> Picture:
-    """Read a PNG into a data URI of about `max_bytes` at most: its own bytes if they fit, else a smaller WebP.
+class Source(NamedTuple):
+    """A picture as it was read, with the bytes of a PNG that hold it."""
 
-    Raises UserError when the file is missing or is no whole PNG.
-    """
-    image = open_png(path, stage)
-    data, kind = path.read_bytes(), "png"
+    path: Path
+    image: Image.Image
+    png: bytes
+
+
+def read(path: Path, stage: str) -> Source:
+    """Read a PNG. Raises UserError when the file is missing or is no whole PNG."""
+    return Source(path, open_png(path, stage), path.read_bytes())
+
+
+def inline(source: Source, alt: str, caption: str, max_bytes: int) -> Picture:
+    """Put a picture into a data URI of about `max_bytes` at most: its PNG if that fits, else a smaller WebP."""
+    image, data, kind = source.image.copy(), source.png, "png"
     for side in SIDES:
         if len(data) <= max_bytes:
             break
@@ -41,7 +50,7 @@ def inline(path: Path, stage: str, alt: str, caption: str, max_bytes: int) -> Pi
         image.save(buffer, "WEBP", quality=85)
         data, kind = buffer.getvalue(), "webp"
     uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-    return Picture(uri, image.width, image.height, alt, caption, str(path))
+    return Picture(uri, image.width, image.height, alt, caption, str(source.path))
 
 
 def open_png(path: Path, stage: str) -> Image.Image:

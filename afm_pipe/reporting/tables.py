@@ -1,14 +1,14 @@
-"""The report's tables: built once, printed as HTML by the page, as markdown and as CSV here."""
+"""The report's tables of runs and of the paper's numbers, built once; `printing.py` and the page print them."""
 
-import csv
-import io
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from afm_pipe import paths
 from afm_pipe.params import Run
 from afm_pipe.reporting import titles
 from afm_pipe.reporting.inputs import Inputs, RunRecord
+from afm_pipe.reporting.ranking import interval_note, metric_cell, ranked
+from afm_pipe.reporting.table import Cell, Column, Table
 
 _SETTINGS = {
     "size": "Size",
@@ -19,35 +19,11 @@ _SETTINGS = {
     "penalty.weight": "Penalty weight",
     "gradient_normalization.enabled": "Gradient normalisation",
     "phases": "Epochs",
+    "nfe": "Steps",
+    "form": "Form",
+    "repeats": "Repeats",
+    "ema.decay": "EMA",
 }
-
-
-class Cell(NamedTuple):
-    """One cell: what is read, what is sorted and stored, and the file and key it was read from."""
-
-    text: str
-    value: float | int | str | None
-    source: str = ""
-    key: str = ""
-
-
-class Column(NamedTuple):
-    """One column: its name in a CSV file, its title, what it means, and whether it holds numbers."""
-
-    key: str
-    title: str
-    meaning: str = ""
-    numeric: bool = True
-
-
-class Table(NamedTuple):
-    """A table; `footer` is a last row that is no run."""
-
-    name: str
-    caption: str
-    columns: tuple[Column, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    footer: tuple[Cell, ...] = ()
 
 
 def run_table(inputs: Inputs) -> Table:
@@ -56,34 +32,57 @@ def run_table(inputs: Inputs) -> Table:
     metrics = titles.in_order(key for record in inputs.runs for key in record.metrics)
     columns = (
         Column("run", "Run", numeric=False),
-        *(_setting_column(key, values) for key, values in settings.items()),
         *(Column(key, (kind := titles.metric(key)).title, _better(kind)) for key in metrics),
         Column("seconds", "Training time", "Time spent training"),
         Column("images_per_second", "Images/s", "Images seen by the generator per second of training"),
+        *(_setting_column(key, values) for key, values in settings.items()),
     )
     rows = tuple(
         (
-            Cell(record.name, record.name),
-            *(_setting_cell(key, values[index]) for key, values in settings.items()),
-            *(_metric_cell(record, key) for key in metrics),
+            Cell(record.name, record.name, run=record.name),
+            *(metric_cell(record, key) for key in metrics),
             _cost_cell(record, "seconds", titles.duration) if record.cost else Cell("imported", None),
             _cost_cell(record, "images_per_second", titles.number),
+            *(_setting_cell(key, values[index]) for key, values in settings.items()),
         )
         for index, record in enumerate(inputs.runs)
     )
     source = str(paths.REFERENCE / "summary.json")
     footer = (
         Cell("Floor: reconstructions", None),
-        *(Cell("", None) for _ in settings),
         *(_floor_cell(inputs, key, source) for key in metrics),
-        *(Cell("", None) for _ in range(2)),
+        *(Cell("", None) for _ in range(2 + len(settings))),
     )
+    measured = range(1, 1 + len(metrics))
     caption = (
-        f"Runs of this repository. Metrics from {paths.metrics('RUN')}, cost from {paths.costs('RUN')}. "
-        "Each row is one training with one seed and carries no interval: read large differences as directions, "
-        "small ones as nothing."
+        f"Runs of this repository, {titles.number(inputs.params.evaluate.samples)} samples each. Metrics from "
+        f"{paths.metrics('RUN')}, cost from {paths.costs('RUN')}."
     )
-    return Table("runs", caption, columns, rows, footer)
+    return Table("runs", caption, columns, tuple(ranked(rows, columns, measured)), footer, note=interval_note(rows))
+
+
+def measured_table(inputs: Inputs, record: RunRecord) -> Table:
+    """Build the table of all that was measured of one run, beside the floor."""
+    columns = (
+        Column("metric", "Metric", numeric=False),
+        Column("value", "Measured"),
+        Column("floor", "Floor", "The autoencoder's reconstructions of real images"),
+        Column("meaning", "What it is", numeric=False),
+    )
+    source = str(paths.REFERENCE / "summary.json")
+    rows = tuple(
+        (
+            Cell(titles.metric(key).title, key),
+            metric_cell(record, key),
+            _floor_cell(inputs, key, source),
+            Cell(words := _better(titles.metric(key)), words),
+        )
+        for key in titles.in_order(record.metrics)
+    )
+    samples = titles.number(record.protocol.get("samples"))
+    caption = f"{record.name}: all that was measured, over {samples} samples, from {paths.metrics(record.name)}."
+    bracket = "In brackets: 95 % intervals of the measurement." if record.intervals else "No interval was recorded."
+    return Table(f"run-{record.name}", caption, columns, rows, note=bracket)
 
 
 def cost_table(inputs: Inputs) -> Table:
@@ -107,60 +106,38 @@ def cost_table(inputs: Inputs) -> Table:
     )
 
 
-def published_tables(published: dict[str, Any]) -> tuple[Table, ...]:
-    """Build the paper's tables that give context: one-step results, decay and weight of the transport loss."""
-    guidance = Column("guidance", "Guidance", numeric=False)
-    same = Column("comparable", "Same latents and DiT", "Trained on the same latent space with a DiT", numeric=False)
-    table = Column("table", "Paper's table", numeric=False)
-    one_step = [row | {"comparable": True, "model": _deep_name(row)} for row in published["afm"] if row["nfe"] == 1]
-    one_step += [row | {"table": 4} for row in published["one_step_guided"]]
+def published_tables(published: dict[str, Any]) -> tuple[Table, Table]:
+    """Build the paper's tables that give context: decay and weight of the transport loss."""
     grid = published["ot_gp_grid"]
-    return (
-        Table(
-            "published",
-            "One-step generation on ImageNet 256, FID over 50,000 samples. AFM from Tables 9 and 11, others from "
-            "Table 4. Guidance: cg classifier, da discriminator augmentation, cfg classifier-free, cgan class-"
-            "conditional GAN.",
-            (Column("model", "Model", numeric=False), Column("params_m", "Parameters, M"), Column("epochs", "Epochs"))
-            + (guidance, Column("fid", "FID-50k"), same, table),
-            tuple(
-                (
-                    _published(row["model"]),
-                    *(_published(row[key]) for key in ("params_m", "epochs", "guidance")),
-                    _published(row["fid"], 2),
-                    _published("yes" if row["comparable"] else "no"),
-                    _published(str(row["table"])),
-                )
-                for row in one_step
-            ),
+    decay = Table(
+        "published_transport_decay",
+        "Table 2: decay of the transport weight λ_ot; B/2, one step, ImageNet 256, 100 epochs, FID-50k.",
+        (Column("lambda_ot", "Transport weight", numeric=False), Column("fid", "FID-50k")),
+        tuple(
+            (published_cell(row["schedule"].replace("->", "→")), published_cell(row["fid"]))
+            for row in published["ot_decay"]
         ),
-        Table(
-            "published_transport_decay",
-            "Table 2: decay of the transport weight λ_ot; B/2, one step, ImageNet 256, 100 epochs, FID-50k.",
-            (Column("lambda_ot", "Transport weight", numeric=False), Column("fid", "FID-50k")),
-            tuple(
-                (_published(row["schedule"].replace("->", "→")), _published(row["fid"]))
-                for row in published["ot_decay"]
-            ),
-        ),
-        Table(
-            "published_transport_penalty",
-            "Table 1: transport weight λ_ot by penalty weight λ_gp; B/2, one step, ImageNet 256, 20 epochs, FID-50k, "
-            "mean and spread of two runs. λ_ot 0 diverges for every λ_gp.",
-            (Column("lambda_gp", "λ_gp", numeric=False),)
-            + tuple(Column(f"lambda_ot_{weight:g}", f"λ_ot {weight:g}") for weight in grid["lambda_ot"]),
-            tuple(
-                (
-                    _published(f"{weight:g}"),
-                    *(
-                        Cell(f"{fid:.2f} ± {spread:g}", fid)
-                        for fid, spread in zip(grid["fid"][index], grid["spread"][index], strict=True)
-                    ),
-                )
-                for index, weight in enumerate(grid["lambda_gp"])
-            ),
-        ),
+        origin="paper",
     )
+    penalty = Table(
+        "published_transport_penalty",
+        "Table 1: transport weight λ_ot by penalty weight λ_gp; B/2, one step, ImageNet 256, 20 epochs, FID-50k, "
+        "mean and spread of two runs. λ_ot 0 diverges for every λ_gp.",
+        (Column("lambda_gp", "λ_gp", numeric=False),)
+        + tuple(Column(f"lambda_ot_{weight:g}", f"λ_ot {weight:g}") for weight in grid["lambda_ot"]),
+        tuple(
+            (
+                published_cell(f"{weight:g}"),
+                *(
+                    Cell(f"{fid:.2f} ± {spread:g}", fid)
+                    for fid, spread in zip(grid["fid"][index], grid["spread"][index], strict=True)
+                ),
+            )
+            for index, weight in enumerate(grid["lambda_gp"])
+        ),
+        origin="paper",
+    )
+    return decay, penalty
 
 
 def differing_settings(runs: Sequence[Run | dict[str, Any]]) -> dict[str, list[Any]]:
@@ -171,24 +148,6 @@ def differing_settings(runs: Sequence[Run | dict[str, Any]]) -> dict[str, list[A
     flat = [_flat(run.model_dump(mode="json")) if isinstance(run, Run) else run for run in runs]
     values = {key: [settings.get(key) for settings in flat] for key in flat[0]}
     return {key: found for key, found in values.items() if any(v not in (None, found[0]) for v in found)}
-
-
-def markdown(table: Table) -> str:
-    """Print a table as markdown, its caption above."""
-    head = [column.title for column in table.columns]
-    rule = ["---:" if column.numeric else "---" for column in table.columns]
-    body = [[cell.text for cell in row] for row in (*table.rows, *([table.footer] if table.footer else []))]
-    lines = ["| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in (head, rule, *body)]
-    return f"{table.caption}\n\n" + "\n".join(lines) + "\n"
-
-
-def csv_text(table: Table) -> str:
-    """Print a table's rows as CSV, numbers in full; the footer is left out."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(column.key for column in table.columns)
-    writer.writerows(["" if cell.value is None else cell.value for cell in row] for row in table.rows)
-    return out.getvalue()
 
 
 def setting_text(key: str, value: Any) -> str:
@@ -248,11 +207,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _metric_cell(record: RunRecord, key: str) -> Cell:
-    value = record.metrics.get(key)
-    return Cell(titles.metric_text(key, value), value, str(paths.metrics(record.name)), key)
-
-
 def _floor_cell(inputs: Inputs, key: str, source: str) -> Cell:
     value = inputs.summary.floor(titles.base_key(key))
     if value is None:
@@ -283,7 +237,7 @@ def _cost_row(record: RunRecord) -> tuple[Cell, ...]:
     generator, discriminator = config.generator_parameters, config.discriminator_parameters
     cells = [_cost_cell(record, key, text) for key, text in texts.items()]
     return (
-        Cell(record.name, record.name),
+        Cell(record.name, record.name, run=record.name),
         Cell(titles.millions(generator), generator, source, "generator_parameters"),
         Cell(titles.millions(discriminator), discriminator, source, "discriminator_parameters")
         if discriminator is not None
@@ -296,12 +250,8 @@ def _better(kind: titles.Metric) -> str:
     return f"{kind.meaning} ({kind.better} is better)" if kind.better else kind.meaning
 
 
-def _deep_name(row: dict[str, Any]) -> str:
-    deep = f", {row['depth']} layers" if row["model"] == "XL/2" and row["depth"] != 28 else ""
-    return f"AFM {row['model']}{deep}"
-
-
-def _published(value: Any, decimals: int | None = None) -> Cell:
+def published_cell(value: Any, decimals: int | None = None) -> Cell:
+    """Return a number or word of published.yaml as a cell; a dash where the paper gives none."""
     if value is None:
         return Cell(titles.MISSING, None)
     return Cell(f"{value:.{decimals}f}" if decimals is not None else str(value), value)
