@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from afm_pipe.params import Run
+
 PACKAGE = Path(__file__).parent
 
 # The source that shapes a training's numbers.
@@ -25,6 +27,12 @@ TRAINING_SOURCES = (
 
 # The source that shapes what is measured of a trained model.
 MEASURING_SOURCES = ("evaluation", "models/flow.py", "sampling.py", "study")
+
+
+def training_identity(run: Run, latent_shape: tuple[int, ...], latents: str, origins: dict[str, str]) -> str:
+    """Return the fingerprint of a training: its params, the latents' own, and the hashes of what it starts from."""
+    settings = {"run": run.model_dump(mode="json"), "latent_shape": latent_shape}
+    return fingerprint(settings, {"latents": latents, **origins}, TRAINING_SOURCES)
 
 
 def fingerprint(settings: Any, inputs: dict[str, str], sources: tuple[str, ...]) -> str:

@@ -124,8 +124,9 @@ def train(params: Params, name: str, launch: Launch) -> None:
 
     A guided run starts from the model of the run it continues.
     """
-    from afm_pipe.fingerprint import TRAINING_SOURCES, fingerprint
+    from afm_pipe.fingerprint import training_identity
     from afm_pipe.live_log import logged
+    from afm_pipe.study.cells import probes
     from afm_pipe.training.budget import require_memory
     from afm_pipe.training.curves import write_curves
     from afm_pipe.training.loop import train as train_loop
@@ -135,15 +136,21 @@ def train(params: Params, name: str, launch: Launch) -> None:
     latents = _latents(params)
     config = _model_config(params, name, len(latents.classes))
     start, guide, origins = _origin(params, name, run, device)
-    identity = fingerprint(
-        {"run": run.model_dump(), "model": config.model_dump()},
-        {"latents": latents.fingerprint(), **origins},
-        TRAINING_SOURCES,
-    )
+    identity = training_identity(run, params.latent_shape, latents.fingerprint(), origins)
+    keep_at = probes(run, latents.num_images, continues=start is not None)  # as a cell of a table would
     work_dir = paths.WORK / name
     with exclusive(work_dir):
         training = train_loop(
-            run, config, latents, work_dir / identity, identity, device, launch.checkpoint_seconds, start, guide
+            run,
+            config,
+            latents,
+            work_dir / identity,
+            identity,
+            device,
+            launch.checkpoint_seconds,
+            start,
+            guide,
+            keep_at,
         )
         live = logged(training, work_dir / identity / "curves.csv", paths.WORK / "dvclive" / name)
         trained = follow(f"train {name}", live)
@@ -433,20 +440,9 @@ def _latents(params: Params) -> "Latents":
 
 
 def _model_config(params: Params, name: str, num_classes: int) -> "ModelConfig":
-    from afm_pipe.models.checkpoint_format import ModelConfig
+    from afm_pipe.models.checkpoint_format import run_config
 
-    run, (channels, latent_size, _) = params.models[name], params.latent_shape
-    return ModelConfig(
-        size=run.size,
-        channels=channels,
-        latent_size=latent_size,
-        num_classes=num_classes,
-        nfe=run.nfe,
-        form=run.form,
-        repeats=run.repeats,
-        qk_norm=run.qk_norm,
-        condition_on_source=run.condition_on_source,
-    )
+    return run_config(params.models[name], params.latent_shape, num_classes)
 
 
 def _write_model(name: str, state: "TrainingState", description: dict[str, Any]) -> None:

@@ -18,11 +18,11 @@ from torch.utils.flop_counter import flop_registry
 from afm_pipe.console import Tick, table_text
 from afm_pipe.errors import UserError
 from afm_pipe.models.checkpoint_format import (
-    RUN_SHAPE,
     ModelConfig,
     build_discriminator,
     build_generator,
     count_parameters,
+    run_config,
 )
 from afm_pipe.models.classifier import LatentClassifier
 from afm_pipe.models.flow import Flow
@@ -128,7 +128,7 @@ def plan_run(params: Params, name: str, num_images: int, num_classes: int, machi
         raise UserError(
             f"Found {machine.gpus} GPUs for the batch of {run.batch_size} of {name}, expected a number that divides it."
         )
-    config = _model_config(params, run, num_classes)
+    config = run_config(run, params.latent_shape, num_classes)
     with torch.device("meta"):
         generator, discriminator = build_generator(config), build_discriminator(config)
     g, d = count_parameters(generator), count_parameters(discriminator)
@@ -299,9 +299,3 @@ class _Counter(TorchDispatchMode):
         storage = tensor.untyped_storage()
         self._kept[storage._cdata] = storage
         return tensor
-
-
-def _model_config(params: Params, run: Run, num_classes: int) -> ModelConfig:
-    channels, latent_size, _ = params.latent_shape
-    shape = {"channels": channels, "latent_size": latent_size, "num_classes": num_classes}
-    return ModelConfig.model_validate(shape | {name: getattr(run, name) for name in RUN_SHAPE})

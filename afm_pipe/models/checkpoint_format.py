@@ -19,6 +19,7 @@ from afm_pipe.models.discriminator import Discriminator
 from afm_pipe.models.flow import Flow
 from afm_pipe.models.generator import Generator, Times
 from afm_pipe.models.sizes import SIZES
+from afm_pipe.params import Run
 
 
 class ModelConfig(BaseModel):
@@ -47,9 +48,6 @@ class ModelConfig(BaseModel):
         return self.channels, self.latent_size, self.latent_size
 
 
-RUN_SHAPE = ("size", "nfe", "form", "repeats", "qk_norm", "condition_on_source")  # what a run says of its model
-
-
 def build_generator(config: ModelConfig) -> Generator:
     """Build the generator a config describes, with fresh weights on the current default device."""
     shape = SIZES[config.size], config.channels, config.latent_size, config.num_classes
@@ -61,6 +59,14 @@ def build_discriminator(config: ModelConfig) -> Discriminator:
     shape = SIZES[config.size], config.channels, config.latent_size, config.num_classes
     timed, sees_source = config.nfe != 1, config.condition_on_source
     return Discriminator(*shape, timed=timed, qk_norm=config.qk_norm, sees_source=sees_source)
+
+
+def run_config(run: Run, latent_shape: tuple[int, int, int], num_classes: int) -> ModelConfig:
+    """Return the model that a run trains, on latents of a shape and so many classes."""
+    channels, latent_size, _ = latent_shape
+    names = ("size", "nfe", "form", "repeats", "qk_norm", "condition_on_source")
+    own = {name: getattr(run, name) for name in names}
+    return ModelConfig(channels=channels, latent_size=latent_size, num_classes=num_classes, **own)
 
 
 def save_model(folder: Path, generator: nn.Module, discriminator: nn.Module, config: dict[str, Any]) -> None:

@@ -15,28 +15,37 @@ from afm_pipe import paths
 from afm_pipe.data.provenance import read_provenance
 from afm_pipe.errors import UserError
 from afm_pipe.files import read_json, sha256_file, write_json
-from afm_pipe.fingerprint import MEASURING_SOURCES, TRAINING_SOURCES, fingerprint
+from afm_pipe.fingerprint import MEASURING_SOURCES, fingerprint, training_identity
 from afm_pipe.params import Cell, Params, Run
 from afm_pipe.training.schedules import num_updates, update_at
 
 
 class Job(NamedTuple):
-    """A cell with its fingerprints; `base_training` is that of what it continues, if anything."""
+    """A cell with its fingerprints; `base_training` is that of what it continues, if anything.
+
+    `owner` and `base_owner` are the runs of params, if any, that are the same trainings.
+    """
 
     cell: Cell
     training: str
     measurement: str
     base_training: str | None
+    owner: str | None = None
+    base_owner: str | None = None
 
     @property
     def folder(self) -> Path:
-        """Where its weights are kept."""
-        return paths.CELLS / self.training
+        """Where it is trained and its weights are kept."""
+        return paths.CELLS / self.training if self.owner is None else paths.WORK / self.owner / self.training
 
     @property
     def result(self) -> Path:
         """Where its result is, once it is measured."""
         return paths.CELLS / "results" / f"{self.measurement}.json"
+
+    def probes(self, num_images: int) -> dict[int, int | None]:
+        """Return when it is measured, as `probes` does."""
+        return probes(self.cell.run, num_images, self.base_training is not None)
 
     @property
     def base(self) -> "Job | None":
@@ -44,7 +53,7 @@ class Job(NamedTuple):
         if self.base_training is None:
             return None
         cell = self.cell._replace(run=self.cell.base)
-        return Job(cell, self.base_training, self.base_training, None)
+        return Job(cell, self.base_training, self.base_training, None, self.base_owner)
 
 
 class Jobs:
@@ -100,22 +109,26 @@ class Jobs:
             "evaluate": self.params.evaluate.model_dump(mode="json"),
             "micro_batch": self.params.sample.micro_batch,
         }
-        return Job(cell, training, fingerprint(settings, self._measured_with, MEASURING_SOURCES), base)
+        measurement = fingerprint(settings, self._measured_with, MEASURING_SOURCES)
+        return Job(cell, training, measurement, base, self._owner(cell.run), base and self._owner(cell.base))
 
     def _training(self, run: Run, origins: dict[str, str]) -> str:
-        settings = {"run": run.model_dump(mode="json"), "latent_shape": self.params.latent_shape}
-        return fingerprint(settings, {"latents": self._latents, **origins}, TRAINING_SOURCES)
+        return training_identity(run, self.params.latent_shape, self._latents, origins)
+
+    def _owner(self, run: Run) -> str | None:
+        """Return the run of params that is the same training, if there is one: whoever comes first trains it."""
+        return next((name for name, other in self.params.runs.items() if other == run), None)
 
 
-def probes(job: Job, num_images: int) -> dict[int, int | None]:
+def probes(run: Run, num_images: int, continues: bool) -> dict[int, int | None]:
     """Return the updates after which a cell is measured, and of which phase (from 1) each is the end, if of one.
 
-    A third of the way tells a training that got worse from one that has not come far.
+    A third of the way tells a training that got worse from one that has not come far. One that `continues` another is
+    measured at its end.
     """
-    run = job.cell.run
     ends = {update_at(run, phase.until_epoch, num_images): index + 1 for index, phase in enumerate(run.phases)}
     total = num_updates(run, num_images)
-    if job.base_training is not None:
+    if continues:
         return {total: len(run.phases)}
     found: dict[int, int | None] = {max(total // 3, 1): None}
     return dict(sorted((found | ends).items()))

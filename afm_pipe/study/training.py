@@ -27,18 +27,18 @@ from afm_pipe.files import exclusive, read_json, sha256_file, write_json
 from afm_pipe.launch import machine_name
 from afm_pipe.models.autoencoder import load_autoencoder
 from afm_pipe.models.checkpoint_format import (
-    RUN_SHAPE,
     ModelConfig,
     build_generator,
     load_exactly,
     load_tensors,
+    run_config,
     save_tensors,
 )
 from afm_pipe.models.classifier import load_latent_classifier
 from afm_pipe.models.flow import Flow
 from afm_pipe.params import Params
 from afm_pipe.plan import guidance_flops, measure
-from afm_pipe.study.cells import Job, probes
+from afm_pipe.study.cells import Job
 from afm_pipe.training.loop import kept, train
 from afm_pipe.training.state import Start
 
@@ -115,7 +115,7 @@ class Worker:
     def train(self, job: Job) -> dict[str, Any]:
         """Train a cell, unless that was done; keep its moving averages at the probes, and its last D."""
         record, run = job.folder / TRAINED, job.cell.run
-        with exclusive(job.folder):
+        with exclusive(job.folder if job.owner is None else job.folder.parent):
             if record.is_file():
                 return read_json(record)
             config, (start, guide) = self._config(job), self._origin(job)
@@ -129,7 +129,7 @@ class Worker:
                 self.checkpoint_seconds,
                 start,
                 guide,
-                probes(job, self.latents.num_images),
+                job.probes(self.latents.num_images),
             )
             try:
                 state = self._finish(training).state
@@ -148,14 +148,15 @@ class Worker:
             }
             trained = {"cost": cost, "not_finite": not_finite}
             write_json(record, trained)
-            shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
+            if job.owner is None:
+                shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
         return trained
 
     def measure(self, job: Job, trained: dict[str, Any]) -> dict[str, Any]:
         """Measure a cell at every probe it reached; return its result."""
         measured: list[dict[str, Any]] = []
         protocol: dict[str, Any] = {}
-        for update, phase in probes(job, self.latents.num_images).items():
+        for update, phase in job.probes(self.latents.num_images).items():
             if not kept(job.folder, update).is_file():
                 break  # it diverged before
             metrics = self._metrics(job, update)
@@ -202,15 +203,13 @@ class Worker:
             return None, None
         if read_json(base.folder / TRAINED)["not_finite"] is not None:
             raise UserError(f"Found the base of the cell {_label(job)} diverged, expected one to continue: change it.")
-        update = max(probes(base, self.latents.num_images))
+        update = max(base.probes(self.latents.num_images))
         tensors = load_tensors(kept(base.folder, update)), load_tensors(base.folder / "discriminator.safetensors")
         guided = job.cell.run.phases[-1].guidance is not None
         return Start(*tensors, update), load_latent_classifier(paths.CLASSIFIER, self.device) if guided else None
 
     def _config(self, job: Job) -> ModelConfig:
-        run, (channels, side, _) = job.cell.run, self.params.latent_shape
-        shape = {"channels": channels, "latent_size": side, "num_classes": self.latents.num_classes}
-        return ModelConfig.model_validate(shape | {name: getattr(run, name) for name in RUN_SHAPE})
+        return run_config(job.cell.run, self.params.latent_shape, self.latents.num_classes)
 
     def _units(self, job: Job, config: ModelConfig) -> float:
         """Return what an update costs, in forward passes of G."""
