@@ -71,6 +71,8 @@ def test_every_output_is_there_and_git_stays_clean(clone: Path) -> None:
         metrics = json.loads((clone / "metrics" / f"{name}.json").read_text())
         assert {"fd_classifier_200", "kid_classifier_200", "class_accuracy", "within_class_variance"} < metrics.keys()
         assert (clone / "samples" / name / "grid.png").stat().st_size > 1000
+        assert (clone / "samples" / name / "interpolation.png").stat().st_size > 1000
+        assert (clone / "reports" / "runs" / f"{name}.html").stat().st_size > 10_000
     assert "t4-no-transport" in (clone / "reports" / "index.html").read_text()
     new = {line[3:].strip('"').split("/")[0] for line in shell(clone, "git", "status", "--porcelain").splitlines()}
     assert new <= {"dvc.lock", "metrics", "curves", "costs", "reports"}
@@ -112,6 +114,12 @@ def test_two_settings_are_compared_by_experiments(clone: Path) -> None:
     header, *rows = table.splitlines()
     assert "runs.t4.transport.start" in header
     assert any("more-transport" in row for row in rows)
+    page = shell(clone, "dvc", "plots", "diff", "HEAD", "more-transport", "-o", "diff").strip()
+    text = (clone / page.removeprefix("file://").split("/afm-pipe/")[-1]).read_text()
+    assert '"rev": "more-transport"' in text  # rows of both in one plot
+    assert '"rev": "HEAD"' in text
+    for rev in ("HEAD", "more-transport"):
+        assert any((clone / "diff" / "static").glob(f"{rev}*t4*grid.png"))
 
 
 def test_a_typo_in_params_stops_the_first_stage(clone: Path) -> None:
