@@ -418,14 +418,13 @@ def _origin(
     from afm_pipe.models.classifier import load_latent_classifier
     from afm_pipe.training.state import Start
 
-    if name not in params.guided:
-        return None, None, {}
-    base = paths.model(params.guided[name].base)
-    files = {part: base / f"{part}.safetensors" for part in ("generator", "discriminator")}
-    updates = read_json(base / "config.json")["updates"]
-    start = Start(load_tensors(files["generator"]), load_tensors(files["discriminator"]), updates)
-    guide = None
-    if run.phases[-1].guidance is not None:
+    files, start, guide = {}, None, None
+    if name in params.guided:
+        base = paths.model(params.guided[name].base)
+        files = {part: base / f"{part}.safetensors" for part in ("generator", "discriminator")}
+        updates = read_json(base / "config.json")["updates"]
+        start = Start(load_tensors(files["generator"]), load_tensors(files["discriminator"]), updates)
+    if run.guided:
         guide = load_latent_classifier(paths.CLASSIFIER, device)
         files["classifier"] = paths.CLASSIFIER / "classifier.safetensors"
     return start, guide, {part: sha256_file(file) for part, file in files.items()}

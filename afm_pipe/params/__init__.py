@@ -7,7 +7,7 @@ A run is the `train` section with the run's own fields laid over it.
 import re
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from afm_pipe.models.sizes import SIZES
 from afm_pipe.params.base import NAME, RunName, Section
@@ -171,6 +171,23 @@ class Params(Section):
         if (run.nfe == 1) != (phase.guidance.t is not None):
             wanted = "`t`, a range of times, for one step" if run.nfe == 1 else "`at`, target times, for several steps"
             raise ValueError(f"{name}: expected guidance with {wanted} (nfe is {run.nfe})")
+
+    @model_validator(mode="after")
+    def _check_cells(self) -> "Params":
+        for name, table in self.tables.items():
+            for place in table.places():
+                where = f"tables.{name}: row {place.row}" + (f", column {place.column}" if place.column else "")
+                try:
+                    cell = self._cell(table, place)
+                    for phase in cell.run.phases:
+                        self._check_guidance(where, cell.run, phase)
+                except ValidationError as error:
+                    problem = error.errors()[0]
+                    field, message = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
+                    unknown = problem["type"] == "extra_forbidden"
+                    told = "found an unknown field" if unknown else f"found {problem['input']!r}, {message}"
+                    raise ValueError(f"{where}: {field}: {told}") from None
+        return self
 
     @property
     def cells(self) -> dict[str, list["Cell"]]:

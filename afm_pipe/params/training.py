@@ -138,6 +138,11 @@ class Run(Section):
 
     _number = field_validator("transport", mode="before")(lambda value: _constant_transport(value))
 
+    @property
+    def guided(self) -> bool:
+        """Whether a classifier is needed in any phase."""
+        return any(phase.guidance is not None for phase in self.phases)
+
     @model_validator(mode="after")
     def _check(self) -> "Run":
         ends = [phase.until_epoch for phase in self.phases]

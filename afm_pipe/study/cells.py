@@ -99,7 +99,7 @@ class Jobs:
     def _job(self, cell: Cell) -> Job:
         base = self._training(cell.base, {}) if cell.run is not cell.base else None
         origins = {} if base is None else {"base": base}
-        if cell.run.phases[-1].guidance is not None:
+        if cell.run.guided:
             origins["classifier"] = self._classifier
         training = self._training(cell.run, origins)
         settings = {

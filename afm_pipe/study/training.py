@@ -7,7 +7,8 @@ a distance to the data at the end that is above the one at a third of the update
 import multiprocessing
 import os
 import shutil
-import sys
+import threading
+import time
 from collections.abc import Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cached_property
@@ -84,10 +85,8 @@ def run_jobs(
 class Worker:
     """Trains and measures cells, one after the other; the data and what it measures with are loaded once."""
 
-    def __init__(
-        self, params: Params, device: torch.device, checkpoint_seconds: float, parent: int | None = None
-    ) -> None:
-        self.params, self.device, self.checkpoint_seconds, self.parent = params, device, checkpoint_seconds, parent
+    def __init__(self, params: Params, device: torch.device, checkpoint_seconds: float) -> None:
+        self.params, self.device, self.checkpoint_seconds = params, device, checkpoint_seconds
 
     @cached_property
     def latents(self) -> Latents:
@@ -132,7 +131,7 @@ class Worker:
                 job.probes(self.latents.num_images),
             )
             try:
-                state = self._finish(training).state
+                state = _finish(training).state
                 updates, seconds, not_finite = state.update, round(state.seconds["training"], 1), None
                 save_tensors(job.folder / "discriminator.safetensors", state.discriminator.state_dict())
             except NotFiniteError as error:
@@ -193,20 +192,20 @@ class Worker:
             self.device,
             evaluator=self.evaluator,
         )
-        metrics, _ = self._finish(measuring)
+        metrics, _ = _finish(measuring)
         return metrics
 
     def _origin(self, job: Job) -> tuple[Start | None, nn.Module | None]:
         """Return what a cell continues, if anything, and what guides it. Raises UserError when its base diverged."""
         base = job.base
+        guide = load_latent_classifier(paths.CLASSIFIER, self.device) if job.cell.run.guided else None
         if base is None:
-            return None, None
+            return None, guide
         if read_json(base.folder / TRAINED)["not_finite"] is not None:
             raise UserError(f"Found the base of the cell {_label(job)} diverged, expected one to continue: change it.")
         update = max(base.probes(self.latents.num_images))
         tensors = load_tensors(kept(base.folder, update)), load_tensors(base.folder / "discriminator.safetensors")
-        guided = job.cell.run.phases[-1].guidance is not None
-        return Start(*tensors, update), load_latent_classifier(paths.CLASSIFIER, self.device) if guided else None
+        return Start(*tensors, update), guide
 
     def _config(self, job: Job) -> ModelConfig:
         return run_config(job.cell.run, self.params.latent_shape, self.latents.num_classes)
@@ -223,16 +222,6 @@ class Worker:
     @property
     def _distance_key(self) -> str:
         return f"{NAMES[self.params.evaluate.features[0]].distance}{sample_suffix(self.params.study.samples)}"
-
-    def _finish(self, ticks: Generator[Tick, None, T]) -> T:
-        """Drive a generator to its end; end this process when the one that started it is gone."""
-        while True:
-            try:
-                next(ticks)
-            except StopIteration as end:
-                return end.value
-            if self.parent is not None and os.getppid() != self.parent:
-                sys.exit("The process that started this one has ended: nobody would take its work.")
 
 
 def diverged(not_finite: int | None, measured: Sequence[dict[str, Any]], key: str) -> str | None:
@@ -258,13 +247,30 @@ def _label(job: Job) -> str:
     return " x ".join(filter(None, (job.cell.row, job.cell.column))) + f", seed {job.cell.seed}"
 
 
+def _finish(ticks: Generator[Tick, None, T]) -> T:
+    """Drive a generator to its end, saying nothing of its progress."""
+    while True:
+        try:
+            next(ticks)
+        except StopIteration as end:
+            return end.value
+
+
 _worker: Worker  # of a process of the pool
 
 
 def _begin_worker(parent: int, params: Params, device: torch.device, checkpoint_seconds: float) -> None:
     global _worker
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
-    _worker = Worker(params, device, checkpoint_seconds, parent)
+    _worker = Worker(params, device, checkpoint_seconds)
+
+
+def _end_with(parent: int) -> None:
+    """End this process when the one that started it is gone: nobody would take its work."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _run_group(group: Sequence[Job]) -> None:

@@ -1,0 +1,266 @@
+"""The cells of tables: trained once, resumable, measured on their way; a diverged one is a result."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from afm_pipe import paths, pipeline
+from afm_pipe.errors import UserError
+from afm_pipe.launch import Launch
+from afm_pipe.params import Params
+from afm_pipe.params_file import load_params
+from afm_pipe.study.cells import Jobs
+from afm_pipe.study.training import diverged
+from tests.conftest import ROOT
+
+ONE = Launch(device="cpu", workers=1)
+TABLE = """
+title: Transport
+question: Does it matter?
+paper: null
+base: {}
+rows: {title: lambda_ot, settings: {"0.2": {}, "0": {transport: {start: 0.0, end: 0.0}}}}
+columns: null
+seeds: [0]
+checks: [{claim: It does, measure: distance, less: {rows: ["0.2"]}, than: {rows: ["0"]}}]
+"""
+BASE = "{size: s4, phases: [{until_epoch: 2}, {until_epoch: 4, lr: 3.0e-4}]}"
+KEY = "fd_classifier_20"
+
+
+@pytest.fixture(scope="session")
+def measured(discs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project of the discs with a reference and a classifier."""
+    project = tmp_path_factory.mktemp("measured") / "project"
+    shutil.copytree(discs, project)
+    raw = yaml.safe_load((project / "params.yaml").read_text())
+    raw["evaluate"] |= {"samples": 20, "kid_subsets": 2, "kid_subset_size": 10}
+    raw["study"] = {"samples": 20, "trained": 0.7, "base": yaml.safe_load(BASE)}
+    raw["tables"] = {"transport": yaml.safe_load(TABLE)}
+    (project / "params.yaml").write_text(yaml.safe_dump(raw))
+    before = Path.cwd()
+    os.chdir(project)
+    try:
+        params = load_params()
+        pipeline.reference(params, ONE)
+        pipeline.classifier(params, ONE)
+    finally:
+        os.chdir(before)
+    return project
+
+
+@pytest.fixture
+def project(measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(measured, tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "project")
+    return tmp_path / "project"
+
+
+@pytest.fixture
+def declare(project: Path) -> Callable[..., Params]:
+    """Return a function that writes tables into params.yaml and loads it."""
+
+    def write(**tables: str) -> Params:
+        raw = yaml.safe_load((project / "params.yaml").read_text())
+        raw["tables"] = {name: yaml.safe_load(text) for name, text in tables.items()}
+        (project / "params.yaml").write_text(yaml.safe_dump(raw))
+        return load_params()
+
+    return write
+
+
+def cells(name: str) -> dict[str, dict]:
+    return {cell["row"]: cell for cell in json.loads(paths.table(name).read_text())["cells"]}
+
+
+def trainings() -> dict[str, int]:
+    return {path.parent.name: path.stat().st_mtime_ns for path in paths.CELLS.glob("*/trained.json")}
+
+
+def with_row(label: str, overrides: str) -> str:
+    return TABLE.replace('"0": {transport', f'"{label}": {overrides}, "0": {{transport')
+
+
+def test_a_cell_is_measured_at_a_third_of_its_way_and_at_the_end_of_every_phase(project: Path) -> None:
+    pipeline.tables(load_params(), [], ONE)
+    cell = cells("transport")["0.2"]
+    assert [(probe["update"], probe["phase"]) for probe in cell["probes"]] == [(10, None), (15, 1), (30, 2)]
+    assert cell["metrics"] == cell["probes"][-1]["metrics"]
+    low, high = cell["intervals"][KEY]
+    assert low < cell["metrics"][KEY] < high
+    assert cell["cost"]["updates"] == 30
+    assert 13 < cell["cost"]["units"] < 18
+    assert "not the paper's scale" in json.loads(paths.table("transport").read_text())["scale"]
+
+
+def test_tables_share_their_cells_and_one_changed_cell_is_trained_alone(declare: Callable[..., Params]) -> None:
+    pipeline.tables(declare(first=TABLE), [], ONE)
+    before = trainings()
+    assert len(before) == 2
+    pipeline.tables(declare(first=TABLE, second=with_row("0.5", "{transport: {start: 0.5}}")), [], ONE)
+    after = trainings()
+    assert len(after) == 3
+    assert {name: after[name] for name in before} == before
+    assert cells("second")["0"] == cells("first")["0"]
+
+
+def test_a_study_that_was_interrupted_does_only_what_is_missing(project: Path) -> None:
+    params = load_params()
+    pipeline.tables(params, [], ONE)
+    first, before = paths.table("transport").read_bytes(), trainings()
+    lost = Jobs(params, []).all[0]
+    lost.result.unlink()
+    shutil.rmtree(lost.folder)
+    pipeline.tables(params, [], ONE)
+    again = json.loads(paths.table("transport").read_text())
+    for cell in again["cells"]:
+        cell["cost"]["seconds"] = None
+    expected = json.loads(first)
+    for cell in expected["cells"]:
+        cell["cost"]["seconds"] = None
+    assert again == expected
+    assert sum(before[name] == time for name, time in trainings().items()) == 1
+
+
+def test_two_workers_find_what_one_finds(project: Path) -> None:
+    pipeline.tables(load_params(), [], ONE)
+    alone = {row: cell["probes"] for row, cell in cells("transport").items()}
+    shutil.rmtree(paths.CELLS)
+    pipeline.tables(load_params(), [], Launch(device="cpu", workers=2))
+    assert {row: cell["probes"] for row, cell in cells("transport").items()} == alone
+
+
+def test_workers_end_with_the_process_that_started_them(declare: Callable[..., Params], project: Path) -> None:
+    long = TABLE.replace("base: {}", "base: {phases: [{until_epoch: 100000}]}")
+    declare(long=long)
+    code = (
+        "from afm_pipe import pipeline; from afm_pipe.launch import Launch;"
+        "from afm_pipe.params_file import load_params;"
+        "pipeline.tables(load_params(), [], Launch(device='cpu', workers=2))"
+    )
+    script = project / "study.py"
+    script.write_text(f"if __name__ == '__main__':\n    {code}\n")
+    parent = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: len(list(paths.CELLS.glob("*/curves.csv"))) == 2)
+        workers = [
+            child for child in psutil.Process(parent.pid).children() if "resource_tracker" not in str(child.cmdline())
+        ]
+        assert len(workers) == 2
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_until(lambda: not any(worker.is_running() for worker in workers))
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"not so within {seconds} s"
+        time.sleep(0.1)
+
+
+def test_collecting_finished_cells_needs_no_torch(project: Path) -> None:
+    pipeline.tables(load_params(), [], ONE)
+    code = (
+        "import sys; from afm_pipe import pipeline; from afm_pipe.launch import Launch;"
+        "from afm_pipe.params_file import load_params;"
+        "pipeline.tables(load_params(), [], Launch(device='cpu')); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_training_that_is_not_finite_is_a_result(declare: Callable[..., Params]) -> None:
+    wild = "{lr: 1.0e+30, gradient_normalization: {enabled: false}}"
+    pipeline.tables(declare(wild=with_row("wild", wild)), [], ONE)
+    found = cells("wild")
+    assert re.fullmatch(r"a loss that is not finite at update \d+", found["wild"]["diverged"])
+    assert found["wild"]["metrics"] == {}
+    assert found["0.2"]["metrics"][KEY] > 0
+
+
+def test_diverged_is_told_from_not_far_enough_by_the_way_it_went() -> None:
+    def probe(low: float, high: float) -> dict:
+        return {"intervals": {"fd": [low, high]}}
+
+    assert diverged(None, [probe(90, 110), probe(40, 60)], "fd") is None
+    assert diverged(None, [probe(90, 110), probe(300, 320)], "fd") == "worse at three times the updates"
+    assert diverged(None, [probe(90, 110), probe(105, 130)], "fd") is None  # not told apart
+    assert diverged(7, [], "fd") == "a loss that is not finite at update 7"
+
+
+def test_then_continues_the_trained_cell_with_guidance(declare: Callable[..., Params]) -> None:
+    then = "{then: {until_epoch: 5, lr: 3.0e-4, transport: 0.05, guidance: {scale: 0.1, t: [0.0, 0.1]}}}"
+    pipeline.tables(declare(guided=with_row("guided", then)), [], ONE)
+    found = cells("guided")
+    assert [probe["update"] for probe in found["guided"]["probes"]] == [38]
+    assert found["guided"]["cost"]["updates"] == 38 - 30
+    assert found["guided"]["cost"]["units"] > found["0.2"]["cost"]["units"]
+    assert found["guided"]["metrics"][KEY] != found["0.2"]["metrics"][KEY]
+    assert len(trainings()) == 3  # its base is the cell 0.2
+
+
+def test_an_any_step_model_is_trained_once_and_measured_at_each_number_of_steps(
+    declare: Callable[..., Params],
+) -> None:
+    rows = '{title: steps, settings: {"1": {nfe: any, steps: 1}, "2": {nfe: any, steps: 2}}}'
+    table = re.sub(r"rows: .*", f"rows: {rows}", TABLE, count=1).replace(TABLE.splitlines()[-1], "checks: []")
+    pipeline.tables(declare(any=table), [], ONE)
+    assert len(trainings()) == 1
+    found = cells("any")
+    assert found["1"]["metrics"][KEY] != found["2"]["metrics"][KEY]
+
+
+def test_a_cell_that_is_a_run_is_trained_once(project: Path) -> None:
+    raw = yaml.safe_load((project / "params.yaml").read_text())
+    raw["runs"]["same"] = {**yaml.safe_load(BASE), "seed": 0}
+    (project / "params.yaml").write_text(yaml.safe_dump(raw))
+    params = load_params()
+    pipeline.train(params, "same", ONE)
+    job = next(job for job in Jobs(params, []).all if job.cell.row == "0.2")
+    assert job.owner == "same"
+    weights = {path.name: path.stat().st_mtime_ns for path in (job.folder / "kept").iterdir()}
+    pipeline.tables(params, [], ONE)
+    assert {path.name: path.stat().st_mtime_ns for path in (job.folder / "kept").iterdir()} == weights
+    assert job.training not in trainings()
+
+
+def test_mistakes_in_tables_are_named(project: Path, declare: Callable[..., Params]) -> None:
+    with pytest.raises(UserError, match=r"tables.t.*expected rows of the check 'It does' among 0, 0.2, found 0.3"):
+        declare(t=TABLE.replace('less: {rows: ["0.2"]}', 'less: {rows: ["0.3"]}'))
+    with pytest.raises(UserError, match="tables.t: row typo: lrr: found an unknown field"):
+        declare(t=with_row("typo", "{lrr: 1.0}"))
+    with pytest.raises(UserError, match="Found no table 'u' in params, expected one of t"):
+        pipeline.tables(declare(t=TABLE), ["u"], ONE)
+    paths.LATENTS.unlink()
+    with pytest.raises(UserError, match="dvc repro encode"):
+        pipeline.tables(load_params(), [], ONE)
+
+
+def test_the_contributing_guides_table_is_a_table(declare: Callable[..., Params]) -> None:
+    guide = (ROOT / "CONTRIBUTING.md").read_text()
+    section = guide[guide.index("## Add a table") :]
+    block = re.search(r"```yaml\n(.*?)```", section, re.DOTALL)
+    assert block
+    tables = yaml.safe_load(block[1])["tables"]
+    params = declare(**{name: yaml.safe_dump(table) for name, table in tables.items()})
+    pipeline.tables(params, [], ONE)
+    assert all(len(cells(name)) == 2 for name in tables)
+
+
+@pytest.mark.parametrize("file", ["params.yaml", "profiles/study.yaml", "profiles/imagenet256.yaml"])
+def test_every_declared_cell_resolves(file: str) -> None:
+    declared = load_params(ROOT / file)
+    assert declared.tables
+    for name, of_table in declared.cells.items():
+        assert len(of_table) == len({(cell.row, cell.column, cell.seed) for cell in of_table}), name
