@@ -144,7 +144,7 @@ def test_seeds_that_agree_support_a_claim_with_its_factor_interval_seeds_and_sca
     assert verdict.interval[1] < 0
     assert verdict.sentence == (
         "Supported at this scale: 'A is below B': distance 5.25 times lower [4.66, 5.91] for lambda_ot = 0.2 than for "
-        "lambda_ot = 0, over 3 seeds of this profile."
+        "0, over 3 seeds of this profile."
     )
 
 
@@ -187,7 +187,7 @@ def test_one_seed_decides_nothing_and_says_what_it_saw(factor: int, words: str) 
     assert verdict.outcome == "undecided"
     assert verdict.sentence == (
         f"Undecided at this scale (one seed): 'A is below B': distance {words} for lambda_ot = 0.2 than for "
-        f"lambda_ot = 0, {'as claimed' if factor > 0 else 'against the claim'}, over one seed of this profile."
+        f"0, {'as claimed' if factor > 0 else 'against the claim'}, over one seed of this profile."
     )
 
 

@@ -59,7 +59,7 @@ def _section(inputs: Inputs, pair: Pair, verdicts: Sequence[Verdict]) -> Section
         f"study-{pair.name}",
         declared.title,
         declared.question,
-        " ".join(verdict.sentence for verdict in verdicts) or None,
+        "\n".join(verdict.sentence for verdict in verdicts) or None,
         tuple(table for studied in pair.found for table in _tables(studied, pair)),
         tuple(figure for studied in pair.found for figure in _figures(studied)),
         published,
@@ -114,8 +114,10 @@ def _grid(studied: Studied, key: str, new: set[tuple[str, str]]) -> Table:
         )
         for row in table.rows.settings
     )
-    name = f"{studied.scope}_{studied.name}" if distance else f"accuracy_{studied.scope}_{studied.name}"
-    return Table(name, _caption(studied, _title(key)), columns, rows, note=_note(studied, new))
+    name = f"{studied.scope}_{studied.name}"
+    if distance:
+        return Table(name, _caption(studied, _title(key)), columns, rows, note=_note(studied, new))
+    return Table(f"accuracy_{name}", _caption_beside(studied, _title(key)), columns, rows)
 
 
 def _list(studied: Studied, new: set[tuple[str, str]]) -> Table:
@@ -168,8 +170,8 @@ def _phases(studied: Studied) -> Table:
         )
         for row, column in studied.places
     )
-    caption = _caption(studied, f"{_title(studied.distance_key)} at the end of each phase")
-    return Table(f"phases_{studied.scope}_{studied.name}", caption, columns, rows, note=_note(studied, set()))
+    caption = _caption_beside(studied, f"{_title(studied.distance_key)} at the end of each phase")
+    return Table(f"phases_{studied.scope}_{studied.name}", caption, columns, rows)
 
 
 def _at_phase(studied: Studied, cells: Sequence[StudyCell], phase: int, name: str) -> Cell:
@@ -190,14 +192,20 @@ def _title(key: str) -> str:
 def _caption(studied: Studied, what: str) -> str:
     """Say what, how much of it was run, at what scale and at what cost."""
     cells, places = studied.results.cells, len(studied.places) * len(studied.table.seeds)
-    seeds = len(studied.table.seeds)
+    seeds, count = len(studied.table.seeds), f"{len(cells)} cell{'s' * (len(cells) != 1)}"
     spent = sum(cell.cost.seconds or 0 for cell in cells)
     missing = f" {places - len(cells)} of {places} cells have not been run." if len(cells) < places else ""
     return (
         f"{studied.table.title.rstrip('.')}, {SCOPES[studied.scope]}: {what}, {seeds} seed{'s' * (seeds != 1)} a cell. "
-        f"{studied.results.scale.rstrip('.')}. {len(cells)} cells, {titles.duration(spent)} of training on "
+        f"{studied.results.scale.rstrip('.')}. {count}, {titles.duration(spent)} of training on "
         f"{studied.results.machine}, from {studied.path}.{missing}"
     )
+
+
+def _caption_beside(studied: Studied, what: str) -> str:
+    """Say what, and which table says the rest."""
+    title, name = studied.table.title.rstrip("."), f"{studied.scope}_{studied.name}"
+    return f"{title}, {SCOPES[studied.scope]}: {what}, of the cells of {name}, at its scale; read as there."
 
 
 def _note(studied: Studied, new: set[tuple[str, str]]) -> str:

@@ -102,10 +102,12 @@ def _decided(studied: Studied, check: Check, trained: float) -> Verdict:
         - statistics.fmean(_values(studied, check, side.than, trained))
         for side in sides
     ]
-    mean = statistics.fmean(differences)
+    mean = round(statistics.fmean(differences), 12)  # shares that are equal differ by the rounding of their sums
     # Shares of a few cells come in steps: seeds that agree to the cell are still uncertain by the rounding to one.
     fewest = min(len(sides[0].less), len(sides[0].than))
     interval = t_interval(differences, 0 if check.measure in ("distance", "accuracy") else 1 / fewest / math.sqrt(12))
+    if interval is not None and check.measure != "distance":
+        interval = max(interval[0], -1.0), min(interval[1], 1.0)  # of shares
     unknown = _without_number(studied, check, sides)
     outcome: Outcome = "undecided"
     if interval is not None and interval[1] < 0 and not unknown.less:
@@ -190,7 +192,7 @@ def _effect(
 ) -> str:
     """Say how far the groups are apart, as a factor of distances, as points of shares."""
     lower, sign = mean < 0, -1 if mean < 0 else 1
-    less, than = (f"for {group_words(studied.table, group)}" for group in (check.less, check.than))
+    less, than = (f"for {words}" for words in _group_words(studied.table, check))
     compared = f"{less} than {than}" if mean else f"{less} and {than}"
     word = ("lower" if lower else "higher") if mean else "equal"
     bounds = [sign * end for end in interval or ()]
@@ -221,22 +223,29 @@ def _counted(studied: Studied, check: Check, sides: Sequence[_Sides]) -> Verdict
     )
     word, ratio = ("fewer", than / less) if less < than else ("more", less / than)
     compared = "as many" if less == than else f"{titles.number(ratio)} times {word}"
+    first, second = _group_words(studied.table, check)
     effect = (
-        f"{titles.number(less)} forward passes of G an update for {group_words(studied.table, check.less)} against "
-        f"{titles.number(than)} for {group_words(studied.table, check.than)}, {compared}, counted"
+        f"{titles.number(less)} forward passes of G an update for {first} against {titles.number(than)} for {second}, "
+        f"{compared}, counted"
     )
     outcome: Outcome = "supported" if less < than else "not supported"
     return Verdict(studied.name, check.claim, outcome, effect, len(sides), less - than, None, studied)
 
 
-def group_words(table: StudyTable, group: Group) -> str:
-    """Say which cells a group holds: lambda_ot = 0.2."""
-    parts = [
-        f"{axis.title} = {' or '.join(labels)}"
-        for axis, labels in ((table.rows, group.rows), (table.columns, group.columns))
-        if axis is not None and labels is not None
-    ]
-    return ", ".join(parts) or "all cells"
+def _group_words(table: StudyTable, check: Check) -> tuple[str, str]:
+    """Say which cells either group holds: lambda_ot = 0.2, and 0."""
+    axes = ("rows", table.rows), ("columns", table.columns)
+
+    def said(group: Group, titled: bool) -> str:
+        parts = [
+            (f"{axis.title} = " if titled else "") + " or ".join(labels)
+            for name, axis in axes
+            if axis is not None and (labels := getattr(group, name)) is not None
+        ]
+        return ", ".join(parts) or "all cells"
+
+    alike = all((getattr(check.less, name) is None) == (getattr(check.than, name) is None) for name, _ in axes)
+    return said(check.less, True), said(check.than, not alike)
 
 
 def _ends(ends: Sequence[float]) -> str:
