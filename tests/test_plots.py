@@ -79,3 +79,5 @@ def test_a_long_title_of_rows_has_room() -> None:
     )
     title = next(each for each in svg.iter("text") if each.text == "Gradient normalisation of G")
     assert float(title.get("x", "nan")) >= 6.4 * len("Gradient normalisation of G")
+    narrow = ElementTree.fromstring(heat_map(["on"], ["1"], [[1]], [["1"]], "A title wider than its only column", "m"))
+    assert float((narrow.get("viewBox") or "").split()[2]) > 7.5 * len("A title wider than its only column")

@@ -17,6 +17,7 @@ STRONGEST = 0.62  # opacity of the fullest cell, under which ink is readable in 
 WIDTH, HEIGHT = 560, 250
 LEFT, RIGHT, TOP, BOTTOM = 64, 20, 30, 44
 LETTER = 6.4  # of 11 px text, at the widest
+TITLE_LETTER = 7.6  # of a title
 LINE = 13  # from one line of a long label to the next
 
 PLOTS_CSS = """svg .cell{fill:var(--run-0);stroke:var(--surface);stroke-width:2}
@@ -58,7 +59,8 @@ def heat_map(
     left = max(70.0, LETTER * max(map(len, (*rows, row_title))) + 16)
     heads = [_lines(name, CELL_WIDTH) for name in columns]
     top = (62 if column_title else 46) + LINE * (max(map(len, heads)) - 1)
-    width, height = left + CELL_WIDTH * len(columns) + 8, top + CELL_HEIGHT * len(rows) + 8
+    width = max(left + CELL_WIDTH * len(columns), TITLE_LETTER * len(title) + 8) + 8
+    height = top + CELL_HEIGHT * len(rows) + 8
     found = [value for line in values for value in line if value is not None and math.isfinite(value)]
     best = (min if lower_is_better else max)(found) if found else None
     parts = [f'<text class="title" x="8" y="16">{escape(title)}</text>']

@@ -7,11 +7,12 @@ only the study has are marked in the study's.
 import math
 from collections.abc import Sequence
 
+from afm_pipe import paths
 from afm_pipe.reporting import titles
 from afm_pipe.reporting.inputs import Inputs
 from afm_pipe.reporting.plots import Point, error_bars, heat_map
 from afm_pipe.reporting.section import Figure, Section
-from afm_pipe.reporting.study_cells import ACCURACY, SCOPES, Pair, Spread, Studied, StudyCell, own_path, read_pairs
+from afm_pipe.reporting.study_cells import ACCURACY, SCOPES, Pair, Spread, Studied, StudyCell, read_pairs
 from afm_pipe.reporting.study_checks import RULE, Verdict, checks_table, decide
 from afm_pipe.reporting.study_published import published_table
 from afm_pipe.reporting.table import Cell, Column, Table
@@ -77,7 +78,9 @@ def _scale(pair: Pair) -> str:
 
 
 def _not_run(pair: Pair) -> str:
-    return f"Found no {own_path(pair.name)}: this profile's own cells have not been run, `dvc repro table@{pair.name}`."
+    return (
+        f"Found no {paths.table(pair.name)}: this profile's own cells have not been run, `dvc repro table@{pair.name}`."
+    )
 
 
 def _tables(studied: Studied, pair: Pair) -> list[Table]:

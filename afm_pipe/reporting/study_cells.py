@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError, model_validator
 
+from afm_pipe import paths
 from afm_pipe.errors import UserError
 from afm_pipe.files import read_json
 from afm_pipe.params import Params, StudyTable
@@ -219,13 +220,8 @@ def read_pairs(params: Params) -> list[Pair]:
     ]
 
 
-def own_path(name: str) -> Path:
-    """File of this profile's own run of a table."""
-    return Path("tables") / f"{name}.json"
-
-
 def _read(name: str, scope: Scope) -> Studied | None:
-    path = own_path(name) if scope == "table" else Path("study") / f"{name}.json"
+    path = paths.table(name) if scope == "table" else paths.STUDY / f"{name}.json"
     if not path.is_file():
         return None
     try:
