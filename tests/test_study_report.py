@@ -207,16 +207,17 @@ def test_a_cell_without_a_number_is_worse_than_all_that_have_one() -> None:
     assert verdict.effect.startswith("distance equal")
 
 
-def test_a_claimed_winner_without_a_number_is_never_supported() -> None:
-    table = declared(rows=("0", "0.2", "9"))
+@pytest.mark.parametrize("flattered", ["less", "than"])
+def test_a_verdict_is_not_given_to_a_group_that_a_missing_number_flatters(flattered: str) -> None:
+    """One of its cells lost its number; by the one that stands in for it, the group would still be the lower."""
+    groups = {"less": {"rows": ["0"]}, "than": {"rows": ["0"]}, flattered: {"rows": ["0.2", "9"]}}
+    table = declared(rows=("0", "0.2", "9"), checks=(check("distance", groups["less"], groups["than"]),))
     numbers = {"0": 300.0, "9": 20.0}
     write_study("tables/sweep.json", table, lambda row, _, seed: None if row == "0.2" else numbers[row] + seed)
-    better = declared(rows=("0", "0.2", "9"), checks=(check("distance", {"rows": ["0.2", "9"]}, {"rows": ["0"]}),))
-    stored = json.loads(Path("tables/sweep.json").read_text())
-    write("tables/sweep.json", stored | {"table": better})
-    verdict = verdict_of(better)
+    verdict = verdict_of(table)
     assert verdict.interval is not None
-    assert verdict.interval[1] < 0  # by the numbers there are it would win
+    assert verdict.interval[0] * verdict.interval[1] > 0
+    assert (verdict.difference or 0) < 0 if flattered == "less" else (verdict.difference or 0) > 0
     assert verdict.outcome == "undecided"
     assert "at most" in verdict.effect
 
@@ -255,6 +256,31 @@ def test_shares_are_compared_in_points_and_by_count() -> None:
     assert study_checks.decide(pair, 0.2)[0].effect.startswith("share of cells that train equal")
 
 
+def test_a_cell_without_a_number_is_right_in_nothing_and_did_not_train() -> None:
+    less, than = {"rows": ["0"]}, {"rows": ["0.2"]}
+    checks = (check("accuracy", less, than, "right"), check("trained", less, than, "trains"))
+    table = declared(checks=checks)
+    write_study("tables/sweep.json", table, lambda row, *_: None if row == "0" else 50.0)
+    (pair,) = study_cells.read_pairs(make_params(sweep=table))
+    right, trains = study_checks.decide(pair, 0.7)
+    assert right.effect.startswith("right class 90.0 points lower")
+    assert trains.effect.startswith("share of cells that train 100 points lower")
+    assert trains.interval is not None
+    assert trains.interval[0] == -1  # no share differs by more
+
+
+def test_shares_that_are_equal_over_seeds_are_called_equal() -> None:
+    table = declared(columns=("a", "b", "c"), checks=(check("trained", {"rows": ["0.2"]}, {"rows": ["0"]}),))
+
+    def accuracy(row: str, column: str, seed: int) -> float:
+        return 0.9 if (column == "a" if row == "0.2" else seed == 2) else 0.1
+
+    write_study("tables/sweep.json", table, lambda *at: 10.0, accuracy=accuracy)
+    verdict = verdict_of(table)
+    assert (verdict.difference, verdict.outcome) == (0, "undecided")
+    assert "train equal [" in verdict.effect
+
+
 @pytest.mark.parametrize(("cheap", "outcome"), [(10.3, "supported"), (14.5, "not supported"), (15.0, "not supported")])
 def test_units_are_compared_exactly_with_one_seed_too(cheap: float, outcome: str) -> None:
     table = declared(seeds=(0,), checks=(check("units", {"rows": ["0.2"]}, {"rows": ["0"]}),))
@@ -272,6 +298,10 @@ def test_seeds_with_missing_cells_take_no_part() -> None:
     assert verdict_of(declared()).seeds == 2
     section = sections_of(make_params(sweep=declared()))["study-sweep"]
     assert "1 of 6 cells have not been run" in section.tables[0].caption
+    both = declared(checks=(check("distance", {"rows": ["0.2", "0"]}, {"rows": ["0"]}),))
+    kept = [each for each in stored["cells"] if each["seed"] != 1 or each["row"] != "0.2"]
+    write("tables/sweep.json", stored | {"cells": kept, "table": both})
+    assert verdict_of(both).seeds == 2
     write("tables/sweep.json", stored | {"cells": [each for each in kept if each["row"] != "0"]})
     verdict = verdict_of(declared())
     assert verdict.outcome == "not run"
