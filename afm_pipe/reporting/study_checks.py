@@ -263,7 +263,11 @@ def checks_table(verdicts: Sequence[Verdict]) -> Table:
         Column("seeds", "Seeds"),
         Column("scale", "From", "Whose cells", numeric=False),
     )
-    return Table("checks", "What the cells say of each claim.", columns, tuple(map(_row, verdicts)))
+    note = (
+        "Effect and difference are of the cells said to be lower against the others, paired by seed, with the 95 % "
+        "t-interval over seeds; differences of distances are of their logarithms."
+    )
+    return Table("checks", "What the cells say of each claim.", columns, tuple(map(_row, verdicts)), note=note)
 
 
 def _row(verdict: Verdict) -> tuple[Cell, ...]:
