@@ -56,3 +56,28 @@ def test_an_interval_spans_its_ends_and_a_point_without_one_is_hollow() -> None:
     assert abs((low - middle) / (middle - high) - 0.5) < 0.02  # 1 below and 2 above
     assert ["hollow" in each.get("class", "") for each in svg.iter("circle")] == [False, True]
     assert (svg.get("aria-label") or "").endswith("a: 2.00 [1.00, 4.00]; b: 3.00; c: –")
+
+
+def test_long_labels_break_into_lines_that_do_not_meet() -> None:
+    names = ["as in the paper", "penalties on a sixteenth of the batch", "penalties every 4th update", "all three"]
+    svg = ElementTree.fromstring(error_bars([Point(name, 1.0 + len(name)) for name in names], "t", "m"))
+    room = (560 - 84) / len(names)
+    labels = [each for each in svg.iter("text") if each.get("text-anchor") == "middle"]
+    assert " ".join(each.text or "" for each in labels) == " ".join(names)
+    assert max(len(each.text or "") for each in labels) * 6.4 <= room
+    lowest = max(float(each.get("y", "0")) for each in labels)
+    assert float((svg.get("viewBox") or "").split()[3]) > lowest + 13  # room for the axis's title below
+    heads = ElementTree.fromstring(heat_map(["R"], names, [[1, 2, 3, 4]], [["1", "2", "3", "4"]], "t", "m"))
+    above = [each for each in heads.iter("text") if each.get("class") is None and each.text != "R"]
+    assert " ".join(each.text or "" for each in above) == " ".join(names)
+    assert all(float(each.get("y", "nan")) < float(next(heads.iter("rect")).get("y", "nan")) for each in above)
+
+
+def test_a_long_title_of_rows_has_room() -> None:
+    svg = ElementTree.fromstring(
+        heat_map(["on"], ["1"], [[1]], [["1"]], "t", "m", row_title="Gradient normalisation of G")
+    )
+    title = next(each for each in svg.iter("text") if each.text == "Gradient normalisation of G")
+    assert float(title.get("x", "nan")) >= 6.4 * len("Gradient normalisation of G")
+    narrow = ElementTree.fromstring(heat_map(["on"], ["1"], [[1]], [["1"]], "A title wider than its only column", "m"))
+    assert float((narrow.get("viewBox") or "").split()[2]) > 7.5 * len("A title wider than its only column")

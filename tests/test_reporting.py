@@ -27,7 +27,8 @@ COLUMNS += ["g_transport", "logit_gap", "d_accuracy", "move_rms", "d_grad_norm",
 
 
 def make_params(**runs: dict[str, Any]) -> Params:
-    return Params.model_validate(COMMITTED | {"runs": runs or RUNS, "guided": {}, "imported": {}})
+    own = {"runs": runs or RUNS, "guided": {}, "imported": {}, "tables": {}}
+    return Params.model_validate(COMMITTED | own)
 
 
 def write_inputs(params: Params, rows: int = 40) -> None:

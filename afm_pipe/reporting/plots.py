@@ -4,6 +4,7 @@ Both say their numbers in words for whoever cannot see them (aria-label).
 """
 
 import math
+import textwrap
 from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
@@ -16,6 +17,8 @@ STRONGEST = 0.62  # opacity of the fullest cell, under which ink is readable in 
 WIDTH, HEIGHT = 560, 250
 LEFT, RIGHT, TOP, BOTTOM = 64, 20, 30, 44
 LETTER = 6.4  # of 11 px text, at the widest
+TITLE_LETTER = 7.6  # of a title
+LINE = 13  # from one line of a long label to the next
 
 PLOTS_CSS = """svg .cell{fill:var(--run-0);stroke:var(--surface);stroke-width:2}
 svg .cell.none{fill:var(--rule);fill-opacity:.45}
@@ -53,9 +56,11 @@ def heat_map(
     `texts` are what the cells say, in the shape of `values`; `log` spreads colours by ratio. `meaning` is said after
     the title to whoever cannot see it.
     """
-    left = max(70.0, LETTER * max(map(len, rows)) + 16)
-    top = 62 if column_title else 46
-    width, height = left + CELL_WIDTH * len(columns) + 8, top + CELL_HEIGHT * len(rows) + 8
+    left = max(70.0, LETTER * max(map(len, (*rows, row_title))) + 16)
+    heads = [_lines(name, CELL_WIDTH) for name in columns]
+    top = (62 if column_title else 46) + LINE * (max(map(len, heads)) - 1)
+    width = max(left + CELL_WIDTH * len(columns), TITLE_LETTER * len(title) + 8) + 8
+    height = top + CELL_HEIGHT * len(rows) + 8
     found = [value for line in values for value in line if value is not None and math.isfinite(value)]
     best = (min if lower_is_better else max)(found) if found else None
     parts = [f'<text class="title" x="8" y="16">{escape(title)}</text>']
@@ -64,9 +69,8 @@ def heat_map(
         parts.append(f'<text x="{middle:.1f}" y="38" text-anchor="middle">{escape(column_title)}</text>')
     if row_title:
         parts.append(f'<text x="{left - 8:.1f}" y="{top - 8}" text-anchor="end">{escape(row_title)}</text>')
-    for index, name in enumerate(columns):
-        x = left + CELL_WIDTH * (index + 0.5)
-        parts.append(f'<text x="{x:.1f}" y="{top - 8}" text-anchor="middle">{escape(name)}</text>')
+    for index, lines in enumerate(heads):
+        parts += _label(left + CELL_WIDTH * (index + 0.5), top - 8 - LINE * (len(lines) - 1), lines)
     for line, name in enumerate(rows):
         y = top + CELL_HEIGHT * line
         middle = y + CELL_HEIGHT / 2 + 4
@@ -109,6 +113,9 @@ def error_bars(
     low, high, ticks = axis_ticks(ends, log_y)
     inner_width, inner_height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
     places, names = _places(points, log_x)
+    room = inner_width / len(points) if any(isinstance(point.x, str) for point in points) else inner_width
+    labels = [(place, _lines(name, room)) for place, name in names]
+    height = HEIGHT + LINE * (max((len(lines) for _, lines in labels), default=1) - 1)
 
     def up(value: float) -> float:
         above, span = (math.log(max(value, low) / low), math.log(high / low)) if log_y else (value - low, high - low)
@@ -120,13 +127,12 @@ def error_bars(
             f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{up(tick):.1f}" y2="{up(tick):.1f}"/>'
             f'<text x="{LEFT - 6}" y="{up(tick) + 4:.1f}" text-anchor="end">{short(tick)}</text>'
         )
-    for place, name in names:
-        x = LEFT + place * inner_width
-        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{escape(name)}</text>')
+    for place, lines in labels:
+        parts += _label(LEFT + place * inner_width, HEIGHT - BOTTOM + 16, lines)
     if x_title:
-        parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 8}" text-anchor="end">{escape(x_title)}</text>')
+        parts.append(f'<text x="{WIDTH - RIGHT}" y="{height - 8}" text-anchor="end">{escape(x_title)}</text>')
     if y_title:
-        parts.append(f'<text x="8" y="{HEIGHT - 8}">{escape(y_title)}</text>')
+        parts.append(f'<text x="8" y="{height - 8}">{escape(y_title)}</text>')
     for point, place in zip(points, places, strict=True):
         if point not in drawn:
             continue
@@ -141,7 +147,7 @@ def error_bars(
             f'<circle class="dot{" hollow" * hollow}" cx="{x:.1f}" cy="{up(point.mean):.1f}" r="4.5">'
             f"<title>{escape(_words(point))}</title></circle>"
         )
-    return _svg(WIDTH, HEIGHT, f"{title}. {meaning}. {'; '.join(map(_words, points))}", parts)
+    return _svg(WIDTH, height, f"{title}. {meaning}. {'; '.join(map(_words, points))}", parts)
 
 
 def _fullness(value: float, found: Sequence[float], log: bool, lower_is_better: bool) -> float:
@@ -170,6 +176,18 @@ def _places(points: Sequence[Point], log_x: bool) -> tuple[list[float], list[tup
         if not labels or (place - labels[-1][0]) * (WIDTH - LEFT - RIGHT) > LETTER * (len(name) + len(labels[-1][1])):
             labels.append((place, name))
     return places, labels
+
+
+def _lines(name: str, room: float) -> list[str]:
+    """Break a label into lines that fit into so many pixels."""
+    return textwrap.wrap(name, max(int(room / LETTER), 4)) or [""]
+
+
+def _label(x: float, y: float, lines: Sequence[str]) -> list[str]:
+    return [
+        f'<text x="{x:.1f}" y="{y + LINE * index}" text-anchor="middle">{escape(line)}</text>'
+        for index, line in enumerate(lines)
+    ]
 
 
 def _name(x: float | str) -> str:

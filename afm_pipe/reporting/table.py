@@ -15,7 +15,7 @@ class Cell(NamedTuple):
     source: str = ""
     key: str = ""
     interval: tuple[float, float] | None = None
-    """95 %; `text` shows it already."""
+    """95 %, which `text` shows already; or the lowest and highest seed, where the table's note says so."""
     mark: Mark = ""
     run: str = ""
     """The run it belongs to, whose page the row's first cell links to."""
