@@ -151,6 +151,11 @@ class Params(Section):
                 )
             if guided.reload_discriminator is not None:
                 raise ValueError(f"guided.{name}.reload_discriminator: a guided run starts from its base's last D")
+        for name, run in self.runs.items():
+            if run.guided:
+                raise ValueError(
+                    f"runs.{name}.phases: a guided phase continues a run under `guided`, with `from: {name}`"
+                )
         for name, run in self.models.items():
             for phase in run.phases:
                 self._check_guidance(name, run, phase)
