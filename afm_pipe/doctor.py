@@ -77,6 +77,7 @@ def _data(params: Params) -> Finding:
 def _weights(params: Params) -> list[Finding]:
     from afm_pipe.evaluation.adm import adm_path
     from afm_pipe.evaluation.features import inception_path
+    from afm_pipe.evaluation.other_networks import dinov2_path
 
     findings = []
     if any(name.startswith("inception") for name in params.evaluate.features):
@@ -89,6 +90,11 @@ def _weights(params: Params) -> list[Finding]:
             findings.append(Finding("ADM's statistics", str(adm_path(params.evaluate.adm_reference)[0])))
         except UserError as error:
             findings.append(Finding("ADM's statistics", "missing or another", False, str(error)))
+    if "dinov2" in params.evaluate.features:
+        try:
+            findings.append(Finding("DINOv2", str(dinov2_path(params.evaluate.dinov2_sha256))))
+        except UserError as error:
+            findings.append(Finding("DINOv2", "missing or another", False, str(error)))
     pretrained = params.autoencoder.pretrained
     if pretrained is not None:
         place = "a local folder" if Path(pretrained).is_dir() else "no local folder, so a name on the hub"

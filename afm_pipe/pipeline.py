@@ -203,7 +203,7 @@ def export_samples(params: Params, name: str, launch: Launch, out: Path) -> None
 
     if out.suffix != ".npz" or out.is_dir():
         raise UserError(f"Found --out {out}, expected the name of a file that ends in .npz.")
-    sampler, settings = _sampler(params, name, launch.torch_device()), params.evaluate
+    sampler, settings = load_sampler(params, name, launch.torch_device()), params.evaluate
     num_classes = len(sampler.class_names)
     labels = labels_for(range(settings.samples), num_classes).tolist()
 
@@ -235,7 +235,7 @@ def sample(params: Params, name: str, launch: Launch, request: "Request | None" 
     settings = params.sample
     if request:
         check_request(request)
-    sampler = _sampler(params, name, launch.torch_device())
+    sampler = load_sampler(params, name, launch.torch_device())
     if request:
         drawing = draw(sampler, request, settings.seed, settings.per_class, settings.classes)
         drawn = follow(f"sample {name}", drawing)
@@ -282,7 +282,7 @@ def evaluate(params: Params, name: str, launch: Launch) -> None:
     from afm_pipe.models.autoencoder import autoencoder_sha256
 
     device = launch.torch_device()
-    generator, vae, shape, *_ = _sampler(params, name, device)
+    generator, vae, shape, *_ = load_sampler(params, name, device)
     if shape != params.latent_shape:
         raise UserError(
             f"Found {paths.model(name)} on latents {shape}, expected {params.latent_shape}, as data and autoencoder in "
@@ -379,7 +379,7 @@ def known_images(params: Params) -> "Manifest | None":
     return manifest if Path(params.data.root) in (manifest.root, manifest.root.parent) else None
 
 
-def _sampler(params: Params, name: str, device: "torch.device") -> "Sampler":
+def load_sampler(params: Params, name: str, device: "torch.device") -> "Sampler":
     """Return a model ready to draw from. Raises UserError when the autoencoder is not that of its latents."""
     from afm_pipe.drawing import Sampler
     from afm_pipe.models.autoencoder import load_autoencoder

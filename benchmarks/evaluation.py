@@ -1,49 +1,136 @@
 """What evaluation costs beyond generating the samples and passing them through the feature networks.
 
-    python benchmarks/evaluation.py t4 --rounds 3     # a trained run of this project
+    python benchmarks/evaluation.py t4 --rounds 3     # a trained run of this project, with evaluate.features of params
+    python benchmarks/evaluation.py t4 --samples 200 --inception   # a network as dear as Inception, untrained
 
-Prints seconds of generation, of the networks' forward passes and of the whole evaluation, and the ratio of the last to
-the first two, measured in turns in one process. Loading is not counted.
+Prints seconds of generation, of the networks' forward passes, of the whole evaluation and of its intervals, and the
+ratios of the pass over the samples, and of the whole but for the intervals, to the first two: the fastest of several
+rounds of each, taken in turns in one process. Loading is not counted.
 """
 
+import dataclasses
 import time
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
+import numpy as np
+import torch
+import torch.nn.functional as F
 import typer
 
-from afm_pipe import paths
+from afm_pipe import paths, pipeline
+from afm_pipe.console import guarded
+from afm_pipe.evaluation import reference as reference_module
+from afm_pipe.evaluation.features import FeatureNetwork
+from afm_pipe.evaluation.frechet import Statistics
 from afm_pipe.evaluation.metrics import Evaluator, evaluate_run
 from afm_pipe.launch import load_launch
+from afm_pipe.params import Params
 from afm_pipe.params_file import load_params
-from afm_pipe.pipeline import _sampler
 from afm_pipe.sampling import stream_images
 
+REAL = 2_000  # real images of the untrained network: random features of their size cost as much
 
-def main(run: str, rounds: Annotated[int, typer.Option(help="Turns, of which the fastest count.")] = 2) -> None:
+
+@guarded
+def main(
+    run: str,
+    rounds: Annotated[int, typer.Option(help="Turns, of which the fastest count.")] = 2,
+    samples: Annotated[int | None, typer.Option(help="Instead of evaluate.samples.")] = None,
+    inception: Annotated[bool, typer.Option(help="An untrained Inception v3 at 299 x 299 as the network.")] = False,
+) -> None:
     params, device = load_params(), load_launch().torch_device()
-    sampler, tools = _sampler(params, run, device), Evaluator(params, paths.REFERENCE, device)
-    generator, vae, settings = sampler.generator, sampler.vae, params.evaluate
-    generation, forward, whole, tail = ([] for _ in range(4))
+    if samples is not None:
+        params = params.model_copy(update={"evaluate": params.evaluate.model_copy(update={"samples": samples})})
+    sampler, tools = pipeline.load_sampler(params, run, device), Evaluator(params, paths.REFERENCE, device)
+    if inception:
+        put_inception_in(tools, device)
+    generation, forward, whole, tail, intervals = ([] for _ in range(5))
     for _ in range(rounds):
-        started, passes = time.perf_counter(), 0.0
-        for _, _, images in stream_images(
-            generator, vae, params, settings.seed, settings.samples, tools.num_classes, device
-        ):
-            before = time.perf_counter()
-            for network in tools.networks:
-                network(images)
-            passes += time.perf_counter() - before
-        generation.append(time.perf_counter() - started - passes)
-        forward.append(passes)
-        started = last = time.perf_counter()
-        for _ in evaluate_run(params, generator, vae, paths.REFERENCE, {}, device, evaluator=tools):
-            last = time.perf_counter()
-        whole.append(time.perf_counter() - started)
-        tail.append(time.perf_counter() - last)
+        made, passed = generate_and_pass(params, sampler.generator, sampler.vae, tools, device)
+        generation.append(made)
+        forward.append(passed)
+        with timed("frechet_error", "kernel_error") as spent:
+            started = last = time.perf_counter()
+            for _ in evaluate_run(params, sampler.generator, sampler.vae, paths.REFERENCE, {}, device, evaluator=tools):
+                last = time.perf_counter()
+            ended = time.perf_counter()
+        whole.append(ended - started)
+        tail.append(ended - last)
+        intervals.append(sum(spent.seconds))
     parts = min(generation) + min(forward)
-    print(f"{settings.samples} samples: generation {min(generation):.2f} s, networks {min(forward):.2f} s")
-    print(f"evaluation {min(whole):.2f} s, of which {min(tail):.2f} s after the last sample")
-    print(f"ratio {min(whole) / parts:.3f}; of the pass over the samples alone {(min(whole) - min(tail)) / parts:.3f}")
+    print(f"{params.evaluate.samples} samples: generation {min(generation):.2f} s, networks {min(forward):.2f} s")
+    print(f"evaluation {min(whole):.2f} s, of which {min(tail):.2f} s after the last sample, ", end="")
+    print(f"{min(intervals):.2f} s of them for intervals")
+    print(f"ratio of the pass over the samples {(min(whole) - min(tail)) / parts:.3f}")
+    print(f"ratio of the whole, intervals not counted {(min(whole) - min(intervals)) / parts:.3f}")
+
+
+def generate_and_pass(
+    params: Params, generator: Any, vae: Any, tools: Evaluator, device: torch.device
+) -> tuple[float, float]:
+    """Return the seconds of generating the samples, and of their forward passes."""
+    settings, started, passes = params.evaluate, time.perf_counter(), 0.0
+    samples = stream_images(generator, vae, params, settings.seed, settings.samples, tools.num_classes, device)
+    for _, _, images in samples:
+        before = time.perf_counter()
+        for network in tools.networks:
+            network(images)
+        passes += time.perf_counter() - before
+    return time.perf_counter() - started - passes, passes
+
+
+def put_inception_in(tools: Evaluator, device: torch.device) -> None:
+    """Let a torchvision Inception v3 with random weights stand for the networks: its cost, and no meaning."""
+    from torchvision.models import inception_v3
+
+    torch.manual_seed(0)
+    model = inception_v3(weights=None, aux_logits=False, init_weights=False).to(device).eval()
+    model.fc = torch.nn.Identity()
+
+    def extract(images: torch.Tensor) -> torch.Tensor:
+        rgb = images.to(device).float().expand(-1, 3, -1, -1) / 128 - 1
+        return model(F.interpolate(rgb, (299, 299), mode="bilinear"))
+
+    tools.networks = [FeatureNetwork("inception_clean", 2048, "0" * 64, extract)]
+    features = np.abs(np.random.default_rng(0).normal(size=(REAL, 2048))).astype(np.float32)
+    own = Statistics.of(features)
+    tools.references = [
+        dataclasses.replace(
+            tools.references[0],
+            name="inception_clean",
+            mu=own.mu,
+            sigma=own.sigma,
+            features=features,
+            labels=np.arange(REAL) % tools.num_classes,
+        )
+    ]
+
+
+class timed:  # noqa: N801 (read as a verb)
+    """Time the calls of functions that measuring takes from the intervals' module."""
+
+    def __init__(self, *names: str) -> None:
+        self.whole: dict[str, Callable[..., Any]] = {name: getattr(reference_module, name) for name in names}
+        self.seconds: list[float] = []
+
+    def __enter__(self) -> "timed":
+        for name, function in self.whole.items():
+            setattr(reference_module, name, self._around(function))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name, function in self.whole.items():
+            setattr(reference_module, name, function)
+
+    def _around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            started = time.perf_counter()
+            result = function(*args)
+            self.seconds.append(time.perf_counter() - started)
+            return result
+
+        return run
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Intervals beside distances, and precision and recall."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -68,11 +70,15 @@ def test_the_map_is_the_gradient_of_the_distance() -> None:
 def test_the_kernel_distance_is_the_mean_of_clean_fids_subsets() -> None:
     from cleanfid.fid import kernel_distance
 
-    random = np.random.default_rng(0)
-    a, b = random.normal(size=(2, 60, 4))
-    np.random.seed(3)  # clean-fid draws from the global state
-    expected = kernel_distance(a, b, num_subsets=7, max_subset_size=20)
-    assert kid(a, b, 7, 20, 3) == pytest.approx(expected, rel=1e-12)
+    a, b = np.random.default_rng(0).normal(size=(2, 900, 4)) + 0.2
+    b[:, 0] += 0.3
+    for size in (20, 601):  # within a tile, and over several, the last of them narrow
+        before: Any = np.random.get_state()
+        np.random.seed(3)  # clean-fid draws from the global state
+        expected = kernel_distance(a, b, num_subsets=7, max_subset_size=size)
+        np.random.set_state(before)
+        assert kid(a, b, 7, size, 3) == pytest.approx(expected, rel=1e-9)
+        assert kid_of_subsets(2 * a, 2 * b, 7, size, 3, scale=2.0).mean() == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize(("hits", "low", "high"), [(0, 0.0, 0.27753), (5, 0.23659, 0.76341), (10, 0.72247, 1.0)])
@@ -92,8 +98,8 @@ def brute(real: np.ndarray, samples: np.ndarray) -> tuple[float, float]:
 def test_precision_and_recall_are_those_of_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
     random = np.random.default_rng(0)
     real, samples = random.normal(size=(90, 3)), random.normal(size=(70, 3)) * 0.5 + 0.4
-    for block in (1 << 24, 200):
-        monkeypatch.setattr("afm_pipe.evaluation.manifold.BLOCK", block)
+    for tile in ((128, 2048), (7, 2), (20, 31)):
+        monkeypatch.setattr("afm_pipe.evaluation.manifold.TILE", tile)
         found = precision_recall(real, samples)
         shares = found.samples_within / found.samples, found.real_within / found.real
         assert shares == pytest.approx(brute(real, samples))
@@ -120,8 +126,11 @@ def test_precision_and_recall_of_a_set_with_itself_are_one_and_of_far_sets_none(
 
 
 def test_inception_score_of_known_probabilities_whatever_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    def same(probabilities: np.ndarray) -> np.ndarray:
+        return probabilities
+
     sure = np.eye(10)[np.repeat(np.arange(10), 100)]  # in the order of their classes
-    assert inception_score(sure, 0) == pytest.approx(10)
-    assert inception_score(np.full((50, 10), 0.1), 0) == pytest.approx(1)
+    assert inception_score(sure, same, 0) == pytest.approx(10)
+    assert inception_score(np.full((50, 10), 0.1), same, 0) == pytest.approx(1)
     monkeypatch.setattr("afm_pipe.evaluation.measures.SCORE_PART", 250)
-    assert inception_score(sure, 0) == pytest.approx(10, rel=0.02)  # four parts in that order would give at most 3
+    assert inception_score(sure, same, 0) == pytest.approx(10, rel=0.02)  # four parts in that order would give at most 3

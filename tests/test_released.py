@@ -250,7 +250,7 @@ def test_weights_of_sd_vae_latents_get_its_factor_and_the_names_of_imagenet(proj
     assert described["scaling_factor"] == 0.18215
     assert described["classes"][207] == "golden retriever"
     with pytest.raises(UserError, match="scaling factor 0.5, expected 4 and 0.18215"):
-        pipeline._sampler(load_params(), "x", CPU)
+        pipeline.load_sampler(load_params(), "x", CPU)
 
 
 def test_an_import_never_replaces_a_trained_model(project: Path) -> None:

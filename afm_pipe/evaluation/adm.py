@@ -14,10 +14,11 @@ import torch
 from afm_pipe.errors import UserError
 from afm_pipe.evaluation.nearest import load_arrays
 from afm_pipe.evaluation.networks import LEGACY, SPATIAL, FeatureNetwork
-from afm_pipe.evaluation.reference import Reference
+from afm_pipe.evaluation.reference import OWN, Reference
 from afm_pipe.files import sha256_file
 from afm_pipe.params import AdmReference
 
+ADM = "adm"  # the source of such statistics, before the hash of their file
 ARRAYS = ("mu", "sigma", "mu_s", "sigma_s", "arr_0")
 
 
@@ -36,6 +37,20 @@ def adm_path(settings: AdmReference) -> tuple[Path, str]:
             "evaluate.adm_reference.sha256."
         )
     return path, found
+
+
+def require_reference(settings: AdmReference | None, reference: Reference, folder: Path) -> None:
+    """Raise UserError for statistics of Inception that are not those params name: another file's, or our own."""
+    expected = OWN
+    if settings is not None:
+        path = Path(os.environ.get("AFM_WEIGHTS", "weights")) / settings.file
+        sha256 = settings.sha256 or (sha256_file(path) if path.is_file() else None)
+        expected = f"{ADM} {sha256}" if sha256 else ADM  # any hash will do where none is known
+    if reference.source != expected and not (expected == ADM and reference.source.startswith(f"{ADM} ")):
+        raise UserError(
+            f"Found statistics of {reference.source} for {reference.name} in {folder}, expected those of {expected}, as "
+            "evaluate.adm_reference says: build the reference again."
+        )
 
 
 def adm_references(
@@ -66,7 +81,7 @@ def adm_references(
             )
         yield dataclasses.replace(
             reference,
-            source=f"adm {sha256}",
+            source=f"{ADM} {sha256}",
             mu=mu.astype(np.float64),
             sigma=sigma.astype(np.float64),
             features=features,

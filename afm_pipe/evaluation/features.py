@@ -17,7 +17,7 @@ from afm_pipe.errors import UserError
 from afm_pipe.evaluation.classifier import CONFIG, WEIGHTS, load_classifier
 from afm_pipe.evaluation.inception import inception
 from afm_pipe.evaluation.networks import LEGACY, NAMES, SPATIAL, FeatureNetwork, Names
-from afm_pipe.evaluation.other_networks import OTHER_NETWORKS
+from afm_pipe.evaluation.other_networks import dinov2, efficientnet
 from afm_pipe.files import sha256_file, sha256_files
 
 INCEPTION_FILE = "inception-2015-12-05.pt"
@@ -29,7 +29,12 @@ __all__ = ["LEGACY", "NAMES", "SPATIAL", "FeatureNetwork", "Names", "inception_p
 
 
 def load_networks(
-    names: Sequence[str], reference_dir: Path, device: torch.device = CPU, inception_sha256: str = INCEPTION_SHA256
+    names: Sequence[str],
+    reference_dir: Path,
+    device: torch.device = CPU,
+    *,
+    dinov2_sha256: str | None = None,
+    inception_sha256: str = INCEPTION_SHA256,
 ) -> list[FeatureNetwork]:
     """Load feature networks, in order; with Inception of TensorFlow's resizing come its spatial features, for sFID.
 
@@ -40,18 +45,28 @@ def load_networks(
     for name in names:
         if name == "classifier":
             networks.append(_classifier(reference_dir, device))
-        elif name in OTHER_NETWORKS:
-            networks.append(FeatureNetwork(name, *OTHER_NETWORKS[name](device)))
+        elif name == "efficientnet":
+            networks.append(FeatureNetwork(name, *efficientnet(device)))
+        elif name == "dinov2":
+            networks.append(FeatureNetwork(name, *dinov2(device, dinov2_sha256)))
         else:
             networks += inception(name, inception_path(inception_sha256), inception_sha256, device)
     return networks
 
 
 def load_network(
-    name: str, reference_dir: Path, device: torch.device = CPU, inception_sha256: str = INCEPTION_SHA256
+    name: str,
+    reference_dir: Path,
+    device: torch.device = CPU,
+    *,
+    dinov2_sha256: str | None = None,
+    inception_sha256: str = INCEPTION_SHA256,
 ) -> FeatureNetwork:
     """Load one feature network, as `load_networks`."""
-    return load_networks([name], reference_dir, device, inception_sha256)[0]
+    networks = load_networks(
+        [name], reference_dir, device, dinov2_sha256=dinov2_sha256, inception_sha256=inception_sha256
+    )
+    return networks[0]
 
 
 def inception_path(sha256: str = INCEPTION_SHA256) -> Path:

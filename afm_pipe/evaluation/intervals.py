@@ -33,14 +33,18 @@ def frechet_error(features: np.ndarray, labels: np.ndarray, mu: Array, pull: Arr
     return _error(moves, labels)
 
 
-def kernel_error(real: np.ndarray, features: np.ndarray, labels: np.ndarray, per_subset: np.ndarray) -> float:
+def kernel_error(
+    real: np.ndarray, features: np.ndarray, labels: np.ndarray, per_subset: np.ndarray, scale: float = 1.0
+) -> float:
     """Return the standard error of a kernel distance that is a mean over random subsets, `per_subset` their values.
+
+    Features count over `scale`.
 
     A sample moves the distance by 2 (mean k(x, samples) - mean k(x, real)) over N, to first order; the drawing of
     subsets adds its own noise.
     """
     rows, columns = _some(len(features)), _some(len(real))
-    x, y = features[rows].astype(np.float64), real[columns].astype(np.float64)
+    x, y = features[rows].astype(np.float64) / scale, real[columns].astype(np.float64) / scale
     moves = np.empty(len(x))
     for start in range(0, len(x), BLOCK):
         a = x[start : start + BLOCK]

@@ -3,6 +3,9 @@
 Shapes: N samples, D features.
 """
 
+import math
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,6 +13,7 @@ from torch import Tensor
 from afm_pipe.errors import UserError
 
 SCORE_PART = 5000  # samples of an Inception Score
+TILE = 250  # rows, and columns, of a block of kernel values
 
 
 def kid(reference: np.ndarray, features: np.ndarray, subsets: int, subset_size: int, seed: int) -> float:
@@ -22,39 +26,68 @@ def kid(reference: np.ndarray, features: np.ndarray, subsets: int, subset_size: 
 
 
 def kid_of_subsets(
-    reference: np.ndarray, features: np.ndarray, subsets: int, subset_size: int, seed: int
+    reference: np.ndarray, features: np.ndarray, subsets: int, subset_size: int, seed: int, scale: float = 1.0
 ) -> np.ndarray:
-    """Return the kernel distance of each random subset (subsets,); their mean is `kid`."""
-    random, width = np.random.RandomState(seed % 2**32), reference.shape[1]  # clean-fid's draws, in its order
+    """Return the kernel distance of each random subset (subsets,); their mean is `kid`. Features count over `scale`."""
+    random = np.random.RandomState(seed % 2**32)  # clean-fid's draws, in its order
     size, values = min(len(reference), len(features), subset_size), []
     for _ in range(subsets):
-        x = features[random.choice(len(features), size, replace=False)].astype(np.float64)
-        y = reference[random.choice(len(reference), size, replace=False)].astype(np.float64)
-        within = _cubic(x @ x.T / width) + _cubic(y @ y.T / width)
-        apart = _cubic(x @ y.T / width)
-        values.append((within.sum() - np.trace(within)) / (size * (size - 1)) - 2 * apart.mean())
+        x = _with_one(features[random.choice(len(features), size, replace=False)], scale)
+        y = _with_one(reference[random.choice(len(reference), size, replace=False)], scale)
+        within = _cubes_within(x) + _cubes_within(y)
+        values.append(within / (size * (size - 1)) - 2 * _cubes(x, y) / size**2)
     return np.array(values)
 
 
-def _cubic(inner: np.ndarray) -> np.ndarray:
-    inner += 1
-    return inner * inner * inner  # ten times as fast as a power
+def _with_one(features: np.ndarray, scale: float) -> np.ndarray:
+    """Return rows (n, D + 1) float64 whose inner products are x y / (scale^2 D) + 1, whose cube is the kernel."""
+    count, width = features.shape
+    rows = np.empty((count, width + 1))
+    np.multiply(features, 1 / (scale * math.sqrt(width)), out=rows[:, :width], dtype=np.float64)
+    rows[:, width] = 1
+    return rows
 
 
-def inception_score(probabilities: np.ndarray, seed: int) -> float:
-    """Return the Inception Score of class probabilities (N, K): exp of the mean divergence from their mean.
+def _cubes_within(x: np.ndarray) -> float:
+    """Return the sum of the kernel over pairs of different rows; half of the pairs are looked at."""
+    total = 0.0
+    for start in range(0, len(x), TILE):
+        rows = x[start : start + TILE]
+        total += _cubes(rows, rows) + 2 * _cubes(rows, x[start + TILE :])
+    return total - float((np.square(x).sum(axis=1) ** 3).sum())
 
-    The mean over parts of 5,000, as ADM's evaluator takes it; the parts are of a permutation drawn from `seed`, since
-    samples in the order of their classes would give another score. Fewer than 5,000 are one part.
+
+def _cubes(x: np.ndarray, y: np.ndarray) -> float:
+    """Return the sum of the kernel over all pairs, in tiles that stay in the processor's cache."""
+    total = 0.0
+    for top in range(0, len(x), TILE):
+        for left in range(0, len(y), TILE):
+            inner = x[top : top + TILE] @ y[left : left + TILE].T
+            total += float(np.vdot(inner * inner, inner))
+    return total
+
+
+def inception_score(features: np.ndarray, probabilities: Callable[[np.ndarray], np.ndarray], seed: int) -> float:
+    """Return the Inception Score of features (N, D): exp of the mean divergence of their classes from the mean.
+
+    `probabilities` maps some of them (n, D) to class probabilities (n, K). The mean over parts of 5,000, as ADM's
+    evaluator takes it; the parts are of a permutation drawn from `seed`, since samples in the order of their classes
+    would give another score. Fewer than 5,000 are one part.
     """
-    parts = max(len(probabilities) // SCORE_PART, 1)
+    parts = max(len(features) // SCORE_PART, 1)
     scores = []
-    for chosen in np.array_split(np.random.default_rng(seed).permutation(len(probabilities)), parts):
-        p = probabilities[chosen].astype(np.float64)
+    for chosen in np.array_split(np.random.default_rng(seed).permutation(len(features)), parts):
+        p = probabilities(features[chosen]).astype(np.float64)
         tiny = np.finfo(np.float64).tiny
         divergence = (p * (np.log(p.clip(min=tiny)) - np.log(p.mean(axis=0).clip(min=tiny)))).sum(axis=1)
         scores.append(np.exp(divergence.mean()))
     return float(np.mean(scores))
+
+
+def root_mean_square(features: np.ndarray) -> float:
+    """Return the size of features (N, D), in float64 without a copy of them in it."""
+    total = sum(float(np.square(features[i : i + 1024], dtype=np.float64).sum()) for i in range(0, len(features), 1024))
+    return math.sqrt(total / features.size)
 
 
 def within_class_variance(features: np.ndarray, labels: np.ndarray) -> float:

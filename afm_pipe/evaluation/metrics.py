@@ -4,7 +4,7 @@ Shapes: N samples, B of them at a time, C channels, H x W pixels, K classes, T t
 """
 
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from afm_pipe.console import Tick
 from afm_pipe.errors import UserError
+from afm_pipe.evaluation.adm import require_reference
 from afm_pipe.evaluation.features import LEGACY, NAMES, SPATIAL, load_networks
 from afm_pipe.evaluation.intervals import wilson
 from afm_pipe.evaluation.manifold import MAX_REAL, NEIGHBOURS, precision_recall
@@ -27,7 +28,7 @@ from afm_pipe.evaluation.measures import (
 )
 from afm_pipe.evaluation.nearest import Neighbours, Thumbnails, thumbnail
 from afm_pipe.evaluation.networks import RESIZE
-from afm_pipe.evaluation.reference import OWN, SUMMARY, THUMBNAILS, Reference, spread_evenly
+from afm_pipe.evaluation.reference import SUMMARY, THUMBNAILS, Reference, spread_evenly
 from afm_pipe.evaluation.seen import Seen
 from afm_pipe.files import read_json
 from afm_pipe.models.flow import Flow
@@ -49,15 +50,13 @@ class Evaluator:
         self.summary = read_json(reference_dir / SUMMARY)
         _check(params, self.summary, reference_dir)
         self.num_classes = len(self.summary["classes"])
-        self.networks = load_networks(params.evaluate.features, reference_dir, device)
+        self.networks = load_networks(
+            params.evaluate.features, reference_dir, device, dinov2_sha256=params.evaluate.dinov2_sha256
+        )
         self.references = [Reference.load(reference_dir, network) for network in self.networks]
-        adm = params.evaluate.adm_reference
         for reference in self.references:
-            if reference.name in (LEGACY, SPATIAL) and (reference.source == OWN) != (adm is None):
-                raise UserError(
-                    f"Found statistics of {reference.source} for {reference.name} in {reference_dir}, expected those "
-                    f"of {adm.file if adm else OWN}, as evaluate.adm_reference says: build the reference again."
-                )
+            if reference.name in (LEGACY, SPATIAL):
+                require_reference(params.evaluate.adm_reference, reference, reference_dir)
         self.thumbnails = Thumbnails.load(reference_dir / THUMBNAILS)
         self.neighbours = Neighbours(self.thumbnails.images)
         self.real_spread = ClassSpread(self.num_classes)
@@ -140,16 +139,21 @@ def _numbers(tools: Evaluator, seen: Seen, params: Params, device: torch.device)
             ):
                 metrics[key], intervals[key] = hits / count, wilson(hits, count)
         if names.score and stream.network.probabilities is not None:
-            parts = [stream.network.probabilities(part).cpu() for part in torch.from_numpy(features).split(1000)]
-            metrics[f"{names.score}{suffix}"] = inception_score(torch.cat(parts).numpy(), protocol.seed)
+            score = inception_score(features, _in_parts(stream.network.probabilities), protocol.seed)
+            metrics[f"{names.score}{suffix}"] = score
         if stream.network.head is not None:
-            right = int((stream.network.predict(torch.from_numpy(features)).numpy() == labels).sum())
+            right = int((_in_parts(stream.network.predict)(features) == labels).sum())
             metrics["class_accuracy"], intervals["class_accuracy"] = right / len(labels), wilson(right, len(labels))
     metrics["within_class_variance"] = seen.spread.variance() / tools.real_spread.variance()
     of_features = within_class_variance(seen.streams[0].features, labels)
     metrics["within_class_variance_features"] = of_features / tools.references[0].within_class_variance
     metrics |= _nearness(torch.cat(seen.distances), tools.thumbnails)
     return metrics | {"intervals": intervals}
+
+
+def _in_parts(network: Callable[[Tensor], Tensor]) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function on features (n, D) that hands them on a thousand at a time."""
+    return lambda features: np.concatenate([network(x).cpu().numpy() for x in torch.from_numpy(features).split(1000)])
 
 
 def _protocol(tools: Evaluator, params: Params, device: torch.device) -> dict[str, Any]:

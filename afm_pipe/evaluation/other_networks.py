@@ -45,14 +45,9 @@ def efficientnet(device: torch.device) -> Loaded:
     return EFFICIENTNET_DIM, sha256_file(path), extract
 
 
-def dinov2(device: torch.device) -> Loaded:
-    """Return width, hash and extractor of DINOv2 ViT-L/14 by timm. Raises UserError without timm or its weights."""
-    path = Path(os.environ.get("AFM_WEIGHTS", "weights")) / DINOV2_FILE
-    if not path.is_file():
-        raise UserError(
-            f"Found no {path}, expected timm's {DINOV2_MODEL} as safetensors: put its model.safetensors there, or "
-            "leave dinov2 out of evaluate.features."
-        )
+def dinov2(device: torch.device, sha256: str | None) -> Loaded:
+    """Return width, hash and extractor of DINOv2 ViT-L/14 by timm. Raises UserError without timm or those weights."""
+    path = dinov2_path(sha256)
     try:
         import timm
     except ImportError:
@@ -63,7 +58,28 @@ def dinov2(device: torch.device) -> Loaded:
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"Found {path} that does not fit {DINOV2_MODEL} ({str(error).splitlines()[0]}).") from None
     model = model.to(device).eval()
-    return int(model.num_features), sha256_file(path), lambda x: model(_prepared(x.to(device), DINOV2_SIDE, MEAN, STD))
+    return int(model.num_features), str(sha256), lambda x: model(_prepared(x.to(device), DINOV2_SIDE, MEAN, STD))
+
+
+def dinov2_path(sha256: str | None) -> Path:
+    """Return where DINOv2's weights are: in $AFM_WEIGHTS, or ./weights. Raises UserError when missing or another."""
+    path = Path(os.environ.get("AFM_WEIGHTS", "weights")) / DINOV2_FILE
+    if not path.is_file():
+        raise UserError(
+            f"Found no {path}, expected timm's {DINOV2_MODEL} as safetensors: put its model.safetensors there, or "
+            "leave dinov2 out of evaluate.features."
+        )
+    found = sha256_file(path)
+    if sha256 is None:
+        raise UserError(
+            f"Found {path} with sha256 {found}, and evaluate.dinov2_sha256 null: if that file is the one you mean, put "
+            "this hash there, so that no other is taken for it."
+        )
+    if found != sha256:
+        raise UserError(
+            f"Found {path} with sha256 {found}, expected {sha256}: put that file there, or mend evaluate.dinov2_sha256."
+        )
+    return path
 
 
 def _prepared(images: Tensor, side: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -73,5 +89,3 @@ def _prepared(images: Tensor, side: int, mean: tuple[float, ...], std: tuple[flo
     shape = (1, 3, 1, 1)
     return (x - torch.tensor(mean, device=x.device).view(shape)) / torch.tensor(std, device=x.device).view(shape)
 
-
-OTHER_NETWORKS: dict[str, Callable[[torch.device], Loaded]] = {"efficientnet": efficientnet, "dinov2": dinov2}

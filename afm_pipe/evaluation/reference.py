@@ -4,6 +4,7 @@ Shapes: N images, C channels, H x W pixels, D features, K classes.
 """
 
 import hashlib
+import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,10 @@ from torch import Tensor
 from afm_pipe.console import Tick
 from afm_pipe.errors import UserError
 from afm_pipe.evaluation.classifier import save_classifier, train_classifier
-from afm_pipe.evaluation.features import LEGACY, NAMES, FeatureNetwork, load_networks
+from afm_pipe.evaluation.features import LEGACY, NAMES, SPATIAL, FeatureNetwork, load_networks
 from afm_pipe.evaluation.frechet import Array, Statistics, frechet_and_map
 from afm_pipe.evaluation.intervals import around, frechet_error, kernel_error
-from afm_pipe.evaluation.measures import kid_of_subsets, within_class_variance
+from afm_pipe.evaluation.measures import kid_of_subsets, root_mean_square, within_class_variance
 from afm_pipe.evaluation.nearest import build_thumbnails, load_arrays, thumbnail
 from afm_pipe.files import write_json
 from afm_pipe.models.autoencoder import decode, encode_moments, sample_latent
@@ -89,10 +90,10 @@ class Reference:
         error = frechet_error(features, labels, self.mu, pull)
         found = {names.distance: (value, around(value, error, 0.0))}
         if names.kid:
-            size = float(np.sqrt(np.square(self.features).mean())) if names.kid_rescaled else 1.0
-            real, other = self.features / size, features / size
-            each = kid_of_subsets(real, other, params.kid_subsets, params.kid_subset_size, params.seed)
-            found[names.kid] = float(each.mean()), around(each.mean(), kernel_error(real, other, labels, each))
+            size = root_mean_square(self.features) if names.kid_rescaled else 1.0
+            sets = self.features, features
+            each = kid_of_subsets(*sets, params.kid_subsets, params.kid_subset_size, params.seed, size)
+            found[names.kid] = float(each.mean()), around(each.mean(), kernel_error(*sets, labels, each, size))
         return found
 
 
@@ -123,7 +124,9 @@ def build_reference(
     folder.mkdir(parents=True, exist_ok=True)
     names = params.evaluate.features
     adm = params.evaluate.adm_reference if LEGACY in names else None
-    load_networks([name for name in names if name != "classifier"], folder, device)  # fail before it is trained
+    dinov2_sha256 = params.evaluate.dinov2_sha256
+    others = [name for name in names if name != "classifier"]
+    load_networks(others, folder, device, dinov2_sha256=dinov2_sha256)  # fail before the classifier is trained
     if adm:
         adm_path(adm)
     summary: dict[str, Any] = {
@@ -136,22 +139,25 @@ def build_reference(
         training = train_classifier(params.reference.classifier, images, labels, len(classes), params.seed, device)
         classifier, summary["classifier_accuracy"] = yield from training
         save_classifier(classifier, folder)
-    networks = load_networks(names, folder, device)
+    networks = load_networks(names, folder, device, dinov2_sha256=dinov2_sha256)
 
     size = params.sample.micro_batch
     kept = _evenly(len(images), MAX_FEATURES)
     chosen = _evenly(len(images), params.evaluate.samples)
-    total = len(images) + len(chosen)
+    shown = _shown(networks, np.arange(len(images)), kept, bool(adm))
+    visited = max(shown, key=len)
+    total = len(visited) + len(chosen)
     collected = [FeatureStream(network, len(kept)) for network in networks]
-    for start in range(0, len(images), size):
-        rows = np.arange(start, min(start + size, len(images)))
-        batch, wanted = _rows(images, rows), np.isin(rows, kept)
-        for stream in collected:
-            stream.add(batch, wanted)
-        yield Tick(int(rows[-1]) + 1, total, "images", "features of real images")
-    references = []
-    for stream in collected:
-        references.append(stream.reference(labels[kept], manifest_digest))
+    for start in range(0, len(visited), size):
+        rows = visited[start : start + size]
+        batch = _rows(images, rows)
+        for stream, own in zip(collected, shown, strict=True):
+            if len(own) == len(visited):
+                stream.add(batch, np.isin(rows, kept))
+            elif len(own) and np.isin(rows, own).any():
+                stream.add(batch[torch.from_numpy(np.isin(rows, own))])
+        yield Tick(start + len(rows), total, "images", "features of real images")
+    references = [stream.reference(labels[kept], len(images), manifest_digest) for stream in collected]
     if adm:
         references = list(adm_references(adm, networks, references, size))
     for reference in references:
@@ -164,7 +170,7 @@ def build_reference(
         rebuilt = _reconstructed(params, vae, images, rows, device)
         for stream in collected:
             stream.add(rebuilt)
-        yield Tick(len(images) + start + len(rows), total, "images", "features of reconstructions")
+        yield Tick(len(visited) + start + len(rows), total, "images", "features of reconstructions")
     for stream, reference in zip(collected, references, strict=True):
         measured = reference.measured(stream.statistics, stream.features, labels[chosen], params.evaluate)
         summary |= {f"{key}_reconstruction": value for key, (value, _) in measured.items()}
@@ -213,19 +219,35 @@ class FeatureStream:
         self.statistics = Statistics(count, state[f"{name}/mu"], state[f"{name}/scatter"])
         self._features[: len(features)], self._filled = features, len(features)
 
-    def reference(self, labels: np.ndarray, manifest_digest: str) -> Reference:
-        """Return what was seen as a reference; `labels` are of the features kept."""
+    def reference(self, labels: np.ndarray, count: int, manifest_digest: str) -> Reference:
+        """Return what was seen of `count` images as a reference; `labels` are of the features kept.
+
+        A network that was shown none gets empty statistics, for others to take their place.
+        """
+        nothing = self.statistics.count == 0
         return Reference(
             name=self.network.name,
             sha256=self.network.sha256,
             manifest_digest=manifest_digest,
-            count=self.statistics.count,
+            count=count,
             mu=self.statistics.mu,
-            sigma=self.statistics.sigma,
+            sigma=self.statistics.scatter if nothing else self.statistics.sigma,
             features=self.features,
             labels=labels,
-            within_class_variance=within_class_variance(self.features, labels),
+            within_class_variance=math.nan if nothing else within_class_variance(self.features, labels),
         )
+
+
+def _shown(
+    networks: Sequence[FeatureNetwork], every: np.ndarray, kept: np.ndarray, adm: bool
+) -> list[np.ndarray]:
+    """Return which images each network is shown: where ADM's statistics take the place of ours, only what is used.
+
+    That is, for the first network, the images kept for its variance within a class, and none for another.
+    """
+    replaced = [adm and network.name in (LEGACY, SPATIAL) for network in networks]
+    none = every[:0]
+    return [(none if place else kept) if given else every for place, given in enumerate(replaced)]
 
 
 def _check(params: Params, images: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> None:

@@ -136,6 +136,8 @@ class Evaluate(Section):
     """Networks whose features distances are taken in."""
     kid_subsets: Count
     kid_subset_size: Annotated[int, Field(ge=2)]
+    dinov2_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
+    """Expected hash of dinov2_vitl14.safetensors; null: not known yet, and dinov2 is refused with the one found."""
     adm_reference: AdmReference | None
     """What inception_legacy_tensorflow is compared with; null: statistics of the training images."""
 
