@@ -152,7 +152,10 @@ def test_of_networks_with_adms_statistics_only_what_is_used_is_passed_through(
     def load(names: list[str], folder: Path, *_: Any, **__: Any) -> list[FeatureNetwork]:
         found = {
             "classifier": lambda: [load_network("classifier", folder)],
-            LEGACY: lambda: [FeatureNetwork(LEGACY, 5, "1" * 64, pooled), FeatureNetwork(SPATIAL, 5, "1" * 64, spatial)],
+            LEGACY: lambda: [
+                FeatureNetwork(LEGACY, 5, "1" * 64, pooled),
+                FeatureNetwork(SPATIAL, 5, "1" * 64, spatial),
+            ],
         }
         return [network for name in names for network in found[name]()]
 
@@ -197,7 +200,9 @@ def test_a_reference_of_another_adm_file_than_params_name_is_refused(
     follow("r", build_reference(params("adm.npz", None), *real, CLASSES, "digest", vae, folder))
     for sha256 in (right, None):
         Evaluator(params("adm.npz", sha256), folder)
-    with pytest.raises(UserError, match=f"of adm {right} .*expected those of adm {'2' * 64}.*build the reference again"):
+    with pytest.raises(
+        UserError, match=f"of adm {right} .*expected those of adm {'2' * 64}.*build the reference again"
+    ):
         Evaluator(params("adm.npz", "2" * 64), folder)
     with pytest.raises(UserError, match="expected those of training images"):
         Evaluator(params(None, None), folder)

@@ -133,4 +133,6 @@ def test_inception_score_of_known_probabilities_whatever_the_order(monkeypatch: 
     assert inception_score(sure, same, 0) == pytest.approx(10)
     assert inception_score(np.full((50, 10), 0.1), same, 0) == pytest.approx(1)
     monkeypatch.setattr("afm_pipe.evaluation.measures.SCORE_PART", 250)
-    assert inception_score(sure, same, 0) == pytest.approx(10, rel=0.02)  # four parts in that order would give at most 3
+    assert inception_score(sure, same, 0) == pytest.approx(
+        10, rel=0.02
+    )  # four parts in that order would give at most 3

@@ -88,4 +88,3 @@ def _prepared(images: Tensor, side: int, mean: tuple[float, ...], std: tuple[flo
     x = F.interpolate(rgb.float(), (side, side), mode="bicubic", antialias=True).clamp(0, 255) / 255
     shape = (1, 3, 1, 1)
     return (x - torch.tensor(mean, device=x.device).view(shape)) / torch.tensor(std, device=x.device).view(shape)
-

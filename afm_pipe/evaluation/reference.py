@@ -238,9 +238,7 @@ class FeatureStream:
         )
 
 
-def _shown(
-    networks: Sequence[FeatureNetwork], every: np.ndarray, kept: np.ndarray, adm: bool
-) -> list[np.ndarray]:
+def _shown(networks: Sequence[FeatureNetwork], every: np.ndarray, kept: np.ndarray, adm: bool) -> list[np.ndarray]:
     """Return which images each network is shown: where ADM's statistics take the place of ours, only what is used.
 
     That is, for the first network, the images kept for its variance within a class, and none for another.
