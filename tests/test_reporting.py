@@ -15,7 +15,9 @@ from PIL import Image
 from afm_pipe import paths
 from afm_pipe.errors import UserError
 from afm_pipe.params import Params
+from afm_pipe.params_file import load_params
 from afm_pipe.reporting import curves, printing, tables, titles
+from afm_pipe.reporting.counts import xl2_units
 from afm_pipe.reporting.page import write_report
 from afm_pipe.reporting.tables import setting_text
 
@@ -489,6 +491,12 @@ def test_the_work_of_a_run_is_counted_on_its_steps(project: Path) -> None:
         write(paths.model(name) / "config.json", described)
     rows = built(params).rows["table-paper_compute tbody"]
     assert ["AFMpaper", "14.5"] in rows
-    one, two = float(rows[0][1]), float(rows[1][1])
+    (of_xl2,), (one,), (two,) = ((float(value) for value in row[1:]) for row in rows[:3])
+    assert of_xl2 == pytest.approx(14.5, rel=0.03)
     assert 14 < one < 19
     assert two < 0.75 * one  # a generator of twice the work for the same discriminator
+
+
+def test_xl2_costs_the_papers_units() -> None:
+    """Paper Table 12: 14.5 forward passes of G an update of D and G."""
+    assert xl2_units(load_params(Path(__file__).parents[1] / "params.yaml").train) == pytest.approx(14.5, rel=0.03)

@@ -48,8 +48,8 @@ def require_reference(settings: AdmReference | None, reference: Reference, folde
         expected = f"{ADM} {sha256}" if sha256 else ADM  # any hash will do where none is known
     if reference.source != expected and not (expected == ADM and reference.source.startswith(f"{ADM} ")):
         raise UserError(
-            f"Found statistics of {reference.source} for {reference.name} in {folder}, expected those of {expected}, as "
-            "evaluate.adm_reference says: build the reference again."
+            f"Found statistics of {reference.source} for {reference.name} in {folder}, expected those of {expected}, "
+            "as evaluate.adm_reference says: build the reference again."
         )
 
 

@@ -5,7 +5,7 @@ those of the runs on their settings.
 """
 
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from afm_pipe.params import Run
 from afm_pipe.reporting import titles
@@ -13,7 +13,11 @@ from afm_pipe.reporting.inputs import Inputs, RunRecord
 from afm_pipe.reporting.table import Cell, Column, Origin, Table, origins_of
 from afm_pipe.reporting.tables import published_cell
 
+if TYPE_CHECKING:
+    from afm_pipe.models.checkpoint_format import ModelConfig
+
 TITLES = {"XL/2 2": "XL/2, 2 or 4 steps", "XL/2 deep": "XL/2, blocks repeated"}
+COUNTED_BATCH = 16  # work is in proportion to it; a quarter of it is penalised
 CODE = "counted on the modules"
 # The paper's models: name in published.yaml -> size, steps, repeats; all on 1,000 classes, latents of 4 x 32 x 32.
 # YAML reads the unquoted "XL/2 2,4NFE" of that file as "XL/2 2" and an empty key: TITLES says what is meant.
@@ -75,7 +79,9 @@ def _compute(inputs: Inputs) -> Table:
         Column("method", "Method", numeric=False),
         Column("units", "Forward passes per update", "Of G on one batch; the update of D is included"),
     )
-    rows: list[tuple[Cell, ...]] = [
+    of_xl2 = xl2_units(inputs.params.train)
+    rows: list[tuple[Cell, ...]] = [(Cell(f"XL/2, {CODE}", "XL/2"), Cell(titles.number(of_xl2, 4), of_xl2))]
+    rows += [
         (Cell(f"{run.name}, {CODE}", run.name, run=run.name), Cell(titles.number(units), units))
         for run in inputs.runs
         if (units := _units(run)) is not None
@@ -85,7 +91,8 @@ def _compute(inputs: Inputs) -> Table:
     ]
     caption = (
         "Table 12: work of one generator update in forward passes. Ours count the FLOPs of matrix products in the "
-        "steps that train, without guidance; no training, no samples. Small models pay relatively more for what is no "
+        "steps that train, without guidance; no training, no samples. XL/2 stands at the paper's shape. Small models pay relatively "
+        "more for what is no "
         "block, such as the penalties' own forward passes and the discriminator's token."
     )
     return Table("paper_compute", caption, columns, (*rows, *theirs), origins=origins_of(rows, theirs))
@@ -95,13 +102,28 @@ def _compute(inputs: Inputs) -> Table:
 def _parameters(size: str, nfe: int, repeats: int) -> tuple[int, int]:
     import torch
 
-    from afm_pipe.models.checkpoint_format import ModelConfig, build_discriminator, build_generator, count_parameters
+    from afm_pipe.models.checkpoint_format import build_discriminator, build_generator, count_parameters
+
+    config = _paper_config(size, nfe, repeats)
+    with torch.device("meta"):
+        return count_parameters(build_generator(config)), count_parameters(build_discriminator(config))
+
+
+def xl2_units(train: Run) -> float:
+    """Return the work of an update of XL/2 in one step at the paper's shape, penalties as in the paper."""
+    from afm_pipe.plan import measure
+
+    penalty = train.penalty.model_copy(update={"share": 0.25, "every": 1})
+    own = {"size": "xl2", "nfe": 1, "form": "direct", "repeats": 1, "penalty": penalty, "reuse_forward": False}
+    return measure(train.model_copy(update=own), _paper_config("xl2", 1, 1), COUNTED_BATCH).units
+
+
+def _paper_config(size: str, nfe: int, repeats: int) -> "ModelConfig":
+    from afm_pipe.models.checkpoint_format import ModelConfig
 
     shape = {"channels": 4, "latent_size": 32, "num_classes": 1000}
     form = {"nfe": nfe, "form": "direct" if nfe == 1 else "residual", "repeats": repeats, "qk_norm": False}
-    config = ModelConfig.model_validate({"size": size, **shape, **form})
-    with torch.device("meta"):
-        return count_parameters(build_generator(config)), count_parameters(build_discriminator(config))
+    return ModelConfig.model_validate({"size": size, **shape, **form})
 
 
 def _units(record: RunRecord) -> float | None:
