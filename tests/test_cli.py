@@ -1,5 +1,6 @@
 """The command line as a person meets it."""
 
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
@@ -96,3 +97,20 @@ def test_doctor_names_what_is_missing_and_the_remedy(run) -> None:
     assert "MEND  data: data/images is missing" in result.output
     assert "MEND  Inception: missing or another" in result.output
     assert "inception-2015-12-05.pt" in result.output
+
+
+def test_doctor_tells_which_weights_of_the_evaluation_are_there(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AFM_WEIGHTS", ".")
+    text = SMOKE.read_text().replace("features: [classifier]", "features: [inception_legacy_tensorflow, dinov2]")
+    text = text.replace("adm_reference: null", "adm_reference: {file: adm.npz, sha256: null}")
+    Path("params.yaml").write_text(text)
+    missing = run("doctor").output
+    assert "MEND  ADM's statistics: missing or another" in missing and "Found no adm.npz" in missing
+    assert "MEND  DINOv2: missing or another" in missing and "Found no dinov2_vitl14.safetensors" in missing
+    Path("adm.npz").write_bytes(b"statistics")
+    Path("dinov2_vitl14.safetensors").write_bytes(b"weights")
+    unknown, sha256 = run("doctor").output, hashlib.sha256(b"weights").hexdigest()
+    assert "ok    ADM's statistics: adm.npz" in unknown
+    assert "MEND  DINOv2" in unknown and sha256 in unknown
+    Path("params.yaml").write_text(text.replace("dinov2_sha256: null", f"dinov2_sha256: {sha256}"))
+    assert "ok    DINOv2: dinov2_vitl14.safetensors" in run("doctor").output

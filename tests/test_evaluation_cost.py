@@ -173,8 +173,8 @@ def test_of_networks_with_adms_statistics_only_what_is_used_is_passed_through(
     assert summary["fid_reconstruction"] > 0 and summary["within_class_variance"] > 0
 
     found = Evaluator(params, folder).references
-    assert {reference.count for reference in found} == {300}
-    assert [reference.source for reference in found].count(f"adm {sha256_file(adm)}") == 2
+    assert {each.count for each in found} == {300}
+    assert [each.source for each in found].count(f"adm {sha256_file(adm)}") == 2
     metrics, _ = follow("evaluate", evaluate_run(params, Painter(), vae, folder, {}))
     assert metrics["fid_240"] > 0 and metrics["sfid_240"] > 0 and metrics["within_class_variance_features"] > 0
 

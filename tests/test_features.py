@@ -21,6 +21,7 @@ from afm_pipe.evaluation.features import (
     load_networks,
 )
 from afm_pipe.evaluation.inception import _resized
+from afm_pipe.evaluation.other_networks import dinov2_path
 from afm_pipe.params import FeatureClassifier
 
 SETTINGS = FeatureClassifier(widths=(4, 8), features=6, lr=1e-2, batch_size=16, epochs=6, held_out=0.2)
@@ -244,6 +245,19 @@ def test_missing_dinov2_says_where_it_belongs(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("AFM_WEIGHTS", str(tmp_path))
     with pytest.raises(UserError, match="dinov2_vitl14.safetensors"):
         load_network("dinov2", Path("unused"))
+
+
+def test_dinov2s_weights_are_known_by_a_hash_that_params_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AFM_WEIGHTS", str(tmp_path))
+    path = tmp_path / "dinov2_vitl14.safetensors"
+    path.write_bytes(b"other weights")
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr("afm_pipe.evaluation.other_networks.load_file", lambda *_: pytest.fail("it was loaded"))
+    with pytest.raises(UserError, match=f"with sha256 {found}, and evaluate.dinov2_sha256 null: .*put this hash there"):
+        load_network("dinov2", Path("unused"))
+    with pytest.raises(UserError, match=f"with sha256 {found}, expected {'3' * 64}: .*mend evaluate.dinov2_sha256"):
+        load_network("dinov2", Path("unused"), dinov2_sha256="3" * 64)
+    assert dinov2_path(found) == path
 
 
 def test_another_inception_file_is_refused_before_it_is_loaded(

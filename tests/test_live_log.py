@@ -41,7 +41,7 @@ def break_off(params: Params, monkeypatch: pytest.MonkeyPatch, rows: int) -> Non
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "follow", some)
+        patch.setattr("afm_pipe.pipeline.training.follow", some)
         with pytest.raises(KeyboardInterrupt):
             pipeline.train(params, "t4", OFTEN)
 

@@ -46,6 +46,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for weight in generator.parameters():
                 weight.normal_(std=0.1)
         described = {"model": config.model_dump(), "scaling_factor": 0.5, "classes": [f"digit {i}" for i in range(10)]}
+        described["images_seen"] = 0
         save_model(folder / paths.model(name), generator, build_discriminator(config), described)
     (folder / "params.yaml").write_text(SMOKE.read_text().replace("micro_batch: 50", "micro_batch: 6"))
     return folder

@@ -1,0 +1,102 @@
+"""From images to latents and to what samples are held against; the classifiers."""
+
+from pathlib import Path
+from typing import Any
+
+from afm_pipe import paths
+from afm_pipe.console import follow
+from afm_pipe.files import atomic_path, exclusive, write_json
+from afm_pipe.launch import Launch
+from afm_pipe.params import Params
+from afm_pipe.pipeline.known import open_latents
+
+IN_MEMORY = 4 << 30  # bytes; data sets of more pixels are read as they are needed
+
+
+def prepare(params: Params) -> None:
+    """Check, count and hash the images, and write their manifest; a built-in data set is written out first."""
+    from afm_pipe.data.manifest import build_manifest, write_manifest
+    from afm_pipe.data.sources import BUILT_IN, materialise
+
+    root = Path(params.data.root)
+    if params.data.source in BUILT_IN:
+        follow("materialise", materialise(params.data.source, root))
+    manifest = follow("prepare", build_manifest(params.data))
+    write_manifest(paths.MANIFEST, manifest)
+    print(f"{manifest.num_images} images of {len(manifest.classes)} classes under {manifest.root}.")
+
+
+def autoencoder(params: Params, launch: Launch) -> None:
+    """Fetch the pretrained autoencoder, or train a small one on the images."""
+    from afm_pipe.data.manifest import load_images, read_manifest
+    from afm_pipe.models.autoencoder import fetch_pretrained, save_autoencoder, train_autoencoder
+
+    with atomic_path(paths.AUTOENCODER) as folder:
+        if params.autoencoder.pretrained is not None:
+            fetch_pretrained(params, folder)
+            return
+        images = follow("read images", load_images(read_manifest(paths.MANIFEST), params.data))
+        training = train_autoencoder(params.autoencoder, images, params.seed, launch.torch_device())
+        trained = follow("autoencoder", training)
+        save_autoencoder(trained.autoencoder, folder)
+        write_json(folder / "training.json", {"reconstruction_mse": trained.reconstruction_mse})
+
+
+def encode(params: Params, launch: Launch) -> None:
+    """Encode every image to its latent moments, from where an interrupted encoding stopped."""
+    from afm_pipe.data.encoding import encode_dataset
+    from afm_pipe.data.manifest import read_manifest
+    from afm_pipe.models.autoencoder import autoencoder_sha256, load_autoencoder
+
+    device = launch.torch_device()
+    vae, identity = load_autoencoder(paths.AUTOENCODER, device), autoencoder_sha256(paths.AUTOENCODER)
+    manifest, work_dir = read_manifest(paths.MANIFEST), paths.WORK / "encode"
+    follow("encode", encode_dataset(params, manifest, vae, identity, paths.LATENTS, work_dir, device))
+
+
+def reference(params: Params, launch: Launch) -> None:
+    """Measure the real images: the statistics that samples are held against."""
+    from afm_pipe.data.manifest import UnreadImages, load_images, read_manifest, require_images
+    from afm_pipe.evaluation.reference import build_reference
+    from afm_pipe.models.autoencoder import load_autoencoder
+
+    device, manifest = launch.torch_device(), read_manifest(paths.MANIFEST)
+    vae = load_autoencoder(paths.AUTOENCODER, device)
+    images: Any = UnreadImages(manifest, params.data)
+    if images.nbytes < IN_MEMORY:
+        images = follow("read images", load_images(manifest, params.data))
+    else:
+        follow("look for images", require_images(manifest, params.data))
+    with atomic_path(paths.REFERENCE) as folder:
+        building = build_reference(
+            params, images, manifest.labels, manifest.classes, manifest.digest, vae, folder, device
+        )
+        follow("reference", building)
+
+
+def classifier(params: Params, launch: Launch) -> None:
+    """Train the classifier that guides, from where an interrupted training stopped; without one in params, say so."""
+    from afm_pipe.fingerprint import TRAINING_SOURCES, fingerprint
+    from afm_pipe.models.checkpoint_format import save_tensors
+    from afm_pipe.training.classifier import accuracy_by_level, train_latent_classifier
+
+    settings, device = params.classifier, launch.torch_device()
+    if settings is None:
+        with atomic_path(paths.CLASSIFIER) as folder:
+            write_json(folder / "config.json", {"classifier": None})
+        return
+    latents = open_latents(params)
+    described = {"classifier": settings.model_dump(), "seed": params.seed}
+    identity = fingerprint(described, {"latents": latents.fingerprint()}, TRAINING_SOURCES)
+    work_dir = paths.WORK / "classifier"
+    with exclusive(work_dir), atomic_path(paths.CLASSIFIER) as folder:
+        training = train_latent_classifier(
+            settings, latents, params.seed, work_dir / identity, identity, device, launch.checkpoint_seconds
+        )
+        trained = follow("classifier", training)
+        folder.mkdir()
+        save_tensors(folder / "classifier.safetensors", trained.ema.state_dict())
+        channels, latent_size, _ = latents.latent_shape
+        shape = {"size": settings.size, "channels": channels, "latent_size": latent_size}
+        accuracy = accuracy_by_level(trained.ema, latents, params.seed, device)
+        write_json(folder / "config.json", described | shape | {"num_classes": len(latents.classes)} | accuracy)

@@ -1,0 +1,78 @@
+"""What the stages look up: a run by its name, its model, its data, what it needs."""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from afm_pipe import paths
+from afm_pipe.errors import UserError
+from afm_pipe.files import read_json, sha256_file
+from afm_pipe.params import Params, Run
+
+if TYPE_CHECKING:
+    import torch
+
+    from afm_pipe.data.latents import Latents
+    from afm_pipe.data.manifest import Manifest
+    from afm_pipe.drawing import Sampler
+    from afm_pipe.models.checkpoint_format import ModelConfig
+    from afm_pipe.training.budget import Budget
+
+
+def named_run(params: Params, name: str) -> Run:
+    """Return a run by name, guided ones resolved. Raises UserError naming those there are."""
+    if name not in params.models:
+        raise UserError(f"Found no run {name!r} in params, expected one of {', '.join(params.models)}.")
+    return params.models[name]
+
+
+def known_images(params: Params) -> "Manifest | None":
+    """Return the manifest of the images params name, if `prepare` has made it; another profile's is not taken."""
+    from afm_pipe.data.manifest import read_manifest
+
+    if not paths.MANIFEST.exists():
+        return None
+    manifest = read_manifest(paths.MANIFEST)
+    return manifest if Path(params.data.root) in (manifest.root, manifest.root.parent) else None
+
+
+def run_budget(params: Params, name: str) -> "Budget":
+    """Return what a run needs, counted without allocating it; before there is data, as if it had 1,000 classes."""
+    from afm_pipe.training.budget import budget
+
+    manifest = known_images(params)
+    return budget(named_run(params, name), model_config(params, name, len(manifest.classes) if manifest else 1000))
+
+
+def model_config(params: Params, name: str, num_classes: int) -> "ModelConfig":
+    from afm_pipe.models.checkpoint_format import run_config
+
+    return run_config(params.models[name], params.latent_shape, num_classes)
+
+
+def open_latents(params: Params) -> "Latents":
+    from afm_pipe.data.latents import Latents
+
+    if not paths.AUTOENCODER_WEIGHTS.is_file():
+        raise UserError(f"Found no {paths.AUTOENCODER_WEIGHTS}: run `dvc repro autoencoder`.")
+    return Latents.open(paths.LATENTS, params, sha256_file(paths.AUTOENCODER_WEIGHTS))
+
+
+def load_sampler(params: Params, name: str, device: "torch.device") -> "Sampler":
+    """Return a model ready to draw from. Raises UserError when the autoencoder is not that of its latents."""
+    from afm_pipe.drawing import Sampler
+    from afm_pipe.models.autoencoder import load_autoencoder
+    from afm_pipe.models.checkpoint_format import load_config, load_generator
+
+    folder = paths.model(name)
+    generator, described = load_generator(folder, device), read_json(folder / "config.json")
+    config, vae = load_config(folder), load_autoencoder(paths.AUTOENCODER, device)
+    found = (vae.config.latent_channels, vae.config.scaling_factor)
+    expected = (config.channels, described.get("scaling_factor") or found[1])
+    if found[0] != expected[0] or not math.isclose(found[1], expected[1], rel_tol=1e-6):
+        raise UserError(
+            f"Found {paths.AUTOENCODER} with {found[0]} latent channels and scaling factor {found[1]:g}, expected "
+            f"{expected[0]} and {expected[1]:g}, on which {folder} was trained: put that autoencoder there."
+        )
+    names = described["classes"]
+    return Sampler(generator, vae, config.latent_shape, names, params.sample.micro_batch, device)

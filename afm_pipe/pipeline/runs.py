@@ -1,0 +1,175 @@
+"""What is done with a model: it is brought in, written for others, sampled and measured."""
+
+import shutil
+from collections.abc import Generator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from afm_pipe import paths
+from afm_pipe.console import Tick, follow
+from afm_pipe.errors import UserError
+from afm_pipe.files import atomic_path, exclusive, read_json, sha256_file, write_json
+from afm_pipe.launch import Launch
+from afm_pipe.params import RESERVED_NAMES, Imported, Params, valid_name
+from afm_pipe.pipeline.known import load_sampler
+
+if TYPE_CHECKING:
+    from afm_pipe.drawing import Request, Sampler
+
+
+def import_weights(params: Params, name: str, settings: Imported | None = None) -> None:
+    """Make a model of weights from outside, as `imported` in params says or as `settings` does."""
+    from afm_pipe.models.released import describe, import_generator
+
+    settings = settings or params.imported.get(name)
+    if settings is None:
+        raise UserError(f"Found no {name!r} under imported in params, expected one of {', '.join(params.imported)}.")
+    if name in {*params.runs, *params.guided, *RESERVED_NAMES} or not valid_name(name):
+        raise UserError(f"Found the name {name!r}, expected one that no run has, in small letters and digits.")
+    described = paths.model(name) / "config.json"
+    if paths.model(name).exists() and not (described.is_file() and _imported(read_json(described))):
+        raise UserError(f"Found {paths.model(name)}, which was not imported: take another name, or move it away.")
+    config = import_generator(settings, paths.model(name))
+    print(f"{paths.model(name)}: {describe(config)}.")
+
+
+def export(name: str, kind: str, out: Path) -> None:
+    """Write a model for others: released, safetensors or diffusers."""
+    from afm_pipe.models.exports import export as write_export
+
+    write_export(paths.model(name), paths.AUTOENCODER, kind, out)
+    print(f"{out}: {name} as {kind}.")
+
+
+def export_samples(params: Params, name: str, launch: Launch, out: Path) -> None:
+    """Write the samples that evaluation measures as one npz in shuffled order, for ADM's evaluator."""
+    from afm_pipe.image_files import ShuffledNpz
+    from afm_pipe.sampling import labels_for, stream_images
+
+    if out.suffix != ".npz" or out.is_dir():
+        raise UserError(f"Found --out {out}, expected the name of a file that ends in .npz.")
+    sampler, settings = load_sampler(params, name, launch.torch_device()), params.evaluate
+    num_classes = len(sampler.class_names)
+    labels = labels_for(range(settings.samples), num_classes).tolist()
+
+    def write(path: Path) -> Generator[Tick, None, None]:
+        file = ShuffledNpz(path, labels, settings.seed)
+        try:
+            for indices, _, images in stream_images(
+                sampler.generator, sampler.vae, params, settings.seed, settings.samples, num_classes, sampler.device
+            ):
+                file.add(images)
+                yield Tick(indices.stop, settings.samples, "samples")
+            file.finish()
+        finally:
+            file.close()
+
+    with atomic_path(out) as aside:
+        follow(f"export {name}", write(aside))
+    print(f"{out}: {settings.samples} samples of {name}, shuffled, for ADM's evaluator.")
+
+
+def sample(params: Params, name: str, launch: Launch, request: "Request | None" = None) -> None:
+    """Draw a model's grid (the first classes in rows, the same seeds for every model) and strips from seed to seed, or
+    what `request` asks for."""
+    import torch
+
+    from afm_pipe.drawing import check_request, draw, draw_interpolation
+    from afm_pipe.sampling import generate_images, grid
+
+    settings = params.sample
+    if request:
+        check_request(request)
+    sampler = load_sampler(params, name, launch.torch_device())
+    if request:
+        drawing = draw(sampler, request, settings.seed, settings.per_class, settings.classes)
+        drawn = follow(f"sample {name}", drawing)
+        print(drawn.words())
+        return
+    rows = min(settings.classes, len(sampler.class_names))
+    labels = torch.arange(rows).repeat_interleave(settings.per_class)
+    images = generate_images(
+        sampler.generator,
+        sampler.vae,
+        settings.seed,
+        range(len(labels)),
+        labels,
+        sampler.latent_shape,
+        sampler.micro_batch,
+        sampler.device,
+    )
+    with atomic_path(paths.samples(name) / "grid.png") as aside:
+        grid(images, settings.per_class).save(aside, format="png")
+    with atomic_path(paths.samples(name) / "interpolation.png") as aside:
+        draw_interpolation(sampler, settings.seed, rows).save(aside, format="png")
+    if settings.keep_images:
+        with atomic_path(paths.samples(name) / "images") as folder:
+            follow(f"keep images of {name}", _keep_images(params, sampler, folder))
+
+
+def _keep_images(params: Params, sampler: "Sampler", folder: Path) -> Generator[Tick, None, None]:
+    """Write the very images that evaluation measures as PNG files by index."""
+    from afm_pipe.image_files import PngFolder
+    from afm_pipe.sampling import stream_images
+
+    settings, files, num_classes = params.evaluate, PngFolder(folder), len(sampler.class_names)
+    for indices, _, images in stream_images(
+        sampler.generator, sampler.vae, params, settings.seed, settings.samples, num_classes, sampler.device
+    ):
+        files.add(images)
+        yield Tick(indices.stop, settings.samples, "images")
+
+
+def evaluate(params: Params, name: str, launch: Launch) -> None:
+    """Measure a run's samples against the reference."""
+    from afm_pipe.evaluation.metrics import Evaluator, evaluate_run
+    from afm_pipe.fingerprint import fingerprint
+    from afm_pipe.models.autoencoder import autoencoder_sha256
+
+    device = launch.torch_device()
+    generator, vae, shape, *_ = load_sampler(params, name, device)
+    if shape != params.latent_shape:
+        raise UserError(
+            f"Found {paths.model(name)} on latents {shape}, expected {params.latent_shape}, as data and autoencoder in "
+            "params make them: evaluate it with its own data."
+        )
+    provenance = {
+        "run": name,
+        "nfe": generator.nfe,
+        "weights": "EMA",
+        "images_seen": read_json(paths.model(name) / "config.json")["images_seen"],
+        "generator_sha256": sha256_file(paths.model(name) / "generator.safetensors"),
+        "autoencoder_sha256": autoencoder_sha256(paths.AUTOENCODER),
+    }
+    tools = Evaluator(params, paths.REFERENCE, device)
+    measured = {
+        "provenance": provenance,
+        "evaluate": params.evaluate.model_dump(),
+        "micro_batch": params.sample.micro_batch,
+        "device": str(device),
+    }
+    hashes = {reference.name: reference.sha256 for reference in tools.references}
+    hashes |= {"thumbnails": sha256_file(paths.REFERENCE / "thumbnails.npz")}
+    identity = fingerprint(measured, hashes, ("evaluation", "sampling.py", "models"))
+    work_dir = paths.WORK / name / "evaluate"
+    with exclusive(work_dir):
+        run = evaluate_run(
+            params,
+            generator,
+            vae,
+            paths.REFERENCE,
+            provenance,
+            device,
+            evaluator=tools,
+            work_dir=work_dir / identity,
+            checkpoint_seconds=launch.checkpoint_seconds,
+        )
+        metrics, nearest = follow(f"evaluate {name}", run)
+    write_json(paths.metrics(name), metrics)
+    shutil.rmtree(work_dir / identity, ignore_errors=True)
+    with atomic_path(paths.samples(name) / "nearest.png") as aside:
+        nearest.save(aside, format="png")
+
+
+def _imported(described: dict[str, Any]) -> bool:
+    return "imported" in described.get("provenance", {})

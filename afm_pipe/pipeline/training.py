@@ -1,0 +1,115 @@
+"""Training of a run, guided ones included."""
+
+import resource
+from typing import TYPE_CHECKING, Any
+
+from afm_pipe import paths
+from afm_pipe.console import follow
+from afm_pipe.files import atomic_path, exclusive, read_json, sha256_file, write_json
+from afm_pipe.launch import Launch, machine_name
+from afm_pipe.params import Params, Run
+from afm_pipe.pipeline.known import model_config, named_run, open_latents, run_budget
+
+if TYPE_CHECKING:
+    import torch
+
+    from afm_pipe.training.state import Start, TrainingState
+
+
+def train(params: Params, name: str, launch: Launch) -> None:
+    """Train a run to its end, from where an interrupted training stopped, and write its model, curves and cost.
+
+    A guided run starts from the model of the run it continues.
+    """
+    from afm_pipe.fingerprint import training_identity
+    from afm_pipe.live_log import logged
+    from afm_pipe.study.cells import probes
+    from afm_pipe.training.budget import require_memory
+    from afm_pipe.training.curves import write_curves
+    from afm_pipe.training.loop import train as train_loop
+
+    run, device = named_run(params, name), launch.torch_device()
+    require_memory(run_budget(params, name), name, device)
+    latents = open_latents(params)
+    config = model_config(params, name, len(latents.classes))
+    start, guide, origins = _origin(params, name, run, device)
+    identity = training_identity(run, params.latent_shape, latents.fingerprint(), origins)
+    keep_at = probes(run, latents.num_images, continues=start is not None)  # as a cell of a table would
+    work_dir = paths.WORK / name
+    with exclusive(work_dir):
+        training = train_loop(
+            run,
+            config,
+            latents,
+            work_dir / identity,
+            identity,
+            device,
+            launch.checkpoint_seconds,
+            start,
+            guide,
+            keep_at,
+        )
+        live = logged(training, work_dir / identity / "curves.csv", paths.WORK / "dvclive" / name)
+        trained = follow(f"train {name}", live)
+        for note in trained.notes:
+            print(note)
+        description = {
+            "model": config.model_dump(),
+            "name": name,
+            "run": run.model_dump(),
+            "classes": list(latents.classes),
+            "scaling_factor": latents.scaling_factor,
+            "provenance": {"fingerprint": identity, "latents": latents.provenance, **origins},
+            "updates": trained.state.update,
+            "images_seen": trained.state.update * run.batch_size,
+        }
+        _write_model(name, trained.state, description)
+        write_curves(paths.curves(name), trained.state.rows)
+        own_updates = trained.state.update - (start.update if start else 0)
+        write_json(paths.costs(name), _cost(trained.state, own_updates, run.batch_size, device))
+
+
+def _origin(
+    params: Params, name: str, run: Run, device: "torch.device"
+) -> tuple["Start | None", "torch.nn.Module | None", dict[str, str]]:
+    """Return what a run begins from and is guided by, if anything, and the hashes of those."""
+    from afm_pipe.models.checkpoint_format import load_tensors
+    from afm_pipe.models.classifier import load_latent_classifier
+    from afm_pipe.training.state import Start
+
+    files, start, guide = {}, None, None
+    if name in params.guided:
+        base = paths.model(params.guided[name].base)
+        files = {part: base / f"{part}.safetensors" for part in ("generator", "discriminator")}
+        updates = read_json(base / "config.json")["updates"]
+        start = Start(load_tensors(files["generator"]), load_tensors(files["discriminator"]), updates)
+    if run.guided:
+        guide = load_latent_classifier(paths.CLASSIFIER, device)
+        files["classifier"] = paths.CLASSIFIER / "classifier.safetensors"
+    return start, guide, {part: sha256_file(file) for part, file in files.items()}
+
+
+def _write_model(name: str, state: "TrainingState", description: dict[str, Any]) -> None:
+    from afm_pipe.models.checkpoint_format import save_model
+
+    with atomic_path(paths.model(name)) as folder:
+        save_model(folder, state.ema, state.discriminator, description)
+
+
+def _cost(state: "TrainingState", updates: int, batch_size: int, device: "torch.device") -> dict[str, Any]:
+    import torch
+
+    seconds = state.seconds["training"]
+    return {
+        "machine": machine_name(device),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "seconds": round(seconds, 1),
+        "updates": updates,
+        "images": updates * batch_size,
+        "updates_per_second": updates / seconds,
+        "images_per_second": updates * batch_size / seconds,
+        "data_wait_share": state.seconds["data_wait"] / seconds,
+        "checkpoint_share": state.seconds["saving"] / seconds,
+        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,  # Linux counts in KiB
+    }
