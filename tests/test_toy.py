@@ -19,7 +19,7 @@ from afm_pipe.params import Guidance, Params, Toy
 from afm_pipe.params_file import load_params
 from afm_pipe.reporting import titles
 from afm_pipe.reporting.one_dimension import read_one_dimension
-from afm_pipe.reporting.tables import csv_text
+from afm_pipe.reporting.printing import csv_text
 from afm_pipe.toy import mixture, training
 from afm_pipe.toy.networks import CODES, Mlps
 from afm_pipe.toy.study import Study, adversarial_settings, guided_setting, measure, measure_maps, run_study

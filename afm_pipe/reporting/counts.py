@@ -91,9 +91,8 @@ def _compute(inputs: Inputs) -> Table:
     ]
     caption = (
         "Table 12: work of one generator update in forward passes. Ours count the FLOPs of matrix products in the "
-        "steps that train, without guidance; no training, no samples. XL/2 stands at the paper's shape. Small models pay relatively "
-        "more for what is no "
-        "block, such as the penalties' own forward passes and the discriminator's token."
+        "steps that train, without guidance; no training, no samples. XL/2 stands at the paper's shape. Small models "
+        "pay relatively more for what is no block, such as the penalties' own forward passes and D's token."
     )
     return Table("paper_compute", caption, columns, (*rows, *theirs), origins=origins_of(rows, theirs))
 
