@@ -42,7 +42,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     for name in listed.splitlines():
-        made = name.startswith(("metrics/", "curves/", "costs/", "reports/")) or name == "dvc.lock"
+        made = name.startswith(("metrics/", "curves/", "costs/", "reports/", "tables/")) or name == "dvc.lock"
         if not made and (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
@@ -75,7 +75,14 @@ def test_every_output_is_there_and_git_stays_clean(clone: Path) -> None:
         assert (clone / "reports" / "runs" / f"{name}.html").stat().st_size > 10_000
     assert "t4-no-transport" in (clone / "reports" / "index.html").read_text()
     new = {line[3:].strip('"').split("/")[0] for line in shell(clone, "git", "status", "--porcelain").splitlines()}
-    assert new <= {"dvc.lock", "metrics", "curves", "costs", "reports"}
+    assert new <= {"dvc.lock", "metrics", "curves", "costs", "reports", "tables"}
+
+
+def test_a_table_is_in_the_report_with_a_verdict(clone: Path) -> None:
+    cells = json.loads((clone / "tables" / "transport.json").read_text())["cells"]
+    assert [(cell["row"], cell["cost"]["updates"] > 0) for cell in cells] == [("0.2", True), ("0", True)]
+    checks = (clone / "reports" / "checks.md").read_text()
+    assert "Without the transport loss samples are worse | transport | undecided" in checks  # one seed decides nothing
 
 
 def test_a_second_repro_runs_nothing(clone: Path) -> None:
@@ -91,7 +98,7 @@ def test_changing_an_inherited_default_reruns_all_that_inherit_it(clone: Path) -
     edit(clone, "train.centring", 0.02)
     both = {f"{stage}@{run}" for stage in RUN_STAGES for run in ("t4", "t4-no-transport")}
     ran = repro(clone)
-    assert set(ran) == {*both, "report"}
+    assert set(ran) == {*both, "table@transport", "report"}
     assert ran[-1] == "report"
 
 
