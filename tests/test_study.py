@@ -87,6 +87,10 @@ def trainings() -> dict[str, int]:
     return {path.parent.name: path.stat().st_mtime_ns for path in paths.CELLS.glob("*/trained.json")}
 
 
+def measurements() -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in paths.CELLS.glob("results/*.json")}
+
+
 def with_row(label: str, overrides: str) -> str:
     return TABLE.replace('"0": {transport', f'"{label}": {overrides}, "0": {{transport')
 
@@ -105,12 +109,13 @@ def test_a_cell_is_measured_at_a_third_of_its_way_and_at_the_end_of_every_phase(
 
 def test_tables_share_their_cells_and_one_changed_cell_is_trained_alone(declare: Callable[..., Params]) -> None:
     pipeline.tables(declare(first=TABLE), [], ONE)
-    before = trainings()
+    before, measured = trainings(), measurements()
     assert len(before) == 2
     pipeline.tables(declare(first=TABLE, second=with_row("0.5", "{transport: {start: 0.5}}")), [], ONE)
     after = trainings()
     assert len(after) == 3
     assert {name: after[name] for name in before} == before
+    assert measured.items() < measurements().items()
     assert cells("second")["0"] == cells("first")["0"]
 
 
@@ -215,7 +220,7 @@ def test_an_any_step_model_is_trained_once_and_measured_at_each_number_of_steps(
 ) -> None:
     rows = '{title: steps, settings: {"1": {nfe: any, steps: 1}, "2": {nfe: any, steps: 2}}}'
     table = re.sub(r"rows: .*", f"rows: {rows}", TABLE, count=1).replace(TABLE.splitlines()[-1], "checks: []")
-    pipeline.tables(declare(any=table), [], ONE)
+    pipeline.tables(declare(any=table), [], Launch(device="cpu", workers=2))
     assert len(trainings()) == 1
     found = cells("any")
     assert found["1"]["metrics"][KEY] != found["2"]["metrics"][KEY]
