@@ -5,6 +5,10 @@ class UserError(ValueError):
     """A mistake the user can mend: the message names what was found, what was expected and what to do."""
 
 
+class UnwritableError(UserError):
+    """A disk that is full or not writable; what was there before is unharmed."""
+
+
 class NotFiniteError(UserError):
     """A loss that is no longer a number at an update: the training diverged."""
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from afm_pipe.errors import UserError
+from afm_pipe.errors import UnwritableError, UserError
 
 UNWRITABLE = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
@@ -22,8 +22,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a path beside `path`; what was written there (a file or a folder) replaces `path` when the block succeeds.
 
     On any error what was written is removed and `path` keeps its old content. The file and its folder are synced
-    before and after the rename, so a power cut leaves either the old content or the new. Raises UserError when the
-    disk is full or not writable.
+    before and after the rename, so a power cut leaves either the old content or the new. Raises UnwritableError when
+    the disk is full or not writable.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -38,11 +38,17 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except BaseException as error:
         _remove(aside)
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
-            raise UserError(
+            raise UnwritableError(
                 f"Found no way to write {path} ({error.strerror}): make room there, or mend its permissions, "
                 "and run the same command again. What was there before is unharmed."
             ) from None
         raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that were killed in `atomic_path` left in `folder`, which must be this process's own."""
+    for aside in folder.glob(".*.partial"):
+        _remove(aside)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -18,7 +18,7 @@ from afm_pipe.errors import UserError
 from afm_pipe.launch import Launch
 from afm_pipe.params import Params
 from afm_pipe.reporting.watch import PAGE, watch
-from afm_pipe.training.state import checkpoints
+from afm_pipe.training.checkpoints import checkpoints
 
 OFTEN = Launch(device="cpu", checkpoint_seconds=0)
 LIVE = paths.WORK / "dvclive" / "t4"

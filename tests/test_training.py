@@ -21,7 +21,8 @@ from afm_pipe.files import exclusive
 from afm_pipe.launch import Launch
 from afm_pipe.models.checkpoint_format import ModelConfig
 from afm_pipe.params import Params, Run
-from afm_pipe.training.state import TrainingState, checkpoints, load_latest
+from afm_pipe.training.checkpoints import checkpoints, load_latest
+from afm_pipe.training.state import TrainingState
 
 # Launch settings under which every row of the curves, 10 updates apart, is a checkpoint.
 OFTEN = Launch(device="cpu", checkpoint_seconds=0)

@@ -8,6 +8,7 @@ import copy
 import time
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +22,11 @@ from afm_pipe.models.classifier import LatentClassifier
 from afm_pipe.models.sizes import SIZES
 from afm_pipe.params import Classifier
 from afm_pipe.training.augment import affine_view
+from afm_pipe.training.checkpoints import load_latest, save_checkpoint
 from afm_pipe.training.curves import Row
 from afm_pipe.training.losses import interpolate
 from afm_pipe.training.schedules import ema_decay_at
-from afm_pipe.training.state import CLOCKS, load_latest, load_optimizer, optimizer_tensors, save_checkpoint
+from afm_pipe.training.state import CLOCKS, load_optimizer, optimizer_tensors
 
 UPDATES_PER_ROW = 50
 LEVELS = (0.0, 0.1, 0.25, 0.5)  # times at which accuracy is measured
@@ -42,17 +44,20 @@ class ClassifierState:
         self.update = 0
         self.seconds = dict.fromkeys(CLOCKS, 0.0)
         self.rows: list[Row] = []
+        self.extra: dict[str, Any] = {}
+        self.losses = torch.zeros((), device=next(model.parameters()).device)  # since the last row
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return all tensors of the state by part and name."""
         parts = {"model": self.model.state_dict(), "ema": self.ema.state_dict()}
-        return parts | {"optimizer": optimizer_tensors(self.optimizer)}
+        return parts | {"optimizer": optimizer_tensors(self.optimizer), "curve": {"losses": self.losses}}
 
     def load_tensors(self, tensors: dict[str, dict[str, Tensor]], folder: Path) -> None:
         """Take over tensors as `tensors` returns them. Raises UserError when they are of another model."""
         load_exactly(self.model, tensors["model"], folder / "model.safetensors")
         load_exactly(self.ema, tensors["ema"], folder / "ema.safetensors")
         load_optimizer(self.optimizer, tensors["optimizer"])
+        self.losses.copy_(tensors["curve"]["losses"])
 
 
 def train_latent_classifier(
@@ -70,7 +75,6 @@ def train_latent_classifier(
     total = -(-round(params.epochs * latents.num_images) // params.batch_size)
     order = Order(latents.num_images, seed, "classifier")
     labels_of = torch.as_tensor(latents.labels)
-    losses = torch.zeros((), device=device)
     saved = time.monotonic()
     while state.update < total:
         indices = order.indices(state.update * params.batch_size, params.batch_size)
@@ -87,14 +91,14 @@ def train_latent_classifier(
         with torch.no_grad():
             averages: list[Tensor] = list(state.ema.parameters())
             torch._foreach_lerp_(averages, list(state.model.parameters()), 1 - ema_decay_at(params.ema, state.update))
-        losses += loss.detach()
+        state.losses += loss.detach()
         state.update += 1
         if state.update % UPDATES_PER_ROW and state.update < total:
             continue
         since = state.update - (state.rows[-1]["update"] if state.rows else 0)
         state.rows.append({"update": state.update, "images": state.update * params.batch_size})
-        state.rows[-1]["cross_entropy"] = losses.item() / since
-        losses.zero_()
+        state.rows[-1]["cross_entropy"] = state.losses.item() / since
+        state.losses.zero_()
         if time.monotonic() - saved >= checkpoint_seconds or state.update == total:
             save_checkpoint(work_dir / "checkpoints", state, fingerprint)
             saved = time.monotonic()

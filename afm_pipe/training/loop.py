@@ -17,10 +17,11 @@ from afm_pipe.models.checkpoint_format import ModelConfig, save_tensors
 from afm_pipe.models.flow import Flow
 from afm_pipe.params import Run
 from afm_pipe.training.batches import Batches
+from afm_pipe.training.checkpoints import load_latest, save_checkpoint
 from afm_pipe.training.curves import CLOCK, MEANS, append_curve, write_curves
 from afm_pipe.training.interventions import intervene
 from afm_pipe.training.schedules import ema_decay_at, num_updates, setting_at
-from afm_pipe.training.state import Start, TrainingState, load_latest, save_checkpoint
+from afm_pipe.training.state import Start, TrainingState
 from afm_pipe.training.step import DiscriminatorStep, GeneratorStep, discriminator_step, generator_step
 
 ROWS = 1000  # at the most, in the curves of a run; rows are at least 10 updates apart
@@ -61,7 +62,6 @@ def train(
     batches = Batches(latents, run, device)
     flow = Flow(state.generator, config.form, config.nfe)
     normalizer = state.normalizer if run.gradient_normalization.enabled else None
-    sums = torch.zeros(len(MEANS), device=device)
     saved = lapped = time.monotonic()
 
     yield Tick(state.update, total, "updates")
@@ -87,7 +87,7 @@ def train(
         state.discriminator.requires_grad_(True)
         g_norm = _apply(state, "generator", g_step.total, setting.lr, phase.gradient_clip)
         _update_ema(state, ema_decay_at(run.ema, state.update))
-        sums += _figures(d_step, d_norm, g_step, g_norm)
+        state.sums += _figures(d_step, d_norm, g_step, g_norm)
         state.update += 1
         if state.update in keep_at:
             with atomic_path(kept(work_dir, state.update)) as aside:
@@ -95,14 +95,13 @@ def train(
 
         if state.update % row_every and state.update < total:
             continue
-        # Checkpoints fall on rows, so that a resumed run writes the very same rows.
         since = state.update - (state.rows[-1]["update"] if state.rows else start.update if start else 0)
-        means = dict(zip(MEANS, (sums / since).tolist(), strict=True))
+        means = dict(zip(MEANS, (state.sums / since).tolist(), strict=True))
         seen = state.update * run.batch_size
         clock = (state.update, seen, seen / latents.num_images, setting.lr, setting.transport)
         state.rows.append(dict(zip(CLOCK, clock, strict=True)) | means)
         append_curve(work_dir / "curves.csv", state.rows[-1])
-        sums.zero_()
+        state.sums.zero_()
         now = time.monotonic()
         state.seconds["training"] += now - lapped
         lapped = now

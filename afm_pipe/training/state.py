@@ -1,35 +1,20 @@
-"""Everything stateful of a run, and its checkpoints: saved whole or not at all, checked before use.
-
-A checkpoint is a folder update-NNNNNNNNN with one safetensors file per part and a manifest.json that lists their
-sizes and hashes. The latest is the highest whose files are what its manifest says.
-"""
+"""Everything stateful of a run."""
 
 import copy
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from afm_pipe.errors import UserError
-from afm_pipe.files import atomic_path, read_json, sha256_file, write_json
-from afm_pipe.models.checkpoint_format import (
-    ModelConfig,
-    build_discriminator,
-    build_generator,
-    load_exactly,
-    load_tensors,
-    save_tensors,
-)
+from afm_pipe.models.checkpoint_format import ModelConfig, build_discriminator, build_generator, load_exactly
 from afm_pipe.models.discriminator import Discriminator
 from afm_pipe.models.generator import Generator
 from afm_pipe.params import Run
-from afm_pipe.training.curves import Row, read_curves, write_curves
+from afm_pipe.training.curves import MEANS, Row
 from afm_pipe.training.gradient_norm import GradientNormalizer
 
-KEPT = 2  # checkpoints: the latest, and one in case the latest is damaged
 CLOCKS = ("training", "data_wait", "saving")  # the latter two are parts of the first
 
 
@@ -51,9 +36,11 @@ class TrainingState:
     optimizer_generator: torch.optim.AdamW
     optimizer_discriminator: torch.optim.AdamW
     normalizer: GradientNormalizer
+    sums: Tensor  # of the figures in MEANS since the last row, so that a checkpoint may fall between rows
     update: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CLOCKS, 0.0))  # over all sittings
     rows: list[Row] = field(default_factory=list)  # of the training curves so far
+    extra: dict[str, Any] = field(default_factory=dict)  # what else a resume needs, by owner, as JSON
 
     @classmethod
     def fresh(cls, config: ModelConfig, run: Run, device: torch.device) -> "TrainingState":
@@ -69,6 +56,7 @@ class TrainingState:
             _adamw(generator, run),
             _adamw(discriminator, run),
             GradientNormalizer(run.gradient_normalization.decay, device),
+            torch.zeros(len(MEANS), device=device),
         )
 
     def begin_from(self, start: Start) -> None:
@@ -87,6 +75,7 @@ class TrainingState:
             "optimizer_generator": optimizer_tensors(self.optimizer_generator),
             "optimizer_discriminator": optimizer_tensors(self.optimizer_discriminator),
             "normalizer": {"mean_square": self.normalizer.mean_square},
+            "curve": {"sums": self.sums},
         }
 
     def load_tensors(self, tensors: dict[str, dict[str, Tensor]], folder: Path) -> None:
@@ -96,77 +85,7 @@ class TrainingState:
         load_optimizer(self.optimizer_generator, tensors["optimizer_generator"])
         load_optimizer(self.optimizer_discriminator, tensors["optimizer_discriminator"])
         self.normalizer.mean_square.copy_(tensors["normalizer"]["mean_square"])
-
-
-class Resumable(Protocol):
-    """What a checkpoint holds: tensors by part and name, rows of curves, a clock."""
-
-    update: int
-    seconds: dict[str, float]
-    rows: list[Row]
-
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return all tensors of the state by part and name."""
-
-    def load_tensors(self, tensors: dict[str, dict[str, Tensor]], folder: Path) -> None:
-        """Take over tensors as `tensors` returns them. Raises UserError when they are of another model."""
-
-
-def save_checkpoint(folder: Path, state: Resumable, fingerprint: str) -> None:
-    """Write a checkpoint of `state` under `folder` and drop all but the newest `KEPT`."""
-    with atomic_path(folder / f"update-{state.update:09d}") as aside:
-        aside.mkdir()
-        for part, tensors in state.tensors().items():
-            save_tensors(aside / f"{part}.safetensors", tensors)
-        write_curves(aside / "curves.csv", state.rows, tuple(state.rows[0]) if state.rows else ())
-        files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(aside.iterdir())
-        }
-        manifest = {"fingerprint": fingerprint, "update": state.update, "seconds": state.seconds, "files": files}
-        write_json(aside / "manifest.json", manifest)
-    for old in checkpoints(folder)[:-KEPT]:
-        shutil.rmtree(old)
-
-
-def load_latest(folder: Path, state: Resumable, fingerprint: str) -> list[str]:
-    """Bring `state` to the newest checkpoint under `folder` that is whole; leave it as it is when there is none.
-
-    Returns a line for each damaged checkpoint passed over. Raises UserError for a checkpoint of other params.
-    """
-    passed_over, parts = [], list(state.tensors())
-    for checkpoint in reversed(checkpoints(folder)):
-        damage = _damage(checkpoint, parts)
-        if damage:
-            passed_over.append(f"Found {checkpoint} damaged ({damage}): went on from an earlier one.")
-            continue
-        manifest = read_json(checkpoint / "manifest.json")
-        if manifest["fingerprint"] != fingerprint:
-            raise UserError(
-                f"Found {checkpoint} made with other params, data or code (fingerprint {manifest['fingerprint']}), "
-                f"expected {fingerprint}: delete the folder, or restore the params."
-            )
-        state.load_tensors({part: load_tensors(checkpoint / f"{part}.safetensors") for part in parts}, checkpoint)
-        state.rows = read_curves(checkpoint / "curves.csv")
-        state.update, state.seconds = manifest["update"], manifest["seconds"]
-        break
-    return passed_over
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints under `folder`, oldest first."""
-    return sorted(folder.glob("update-*"))
-
-
-def _damage(checkpoint: Path, parts: list[str]) -> str | None:
-    try:
-        files = read_json(checkpoint / "manifest.json")["files"]
-        for name in ("curves.csv", *(f"{part}.safetensors" for part in parts)):
-            path = checkpoint / name
-            if path.stat().st_size != files[name]["bytes"] or sha256_file(path) != files[name]["sha256"]:
-                return f"{name} is not what the manifest says"
-    except (UserError, OSError, KeyError, TypeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
+        self.sums.copy_(tensors["curve"]["sums"])
 
 
 def _adamw(module: nn.Module, run: Run) -> torch.optim.AdamW:

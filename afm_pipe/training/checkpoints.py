@@ -1,0 +1,240 @@
+"""Checkpoints: saved whole or not at all, checked before use, written behind the training's back.
+
+A checkpoint is a folder update-NNNNNNNNN with one safetensors file per part of the state, curves.csv, extra.json, and a
+manifest.json that lists their sizes and hashes. The latest is the highest whose files are what its manifest says.
+"""
+
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import psutil
+from torch import Tensor
+
+from afm_pipe.errors import UnwritableError, UserError
+from afm_pipe.files import atomic_path, read_json, remove_leftovers, sha256_file, write_json
+from afm_pipe.models.checkpoint_format import load_tensors, save_tensors
+from afm_pipe.training.curves import Row, read_curves, write_curves
+
+BESIDES = ("curves.csv", "extra.json")  # the parts of tensors
+
+
+class Keeping(NamedTuple):
+    """How checkpoints are kept: settings of the machine (afm_pipe/launch.py says what they mean)."""
+
+    seconds: float = 60.0
+    last: int = 2  # the latest, and one in case the latest is damaged
+    in_background: bool = True
+
+
+class Saveable(Protocol):
+    """What a checkpoint holds: tensors by part and name, rows of curves, a clock, and what else there is, as JSON."""
+
+    update: int
+    seconds: dict[str, float]
+    rows: list[Row]
+    extra: dict[str, Any]
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Return all tensors of the state by part and name."""
+
+
+class Resumable(Saveable, Protocol):
+    """What takes a checkpoint's content over."""
+
+    def load_tensors(self, tensors: dict[str, dict[str, Tensor]], folder: Path) -> None:
+        """Take over tensors as `tensors` returns them. Raises UserError when they are of another model."""
+
+
+@dataclass
+class Snapshot:
+    """A copy of a state in the machine's memory, which the training no longer changes."""
+
+    update: int
+    seconds: dict[str, float]
+    rows: list[Row]
+    extra: dict[str, Any]
+    parts: dict[str, dict[str, Tensor]]
+
+    @classmethod
+    def of(cls, state: Saveable) -> "Snapshot":
+        """Copy a state."""
+        parts = {
+            part: {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+            for part, tensors in state.tensors().items()
+        }
+        return cls(state.update, dict(state.seconds), list(state.rows), dict(state.extra), parts)
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Return all tensors of the state by part and name."""
+        return self.parts
+
+
+class _CancelledError(Exception):
+    """A checkpoint that is no longer wanted."""
+
+
+class Writer:
+    """Writes the checkpoints of one training, now and then in a thread of its own, the last one in front.
+
+    `own` is called before a checkpoint counts, and raises UserError where the training is no longer this process's.
+    A disk that is full does not end a training that could go on: the checkpoint is given up, which `notes` says once,
+    and the next is tried when it is due. Only the last one must succeed.
+    """
+
+    def __init__(
+        self, folder: Path, fingerprint: str, keeping: Keeping, own: Callable[[], None] = lambda: None
+    ) -> None:
+        self.folder, self.fingerprint, self.keeping, self.own = folder, fingerprint, keeping, own
+        self.notes: list[str] = []
+        self._saved, self._update = time.monotonic(), -1
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._cancelled = False
+        remove_leftovers(folder)
+
+    def due(self) -> bool:
+        """Tell whether it is time for a checkpoint, and none is on its way. Raises what the last one met."""
+        if time.monotonic() - self._saved < self.keeping.seconds or (self._thread and self._thread.is_alive()):
+            return False
+        self._collect()
+        return True
+
+    def save(self, state: Saveable) -> None:
+        """Write a checkpoint of `state` as it is now, in the background where there is memory for a copy of it."""
+        self._collect()
+        if self.keeping.in_background and _bytes(state) < 0.8 * psutil.virtual_memory().available:
+            self._thread = threading.Thread(target=self._write, args=(Snapshot.of(state),), daemon=True)
+            self._thread.start()
+        else:
+            self._write(state)
+            self._collect()
+        self._saved = time.monotonic()
+
+    def finish(self, state: Saveable) -> None:
+        """Write a checkpoint of `state` unless there is one, and return when it is safe. Raises UserError otherwise."""
+        self._collect()
+        if self._update != state.update:
+            self._write(state, last=True)
+            self._collect()
+
+    def close(self, cancel: bool = False) -> None:
+        """Wait for what is being written, or break it off: the checkpoints before stay."""
+        self._cancelled = cancel
+        if self._thread is not None:
+            self._thread.join()
+
+    def _write(self, state: Saveable, last: bool = False) -> None:
+        try:
+            save_checkpoint(self.folder, state, self.fingerprint, self.keeping.last, self._check)
+            self._update = state.update
+        except _CancelledError:
+            pass
+        except UnwritableError as error:
+            if last:
+                self._error = error
+            elif not self.notes:
+                self.notes.append(f"update {state.update}: no checkpoint, the training goes on. {error}")
+        except Exception as error:  # raised where the training looks, `_collect`
+            self._error = error
+
+    def _check(self) -> None:
+        if self._cancelled:
+            raise _CancelledError
+        self.own()
+
+    def _collect(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+
+def save_checkpoint(
+    folder: Path, state: Saveable, fingerprint: str, last: int = 2, check: Callable[[], None] = lambda: None
+) -> None:
+    """Write a checkpoint of `state` under `folder`; drop those of later updates and all but the newest `last`.
+
+    `check` is called between the parts, and may raise. Where the disk has no room for one more, older ones go first,
+    except the newest.
+    """
+    _make_room(folder, _bytes(state))
+    with atomic_path(folder / f"update-{state.update:09d}") as aside:
+        aside.mkdir()
+        for part, tensors in state.tensors().items():
+            check()
+            save_tensors(aside / f"{part}.safetensors", tensors)
+        write_curves(aside / "curves.csv", state.rows, tuple(state.rows[0]) if state.rows else ())
+        write_json(aside / "extra.json", state.extra)
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(aside.iterdir())
+        }
+        manifest = {"fingerprint": fingerprint, "update": state.update, "seconds": state.seconds, "files": files}
+        write_json(aside / "manifest.json", manifest)
+        check()
+    present = checkpoints(folder)
+    later = [path for path in present if path.name > f"update-{state.update:09d}"]  # damaged, or no longer its future
+    for old in later + [path for path in present if path not in later][:-last]:
+        shutil.rmtree(old)
+
+
+def load_latest(folder: Path, state: Resumable, fingerprint: str) -> list[str]:
+    """Bring `state` to the newest checkpoint under `folder` that is whole; leave it as it is when there is none.
+
+    Returns a line for each damaged checkpoint passed over. Raises UserError for a checkpoint of other params.
+    """
+    passed_over, parts = [], list(state.tensors())
+    for checkpoint in reversed(checkpoints(folder)):
+        damage = _damage(checkpoint, parts)
+        if damage:
+            passed_over.append(f"Found {checkpoint} damaged ({damage}): went on from an earlier one.")
+            continue
+        manifest = read_json(checkpoint / "manifest.json")
+        if manifest["fingerprint"] != fingerprint:
+            raise UserError(
+                f"Found {checkpoint} made with other params, data or code (fingerprint {manifest['fingerprint']}), "
+                f"expected {fingerprint}: delete the folder, or restore the params."
+            )
+        state.load_tensors({part: load_tensors(checkpoint / f"{part}.safetensors") for part in parts}, checkpoint)
+        state.rows = read_curves(checkpoint / "curves.csv")
+        state.extra = read_json(checkpoint / "extra.json")
+        state.update, state.seconds = manifest["update"], manifest["seconds"]
+        break
+    return passed_over
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints under `folder`, oldest first."""
+    return sorted(folder.glob("update-*"))
+
+
+def _damage(checkpoint: Path, parts: list[str]) -> str | None:
+    try:
+        manifest = read_json(checkpoint / "manifest.json")
+        if checkpoint.name != f"update-{manifest['update']:09d}":
+            return "manifest.json is of another update"
+        for name in (*BESIDES, *(f"{part}.safetensors" for part in parts)):
+            path, file = checkpoint / name, manifest["files"][name]
+            if path.stat().st_size != file["bytes"] or sha256_file(path) != file["sha256"]:
+                return f"{name} is not what the manifest says"
+    except (UserError, OSError, KeyError, TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _make_room(folder: Path, needed: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in checkpoints(folder)[:-1]:
+        if shutil.disk_usage(folder).free >= needed:
+            break
+        shutil.rmtree(old)
+
+
+def _bytes(state: Saveable) -> int:
+    return sum(tensor.nbytes for tensors in state.tensors().values() for tensor in tensors.values())
