@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from afm_pipe.models.sizes import SIZES
 from afm_pipe.params.base import Count, Fraction, NotNegative, NotNegativeCount, Positive, Section
+from afm_pipe.params.watching import Watch
 
 
 class Transport(Section):
@@ -96,8 +97,9 @@ class Phase(Section):
     """Largest norm of G's and of D's gradient; longer ones are scaled down to it."""
     reload_ema: Literal["never", "epoch"] = "never"
     """epoch: G is replaced by its moving average at the start of the phase and after every epoch."""
-    reload_discriminator: Positive | None = None
-    """At the start of the phase D is put back to what it was at this epoch."""
+    reload_discriminator: Positive | Literal["stall"] | None = None
+    """At the start of the phase D is put back to what it was at this epoch; stall: whenever the watch's stagnation rule
+    fires in this phase, to the earlier D that proves best in a trial."""
     guidance: Guidance | None = None
     augment: Augmentation | None = None
 
@@ -134,7 +136,11 @@ class Run(Section):
     """lambda_cp, weight of the logit centring."""
     transport: Transport
     gradient_normalization: GradientNormalization
+    schedule: Literal["fixed", "auto"]
+    """fixed: the phases as they are; auto: one phase, whose until_epoch is an upper bound, and the watch decides when
+    the paper's phases 2 and 3 begin and when to stop."""
     phases: Annotated[tuple[Phase, ...], Field(strict=False, min_length=1)]
+    watch: Watch
 
     _number = field_validator("transport", mode="before")(lambda value: _constant_transport(value))
 
@@ -149,11 +155,18 @@ class Run(Section):
         if any(later <= earlier for earlier, later in zip(ends, ends[1:], strict=False)):
             raise ValueError(f"expected until_epoch to rise from phase to phase, found {ends}")
         for start, phase in zip((0.0, *ends), self.phases, strict=False):
-            if phase.reload_discriminator is not None and phase.reload_discriminator > start:
+            if isinstance(phase.reload_discriminator, float | int) and phase.reload_discriminator > start:
                 raise ValueError(
                     f"expected reload_discriminator to name an epoch before the phase starts at {start:g}, "
                     f"found {phase.reload_discriminator:g}"
                 )
+        waits = any(phase.reload_discriminator == "stall" for phase in self.phases)
+        if waits and self.watch.policy == "off":
+            raise ValueError("expected watch.policy warn or act, since a phase reloads D on a stall; found off")
+        if self.schedule == "auto" and len(self.phases) > 1:
+            raise ValueError(
+                f"expected one phase for schedule auto, whose until_epoch is the upper bound; found {len(self.phases)}"
+            )
         if round(self.batch_size * self.penalty.share) < 1:
             raise ValueError(
                 f"expected penalty.share to leave at least one of {self.batch_size} images, found {self.penalty.share}"

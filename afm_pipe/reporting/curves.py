@@ -59,6 +59,11 @@ QUANTITIES = (
     Quantity("r1", "R1 penalty", "Squared slope of D at real latents, log scale", log=True),
     Quantity("r2", "R2 penalty", "Squared slope of D at generated latents, log scale", log=True),
     Quantity("centring", "Logit centring", "Mean (D(x) + D(G(z)))², log scale", log=True),
+    Quantity("output_scale", "Size of samples", "rms(G(z)) over rms(x): far above 1, the training diverges"),
+    Quantity("g_adversarial_push", "Adversarial gradient at G's output", "Norm, as D gives it, log scale", log=True),
+    Quantity(
+        "g_transport_push", "Transport gradient at G's output", "Norm, with guidance's if any, log scale", log=True
+    ),
     Quantity("d_grad_norm", "Discriminator's gradient norm", "Log scale", log=True),
     Quantity("g_grad_norm", "Generator's gradient norm", "Log scale", log=True),
     Quantity("lr", "Learning rate", "As scheduled"),
@@ -84,7 +89,7 @@ def marks_of(run: RunRecord, images_per_epoch: int) -> list[Mark]:
         until = phase.until_epoch * images_per_epoch
         if phase.reload_ema == "epoch":
             marks.append(Mark(started, "G reloaded from its moving average, then after every epoch", True))
-        if phase.reload_discriminator is not None:
+        if isinstance(phase.reload_discriminator, float):  # on a stall, there are events
             marks.append(Mark(started, f"D reloaded from epoch {phase.reload_discriminator:g}", True))
         if phase is not run.settings.phases[-1]:  # type: ignore[union-attr]
             marks.append(Mark(until, f"a phase ends: epoch {phase.until_epoch:g}", False))

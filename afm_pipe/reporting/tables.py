@@ -178,7 +178,7 @@ def _phase_text(phase: dict[str, Any]) -> str:
     text += f", clipped at {phase['gradient_clip']:g}" if phase.get("gradient_clip") else ""
     text += ", EMA reload" if phase.get("reload_ema") == "epoch" else ""
     back = phase.get("reload_discriminator")
-    return text + ("" if back is None else f", D reload from {back:g}")
+    return text + ("" if back is None else ", D reload on a stall" if back == "stall" else f", D reload from {back:g}")
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -25,7 +25,7 @@ def intervene(run: Run, state: TrainingState, num_images: int, folder: Path) -> 
     start = 0
     for phase in run.phases:
         end = update_at(run, phase.until_epoch, num_images)
-        if phase.reload_discriminator is not None:
+        if isinstance(phase.reload_discriminator, float | int):
             then = update_at(run, phase.reload_discriminator, num_images)
             path = folder / f"update-{then:09d}.safetensors"
             if state.update == then:
@@ -34,19 +34,15 @@ def intervene(run: Run, state: TrainingState, num_images: int, folder: Path) -> 
             if state.update == start:
                 load_exactly(state.discriminator, _kept(path), path)
                 done.append(f"D put back to epoch {phase.reload_discriminator:g}")
-        if (
-            phase.reload_ema == "epoch"
-            and start <= state.update < end
-            and _begins(run, state.update, start, num_images)
-        ):
+        if phase.reload_ema == "epoch" and start <= state.update < end and begins(run, state.update, start, num_images):
             state.generator.load_state_dict(state.ema.state_dict())
             done.append("G replaced by its moving average")
         start = end
     return done
 
 
-def _begins(run: Run, update: int, start: int, num_images: int) -> bool:
-    """Tell whether a phase or an epoch begins with this update."""
+def begins(run: Run, update: int, start: int, num_images: int) -> bool:
+    """Tell whether a phase that started at `start`, or an epoch, begins with this update."""
     epoch = update * run.batch_size // num_images
     return update == start or update == update_at(run, epoch, num_images)
 

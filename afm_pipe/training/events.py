@@ -1,0 +1,56 @@
+"""What happened to a training, one JSON object a line: update, images, kind, text, evidence, action.
+
+The log only grows. It is part of the checkpoint, and written anew from it at every start, so that after a kill it is
+that of a training never killed.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from afm_pipe.files import atomic_path
+
+FILE = "events.jsonl"  # in the folder of a training
+ALARMS = ("identity", "divergence", "stagnation", "collapse")  # kinds that rules fire; all others are actions
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened at an update: an alarm of a rule, or an action."""
+
+    update: int
+    images: int  # seen by G
+    kind: str
+    text: str
+    evidence: dict[str, float] = field(default_factory=dict)
+    action: str | None = None  # what was done, where something was
+
+
+def write_events(path: Path, events: Sequence[Event]) -> None:
+    """Write the log, atomically."""
+    with atomic_path(path) as aside:
+        aside.write_text("".join(_line(event) for event in events), encoding="utf-8")
+
+
+def append_event(path: Path, event: Event) -> None:
+    """Append one event to a log."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(_line(event))
+
+
+def read_events(path: Path) -> list[Event]:
+    """Read a log; none is an empty one."""
+    if not path.is_file():
+        return []
+    return [Event(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def as_json(events: Sequence[Event]) -> list[dict[str, Any]]:
+    """Return events as JSON objects."""
+    return [asdict(event) for event in events]
+
+
+def _line(event: Event) -> str:
+    return json.dumps(asdict(event)) + "\n"

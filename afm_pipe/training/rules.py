@@ -1,0 +1,116 @@
+"""The rules of the watch: each looks at what is known of a training and says what is wrong, or nothing.
+
+Pure functions of rows of the curves and of probes. docs/watch.md states each rule, and where its threshold comes from.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from afm_pipe.params import Run
+from afm_pipe.training.curves import Row
+
+Probed = dict[str, float]  # update, epoch, kid, right_class, variance, spread
+
+
+class Alarm(NamedTuple):
+    """What a rule found."""
+
+    kind: str
+    text: str
+    evidence: dict[str, float]
+
+
+def alarms_of_rows(run: Run, rows: Sequence[Row]) -> list[Alarm]:
+    """Ask the rules that need the curves alone."""
+    return [alarm for alarm in (divergence(run, rows), identity(run, rows)) if alarm is not None]
+
+
+def alarms_of_probes(run: Run, rows: Sequence[Row], probes: Sequence[Probed]) -> list[Alarm]:
+    """Ask the rules that need a probe, right after one."""
+    found = (spread_lost(run, probes), stagnation(run, rows, probes), collapse(run, probes))
+    return [alarm for alarm in found if alarm is not None]
+
+
+def divergence(run: Run, rows: Sequence[Row]) -> Alarm | None:
+    """Losses are not finite or explode, or samples are much larger than data."""
+    limits = run.watch.divergence
+    seen = _means(run, rows, "d_adversarial", "g_adversarial", "output_scale")
+    if seen is None:
+        return None
+    loss, scale = max(seen["d_adversarial"], seen["g_adversarial"]), seen["output_scale"]
+    if not all(map(math.isfinite, seen.values())):
+        return Alarm("divergence", "losses are no longer numbers", seen)
+    if loss > limits.loss:
+        return Alarm("divergence", f"an adversarial loss of {loss:.3g}, above {limits.loss:g}", seen)
+    if scale > limits.scale:
+        return Alarm("divergence", f"samples {scale:.3g} times as large as data, above {limits.scale:g}", seen)
+    return None
+
+
+def spread_lost(run: Run, probes: Sequence[Probed]) -> Alarm | None:
+    """Samples vary hardly at all, over all classes."""
+    last, limit = probes[-1], run.watch.divergence.spread
+    if _settled(run, last) and last["spread"] < limit:
+        text = f"samples vary {last['spread']:.3g} times as much as data, below {limit:g}"
+        return Alarm("divergence", text, {"spread": last["spread"]})
+    return None
+
+
+def identity(run: Run, rows: Sequence[Row]) -> Alarm | None:
+    """G returns nearly what it is given."""
+    seen = _means(run, rows, "move_rms")
+    if seen is None or not _settled(run, rows[-1]):
+        return None
+    steps = 3 if run.nfe == "any" else run.nfe  # the root mean square of s - t over pairs of times is a third
+    move = seen["move_rms"] * steps
+    if move < run.watch.identity.move:
+        text = f"G moves its noise by {move:.3g} of its size, below {run.watch.identity.move:g}"
+        return Alarm("identity", text, {"move": move, "transport": rows[-1]["transport"]})
+    return None
+
+
+def stagnation(run: Run, rows: Sequence[Row], probes: Sequence[Probed]) -> Alarm | None:
+    """Quality stops improving while D wins."""
+    limits = run.watch.stagnation
+    if not stopped_improving(run, probes):
+        return None
+    since = probes[-limits.probes - 1]["update"]
+    wins = [row["d_accuracy"] for row in rows if row["update"] > since]
+    accuracy = sum(wins) / len(wins)
+    if accuracy <= limits.d_accuracy:
+        return None
+    best = min(probe["kid"] for probe in probes)
+    text = f"no better for {limits.probes} probes, while D tells {accuracy:.1%} of pairs apart"
+    return Alarm("stagnation", text, {"d_accuracy": accuracy, "kid": probes[-1]["kid"], "best_kid": best})
+
+
+def collapse(run: Run, probes: Sequence[Probed]) -> Alarm | None:
+    """Samples of a class are too much alike."""
+    last, limit = probes[-1], run.watch.collapse.variance
+    if _settled(run, last) and last["variance"] < limit:
+        text = f"samples of a class vary {last['variance']:.3g} times as much as data, below {limit:g}"
+        return Alarm("collapse", text, {"variance": last["variance"], "right_class": last["right_class"]})
+    return None
+
+
+def stopped_improving(run: Run, probes: Sequence[Probed], since: int = 0) -> bool:
+    """Tell whether none of the last probes is clearly better than the best before them; all taken after `since`."""
+    limits = run.watch.stagnation
+    before, last = probes[: -limits.probes], probes[-limits.probes :]
+    if not before or not _settled(run, before[-1]) or last[0]["update"] <= since:
+        return False
+    best = min(probe["kid"] for probe in before)
+    return min(probe["kid"] for probe in last) > best - limits.improvement * abs(best)
+
+
+def _settled(run: Run, at: Row) -> bool:
+    return at["epoch"] >= run.watch.settle_epochs
+
+
+def _means(run: Run, rows: Sequence[Row], *names: str) -> dict[str, float] | None:
+    """Return the means of some columns over the last rows, None while there are too few."""
+    last = rows[-run.watch.rows :]
+    if len(last) < run.watch.rows:
+        return None
+    return {name: sum(row[name] for row in last) / len(last) for name in names}
