@@ -22,6 +22,7 @@ TRAINING_SOURCES = (
     "models/flow.py",
     "models/generator.py",
     "models/sizes.py",
+    "ranks.py",
     "training",
 )
 

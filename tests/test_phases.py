@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from afm_pipe import paths, pipeline
 from afm_pipe.console import follow
+from afm_pipe.data.order import ALL
 from afm_pipe.errors import UserError
 from afm_pipe.launch import Launch
 from afm_pipe.models.checkpoint_format import ModelConfig
@@ -212,9 +213,10 @@ class Blobs:
     num_images, num_mirrors, latent_shape, classes = 90, 1, (4, 8, 8), ("a", "b", "c")
     labels = np.arange(90) % 3
 
-    def draw(self, indices: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def draw(self, indices: torch.Tensor, generator: torch.Generator, own: slice = ALL) -> torch.Tensor:
         means = torch.eye(4)[:3][torch.as_tensor(self.labels)[indices]]
-        return means[:, :, None, None] + 0.5 * torch.randn(len(indices), *self.latent_shape, generator=generator)
+        noise = torch.randn(len(indices), *self.latent_shape, generator=generator)
+        return (means[:, :, None, None] + 0.5 * noise)[own]
 
 
 def test_classifier_learns_and_knows_more_with_less_noise(discs_params: Params, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from afm_pipe.data.order import ALL
 from afm_pipe.errors import UserError
 from afm_pipe.params import Params
 
@@ -93,10 +94,15 @@ class Latents:
         mean, std = taken.chunk(2, dim=1)
         return mean, std
 
-    def draw(self, indices: Tensor, generator: torch.Generator) -> Tensor:
-        """Draw training latents x (B, c, h, w): a mirror each where there are, a posterior sample, scaled."""
-        mean, std = self.moments(indices, torch.randint(self.num_mirrors, (len(indices),), generator=generator))
-        return torch.addcmul(mean, std, torch.randn(mean.shape, generator=generator)) * self.scaling_factor
+    def draw(self, indices: Tensor, generator: torch.Generator, own: slice = ALL) -> Tensor:
+        """Draw training latents x (B, c, h, w): a mirror each where there are, a posterior sample, scaled.
+
+        Of a batch that several ranks share, `own` says which are wanted: the draws are the same, no others are read.
+        """
+        mirrors = torch.randint(self.num_mirrors, (len(indices),), generator=generator)
+        mean, std = self.moments(indices[own], mirrors[own])
+        noise = torch.randn(len(indices), *self.latent_shape, generator=generator)[own]
+        return torch.addcmul(mean, std, noise) * self.scaling_factor
 
     def fingerprint(self) -> str:
         """Return a sha256 over the provenance, which names the images and the autoencoder by theirs; reads nothing."""

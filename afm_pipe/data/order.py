@@ -5,6 +5,8 @@ import hashlib
 import torch
 from torch import Tensor
 
+ALL = slice(None)  # the samples of a batch that are wanted
+
 
 def stream_generator(seed: int, *names: str | int) -> torch.Generator:
     """Return a random generator of its own for a seed and a path of names; the same path gives the same numbers."""

@@ -4,22 +4,55 @@ Drawn from a generator of one's own, so that a batch's changes are a function of
 """
 
 import math
-from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from afm_pipe.data.order import ALL
 from afm_pipe.params import Affine, Augmentation
 
-View = Callable[[Tensor], Tensor]
 ASPECT = (0.3, 3.3)  # of an erased rectangle, drawn log-uniformly; the usual range, the paper names none
 
 
-def discriminator_view(augment: Augmentation, count: int, side: int, generator: torch.Generator) -> View:
-    """Draw translations and erasings for a batch; return what applies them, differentiably, to real and fake alike.
+class View(Protocol):
+    """How latents (N, C, H, W) are seen."""
 
-    Latents are (N, C, H, W) with H = W = `side`. Zeros move in, and erased rectangles are zero.
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return them as they are seen."""
+
+
+class DiscriminatorView(NamedTuple):
+    """Translations and erasings of a batch, applied differentiably, to real and fake alike."""
+
+    origins: Tensor  # (N, H, W): which pixel, counted by rows, each comes from
+    keep: Tensor  # (N, H, W) bool; the others are zero
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return latents x (N, C, H, W) as D sees them."""
+        n, channels = x.shape[:2]
+        where = self.origins.to(x.device).view(n, 1, -1).expand(n, channels, -1)
+        return x.flatten(2).gather(2, where).view_as(x) * self.keep.to(x.device)[:, None]
+
+
+class AffineView(NamedTuple):
+    """Rotations, translations and magnifications of a batch; what lies beyond the border is reflected."""
+
+    theta: Tensor  # (N, 2, 3)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return latents x (N, C, H, W), moved."""
+        grid = F.affine_grid(self.theta.to(x), list(x.shape), align_corners=False)
+        return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+
+
+def discriminator_view(
+    augment: Augmentation, count: int, side: int, generator: torch.Generator, own: slice = ALL
+) -> DiscriminatorView:
+    """Draw translations and erasings for a batch of latents (N, C, H, W) with N = `count`, H = W = `side`.
+
+    Zeros move in, and erased rectangles are zero. `own` says which of the batch are wanted.
     """
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")  # (H, W)
     most = round(augment.translate * side)
@@ -30,17 +63,11 @@ def discriminator_view(augment: Augmentation, count: int, side: int, generator: 
     for _ in range(augment.erasings):
         keep &= ~_rectangles(augment, count, side, generator, rows, columns)
     index = from_rows.clamp(0, side - 1) * side + from_columns.clamp(0, side - 1)
-
-    def view(x: Tensor) -> Tensor:
-        n, channels = x.shape[:2]
-        where = index.to(x.device).view(n, 1, -1).expand(n, channels, -1)
-        return x.flatten(2).gather(2, where).view_as(x) * keep.to(x.device)[:, None]
-
-    return view
+    return DiscriminatorView(index[own].contiguous(), keep[own].contiguous())
 
 
-def affine_view(affine: Affine, count: int, generator: torch.Generator) -> View:
-    """Draw rotations, translations and magnifications for a batch; what lies beyond the border is reflected."""
+def affine_view(affine: Affine, count: int, generator: torch.Generator, own: slice = ALL) -> AffineView:
+    """Draw rotations, translations and magnifications for a batch of `count`, of which `own` are wanted."""
     angle = math.radians(affine.degrees) * (2 * torch.rand(count, generator=generator) - 1)
     shift = 2 * affine.translate * (2 * torch.rand(2, count, generator=generator) - 1)  # in half sides
     low, high = affine.scale
@@ -48,13 +75,7 @@ def affine_view(affine: Affine, count: int, generator: torch.Generator) -> View:
     chosen = torch.rand(count, generator=generator) < affine.probability
     cosine, sine = angle.cos() / scale, angle.sin() / scale
     theta = torch.stack([cosine, -sine, shift[0], sine, cosine, shift[1]], dim=1).view(count, 2, 3)
-    theta = torch.where(chosen[:, None, None], theta, torch.eye(2, 3))
-
-    def view(x: Tensor) -> Tensor:
-        grid = F.affine_grid(theta.to(x), list(x.shape), align_corners=False)
-        return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
-
-    return view
+    return AffineView(torch.where(chosen[:, None, None], theta, torch.eye(2, 3))[own])
 
 
 def _rectangles(

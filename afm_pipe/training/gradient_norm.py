@@ -17,7 +17,7 @@ class GradientNormalizer:
     1 / sqrt(1 - decay) times too large.
     """
 
-    def __init__(self, decay: float, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, decay: float, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         self.decay = decay
         self.mean_square = torch.zeros((), device=device, dtype=dtype)
 
@@ -27,6 +27,10 @@ class GradientNormalizer:
         With sum(g^2) the squared norm over the whole batch and m its number of elements, the running mean is of
         m sum(g^2), so a stationary gradient leaves with an rms of 1 / m per element.
         """
-        square = gradient.square().sum() * gradient.numel()
+        return gradient / self.divisor(gradient.square().sum(), gradient.numel())
+
+    def divisor(self, square_sum: Tensor, elements: int) -> Tensor:
+        """Take sum(g^2) and m of a batch, which may be in parts; return what its gradients are divided by."""
+        square = square_sum * elements
         self.mean_square.lerp_(square.to(self.mean_square.dtype), 1 - self.decay)
-        return gradient / (self.mean_square.sqrt() + TINY)
+        return self.mean_square.sqrt() + TINY

@@ -12,14 +12,15 @@ from afm_pipe.errors import UserError
 from afm_pipe.files import atomic_path
 from afm_pipe.models.checkpoint_format import load_exactly, load_tensors, save_tensors
 from afm_pipe.params import Run
+from afm_pipe.ranks import ALONE, Ranks
 from afm_pipe.training.schedules import update_at
 from afm_pipe.training.state import TrainingState
 
 
-def intervene(run: Run, state: TrainingState, num_images: int, folder: Path) -> list[str]:
+def intervene(run: Run, state: TrainingState, num_images: int, folder: Path, ranks: Ranks = ALONE) -> list[str]:
     """Do what is due before the update `state.update`; return a line for each thing done.
 
-    D's weights are kept under `folder` at the epochs that a later phase puts D back to.
+    D's weights are kept under `folder` at the epochs that a later phase puts D back to; all ranks must see its files.
     """
     done = []
     start = 0
@@ -29,8 +30,10 @@ def intervene(run: Run, state: TrainingState, num_images: int, folder: Path) -> 
             then = update_at(run, phase.reload_discriminator, num_images)
             path = folder / f"update-{then:09d}.safetensors"
             if state.update == then:
-                with atomic_path(path) as aside:
-                    save_tensors(aside, state.discriminator.state_dict())
+                if ranks.first:
+                    with atomic_path(path) as aside:
+                        save_tensors(aside, state.discriminator.state_dict())
+                ranks.barrier()
             if state.update == start:
                 load_exactly(state.discriminator, _kept(path), path)
                 done.append(f"D put back to epoch {phase.reload_discriminator:g}")

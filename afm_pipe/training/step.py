@@ -1,12 +1,12 @@
-"""One D update's and one G update's gradients (paper section 3), on one device.
+"""The gradients of D's loss and of G's on a batch, or on a part of one (paper section 3).
 
-With a forward pass of G on one batch as the unit, the two together cost 14.5 units (paper Table 12).
+With a forward pass of G on one batch as the unit, the two together cost 14.5 units (paper Table 12). A batch in parts,
+on one device after the other or on several at once, is put together in `update.py`.
 
-Shapes: N batch, n its penalised part, C, H, W of latents.
+Shapes: N images of the part, n penalised ones, C, H, W of latents.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,12 @@ from afm_pipe.training.losses import (
     transport_cost,
 )
 
-Guide = Callable[[Tensor], Tensor]  # G's output (N, C, H, W) to a weighted loss
+
+class Guide(Protocol):
+    """A weighted loss of G's output."""
+
+    def __call__(self, output: Tensor) -> Tensor:
+        """Return the loss of G's output (N, C, H, W)."""
 
 
 class Batch(NamedTuple):
@@ -55,12 +60,32 @@ class PenaltyNoise(NamedTuple):
     fake: Tensor  # (n, C, H, W)
 
 
+class Share(NamedTuple):
+    """How much of the whole batch a part is. Its losses weigh that much, so that over the parts they add up."""
+
+    batch: float = 1.0
+    penalised: float = 1.0  # of what is penalised
+
+
+WHOLE = Share()
+
+
 class DiscriminatorStep(NamedTuple):
-    """Outcome of a D step; the gradients are in D's parameters."""
+    """Outcome of a D step, weighed by the part's share; the gradients are in D's parameters."""
 
     total: Tensor
     terms: DiscriminatorTerms
     logits: Logits
+
+
+class OutputGradients(NamedTuple):
+    """The gradients of G's loss at G's output, weighed by the part's share."""
+
+    adversarial: Tensor  # (N, C, H, W), to be normalised
+    others: Tensor  # (N, C, H, W), of transport and guidance
+    terms: GeneratorTerms
+    square_move: Tensor  # mean square of G(x_s) - x_s
+    fake: Tensor | None  # G's output with its graph; None where it is not kept
 
 
 class GeneratorStep(NamedTuple):
@@ -79,6 +104,7 @@ def discriminator_step(
     run: Run,
     view: View | None = None,
     fake: Tensor | None = None,
+    share: Share = WHOLE,
 ) -> DiscriminatorStep:
     """Add the gradients of D's loss to D's parameters, by one D forward over 2 N + 2 n latents.
 
@@ -101,7 +127,13 @@ def discriminator_step(
     split = Logits(*logits.split([len(real), len(fake), n, n]))
     terms = discriminator_terms(split, epsilon, weighting if isinstance(weighting, float) else weighting[:n])
     # Lazy penalties weigh more where they are computed, so that their mean over updates is the penalty's.
-    terms = terms._replace(r1=run.penalty.every * terms.r1, r2=run.penalty.every * terms.r2)
+    penalised = run.penalty.every * share.penalised
+    terms = DiscriminatorTerms(
+        adversarial=share.batch * terms.adversarial,
+        r1=penalised * terms.r1,
+        r2=penalised * terms.r2,
+        centring=share.batch * terms.centring,
+    )
     total = terms.adversarial + run.penalty.weight * (terms.r1 + terms.r2) + run.centring * terms.centring
     total.backward()
     return DiscriminatorStep(total.detach(), DiscriminatorTerms(*(term.detach() for term in terms)), split)
@@ -117,7 +149,7 @@ def generator_step(
     guide: Guide | None = None,
     fake: Tensor | None = None,
 ) -> GeneratorStep:
-    """Add the gradients of G's loss to G's parameters.
+    """Add the gradients of G's loss on a whole batch to G's parameters.
 
     The adversarial gradient is taken at G's output first, normalised there, joined by the gradients of the transport
     loss and of `guide` (a weighted loss of G's output), and all go through G in one backward pass. `view` and `fake`
@@ -125,23 +157,48 @@ def generator_step(
     """
     if fake is None:
         fake = generator(batch.source, batch.labels, batch.s, batch.t)  # (N, C, H, W)
+    at_output = output_gradients(discriminator, batch, transport_weight, fake, view, guide)
+    gradient = at_output.adversarial
+    if normalizer is not None:
+        gradient = normalizer(gradient)
+    fake.backward(gradient + at_output.others)
+    terms = at_output.terms
+    return GeneratorStep(generator_total(terms, transport_weight), terms, at_output.square_move.sqrt())
+
+
+def output_gradients(
+    discriminator: nn.Module,
+    batch: Batch,
+    transport_weight: float,
+    fake: Tensor,
+    view: View | None = None,
+    guide: Guide | None = None,
+    share: Share = WHOLE,
+) -> OutputGradients:
+    """Return the gradients of G's loss at G's output `fake` (N, C, H, W), on a batch or a part of one."""
     output = fake.detach().requires_grad_()
     real, seen, source = batch.real, output, batch.source
     if view is not None:
         real, seen, source = view(real), view(output), view(source)
     with torch.no_grad():
         real_logits = discriminator(real, batch.labels, batch.t, source)
-    adversarial = relativistic(discriminator(seen, batch.labels, batch.t, source), real_logits)
+    adversarial = share.batch * relativistic(discriminator(seen, batch.labels, batch.t, source), real_logits)
     (gradient,) = torch.autograd.grad(adversarial, output)
-    if normalizer is not None:
-        gradient = normalizer(gradient)
-    transport = transport_cost(output, batch.source, batch.weighting)
-    guidance = torch.zeros_like(transport) if guide is None else guide(output)
-    (pull,) = torch.autograd.grad(transport_weight * transport + guidance, output)
-    fake.backward(gradient + pull)
-    terms = GeneratorTerms(adversarial.detach(), transport.detach(), guidance.detach())
-    total = terms.adversarial + transport_weight * terms.transport + terms.guidance
-    return GeneratorStep(total, terms, (output.detach() - batch.source).square().mean().sqrt())
+    transport = share.batch * transport_cost(output, batch.source, batch.weighting)
+    guidance = torch.zeros_like(transport) if guide is None else share.batch * guide(output)
+    (others,) = torch.autograd.grad(transport_weight * transport + guidance, output)
+    return OutputGradients(
+        adversarial=gradient,
+        others=others,
+        terms=GeneratorTerms(adversarial.detach(), transport.detach(), guidance.detach()),
+        square_move=share.batch * (output.detach() - batch.source).square().mean(),
+        fake=fake if fake.requires_grad else None,
+    )
+
+
+def generator_total(terms: GeneratorTerms, transport_weight: float) -> Tensor:
+    """Return G's loss."""
+    return terms.adversarial + transport_weight * terms.transport + terms.guidance
 
 
 def _four(values: Tensor, n: int) -> Tensor:

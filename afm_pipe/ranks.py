@@ -1,0 +1,138 @@
+"""The processes that do one piece of work together: which of them this is, and what they tell each other.
+
+Under `torchrun` (or `--nproc-per-node`, which starts it) every process runs the same code as one rank of several; else
+it is alone. Where a number is a sum over the batch, each rank sums its own share and `sum_` adds these up, so that
+nothing but speed depends on how many there are.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from afm_pipe.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class RankLostError(UserError):
+    """Another rank has ended while this one waited for it; that one has said why, or was killed."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that work together."""
+
+    rank: int = 0
+    size: int = 1
+    device: Any = "cpu"  # where what they tell each other must lie
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes files and speaks."""
+        return self.rank == 0
+
+    @property
+    def own(self) -> slice:
+        """Which of the samples of a batch are this rank's: every `size`-th, so that any first part is shared evenly."""
+        return slice(self.rank, None, self.size)
+
+    def sum_(self, tensor: "Tensor") -> "Tensor":
+        """Add a tensor up over the ranks, in place, to the same bits on each; return it."""
+        if self.size > 1:
+            with _or_lost():
+                _distributed().all_reduce(tensor)
+        return tensor
+
+    def begin_sum_(self, tensor: "Tensor") -> Any:
+        """Begin to add a tensor up over the ranks, in place; `wait` for what this returns before it is read."""
+        with _or_lost():
+            return _distributed().all_reduce(tensor, async_op=True)
+
+    def wait(self, work: Any) -> None:
+        """Wait for a sum that was begun."""
+        with _or_lost():
+            work.wait()
+
+    def any(self, flag: bool) -> bool:
+        """Tell whether any rank says so; all must ask at the same moment."""
+        if self.size == 1:
+            return flag
+        import torch
+
+        votes = self.sum_(torch.tensor(int(flag), device=self.device))
+        with _or_lost():
+            return bool(votes.item())
+
+    def gather(self, value: int) -> list[int]:
+        """Return every rank's value, on each rank."""
+        if self.size == 1:
+            return [value]
+        import torch
+
+        values = torch.zeros(self.size, dtype=torch.int64, device=self.device)
+        values[self.rank] = value
+        return self.sum_(values).tolist()
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        self.any(False)
+
+
+ALONE = Ranks()
+
+
+def env_rank() -> int:
+    """Return this process's rank as its environment tells it, before anybody has joined."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def env_size() -> int:
+    """Return how many ranks there are as the environment tells it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def joined(device: "torch.device") -> Iterator[Ranks]:
+    """Join the other ranks that the environment names (`torchrun` sets it); without any, this process is alone.
+
+    gloo connects CPUs, nccl GPUs. When the block fails the process group is left as it is: the others learn of it when
+    this process ends.
+    """
+    rank, size = env_rank(), env_size()
+    if size == 1:
+        yield ALONE
+        return
+    dist = _distributed()
+    if dist.is_initialized():  # by whoever called; then it is theirs to end
+        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+        return
+    with _or_lost():
+        if device.type == "cuda":
+            dist.init_process_group("nccl", device_id=device)
+        else:
+            dist.init_process_group("gloo")
+    yield Ranks(rank, size, device)
+    dist.destroy_process_group()
+
+
+@contextmanager
+def _or_lost() -> Iterator[None]:
+    """Turn what torch raises when a peer is gone into an error that says so."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RankLostError(
+            f"Found another rank gone while this one (rank {env_rank()}) waited for it ({reason}): see what that one "
+            "said; the same command goes on from the newest checkpoint."
+        ) from None
+
+
+def _distributed() -> Any:
+    import torch.distributed as dist
+
+    return dist
