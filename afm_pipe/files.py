@@ -14,6 +14,7 @@ from typing import Any
 
 from afm_pipe.errors import UnwritableError, UserError
 
+LARGEST_JSON = 1 << 30  # bytes; the manifest of ImageNet has about 150 million
 UNWRITABLE = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -59,13 +60,30 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises UserError naming the file when it is absent or is not JSON."""
+    """Read a JSON file. Raises UserError naming the file when it is absent, too large, or is not JSON."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(read_text(path, LARGEST_JSON), parse_constant=_refuse)
     except FileNotFoundError:
         raise UserError(f"Found no {path}: run the stage that writes it, or `dvc repro`.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except UserError:
+        raise
+    except (ValueError, RecursionError, OSError) as error:  # a number of 5,000 digits is a ValueError
         raise UserError(f"Found {path}, which is not JSON ({error}): delete it and run its stage again.") from None
+
+
+def read_text(path: Path, most: int) -> str:
+    """Read a text file in UTF-8. Raises UserError for one of more than `most` bytes, or a pipe or device; OSError."""
+    size = path.stat().st_size
+    if not path.is_file():
+        raise UserError(f"Found {path}, which is a folder, a pipe or a device; expected a plain file.")
+    if size > most:
+        raise UserError(f"Found {path} of {size:,} bytes, expected at most {most:,}: it is something else.")
+    with path.open(encoding="utf-8") as file:
+        return file.read(most)  # it may grow
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
 
 
 def sha256_file(path: Path) -> str:

@@ -11,15 +11,30 @@ from pydantic import BaseModel, ValidationError
 
 from afm_pipe import paths
 from afm_pipe.errors import UserError
+from afm_pipe.files import read_text
 from afm_pipe.params import Imported, Params
 
-LARGEST = 1 << 20  # bytes; a params file is written by hand
+LARGEST, DEEPEST = 1 << 18, 32  # bytes, and nested levels; a params file is written by hand
+SHOWN = 20  # mistakes, and three times as many characters of a value
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without anchors, which can make a small file large, and without a key given twice."""
+    """YAML without anchors, which can make a small file large, without a key given twice, and not too deep."""
+
+    depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.depth > DEEPEST:
+            raise yaml.YAMLError(
+                f"found more than {DEEPEST} nested levels in line {self.peek_event().start_mark.line + 1}"
+            )
+        self.depth += 1
+        try:
+            return self._compose(parent, index)
+        finally:
+            self.depth -= 1
+
+    def _compose(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError(
                 f"found an alias in line {self.peek_event().start_mark.line + 1}, expected plain values"
@@ -29,6 +44,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.YAMLError(f"found a key that is no word in line {key.start_mark.line + 1}")
             if key.value in seen:
                 raise yaml.YAMLError(f"found {key.value} twice, again in line {key.start_mark.line + 1}")
             seen.add(key.value)
@@ -78,14 +95,12 @@ def json_schema() -> str:
 
 def _parse(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > LARGEST:
-            raise UserError(
-                f"Found {path} of {path.stat().st_size} bytes, expected at most {LARGEST}: is it a params file?"
-            )
-        raw = yaml.load(path.read_text(), _Loader)  # a SafeLoader
+        raw = yaml.load(read_text(path, LARGEST), _Loader)  # a SafeLoader
     except FileNotFoundError:
         raise UserError(f"Found no {path} in {Path.cwd()}: run this in the project's root.") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # PyYAML leaves a date of month 13, a number of 5,000 digits and more to Python
         raise UserError(f"Found {path}, which is not plain YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(raw, dict):
         raise UserError(f"Found {path} holding {type(raw).__name__}, expected sections such as data, train and runs.")
@@ -97,23 +112,27 @@ def _override(raw: dict[str, Any], override: str) -> None:
     if not equals or not dotted:
         raise UserError(f"Found the override {override!r}, expected PATH=VALUE such as train.batch_size=64.")
     try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError:
+        value = yaml.load(text[: LARGEST + 1], _Loader)
+    except Exception:  # as above
         raise UserError(f"Found the override {override!r}, whose value is not YAML.") from None
     *parents, last = dotted.split(".")
     here: Any = raw
     for step in parents:
         here = (
             here[int(step)]
-            if isinstance(here, list) and step.isdigit() and int(step) < len(here)
+            if isinstance(here, list) and _is_place(step, here)
             else (here.setdefault(step, {}) if isinstance(here, dict) else None)
         )
     if isinstance(here, dict):
         here[last] = value
-    elif isinstance(here, list) and last.isdigit() and int(last) < len(here):
+    elif isinstance(here, list) and _is_place(last, here):
         here[int(last)] = value
     else:
         raise UserError(f"Found the override {override!r}, but params has no place {dotted}.")
+
+
+def _is_place(text: str, values: list[Any]) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 9 and int(text) < len(values)
 
 
 def _in_words(path: Path, raw: dict[str, Any], error: ValidationError) -> str:
@@ -127,7 +146,8 @@ def _in_words(path: Path, raw: dict[str, Any], error: ValidationError) -> str:
             continue  # inherited from train, where it is reported already
         lines.append(f"  {_one_in_words(place, problem)}")
     lines = list(dict.fromkeys(lines))
-    return f"Found {len(lines)} mistake{'s' * (len(lines) != 1)} in {path}:\n" + "\n".join(lines)
+    more = f"\n  and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
+    return f"Found {len(lines)} mistake{'s' * (len(lines) != 1)} in {path}:\n" + "\n".join(lines[:SHOWN]) + more
 
 
 def _one_in_words(place: list[Any], problem: Any) -> str:
@@ -146,7 +166,12 @@ def _one_in_words(place: list[Any], problem: Any) -> str:
     note = ""
     if isinstance(found, str) and _is_number(found):
         note = f"; YAML reads {found} as text: write {float(found):.1e}"
-    return f"{dotted}: found {found!r}, {expected}{note}"
+    return f"{dotted}: found {_short(found)}, {expected}{note}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 3 * SHOWN else f"{text[: 3 * SHOWN]}..."
 
 
 def _stands_in(raw: Any, place: list[Any]) -> bool:

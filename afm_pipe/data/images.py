@@ -3,9 +3,8 @@
 Legend: C channels (1 grey, 3 RGB), S side of the square images.
 """
 
+import errno
 import io
-import struct
-import zlib
 from os import DirEntry, scandir
 from pathlib import Path
 
@@ -18,9 +17,7 @@ from afm_pipe.errors import UserError
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # by content: ImageNet has a PNG named .JPEG
 MAX_PIXELS = 80_000_000  # below Pillow's own limit, whose first level only warns
-
-# What Pillow's decoders raise on hostile bytes.
-DECODING_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, struct.error, zlib.error)
+MAX_BYTES = 1 << 29  # of an image file: more than so many pixels take uncompressed
 BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
@@ -77,10 +74,19 @@ def class_root(root: Path) -> Path:
 def load_image(path: Path, size: int, channels: int) -> NDArray[np.uint8]:
     """Read an image file as the training sees it: (C, S, S) uint8. Raises UserError naming the path."""
     try:
-        data = path.read_bytes()
+        data = read_image_file(path)
     except OSError as error:
         raise UserError(f"Found {path} unreadable ({error.strerror}): restore it, or remove it.") from None
     return decode_image(data, str(path), size, channels)
+
+
+def read_image_file(path: Path) -> bytes:
+    """Read the bytes of an image file, up to `MAX_BYTES`. Raises OSError, for a larger one too."""
+    if not path.is_file() and path.exists():
+        raise OSError(errno.EINVAL, "a folder, a pipe or a device")
+    if path.stat().st_size > MAX_BYTES:
+        raise OSError(errno.EFBIG, f"more than {MAX_BYTES:,} bytes")
+    return path.read_bytes()
 
 
 def decode_image(data: bytes, name: str, size: int, channels: int) -> NDArray[np.uint8]:
@@ -91,6 +97,8 @@ def decode_image(data: bytes, name: str, size: int, channels: int) -> NDArray[np
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if not image.width or not image.height:
+                raise UserError(f"Found {name} of {image.width}x{image.height} pixels: replace or remove it.")
             if image.width * image.height > MAX_PIXELS:
                 raise _oversized(name, f"{image.width}x{image.height}")
             if getattr(image, "n_frames", 1) > 1 and image.format in {"PNG", "WEBP"}:  # not a camera's MPO with preview
@@ -105,7 +113,7 @@ def decode_image(data: bytes, name: str, size: int, channels: int) -> NDArray[np
         ) from None
     except BOMBS:
         raise _oversized(name, "an enormous image") from None
-    except DECODING_ERRORS as error:
+    except Exception as error:  # whatever Pillow's decoders make of damaged or hostile bytes
         raise UserError(f"Found {name} damaged ({error}), expected a whole image: replace or remove it.") from None
     width, height = still.size
     if size * size * max(width, height) > MAX_PIXELS * min(width, height):  # once its short side is scaled up to size
@@ -147,4 +155,4 @@ def _visible(folder: Path) -> list[DirEntry[str]]:
 
 
 def _is_image_file(entry: DirEntry[str]) -> bool:
-    return Path(entry.name).suffix.lower() in EXTENSIONS and not entry.is_dir()
+    return Path(entry.name).suffix.lower() in EXTENSIONS and entry.is_file()  # a pipe would be waited for

@@ -13,6 +13,7 @@ Legend: N images, M mirrors (2 when mirrored ones are encoded too), K classes, B
 
 import hashlib
 import json
+import math
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,12 +27,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from afm_pipe.data.order import ALL
+from afm_pipe.data.provenance import read_attributes
 from afm_pipe.errors import UserError
 from afm_pipe.params import Params
 
 FORMAT_VERSION = "1"
 MOMENTS, LABELS, CLASSES, DONE = "moments", "labels", "classes", "done"
 REMEDY = "run `dvc repro encode` to make it again"
+KINDS = {"f": "float16", "i": "int64", "S": "text of one length", "b": "bool"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +64,7 @@ class Latents:
                 latents = _read(cls, path, file)
         except UserError:
             raise
-        except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        except Exception as error:  # whatever HDF5 makes of damaged or hostile bytes
             raise UserError(f"Found {path} cut short, or not a latents file ({error}): {REMEDY}.") from None
         if params is not None:
             latents._check(params)
@@ -158,12 +161,27 @@ def file_offset(dataset: h5py.Dataset) -> int:
     return int(offset)
 
 
+def _check_stored(dataset: h5py.Dataset, kind: str, path: Path, size: int) -> None:
+    """Raise UserError unless a data set's values are of the kind expected, and all in this file of `size` bytes.
+
+    A few bytes of HDF5 can declare terabytes, or values of any other file.
+    """
+    name = dataset.name.removeprefix("/")
+    if dataset.dtype.kind != kind:
+        raise UserError(
+            f"Found {name} of {dataset.dtype} and shape {dataset.shape} in {path}, expected {KINDS[kind]}: {REMEDY}."
+        )
+    end = file_offset(dataset) + math.prod(dataset.shape) * dataset.dtype.itemsize
+    if end > size:
+        raise UserError(f"Found {path} cut short: {name} would end at byte {end:,} of {size:,}: {REMEDY}.")
+
+
 def _read(cls: type[Latents], path: Path, file: h5py.File) -> Latents:
     for name in (MOMENTS, LABELS, CLASSES, DONE):
         link = file.get(name, getlink=True)
         if not isinstance(link, h5py.HardLink) or not isinstance(file[name], h5py.Dataset):
             raise UserError(f"Found {path} without a data set {name} of its own, expected one: {REMEDY}.")
-    provenance = {name: str(value) for name, value in file.attrs.items()}
+    provenance = read_attributes(file, path)
     version = provenance.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(f"Found {path} of format {version}, expected {FORMAT_VERSION}: {REMEDY}.")
@@ -171,6 +189,9 @@ def _read(cls: type[Latents], path: Path, file: h5py.File) -> Latents:
     if missing:
         raise UserError(f"Found {path} without its provenance ({', '.join(sorted(missing))}): {REMEDY}.")
 
+    size = path.stat().st_size
+    for name, kinds in ((MOMENTS, "f"), (LABELS, "i"), (CLASSES, "S"), (DONE, "b")):  # before anything is allocated
+        _check_stored(file[name], kinds, path, size)
     moments, labels, classes, done = file[MOMENTS], file[LABELS][:], file[CLASSES][:], file[DONE][:]
     if moments.dtype != "<f2" or moments.ndim != 5 or moments.shape[1] not in (1, 2) or moments.shape[2] % 2:
         raise UserError(
@@ -187,9 +208,15 @@ def _read(cls: type[Latents], path: Path, file: h5py.File) -> Latents:
         )
     if num_images == 0 or labels.min() < 0 or labels.max() >= len(classes):
         raise UserError(f"Found labels outside the {len(classes)} classes in {path}, or no image: {REMEDY}.")
-    offset = file_offset(moments)
-    if path.stat().st_size < offset + moments.size * moments.dtype.itemsize:
-        raise UserError(f"Found {path} cut short: {REMEDY}.")
+    try:
+        scaling = float(provenance["scaling_factor"])
+    except ValueError:
+        scaling = math.nan
+    if not (math.isfinite(scaling) and scaling > 0):
+        raise UserError(
+            f"Found {path} with scaling_factor {provenance['scaling_factor'][:40]!r}, expected a number above 0: "
+            f"{REMEDY}."
+        )
     _, num_mirrors, twice, height, width = moments.shape
     return cls(
         path=path,
@@ -198,5 +225,5 @@ def _read(cls: type[Latents], path: Path, file: h5py.File) -> Latents:
         provenance=provenance,
         num_mirrors=num_mirrors,
         latent_shape=(twice // 2, height, width),
-        _offset=offset,
+        _offset=file_offset(moments),
     )

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afm_pipe.console import Tick
-from afm_pipe.data.images import class_root, decode_image, list_images
+from afm_pipe.data.images import class_root, decode_image, list_images, read_image_file
 from afm_pipe.data.sources import BUILT_IN, materialise
 from afm_pipe.data.tars import Span, index_tar, read_span
 from afm_pipe.errors import UserError
@@ -135,11 +135,10 @@ def read_manifest(path: Path) -> Manifest:
         raise UserError(f"Found {path} of format {version}, expected {FORMAT_VERSION}: run `dvc repro prepare` again.")
     try:
         columns = raw["classes"], raw["paths"], raw["labels"], raw["sha256"]
-        whole = _digest(*columns) == raw["digest"]
         root = Path(raw["root"])
         spans = tuple(Span(int(offset), int(size)) for offset, size in raw["spans"]) if "spans" in raw else None
-        whole = whole and (spans is None or len(spans) == len(columns[1]))
-    except (KeyError, TypeError, ValueError):
+        whole = _is_sound(*columns, spans) and _digest(*columns) == raw["digest"]
+    except (KeyError, TypeError, ValueError, OverflowError):
         whole = False
     if not whole:
         raise UserError(f"Found {path} edited or damaged, expected it as written: run `dvc repro prepare` again.")
@@ -147,11 +146,31 @@ def read_manifest(path: Path) -> Manifest:
     return Manifest(root, tuple(classes), tuple(paths), np.array(labels, np.int64), tuple(hashes), raw["digest"], spans)
 
 
+def _is_sound(classes: Any, paths: Any, labels: Any, hashes: Any, spans: tuple[Span, ...] | None) -> bool:
+    """Tell whether the columns fit each other and no path leads out of its class's folder."""
+    if not all(isinstance(column, list) and column for column in (classes, paths, labels, hashes)):
+        return False
+    if not len(paths) == len(labels) == len(hashes) or (spans is not None and len(spans) != len(paths)):
+        return False
+    if not all(
+        isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\0"} for name in classes
+    ):
+        return False
+    for path, label in zip(paths, labels, strict=True):
+        if type(label) is not int or not 0 <= label < len(classes):
+            return False
+        folder, _, file = path.partition("/")
+        if folder != classes[label] or file in ("", ".", "..") or set(file) & {"/", "\0"}:
+            return False
+    return spans is None or all(offset >= 0 and size >= 0 for offset, size in spans)
+
+
 def require_images(manifest: Manifest, data: Data) -> Generator[Tick, None, None]:
     """See to it that the raw images are there: a built-in data set that is gone is written again.
 
     Raises UserError naming the first missing file and what to do.
     """
+    _require_root(manifest, data)
     missing = _missing(manifest)
     if missing and data.source in BUILT_IN and len(missing) == manifest.num_images:
         yield from materialise(data.source, manifest.root)
@@ -243,7 +262,7 @@ class UnreadImages:
 def _reader(root: Path, paths: Sequence[str], spans: Sequence[Span] | None) -> Iterator[Callable[[int], bytes]]:
     """Yield a function from an image's index to its bytes, for any thread; it raises OSError."""
     if spans is None:
-        yield lambda index: (root / paths[index]).read_bytes()
+        yield lambda index: read_image_file(root / paths[index])
         return
     try:
         archive = root.open("rb")
@@ -251,6 +270,16 @@ def _reader(root: Path, paths: Sequence[str], spans: Sequence[Span] | None) -> I
         raise UserError(f"Found {root} unreadable ({error.strerror}): put it back.") from None
     with archive:
         yield lambda index: read_span(archive.fileno(), spans[index])
+
+
+def _require_root(manifest: Manifest, data: Data) -> None:
+    """Raise UserError for a manifest of other images than params name: what it lists is read, wherever that is."""
+    root = Path(data.root)
+    if manifest.root not in (root, root / "train"):
+        raise UserError(
+            f"Found a manifest of images under {manifest.root}, expected those under {root} (data.root): run "
+            "`dvc repro prepare`."
+        )
 
 
 def _missing(manifest: Manifest) -> list[str]:

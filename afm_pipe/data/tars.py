@@ -4,6 +4,7 @@ Two layouts: the official tar of tars (ILSVRC2012_img_train.tar holds n01440764.
 and one archive of CLASS/IMAGE or train/CLASS/IMAGE.
 """
 
+import errno
 import io
 import os
 import tarfile
@@ -12,13 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from afm_pipe.console import Tick
-from afm_pipe.data.images import EXTENSIONS, named
+from afm_pipe.data.images import EXTENSIONS, MAX_BYTES, named
 from afm_pipe.errors import UserError
 
 BLOCK = 512
 LARGEST_HEADER = 1 << 20  # bytes; a long name, or pax attributes
-# What tarfile raises on hostile bytes.
-DAMAGE = (tarfile.TarError, OSError, ValueError, IndexError, OverflowError, RecursionError)
 
 
 class Span(NamedTuple):
@@ -70,6 +69,8 @@ def index_tar(path: Path) -> Generator[Tick, None, TarIndex]:
 
 def read_span(handle: int, span: Span) -> bytes:
     """Read a file's bytes out of an open archive, from any thread. Raises OSError when the archive is cut short."""
+    if span.size > MAX_BYTES:
+        raise OSError(errno.EFBIG, f"more than {MAX_BYTES:,} bytes")
     content = os.pread(handle, span.size, span.offset)
     if len(content) < span.size:
         raise OSError(0, "the archive ends within it")
@@ -114,7 +115,7 @@ def _members(handle: int, span: Span, where: str) -> Iterator[tuple[list[str], S
                 yield parts, at
     except UserError:
         raise
-    except DAMAGE as error:
+    except Exception as error:  # whatever tarfile makes of damaged or hostile bytes
         raise UserError(
             f"Found {where}, which is no whole tar archive without compression ({error}): fetch it again, "
             "or decompress it."

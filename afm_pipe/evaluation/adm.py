@@ -71,7 +71,11 @@ def adm_references(
             yield reference
             continue
         mu, sigma = (arrays[key] for key in (("mu", "sigma") if network.name == LEGACY else ("mu_s", "sigma_s")))
-        if mu.shape != (network.dim,) or sigma.shape != (network.dim, network.dim):
+        if (
+            mu.shape != (network.dim,)
+            or sigma.shape != (network.dim, network.dim)
+            or {mu.dtype.kind, sigma.dtype.kind} != {"f"}
+        ):
             raise UserError(f"Found mean {mu.shape} in {path}, expected ({network.dim},) for {network.name}.")
         features = reference.features
         if network.name == LEGACY:

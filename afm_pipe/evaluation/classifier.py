@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from afm_pipe.console import Tick
 from afm_pipe.errors import UserError
 from afm_pipe.files import atomic_path, read_json, write_json
+from afm_pipe.models.checkpoint_format import load_tensors, require_fit
 from afm_pipe.params import FeatureClassifier
 
 WEIGHTS, CONFIG = "classifier.safetensors", "classifier.json"
@@ -91,10 +91,14 @@ def load_classifier(folder: Path, device: torch.device = CPU) -> Classifier:
     """Read a classifier written by `save_classifier`. Raises UserError when its files are missing or do not fit."""
     config = read_json(folder / CONFIG)
     try:
-        model = _untrained(0, config["channels"], config["widths"], config["features"], config["num_classes"])
-        model.load_state_dict(load_file(folder / WEIGHTS))
-    except (OSError, SafetensorError, RuntimeError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0]
+        shape = [config["channels"], config["widths"], config["features"], config["num_classes"]]
+        tensors = load_tensors(folder / WEIGHTS)
+        with torch.device("meta"):  # before memory is taken for what the config says
+            require_fit(Classifier(*shape), tensors, folder / WEIGHTS)
+        model = _untrained(0, *shape)
+        model.load_state_dict(tensors)
+    except (UserError, RuntimeError, KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"Found {folder / WEIGHTS} unreadable ({reason}), expected the weights that {CONFIG} beside it describes: "
             "build the reference again."

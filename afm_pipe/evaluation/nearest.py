@@ -3,9 +3,10 @@
 Shapes: T training thumbnails, B images, C channels, h x w pixels, at most 32 x 32.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
+from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from afm_pipe.errors import UserError
 
 SIDE = 32  # pixels of a thumbnail, at most
 COPY_QUANTILE = 0.001  # share of new real images that would be taken for copies
+INFLATED, LARGEST_RATIO = 1 << 26, 20  # an entry may take so many bytes, and so many times its own, of memory
 ROWS = 1024  # images compared at a time, to bound memory
 
 
@@ -39,8 +41,16 @@ class Thumbnails:
     def load(cls, path: Path) -> "Thumbnails":
         """Read what `save` wrote. Raises UserError when it is missing or unreadable."""
         arrays = load_arrays(path, tuple(cls.__dataclass_fields__))
-        images = torch.from_numpy(arrays.pop("images"))
-        return cls(images, **arrays)
+        images, count = arrays.pop("images"), len(arrays["labels"]) if arrays["labels"].ndim else -1
+        kinds = [images.dtype.kind, *(array.dtype.kind for array in arrays.values())]
+        if images.ndim != 4 or kinds != ["u", "i", "f", "f"] or any(a.shape != (count,) for a in arrays.values()):
+            count = -1
+        if len(images) != count or images.dtype != np.uint8:
+            raise UserError(
+                f"Found {path} with arrays that do not belong together, expected images (T, C, h, w) uint8 with a "
+                "label and two distances each: build the reference again."
+            )
+        return cls(torch.from_numpy(images), **arrays)
 
     @property
     def copy_ratio(self) -> float:
@@ -61,14 +71,30 @@ class Thumbnails:
 def load_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     """Read named arrays of an npz file, without pickles. Raises UserError when it is missing or unreadable."""
     try:
+        with ZipFile(path) as archive:
+            for name in names:
+                _check_array(archive, f"{name}.npy")
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in names}
     except FileNotFoundError:
         raise UserError(f"Found no {path}, expected statistics of the real images: build the reference.") from None
-    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
+    except Exception as error:  # whatever numpy and zipfile make of damaged or hostile bytes
         raise UserError(
             f"Found {path} unreadable ({error}), expected arrays {', '.join(names)}: build the reference again."
         ) from None
+
+
+def _check_array(archive: ZipFile, name: str) -> None:
+    """Raise ValueError for an array larger than its entry, or an entry far larger than the bytes it takes."""
+    entry = archive.getinfo(name)
+    if entry.file_size > INFLATED + LARGEST_RATIO * entry.compress_size:
+        raise ValueError(f"{name} of {entry.compress_size:,} bytes would become {entry.file_size:,}")
+    with archive.open(name) as file:
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(file)
+        if dtype.hasobject or math.prod(shape) * dtype.itemsize > entry.file_size:
+            raise ValueError(f"{name} says it is {dtype} of shape {shape}, in {entry.file_size:,} bytes")
 
 
 def thumbnail(images: Tensor) -> Tensor:

@@ -29,6 +29,14 @@ from afm_pipe.sampling import grid, noise, to_uint8
 
 SUMMARY, THUMBNAILS = "summary.json", "thumbnails.npz"
 OWN = "training images"
+SCALARS = {
+    "name": str,
+    "sha256": str,
+    "manifest_digest": str,
+    "count": int,
+    "within_class_variance": float,
+    "source": str,
+}
 MAX_FEATURES = 50_000  # kept for KID; mean and covariance are of all images
 CPU = torch.device("cpu")
 
@@ -66,6 +74,11 @@ class Reference:
         arrays = load_arrays(path, tuple(cls.__dataclass_fields__))
         fields: dict[str, Any] = {name: value if value.ndim else value.item() for name, value in arrays.items()}
         found = cls(**fields)
+        if {name: type(fields[name]) for name in SCALARS} != SCALARS or not _belong_together(arrays):
+            raise UserError(
+                f"Found {path} with arrays that do not belong together, expected mean (D,), covariance (D, D), "
+                "features (N, D) and labels (N,) of one network: build the reference again."
+            )
         for what, value, expected in (
             ("network", found.name, network.name),
             ("network sha256", found.sha256, network.sha256),
@@ -185,6 +198,14 @@ def build_reference(
     _draw(params, vae, images, labels, folder, device)
     write_json(folder / SUMMARY, summary)
     return summary
+
+
+def _belong_together(arrays: dict[str, np.ndarray]) -> bool:
+    kinds = [arrays[name].dtype.kind for name in ("mu", "sigma", "features", "labels")]
+    if kinds != ["f", "f", "f", "i"] or arrays["mu"].ndim != 1 or arrays["labels"].ndim != 1:
+        return False
+    width, count = len(arrays["mu"]), len(arrays["labels"])
+    return arrays["sigma"].shape == (width, width) and arrays["features"].shape[:1] == (count,)
 
 
 class FeatureStream:

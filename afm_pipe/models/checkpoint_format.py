@@ -5,10 +5,10 @@ The folder is all that anything that samples needs. Weights carry the released k
 
 import errno
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from afm_pipe.models.discriminator import Discriminator
 from afm_pipe.models.flow import Flow
 from afm_pipe.models.generator import Generator, Times
 from afm_pipe.models.sizes import SIZES
+from afm_pipe.models.tensor_files import check_safetensors
 from afm_pipe.params import Run
 
 
@@ -28,12 +29,12 @@ class ModelConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     size: str
-    channels: int
-    latent_size: int
-    num_classes: int
-    nfe: int | Literal["any"] = 1
+    channels: Annotated[int, Field(ge=1, le=4096)]
+    latent_size: Annotated[int, Field(ge=1, le=4096)]
+    num_classes: Annotated[int, Field(ge=1, le=10**7)]
+    nfe: Annotated[int, Field(ge=1, le=1024)] | Literal["any"] = 1
     form: Literal["direct", "residual"] = "direct"
-    repeats: int = 1
+    repeats: Literal[1, 2, 4] = 1
     qk_norm: bool = False
     condition_on_source: bool = False
 
@@ -83,9 +84,12 @@ def save_model(folder: Path, generator: nn.Module, discriminator: nn.Module, con
 
 def load_generator(folder: Path, device: torch.device) -> Flow:
     """Load the generator of a model folder, in evaluation mode. Raises UserError naming what does not fit."""
-    config = load_config(folder)
+    config, path = load_config(folder), folder / "generator.safetensors"
+    tensors = load_tensors(path)
+    with torch.device("meta"):  # before memory is taken for what the config says
+        require_fit(build_generator(config), tensors, path)
     generator = build_generator(config)
-    load_exactly(generator, load_tensors(folder / "generator.safetensors"), folder / "generator.safetensors")
+    load_exactly(generator, tensors, path)
     return Flow(generator.to(device).eval().requires_grad_(False), config.form, config.nfe)
 
 
@@ -96,8 +100,11 @@ def load_config(folder: Path) -> ModelConfig:
         model = ModelConfig.model_validate(config["model"])
         if model.size not in SIZES:
             raise ValueError(f"unknown size {model.size}")
+        if model.latent_size % SIZES[model.size].patch:
+            raise ValueError(f"latent_size {model.latent_size} is no multiple of patch {SIZES[model.size].patch}")
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"Found {folder / 'config.json'} that describes no model ({error}): train it again.") from None
+        reason = f"{error}"[:300]
+        raise UserError(f"Found {folder / 'config.json'} that describes no model ({reason}): train it again.") from None
     return model
 
 
@@ -112,8 +119,9 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file onto the CPU. Raises UserError when it is absent or damaged."""
     try:
+        check_safetensors(path)
         return load_file(path)
-    except (FileNotFoundError, SafetensorError) as error:
+    except Exception as error:  # an unknown dtype is a KeyError
         raise UserError(f"Found {path} missing or damaged ({error}): run the stage that writes it again.") from None
 
 
@@ -134,7 +142,7 @@ def require_fit(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> No
 
 
 def misfits(module: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
-    """Return, in words, which tensors are missing, too many or of another shape than the module's; sorted."""
+    """Return, in words, which tensors are missing, too many, or of another shape or kind than the module's; sorted."""
     expected = module.state_dict()
     problems = [f"missing {name}" for name in expected.keys() - tensors.keys()]
     problems += [f"unexpected {name}" for name in tensors.keys() - expected.keys()]
@@ -142,6 +150,11 @@ def misfits(module: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
         f"{name} of shape {tuple(tensors[name].shape)}, expected {tuple(value.shape)}"
         for name, value in expected.items()
         if name in tensors and tensors[name].shape != value.shape
+    ]
+    problems += [
+        f"{name} of {str(tensors[name].dtype).removeprefix('torch.')}, expected floating point"
+        for name, value in expected.items()
+        if name in tensors and value.is_floating_point() and not tensors[name].is_floating_point()
     ]
     return sorted(problems)
 

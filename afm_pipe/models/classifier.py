@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from afm_pipe.errors import UserError
 from afm_pipe.files import read_json
-from afm_pipe.models.checkpoint_format import load_exactly, load_tensors
+from afm_pipe.models.checkpoint_format import ModelConfig, load_exactly, load_tensors, require_fit
 from afm_pipe.models.dit import DiT, TimestepEmbedder, linear
 from afm_pipe.models.sizes import SIZES, ModelSize
 
@@ -32,13 +32,18 @@ class LatentClassifier(DiT):
 
 def load_latent_classifier(folder: Path, device: torch.device) -> LatentClassifier:
     """Load the classifier of a folder, in evaluation mode. Raises UserError when there is none, or it does not fit."""
-    config, path = read_json(folder / "config.json"), folder / "classifier.safetensors"
+    described, path = read_json(folder / "config.json"), folder / "classifier.safetensors"
     try:
-        size = SIZES[config["size"]]
-        classifier = LatentClassifier(size, config["channels"], config["latent_size"], config["num_classes"])
-    except (KeyError, TypeError):
+        shape = {name: described[name] for name in ("size", "channels", "latent_size", "num_classes")}
+        config = ModelConfig.model_validate(shape)
+        size = SIZES[config.size]
+    except (KeyError, TypeError, ValueError):
         raise UserError(
             f"Found {folder} without a classifier: give params one, and run `dvc repro classifier`."
         ) from None
-    load_exactly(classifier, load_tensors(path), path)
+    tensors = load_tensors(path)
+    with torch.device("meta"):  # before memory is taken for what the config says
+        require_fit(LatentClassifier(size, config.channels, config.latent_size, config.num_classes), tensors, path)
+    classifier = LatentClassifier(size, config.channels, config.latent_size, config.num_classes)
+    load_exactly(classifier, tensors, path)
     return classifier.to(device).eval().requires_grad_(False)

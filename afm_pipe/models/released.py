@@ -14,16 +14,18 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from afm_pipe.errors import UserError
-from afm_pipe.files import atomic_path, sha256_file, write_json
+from afm_pipe.files import atomic_path, read_text, sha256_file, write_json
 from afm_pipe.models.checkpoint_format import ModelConfig, build_generator, count_parameters, misfits, save_tensors
 from afm_pipe.models.sizes import SIZES
+from afm_pipe.models.tensor_files import ASIDE, check_file, check_pickled, check_plain, check_safetensors
 from afm_pipe.params import Imported
 
 PICKLED, SAFE = (".pth", ".pt", ".bin", ".ckpt"), ".safetensors"
+LARGEST_NAMES = 16 << 20  # bytes of a file of class names
 METADATA = "afm_pipe"  # key of a safetensors file's metadata, written by exports
 SD_VAE_LATENT, SD_VAE_FACTOR = (4, 32, 32), 0.18215  # every released generator lives on SD-VAE's latents
 PROBES = {"x_embedder.proj.weight": 4, "pos_embed": 3, "y_embedder.embedding_table.weight": 2}  # name -> dimensions
@@ -55,6 +57,7 @@ def import_generator(settings: Imported, folder: Path) -> ModelConfig:
     path = Path(settings.file).expanduser()
     if not path.is_file():
         raise UserError(f"Found no file {path}, expected weights ({', '.join((*PICKLED, SAFE))}): check the path.")
+    check_file(path)
     sha256 = sha256_file(path)
     if settings.sha256 not in (None, sha256):
         raise UserError(f"Found {path} with sha256 {sha256}, expected {settings.sha256}: take the right file.")
@@ -92,16 +95,18 @@ def read_tensors(path: Path) -> Contents:
         return _read_safetensors(path)
     if path.suffix not in PICKLED:
         raise UserError(f"Found {path}, expected a file ending in {', '.join((*PICKLED, SAFE))}.")
+    check_pickled(path)
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"Found {path} holding more than tensors ({_reason(error)}), expected named tensors alone. Nothing in it "
-            "was run. If you trust its origin, save its state dict by itself, best as safetensors."
+            f"Found {path} holding more than tensors ({_reason(error)}), expected named tensors alone. {ASIDE}"
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, OSError, IndexError) as error:
+    except Exception as error:  # whatever the unpickler makes of damaged or hostile bytes
         raise UserError(f"Found {path} unreadable as a file of tensors ({_reason(error)}): fetch it again.") from None
-    return Contents(*_unwrapped(held, path), said={})
+    tensors, entry = _unwrapped(held, path)
+    check_plain(tensors, path)
+    return Contents(tensors, entry, said={})
 
 
 def recognise(contents: Contents, path: Path, settings: Imported) -> ModelConfig:
@@ -151,12 +156,13 @@ def describe(config: ModelConfig) -> str:
 
 
 def _read_safetensors(path: Path) -> Contents:
+    check_safetensors(path)
     try:
         with safe_open(path, framework="pt") as file:
             said = json.loads((file.metadata() or {}).get(METADATA, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
             return Contents(tensors, "the file itself", said if isinstance(said, dict) else {})
-    except (SafetensorError, ValueError, OSError) as error:
+    except Exception as error:  # an unknown dtype is a KeyError, deep metadata a RecursionError
         raise UserError(f"Found {path} unreadable as safetensors ({_reason(error)}): fetch it again.") from None
 
 
@@ -167,7 +173,9 @@ def _unwrapped(held: Any, path: Path) -> tuple[dict[str, Tensor], str]:
     inner = {name: value for name, value in held.items() if _is_state(value)} if isinstance(held, dict) else {}
     name = "ema" if "ema" in inner else next(iter(inner), None)
     if name is None or (len(inner) > 1 and name != "ema"):
-        kinds = {str(k): type(v).__name__ for k, v in held.items()} if isinstance(held, dict) else type(held).__name__
+        kinds = (
+            {str(k)[:40]: type(v).__name__ for k, v in held.items()} if isinstance(held, dict) else type(held).__name__
+        )
         shown = ", ".join(f"{k}: {v}" for k, v in list(kinds.items())[:6]) if isinstance(kinds, dict) else kinds
         raise UserError(
             f"Found {path} holding {shown or 'nothing'}, expected one dict of named tensors, or an entry ema that is: "
@@ -277,7 +285,7 @@ def _class_names(settings: Imported, contents: Contents, config: ModelConfig) ->
     if settings.classes is not None:
         path = Path(settings.classes).expanduser()
         try:
-            names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            names = [line.strip() for line in read_text(path, LARGEST_NAMES).splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"Found no way to read {path} ({_reason(error)}), expected a class name a line.") from None
         if len(names) != config.num_classes:

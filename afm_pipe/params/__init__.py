@@ -10,7 +10,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import Field, ValidationError, model_validator
 
 from afm_pipe.models.sizes import SIZES
-from afm_pipe.params.base import NAME, RunName, Section
+from afm_pipe.params.base import NAME, RunName, Section, Seed
 from afm_pipe.params.images import (
     AdmReference,
     Autoencoder,
@@ -76,13 +76,20 @@ __all__ = [
     "valid_name",
 ]
 
-RESERVED_NAMES = {"autoencoder", "classifier"}  # folders under models/ that are not runs
+RESERVED_NAMES = {
+    "autoencoder",
+    "classifier",
+    "encode",
+    "cells",
+    "dvclive",
+    "watch.html",
+}  # not runs, in models/ or work/
 
 
 class Params(Section):
     """The whole of params.yaml."""
 
-    seed: int
+    seed: Seed
     """Of everything random that is not a run's or a sample's; also a run's own, unless it names another."""
     data: Data
     autoencoder: Autoencoder
@@ -192,6 +199,8 @@ class Params(Section):
                     unknown = problem["type"] == "extra_forbidden"
                     told = "found an unknown field" if unknown else f"found {problem['input']!r}, {message}"
                     raise ValueError(f"{where}: {field}: {told}") from None
+                except ValueError as error:
+                    raise error if str(error).startswith(where) else ValueError(f"{where}: {error}") from None
         return self
 
     @property
@@ -205,6 +214,8 @@ class Params(Section):
             own = laid_over(own, overrides)
         own = dict(own)
         then, steps = own.pop("then", None), own.pop("steps", None)
+        if steps is not None and (type(steps) is not int or not 1 <= steps <= 1024):
+            raise ValueError(f"steps: expected a number from 1 to 1024, found {steps!r:.40}")
         train = self.train.model_dump(mode="json")
         base = Run.model_validate(laid_over(train, own))
         run = base

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from afm_pipe.params.base import Count, NotNegative, Positive, Section
+from afm_pipe.params.base import Count, NotNegative, Positive, Section, Seed
 
 Features = Literal["classifier", "efficientnet", "dinov2", "inception_clean", "inception_legacy_tensorflow"]
 
@@ -17,7 +17,7 @@ class Data(Section):
     root: str
     """Folder of one folder per class, each with image files, or with such folders under train/; or a tar archive of
     CLASS/IMAGE or of CLASS.tar files, read without unpacking."""
-    image_size: Annotated[int, Field(ge=8)]
+    image_size: Annotated[int, Field(ge=8, le=8192)]
     """Side of the square images after the ADM centre crop, in pixels."""
     channels: Literal[1, 3]
     """1: grey, 3: RGB; images of other modes are converted."""
@@ -106,7 +106,7 @@ class Reference(Section):
 class Sample(Section):
     """Pictures of a run."""
 
-    seed: int
+    seed: Seed
     per_class: Count
     """Samples of each class in the grid."""
     classes: Count
@@ -129,13 +129,13 @@ class AdmReference(Section):
 class Evaluate(Section):
     """Distances between samples and real images."""
 
-    samples: Annotated[int, Field(ge=10)]
+    samples: Annotated[int, Field(ge=10, le=10**9)]
     """Number of samples, classes in equal shares."""
-    seed: int
+    seed: Seed
     features: Annotated[tuple[Features, ...], Field(strict=False, min_length=1)]
     """Networks whose features distances are taken in."""
     kid_subsets: Count
-    kid_subset_size: Annotated[int, Field(ge=2)]
+    kid_subset_size: Annotated[int, Field(ge=2, le=10**9)]
     dinov2_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
     """Expected hash of dinov2_vitl14.safetensors; null: not known yet, and dinov2 is refused with the one found."""
     adm_reference: AdmReference | None

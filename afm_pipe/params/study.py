@@ -8,11 +8,12 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from afm_pipe.params.base import NAME, Fraction, Section
+from afm_pipe.params.base import NAME, Fraction, Section, Seed
 
 Overrides = dict[str, Any]  # fields of a run, laid over `train`; `then` and `steps` besides
 Label = Annotated[str, Field(min_length=1, max_length=60)]
 TableName = Annotated[str, Field(pattern=NAME)]
+MOST_CELLS = 2000  # of a table; each is resolved whenever params are read
 Measure = Literal["distance", "accuracy", "trained", "diverged", "units"]
 
 
@@ -56,11 +57,14 @@ class StudyTable(Section):
     """What its cells share besides, laid over `study.base`."""
     rows: Axis
     columns: Axis | None
-    seeds: Annotated[tuple[int, ...], Field(strict=False, min_length=1)]
+    seeds: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1)]
     checks: Annotated[tuple[Check, ...], Field(strict=False)]
 
     @model_validator(mode="after")
     def _labels(self) -> "StudyTable":
+        cells = len(self.seeds) * len(self.rows.settings) * len(self.columns.settings if self.columns else ("",))
+        if cells > MOST_CELLS:
+            raise ValueError(f"expected at most {MOST_CELLS} cells, found {cells}: fewer seeds, rows or columns")
         known = {"rows": set(self.rows.settings), "columns": set(self.columns.settings if self.columns else ())}
         for check in self.checks:
             for group in (check.less, check.than):
@@ -94,7 +98,7 @@ class Place(NamedTuple):
 class Study(Section):
     """How cells are measured."""
 
-    samples: Annotated[int, Field(ge=10)]
+    samples: Annotated[int, Field(ge=10, le=10**9)]
     """Of each cell, at each of its probes: a third of its updates, the end of every phase, its own end."""
     trained: Fraction
     """A cell counts as trained from this share of samples in the class asked for."""

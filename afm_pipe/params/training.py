@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from afm_pipe.models.sizes import SIZES
-from afm_pipe.params.base import Count, Fraction, NotNegative, NotNegativeCount, Positive, Section
+from afm_pipe.params.base import Count, Epochs, Fraction, NotNegative, NotNegativeCount, Positive, Section, Seed
 from afm_pipe.params.watching import Watch
 
 
@@ -14,7 +14,7 @@ class Transport(Section):
 
     start: NotNegative
     end: NotNegative
-    decay_epochs: Positive
+    decay_epochs: Epochs
     """Epochs the cosine takes, counted from the start of the run."""
 
 
@@ -87,7 +87,7 @@ class Augmentation(Section):
 class Phase(Section):
     """A stretch of training; lr and transport left out are the run's (paper Table 11)."""
 
-    until_epoch: Positive
+    until_epoch: Epochs
     """An epoch is as many images, seen by G, as the data set holds."""
     lr: Positive | None = None
     lr_discriminator: Positive | None = None
@@ -97,7 +97,7 @@ class Phase(Section):
     """Largest norm of G's and of D's gradient; longer ones are scaled down to it."""
     reload_ema: Literal["never", "epoch"] = "never"
     """epoch: G is replaced by its moving average at the start of the phase and after every epoch."""
-    reload_discriminator: Positive | Literal["stall"] | None = None
+    reload_discriminator: Epochs | Literal["stall"] | None = None
     """At the start of the phase D is put back to what it was at this epoch; stall: whenever the watch's stagnation rule
     fires in this phase, to the earlier D that proves best in a trial."""
     guidance: Guidance | None = None
@@ -109,7 +109,7 @@ class Phase(Section):
 class Run(Section):
     """One training, complete: the `train` section with a run's own fields laid over it."""
 
-    seed: int
+    seed: Seed
     size: Literal[tuple(SIZES)]  # type: ignore[valid-type]  # pydantic reads the names from the table
     nfe: Annotated[int, Field(ge=1, le=1024)] | Literal["any"]
     """Steps from noise to data that G is trained for; any: every pair of times."""
@@ -182,7 +182,7 @@ class Guided(Phase):
 
     base: Annotated[str, Field(alias="from")]
     """The run it continues."""
-    seed: int | None = None
+    seed: Seed | None = None
     """Left out: the base's."""
 
 
@@ -207,7 +207,7 @@ class Classifier(Section):
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)]
     weight_decay: NotNegative
     ema: Ema
-    epochs: Positive
+    epochs: Epochs
     affine: Affine | None
     """Applied to latents, with reflection at the border; the paper applies it to images before encoding."""
 

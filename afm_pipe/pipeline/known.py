@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from afm_pipe import paths
 from afm_pipe.errors import UserError
 from afm_pipe.files import read_json, sha256_file
-from afm_pipe.params import Params, Run
+from afm_pipe.params import Params, Run, valid_name
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +34,16 @@ def known_images(params: Params) -> "Manifest | None":
         return None
     manifest = read_manifest(paths.MANIFEST)
     return manifest if Path(params.data.root) in (manifest.root, manifest.root.parent) else None
+
+
+def known_model(name: str) -> Path:
+    """Return the folder of a model. Raises UserError for a name that no model can have, such as one with a slash."""
+    if not valid_name(name):
+        raise UserError(
+            f"Found the model's name {name[:80]!r}, expected at most 64 small letters, digits, dots, dashes and "
+            "underlines: name a folder in models/."
+        )
+    return paths.model(name)
 
 
 def run_budget(params: Params, name: str) -> "Budget":
@@ -64,15 +74,26 @@ def load_sampler(params: Params, name: str, device: "torch.device") -> "Sampler"
     from afm_pipe.models.autoencoder import load_autoencoder
     from afm_pipe.models.checkpoint_format import load_config, load_generator
 
-    folder = paths.model(name)
+    folder = known_model(name)
     generator, described = load_generator(folder, device), read_json(folder / "config.json")
     config, vae = load_config(folder), load_autoencoder(paths.AUTOENCODER, device)
     found = (vae.config.latent_channels, vae.config.scaling_factor)
-    expected = (config.channels, described.get("scaling_factor") or found[1])
+    factor, names = described.get("scaling_factor"), described.get("classes")
+    if not _describes(factor, names, config.num_classes):
+        raise UserError(
+            f"Found {folder / 'config.json'} without {config.num_classes} class names or with a scaling factor that is "
+            "no number: train or import it again."
+        )
+    expected = (config.channels, factor or found[1])
     if found[0] != expected[0] or not math.isclose(found[1], expected[1], rel_tol=1e-6):
         raise UserError(
             f"Found {paths.AUTOENCODER} with {found[0]} latent channels and scaling factor {found[1]:g}, expected "
             f"{expected[0]} and {expected[1]:g}, on which {folder} was trained: put that autoencoder there."
         )
-    names = described["classes"]
     return Sampler(generator, vae, config.latent_shape, names, params.sample.micro_batch, device)
+
+
+def _describes(factor: object, names: object, num_classes: int) -> bool:
+    if not isinstance(names, list) or len(names) != num_classes or not all(isinstance(name, str) for name in names):
+        return False
+    return factor is None or (isinstance(factor, int | float) and math.isfinite(factor) and factor > 0)

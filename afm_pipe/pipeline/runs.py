@@ -11,7 +11,7 @@ from afm_pipe.errors import UserError
 from afm_pipe.files import atomic_path, exclusive, read_json, sha256_file, write_json
 from afm_pipe.launch import Launch
 from afm_pipe.params import RESERVED_NAMES, Imported, Params, valid_name
-from afm_pipe.pipeline.known import load_sampler
+from afm_pipe.pipeline.known import known_model, load_sampler
 
 if TYPE_CHECKING:
     from afm_pipe.drawing import Request, Sampler
@@ -25,7 +25,7 @@ def import_weights(params: Params, name: str, settings: Imported | None = None) 
     if settings is None:
         raise UserError(f"Found no {name!r} under imported in params, expected one of {', '.join(params.imported)}.")
     if name in {*params.runs, *params.guided, *RESERVED_NAMES} or not valid_name(name):
-        raise UserError(f"Found the name {name!r}, expected one that no run has, in small letters and digits.")
+        raise UserError(f"Found the name {name[:80]!r}, expected one that no run has, in small letters and digits.")
     described = paths.model(name) / "config.json"
     if paths.model(name).exists() and not (described.is_file() and _imported(read_json(described))):
         raise UserError(f"Found {paths.model(name)}, which was not imported: take another name, or move it away.")
@@ -37,7 +37,7 @@ def export(name: str, kind: str, out: Path) -> None:
     """Write a model for others: released, safetensors or diffusers."""
     from afm_pipe.models.exports import export as write_export
 
-    write_export(paths.model(name), paths.AUTOENCODER, kind, out)
+    write_export(known_model(name), paths.AUTOENCODER, kind, out)
     print(f"{out}: {name} as {kind}.")
 
 
@@ -171,5 +171,6 @@ def evaluate(params: Params, name: str, launch: Launch) -> None:
         nearest.save(aside, format="png")
 
 
-def _imported(described: dict[str, Any]) -> bool:
-    return "imported" in described.get("provenance", {})
+def _imported(described: Any) -> bool:
+    provenance = described.get("provenance") if isinstance(described, dict) else None
+    return isinstance(provenance, dict) and "imported" in provenance

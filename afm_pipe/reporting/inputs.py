@@ -10,8 +10,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from afm_pipe import paths
 from afm_pipe.errors import UserError
-from afm_pipe.files import read_json
+from afm_pipe.files import read_json, read_text
 from afm_pipe.params import Params, Run
+
+LARGEST_LOG = 1 << 28  # bytes of curves or events; a run has at most some thousand rows
+LARGEST_NUMBER = 1e300
 
 
 class Cost(BaseModel):
@@ -137,6 +140,8 @@ def _read_run(params: Params, name: str) -> RunRecord:
         if value is None:
             metrics[key] = None
         elif isinstance(value, int | float) and not isinstance(value, bool):
+            if not abs(value) <= LARGEST_NUMBER:
+                raise UserError(f"Found {path} with {key[:60]} not finite: run `dvc repro --force {measuring}`.")
             metrics[key] = float(value)
     if not metrics or not isinstance(stored.get("protocol"), dict):
         raise UserError(f"Found {path} without numbers or their protocol: run `dvc repro --force {measuring}`.")
@@ -167,7 +172,7 @@ def _read_events(path: Path, stage: str) -> tuple[Event, ...]:
     if not path.is_file():
         return ()
     events = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_text(path, stage).splitlines(), 1):
         try:
             events.append(Event.model_validate_json(line))
         except ValidationError:
@@ -180,23 +185,33 @@ def _read_events(path: Path, stage: str) -> tuple[Event, ...]:
 
 def read_curve(path: Path, stage: str, may_grow: bool = False) -> dict[str, list[float]]:
     """Read curves as columns. Of a file that may be growing, no row yet and half a last row are no mistakes."""
-    with needed(path, stage).open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
+    reader = csv.DictReader(_text(path, stage).splitlines())
+    try:
         columns: dict[str, list[float]] = {name: [] for name in reader.fieldnames or ()}
-        for row in reader:
-            if may_grow and None in row.values():
-                break
-            for name, values in columns.items():
-                try:
-                    values.append(float(row[name]))
-                except (TypeError, ValueError):
-                    raise UserError(
-                        f"Found {row[name]!r} in {path}, line {reader.line_num}, column {name}, expected a number: "
-                        f"run `dvc repro --force {stage}`."
-                    ) from None
+        rows = list(reader)
+    except csv.Error as error:
+        raise UserError(f"Found {path}, which is no table ({error}): run `dvc repro --force {stage}`.") from None
+    for number, row in enumerate(rows, 2):
+        if may_grow and None in row.values():
+            break
+        for name, values in columns.items():
+            try:
+                values.append(float(row[name]))
+            except (TypeError, ValueError):
+                raise UserError(
+                    f"Found {str(row[name])[:60]!r} in {path}, line {number}, column {name[:60]}, expected a number: "
+                    f"run `dvc repro --force {stage}`."
+                ) from None
     if not columns.get("images") and not may_grow:
         raise UserError(f"Found no rows or no column `images` in {path}: run `dvc repro --force {stage}`.")
     return columns
+
+
+def _text(path: Path, stage: str) -> str:
+    try:
+        return read_text(needed(path, stage), LARGEST_LOG)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"Found {path}, which is no text ({error}): run `dvc repro --force {stage}`.") from None
 
 
 def _reconstruction_mse(params: Params) -> float | None:
