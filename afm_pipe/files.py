@@ -78,8 +78,8 @@ def read_text(path: Path, most: int) -> str:
         raise UserError(f"Found {path}, which is a folder, a pipe or a device; expected a plain file.")
     if size > most:
         raise UserError(f"Found {path} of {size:,} bytes, expected at most {most:,}: it is something else.")
-    with path.open(encoding="utf-8") as file:
-        return file.read(most)  # it may grow
+    with path.open("rb") as file:
+        return file.read(size + 1).decode()  # and no more, should it grow
 
 
 def _refuse(constant: str) -> None:

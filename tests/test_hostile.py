@@ -1,0 +1,486 @@
+"""Input made to do harm: refused in words, in little memory and time, and nothing in it is run."""
+
+import copy
+import json
+import os
+import pickle
+import resource
+import struct
+import traceback
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from afm_pipe import paths, pipeline
+from afm_pipe.data.images import list_images, load_image
+from afm_pipe.data.latents import CLASSES, LABELS, MOMENTS, Latents
+from afm_pipe.data.manifest import _digest, read_manifest, require_images
+from afm_pipe.data.provenance import read_provenance
+from afm_pipe.errors import UserError
+from afm_pipe.evaluation.classifier import Classifier, load_classifier, save_classifier
+from afm_pipe.evaluation.nearest import Thumbnails, build_thumbnails, load_arrays
+from afm_pipe.files import read_json, write_json
+from afm_pipe.launch import Launch
+from afm_pipe.models.checkpoint_format import ModelConfig, build_generator, load_generator, load_tensors
+from afm_pipe.models.classifier import load_latent_classifier
+from afm_pipe.models.released import import_generator, read_tensors
+from afm_pipe.params import Imported, Params
+from afm_pipe.params_file import load_params
+from tests.conftest import SMOKE
+
+CPU = torch.device("cpu")
+MORE_MEMORY, CPU_SECONDS = 400 << 20, 20  # what a refusal may take
+TERABYTE = 1 << 40
+
+
+def refused(load: Callable[[], Any], words: str) -> None:
+    """Assert that a child process with little memory and time to spare gets a UserError that matches `words`."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            most = pages * resource.getpagesize() + MORE_MEMORY
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
+            resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+            with pytest.raises(UserError, match=words):
+                load()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, words
+
+
+class Bomb:
+    """What a hostile pickle does: it runs something when it is loaded."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("exploded",)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert not Path("exploded").exists()
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, Tensor]:
+    return build_generator(ModelConfig(size="t4", channels=4, latent_size=8, num_classes=10)).state_dict()
+
+
+def repacked(path: Path, change: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED) -> None:
+    """Write an archive anew, its entries changed."""
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry: archive.read(entry) for entry in archive.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, change(name, content))
+
+
+# Weights
+
+
+def test_a_file_of_a_terabyte_is_refused_before_it_is_read() -> None:
+    header = json.dumps({"w": {"dtype": "F32", "shape": [TERABYTE // 4], "data_offsets": [0, TERABYTE]}}).encode()
+    for name in ("x.safetensors", "x.pth"):
+        with Path(name).open("wb") as file:
+            file.write(struct.pack("<Q", len(header)) + header)
+            file.truncate(8 + len(header) + TERABYTE)
+        refused(lambda name=name: import_generator(Imported(file=name), Path("models/x")), "expected at most 34,359,7")
+    refused(lambda: load_tensors(Path("x.safetensors")), "expected at most")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        struct.pack("<Q", TERABYTE) + b"{}",
+        struct.pack("<Q", 2**64 - 1) + b"{}",
+        b"\x01",
+        struct.pack("<Q", 200_000) + b"[" * 200_000,
+        *(
+            struct.pack("<Q", len(header)) + header + bytes(64)
+            for header in (
+                b'{"a":{"dtype":"F32","shape":[8],"data_offsets":[0,32]},"b":{"dtype":"F32","shape":[8],"data_offsets":[16,48]}}',
+                b'{"a":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,64]}}',
+                b'{"a":{"dtype":"F32","shape":[8],"data_offsets":[0,32]}}',
+                b'{"a":{"dtype":"X9","shape":[16],"data_offsets":[0,64]}}',
+                b'{"a":{"dtype":"F32","shape":[-16],"data_offsets":[64,0]}}',
+                b'{"../../a":7}',
+            )
+        ),
+    ],
+)
+def test_headers_that_lie_are_refused(content: bytes) -> None:
+    Path("x.safetensors").write_bytes(content)
+    refused(lambda: read_tensors(Path("x.safetensors")), "unreadable as safetensors")
+    refused(lambda: load_tensors(Path("x.safetensors")), "missing or damaged")
+
+
+def test_names_of_tensors_are_never_paths(weights: dict[str, Tensor]) -> None:
+    save_file(weights | {"../../escaped": torch.ones(1), "/etc/escaped": torch.ones(1)}, "x.safetensors")
+    with pytest.raises(UserError, match=r"unexpected \.\./\.\./escaped; unexpected /etc/escaped"):
+        import_generator(Imported(file="x.safetensors"), Path("models/x"))
+    assert not list(Path().rglob("*escaped*")) and not Path("../../escaped").exists()
+
+
+def test_deep_metadata_is_refused() -> None:
+    save_file({"a": torch.ones(1)}, "x.safetensors", {"afm_pipe": "[" * 100_000})
+    refused(lambda: read_tensors(Path("x.safetensors")), "unreadable as safetensors")
+
+
+def test_one_number_in_the_shape_of_a_terabyte_is_refused(weights: dict[str, Tensor]) -> None:
+    torch.save(weights | {"pos_embed": torch.ones(1).expand(1, 1 << 20, 1 << 20)}, "x.pth")
+    refused(lambda: import_generator(Imported(file="x.pth"), Path("models/x")), "pos_embed sparse, quantized, or of")
+    torch.save(weights | {"pos_embed": torch.ones(1, 4, 128).to_sparse()}, "x.pth")
+    refused(lambda: import_generator(Imported(file="x.pth"), Path("models/x")), "")
+    torch.save(weights | {"pos_embed": torch.empty(1, 1 << 40, 128, device="meta")}, "x.pth")
+    refused(lambda: import_generator(Imported(file="x.pth"), Path("models/x")), "")
+
+
+def test_a_storage_that_says_it_is_longer_than_its_bytes_is_not_read_past(weights: dict[str, Tensor]) -> None:
+    torch.save({"w": torch.ones(3, 7)}, "x.pth")
+    # ... 'cpu' K\x15 (21 numbers) ... and the shape (3, 7) with strides (7, 1)
+    repacked(Path("x.pth"), lambda name, content: content.replace(b"K\x15", b"J\xff\xff\xff\x00"))
+    read = read_tensors(Path("x.pth")).tensors["w"]
+    assert read.untyped_storage().nbytes() <= Path("x.pth").stat().st_size
+    repacked(Path("x.pth"), lambda name, content: content.replace(b"K\x03K\x07", b"J\xff\xff\x03\x00K\x07"))
+    refused(lambda: read_tensors(Path("x.pth")), "unreadable as a file of tensors")
+
+
+def test_compressed_entries_are_refused_before_they_are_inflated() -> None:
+    torch.save({"w": torch.zeros(1 << 22)}, "x.pth")
+    repacked(Path("x.pth"), lambda name, content: content, zipfile.ZIP_DEFLATED)
+    refused(lambda: read_tensors(Path("x.pth")), "with compressed entries")
+
+
+def test_tuples_that_take_years_to_hash_are_refused() -> None:
+    torch.save({"w": torch.ones(1)}, "x.pth")
+    nested = b"\x80\x02}" + b"U\x01aq\x00" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(200)) + b"K\x01s."
+    repacked(Path("x.pth"), lambda name, content: nested if name.endswith("data.pkl") else content)
+    refused(lambda: read_tensors(Path("x.pth")), "with a tuple used again")
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+def test_code_in_a_pickle_is_refused_unrun(protocol: int) -> None:
+    torch.save({"w": torch.ones(1)}, "x.pth")
+    code = pickle.dumps({"w": Bomb()}, protocol)
+    Path("bare.pth").write_bytes(code)
+    repacked(Path("x.pth"), lambda name, content: code if name.endswith("data.pkl") else content)
+    for path in ("x.pth", "bare.pth"):
+        refused(lambda path=path: read_tensors(Path(path)), "Nothing in it was run|unreadable as a file of tensors")
+
+
+def model_folder(weights: dict[str, Tensor], **changes: Any) -> Path:
+    folder = Path("models/x")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "generator.safetensors")
+    save_file(weights, folder / "classifier.safetensors")
+    shape = {"size": "t4", "channels": 4, "latent_size": 8, "num_classes": 10}
+    write_json(folder / "config.json", {"model": shape | changes, **(shape | changes)})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"latent_size": 4096},
+        {"latent_size": 1 << 40},
+        {"num_classes": 10**7},
+        {"num_classes": 1 << 50},
+        {"channels": -4},
+        {"latent_size": 7},
+        {"size": "../x"},
+        {"repeats": 1 << 40},
+        {"channels": "many"},
+    ],
+)
+def test_a_config_that_asks_for_terabytes_is_refused(weights: dict[str, Tensor], changes: dict[str, Any]) -> None:
+    folder = model_folder(weights, **changes)
+    refused(lambda: load_generator(folder, CPU), "do not fit the model|describes no model")
+    if "repeats" not in changes:
+        refused(lambda: load_latent_classifier(folder, CPU), "do not fit the model|without a classifier")
+
+
+def test_weights_of_whole_numbers_are_refused(weights: dict[str, Tensor]) -> None:
+    wrong = {name: tensor.long() if name == "pos_embed" else tensor for name, tensor in weights.items()}
+    with pytest.raises(UserError, match="pos_embed of int64, expected floating point"):
+        load_generator(model_folder(wrong), CPU)
+
+
+def test_a_feature_classifier_that_asks_for_terabytes_is_refused() -> None:
+    folder = Path("reference")
+    save_classifier(Classifier(1, [4, 4], 8, 3), folder)
+    assert load_classifier(folder).config["features"] == 8
+    for change in ({"widths": [1 << 20, 1 << 20]}, {"features": 1 << 40}, {"widths": 3}, {"channels": None}):
+        write_json(
+            folder / "classifier.json", {"channels": 1, "widths": [4, 4], "features": 8, "num_classes": 3} | change
+        )
+        refused(lambda: load_classifier(folder), "unreadable")
+
+
+# Latents
+
+
+@pytest.fixture
+def latents(discs: Path) -> Path:
+    path = Path("latents.h5")
+    path.write_bytes((discs / paths.LATENTS).read_bytes())
+    return path
+
+
+def put(name: str, **options: Any) -> Callable[[h5py.File], None]:
+    def change(file: h5py.File) -> None:
+        del file[name]
+        file.create_dataset(name, **options)
+
+    return change
+
+
+def virtual(file: h5py.File) -> None:
+    layout = h5py.VirtualLayout((60,), "i8")
+    layout[:] = h5py.VirtualSource("other.h5", LABELS, (60,))
+    del file[LABELS]
+    file.create_virtual_dataset(LABELS, layout)
+
+
+def external(file: h5py.File) -> None:
+    del file[LABELS]
+    file.create_dataset(LABELS, (60,), "i8", external=[("/etc/passwd", 0, 480)])
+
+
+def set_attribute(name: str, value: Any) -> Callable[[h5py.File], None]:
+    return lambda file: file.attrs.__setitem__(name, value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (put(LABELS, shape=(1 << 37,), dtype="i8", chunks=(1 << 20,)), "labels chunked"),
+        (put(CLASSES, shape=(1 << 37,), dtype="S8", chunks=(1 << 10,)), "classes chunked"),
+        (put(CLASSES, shape=(3,), dtype=h5py.string_dtype()), "classes of object"),
+        (put(MOMENTS, shape=(60, 1, 8, 8 << 20, 8 << 10), dtype="f2", chunks=(1, 1, 8, 8, 8)), "moments chunked"),
+        (put(LABELS, data=np.zeros(60)), "labels of float64"),
+        (virtual, "labels chunked, compressed, virtual"),
+        (external, "labels chunked, compressed, virtual or in another file"),
+        (set_attribute("scaling_factor", "nan"), "scaling_factor 'nan', expected a number above 0"),
+        (set_attribute("scaling_factor", "large"), "scaling_factor 'large', expected a number above 0"),
+        (set_attribute("scaling_factor", 0.5), "attribute 'scaling_factor' of float64"),
+        (set_attribute("note", np.zeros(1000)), r"attribute 'note' of float64 and shape \(1000,\)"),
+        (lambda file: file.attrs.__delitem__("manifest_digest"), "without its provenance"),
+    ],
+)
+def test_hdf5_that_declares_what_it_does_not_hold_is_refused(latents: Path, change: Any, words: str) -> None:
+    with h5py.File(latents, "r+") as file:
+        change(file)
+    refused(lambda: Latents.open(latents), words)
+
+
+def test_a_latents_file_of_many_attributes_says_so_without_torch(latents: Path) -> None:
+    assert read_provenance(latents)["crop"] == "adm"
+    with h5py.File(latents, "r+") as file:
+        file.attrs["note"] = np.zeros(1000)
+    refused(lambda: read_provenance(latents), "an attribute 'note'")
+
+
+# Statistics
+
+
+def test_objects_in_an_npz_are_refused_unrun() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        np.savez("x.npz", mu=np.array([Bomb()], dtype=object))
+    refused(lambda: load_arrays(Path("x.npz"), ("mu",)), "says it is object")
+
+
+def test_an_array_larger_than_its_bytes_is_refused() -> None:
+    np.savez("x.npz", mu=np.zeros((8, 8)))
+    repacked(Path("x.npz"), lambda name, content: content.replace(b"(8, 8), }     ", b"(1<<9,1<<9), }"))
+    refused(lambda: load_arrays(Path("x.npz"), ("mu",)), "unreadable")
+    np.savez("x.npz", mu=np.zeros((8, 8)))
+    shape = b"'shape': (1000000, 1000000), }"
+    repacked(Path("x.npz"), lambda name, content: content.replace(b"'shape': (8, 8), }" + b" " * 12, shape))
+    refused(lambda: load_arrays(Path("x.npz"), ("mu",)), r"says it is float64 of shape \(1000000, 1000000\)")
+
+
+def test_an_array_that_inflates_a_thousandfold_is_refused() -> None:
+    np.savez_compressed("x.npz", mu=np.zeros(80 << 17))
+    refused(lambda: load_arrays(Path("x.npz"), ("mu",)), "would become 83,88")
+
+
+def test_thumbnails_that_do_not_belong_together_are_refused() -> None:
+    images = torch.randint(0, 256, (5, 1, 8, 8), dtype=torch.uint8)
+    whole = build_thumbnails(images, np.arange(5))
+    whole.save(Path("x.npz"))
+    arrays = dict(np.load("x.npz"))
+    for name, array in (("labels", np.arange(4)), ("images", np.zeros((5, 8), np.uint8)), ("ratio", np.array("x"))):
+        np.savez("y.npz", **(arrays | {name: array}))
+        refused(lambda: Thumbnails.load(Path("y.npz")), "do not belong together")
+
+
+# Images and their list
+
+
+def test_a_pipe_and_a_sparse_terabyte_among_the_images_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "images" / "cat"
+    folder.mkdir(parents=True)
+    (folder / "whole.bmp").write_bytes(b"BM")
+    os.mkfifo(folder / "pipe.png")
+    refused(lambda: list_images(folder.parent), "pipe.png")
+    with (folder / "sparse.png").open("wb") as file:
+        file.truncate(TERABYTE)
+    refused(lambda: load_image(folder / "sparse.png", 32, 3), "more than 536,870,912 bytes")
+    refused(lambda: load_image(folder / "pipe.png", 32, 3), "a pipe or a device")
+
+
+def test_an_image_without_pixels_is_refused() -> None:
+    header = struct.pack("<2sIHHIIiiHHIIiiII", b"BM", 54, 0, 0, 54, 40, 0, 0, 1, 24, 0, 0, 0, 0, 0, 0)
+    Path("x.bmp").write_bytes(header)
+    refused(lambda: load_image(Path("x.bmp"), 32, 3), "of 0x0 pixels|x.bmp")
+
+
+def edited(discs: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """Write the manifest of the discs changed, its digest made to fit."""
+    raw = json.loads((discs / paths.MANIFEST).read_text())
+    change(raw)
+    raw["digest"] = _digest(raw["classes"], raw["paths"], raw["labels"], raw["sha256"])
+    Path("manifest.json").write_text(json.dumps(raw))
+    return Path("manifest.json")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda raw: raw["paths"].__setitem__(0, "class0/../../../../etc/passwd"),
+        lambda raw: raw["paths"].__setitem__(0, "/etc/passwd"),
+        lambda raw: raw["paths"].__setitem__(0, "class0/.."),
+        lambda raw: raw["classes"].__setitem__(0, ".."),
+        lambda raw: raw["labels"].__setitem__(0, 3),
+        lambda raw: raw["labels"].__setitem__(0, 1 << 70),
+        lambda raw: raw.update(labels={}, paths={}, sha256={}),
+    ],
+)
+def test_a_manifest_whose_paths_lead_elsewhere_is_refused(discs: Path, change: Any) -> None:
+    path = edited(discs, change)
+    with pytest.raises(UserError, match="edited or damaged"):
+        read_manifest(path)
+
+
+def test_a_manifest_of_another_folder_is_not_followed(discs: Path, discs_params: Params) -> None:
+    manifest = read_manifest(edited(discs, lambda raw: raw.update(root="/etc")))
+    with pytest.raises(UserError, match=r"images under /etc, expected those under data/images \(data\.root\)"):
+        list(require_images(manifest, discs_params.data))
+
+
+# Params, results, names
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: &a [x]\nb: [*a, *a]", "found an alias"),
+        ("[" * 5000, "more than 32 nested levels"),
+        ("a: " + "9" * 5000, "not plain YAML"),
+        ("a: 2001-13-45", "not plain YAML"),
+        ("? [x]\n: y", "a key that is no word"),
+        ("a: !!python/object/apply:os.mkdir [exploded]", "not plain YAML"),
+        ("x" * 300_000, "expected at most 262,144"),
+        ("a: 1\na: 2", "found a twice"),
+        ("seed: !!set {x}\ntrain: 7\nruns: [3]", "mistakes in"),
+    ],
+)
+def test_hostile_yaml_is_refused(text: str, words: str) -> None:
+    Path("x.yaml").write_text(text)
+    refused(lambda: load_params(Path("x.yaml")), words)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.lr=.inf", r"train\.lr: found inf, expected a finite number"),
+        ("train.lr=.nan", r"train\.lr: found nan, expected a finite number"),
+        (
+            "train.batch_size=1000000000000",
+            r"batch_size: found 1000000000000, expected less than or equal to 1000000000",
+        ),
+        ("seed=-1", r"seed: found -1, expected greater than or equal to 0"),
+        ("seed=100000000000000000000", "seed: found 100000000000000000000, expected less than"),
+        (
+            "runs.t4.phases=[{until_epoch: 1.0e+300}]",
+            r"until_epoch: found 1e\+300, expected less than or equal to 1000000",
+        ),
+        ("data.image_size=1000000000", "expected less than or equal to 8192"),
+        ("runs.cells={}", "expected another name than cells, which is taken"),
+        ("runs.dvclive={}", "expected another name than dvclive, which is taken"),
+        ("runs.t4={seed: [" + "x, " * 5000 + "x]}", r"runs\.t4\.seed: found \['x'.{50,70}\.\.\., expected"),
+        ("runs.²=1", "mistake"),
+        ("train.phases.²=1", "params has no place"),
+        ("train.lr=" + "9" * 5000, "whose value is not YAML"),
+    ],
+)
+def test_params_out_of_all_measure_are_refused(override: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        load_params(SMOKE, [override])
+
+
+@pytest.mark.parametrize("name", ["../x", "a b", "a/b", "ä", "x" * 65, "", ".", "..", "-rf", "x\n", "X", "x\0"])
+def test_names_that_could_be_paths_are_refused_everywhere(name: str, smoke_params: Params) -> None:
+    launch = Launch(device="cpu")
+    doors: list[Callable[[], Any]] = [
+        lambda: pipeline.load_sampler(smoke_params, name, CPU),
+        lambda: pipeline.sample(smoke_params, name, launch),
+        lambda: pipeline.evaluate(smoke_params, name, launch),
+        lambda: pipeline.export(name, "released", Path("x.pth")),
+        lambda: pipeline.train(smoke_params, name, launch),
+        lambda: pipeline.import_weights(smoke_params, name, Imported(file="x.pth")),
+        lambda: pipeline.tables(smoke_params, [name], launch),
+    ]
+    for door in doors:
+        with pytest.raises(UserError, match="Found"):
+            door()
+    raw = copy.deepcopy(smoke_params.model_dump(mode="json", by_alias=True))
+    raw["runs"][name] = raw["runs"]["t4"]
+    Path("x.yaml").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match="expected text that should match pattern|not plain YAML"):
+        load_params(Path("x.yaml"))
+    assert [path.name for path in Path().iterdir() if path.name != "x.yaml"] == []
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "1" * 5000, '{"a": NaN}', "\xff", '{"a": '])
+def test_json_that_is_none_is_a_user_error(text: str) -> None:
+    Path("x.json").write_bytes(text.encode("latin1"))
+    refused(lambda: read_json(Path("x.json")), "which is not JSON")
+
+
+def test_json_of_a_terabyte_or_from_a_pipe_is_not_read() -> None:
+    with Path("x.json").open("wb") as file:
+        file.truncate(TERABYTE)
+    refused(lambda: read_json(Path("x.json")), "expected at most")
+    os.mkfifo("pipe.json")
+    refused(lambda: read_json(Path("pipe.json")), "a pipe or a device")
+    refused(lambda: read_json(Path()), "a folder")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"classes": None}, {"classes": [1] * 10}, {"scaling_factor": "x"}, {"scaling_factor": -1}]
+)
+def test_a_model_that_says_nonsense_of_its_latents_is_refused(
+    weights: dict[str, Tensor], discs_params: Params, changes: dict[str, Any]
+) -> None:
+    folder = model_folder(weights)
+    described = read_json(folder / "config.json") | {"classes": list("abcdefghij"), "scaling_factor": 1.0}
+    write_json(folder / "config.json", described | changes)
+    with pytest.raises(UserError, match="without 10 class names or with a scaling factor that is no number|Found no"):
+        pipeline.load_sampler(discs_params, "x", CPU)
