@@ -96,11 +96,21 @@ class Work(NamedTuple):
     forward_flops: float  # of G on the batch: the unit of paper Table 12
     flops: float
     activation_bytes: float  # kept for the backward pass, at the larger of the two steps; float32
+    parts: "Parts"  # of flops
 
     @property
     def units(self) -> float:
         """The work in forward passes of G."""
         return self.flops / self.forward_flops
+
+
+class Parts(NamedTuple):
+    """FLOPs of an update by network and direction, the steps of D and G together."""
+
+    generator_forward: float
+    generator_backward: float
+    discriminator_forward: float
+    discriminator_backward: float
 
 
 class Plan(NamedTuple):
@@ -138,7 +148,7 @@ def plan_run(params: Params, name: str, num_images: int, num_classes: int, machi
     flops = work.flops
     if run.phases[-1].guidance is not None and params.classifier is not None:
         flops += guidance_flops(params.classifier.size, config, share)
-    work = Work(work.forward_flops * machine.gpus, flops * machine.gpus, work.activation_bytes)
+    work = work._replace(forward_flops=work.forward_flops * machine.gpus, flops=flops * machine.gpus)
     updates = update_at(run, run.phases[-1].until_epoch, num_images)
     if name in params.guided:
         updates -= update_at(run, run.phases[-2].until_epoch, num_images)
@@ -231,8 +241,8 @@ def measure(run: Run, config: ModelConfig, batch_size: int) -> Work:
         times = (None, None) if config.nfe == 1 else (torch.empty(batch_size), torch.empty(batch_size))
         batch = Batch(latents, torch.empty_like(latents), torch.zeros(batch_size, dtype=torch.int64), *times)
         noise = PenaltyNoise(torch.empty_like(latents[:penalised]), torch.empty_like(latents[:penalised]))
-        with _Counter() as forward, torch.no_grad():
-            flow(batch.source, batch.labels, batch.s, batch.t)
+        with _Counter() as alone:
+            flow(batch.source, batch.labels, batch.s, batch.t).sum().backward()
         with _Counter() as d_step:
             discriminator_step(flow, discriminator, batch, noise, run)
         with _Counter() as d_step_without:
@@ -242,9 +252,19 @@ def measure(run: Run, config: ModelConfig, batch_size: int) -> Work:
             generator_step(flow, discriminator, batch, 1.0, None)
     weights = [*generator.parameters(), *discriminator.parameters()]
     activations = max(step.kept_bytes(weights) for step in (d_step, g_step))
-    lazy = (d_step.flops + (run.penalty.every - 1) * d_step_without.flops) / run.penalty.every
-    reused = forward.flops if run.reuse_forward else 0.0
-    return Work(forward.flops, lazy + g_step.flops - reused, activations)
+
+    def mean(direction: str) -> float:  # over updates with penalties and without, both steps
+        with_, without, g = (getattr(step, direction) for step in (d_step, d_step_without, g_step))
+        return (with_ + (run.penalty.every - 1) * without) / run.penalty.every + g
+
+    of_g = 2 * alone.forward_flops, alone.backward_flops
+    parts = Parts(
+        generator_forward=alone.forward_flops * (1 if run.reuse_forward else 2),
+        generator_backward=of_g[1],
+        discriminator_forward=mean("forward_flops") - of_g[0],
+        discriminator_backward=mean("backward_flops") - of_g[1],
+    )
+    return Work(alone.forward_flops, sum(parts), activations, parts)
 
 
 @cache
@@ -256,7 +276,7 @@ def guidance_flops(size: str, config: ModelConfig, batch_size: int) -> float:
         with _Counter() as counter:
             logits = classifier.requires_grad_(False)(latents, torch.empty(batch_size))
             logits.sum().backward()
-    return counter.flops
+    return counter.forward_flops + counter.backward_flops
 
 
 class _Counter(TorchDispatchMode):
@@ -267,7 +287,7 @@ class _Counter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.flops = 0.0
+        self.forward_flops = self.backward_flops = 0.0
         self._kept: dict[int, torch.UntypedStorage] = {}  # alive, so that no number is given twice
         self._attention: dict[int, torch.UntypedStorage] = {}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
@@ -290,7 +310,11 @@ class _Counter(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
-            self.flops += formula(*args, **(kwargs or {}), out_val=result)
+            flops = formula(*args, **(kwargs or {}), out_val=result)
+            if torch._C._current_graph_task_id() == -1:  # no backward pass is under way
+                self.forward_flops += flops
+            else:
+                self.backward_flops += flops
         if func._overloadpacket in (torch.ops.aten._softmax, torch.ops.aten._safe_softmax):
             self._attention[result.untyped_storage()._cdata] = result.untyped_storage()
         return result

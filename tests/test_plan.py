@@ -58,7 +58,8 @@ def test_activations_are_what_a_step_keeps_and_nothing_more() -> None:
         with _Counter() as counter:
             layer(torch.empty(16, 32, requires_grad=True)).sum().backward()
     assert counter.kept_bytes(list(layer.parameters())) == 16 * 32 * 4
-    assert counter.flops == 3 * 2 * 16 * 32 * 64
+    assert counter.forward_flops == 2 * 16 * 32 * 64
+    assert counter.backward_flops == 2 * counter.forward_flops
 
 
 def test_a_plan_follows_from_images_peak_and_utilisation(params: Params) -> None:

@@ -17,7 +17,7 @@ from afm_pipe.errors import UserError
 from afm_pipe.params import Params
 from afm_pipe.params_file import load_params
 from afm_pipe.reporting import curves, printing, tables, titles
-from afm_pipe.reporting.counts import xl2_units
+from afm_pipe.reporting.counts import xl2_work
 from afm_pipe.reporting.page import write_report
 from afm_pipe.reporting.tables import setting_text
 
@@ -490,8 +490,8 @@ def test_the_work_of_a_run_is_counted_on_its_steps(project: Path) -> None:
         described = {"generator_parameters": 1, "discriminator_parameters": 1, "model": shape | {"repeats": repeats}}
         write(paths.model(name) / "config.json", described)
     rows = built(params).rows["table-paper_compute tbody"]
-    assert ["AFMpaper", "14.5"] in rows
-    (of_xl2,), (one,), (two,) = ((float(value) for value in row[1:]) for row in rows[:3])
+    assert ["AFMpaper", "14.5", "2", "2", "4.5", "6"] in rows
+    of_xl2, one, two = (float(row[1]) for row in rows[:3])
     assert of_xl2 == pytest.approx(14.5, rel=0.03)
     assert 14 < one < 19
     assert two < 0.75 * one  # a generator of twice the work for the same discriminator
@@ -499,4 +499,8 @@ def test_the_work_of_a_run_is_counted_on_its_steps(project: Path) -> None:
 
 def test_xl2_costs_the_papers_units() -> None:
     """Paper Table 12: 14.5 forward passes of G an update of D and G."""
-    assert xl2_units(load_params(Path(__file__).parents[1] / "params.yaml").train) == pytest.approx(14.5, rel=0.03)
+    work = xl2_work(load_params(Path(__file__).parents[1] / "params.yaml").train)
+    assert work.units == pytest.approx(14.5, rel=0.03)
+    assert sum(work.parts) == work.flops
+    # G forward and backward, D forward and backward, as the paper adds them up.
+    assert [part / work.forward_flops for part in work.parts] == pytest.approx([2, 2, 4.5, 6], rel=0.03)

@@ -45,7 +45,7 @@ def measured(discs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(discs, project)
     raw = yaml.safe_load((project / "params.yaml").read_text())
     raw["evaluate"] |= {"samples": 20, "kid_subsets": 2, "kid_subset_size": 10}
-    raw["study"] = {"samples": 20, "trained": 0.7, "base": yaml.safe_load(BASE)}
+    raw["study"] = {"samples": 20, "trained": 0.7, "collapsed": 0.0, "base": yaml.safe_load(BASE)}
     raw["tables"] = {"transport": yaml.safe_load(TABLE)}
     (project / "params.yaml").write_text(yaml.safe_dump(raw))
     before = Path.cwd()
@@ -195,13 +195,16 @@ def test_a_training_that_is_not_finite_is_a_result(declare: Callable[..., Params
 
 
 def test_diverged_is_told_from_not_far_enough_by_the_way_it_went() -> None:
-    def probe(low: float, high: float) -> dict:
-        return {"intervals": {"fd": [low, high]}}
+    def probe(low: float, high: float, right: float = 0.5) -> dict:
+        return {"intervals": {"fd": [low, high]}, "metrics": {"class_accuracy": right}}
 
-    assert diverged(None, [probe(90, 110), probe(40, 60)], "fd") is None
-    assert diverged(None, [probe(90, 110), probe(300, 320)], "fd") == "worse at three times the updates"
-    assert diverged(None, [probe(90, 110), probe(105, 130)], "fd") is None  # not told apart
-    assert diverged(7, [], "fd") == "a loss that is not finite at update 7"
+    assert diverged(None, [probe(90, 110), probe(40, 60)], "fd", 0.25) is None
+    assert diverged(None, [probe(90, 110), probe(300, 320)], "fd", 0.25) == "worse at three times the updates"
+    assert diverged(None, [probe(90, 110), probe(105, 130)], "fd", 0.25) is None  # not told apart
+    assert diverged(None, [probe(500, 510, 0.1), probe(250, 260, 0.2)], "fd", 0.25) == (
+        "collapsed: 20% of its samples are of the class asked for"
+    )
+    assert diverged(7, [], "fd", 0.25) == "a loss that is not finite at update 7"
 
 
 def test_then_continues_the_trained_cell_with_guidance(declare: Callable[..., Params]) -> None:

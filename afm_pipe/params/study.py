@@ -102,5 +102,7 @@ class Study(Section):
     """Of each cell, at each of its probes: a third of its updates, the end of every phase, its own end."""
     trained: Fraction
     """A cell counts as trained from this share of samples in the class asked for."""
+    collapsed: Fraction
+    """A cell that ends with no more than this share in the class asked for has diverged, however it came to that."""
     base: Overrides
     """What the cells of all tables share, laid over `train`."""

@@ -15,6 +15,7 @@ from afm_pipe.reporting.tables import published_cell
 
 if TYPE_CHECKING:
     from afm_pipe.models.checkpoint_format import ModelConfig
+    from afm_pipe.plan import Work
 
 TITLES = {"XL/2 2": "XL/2, 2 or 4 steps", "XL/2 deep": "XL/2, blocks repeated"}
 COUNTED_BATCH = 16  # work is in proportion to it; a quarter of it is penalised
@@ -78,16 +79,20 @@ def _compute(inputs: Inputs) -> Table:
     columns = (
         Column("method", "Method", numeric=False),
         Column("units", "Forward passes per update", "Of G on one batch; the update of D is included"),
+        Column("generator_forward", "G forward", "In its own step and in D's"),
+        Column("generator_backward", "G backward"),
+        Column("discriminator_forward", "D forward", "Of real, generated and penalised latents, in both steps"),
+        Column("discriminator_backward", "D backward", "To its weights in its own step, to its input in G's"),
     )
-    of_xl2 = xl2_units(inputs.params.train)
-    rows: list[tuple[Cell, ...]] = [(Cell(f"XL/2, {CODE}", "XL/2"), Cell(titles.number(of_xl2, 4), of_xl2))]
+    rows: list[tuple[Cell, ...]] = [(Cell(f"XL/2, {CODE}", "XL/2"), *_unit_cells(xl2_work(inputs.params.train)))]
     rows += [
-        (Cell(f"{run.name}, {CODE}", run.name, run=run.name), Cell(titles.number(units), units))
+        (Cell(f"{run.name}, {CODE}", run.name, run=run.name), *_unit_cells(work))
         for run in inputs.runs
-        if (units := _units(run)) is not None
+        if (work := _work(run)) is not None
     ]
     theirs = [
-        (published_cell(row["method"]), published_cell(row["units"])) for row in inputs.published["compute_units"]
+        (published_cell(row["method"]), *(published_cell(row.get(column.key)) for column in columns[1:]))
+        for row in inputs.published["compute_units"]
     ]
     caption = (
         "Table 12: work of one generator update in forward passes. Ours count the FLOPs of matrix products in the "
@@ -108,13 +113,19 @@ def _parameters(size: str, nfe: int, repeats: int) -> tuple[int, int]:
         return count_parameters(build_generator(config)), count_parameters(build_discriminator(config))
 
 
-def xl2_units(train: Run) -> float:
+def _unit_cells(work: "Work") -> tuple[Cell, ...]:
+    """Return the work of an update and its parts, in forward passes."""
+    units = (work.units, *(flops / work.forward_flops for flops in work.parts))
+    return tuple(Cell(titles.number(value, 4), value) for value in units)
+
+
+def xl2_work(train: Run) -> "Work":
     """Return the work of an update of XL/2 in one step at the paper's shape, penalties as in the paper."""
     from afm_pipe.plan import measure
 
     penalty = train.penalty.model_copy(update={"share": 0.25, "every": 1})
     own = {"size": "xl2", "nfe": 1, "form": "direct", "repeats": 1, "penalty": penalty, "reuse_forward": False}
-    return measure(train.model_copy(update=own), _paper_config("xl2", 1, 1), COUNTED_BATCH).units
+    return measure(train.model_copy(update=own), _paper_config("xl2", 1, 1), COUNTED_BATCH)
 
 
 def _paper_config(size: str, nfe: int, repeats: int) -> "ModelConfig":
@@ -125,8 +136,8 @@ def _paper_config(size: str, nfe: int, repeats: int) -> "ModelConfig":
     return ModelConfig.model_validate({"size": size, **shape, **form})
 
 
-def _units(record: RunRecord) -> float | None:
-    """Return a run's work in forward passes of its generator; None of a model that was not trained here."""
+def _work(record: RunRecord) -> "Work | None":
+    """Return the work of an update of a run; None of a model that was not trained here."""
     from afm_pipe.models.checkpoint_format import ModelConfig
     from afm_pipe.plan import measure
 
@@ -134,4 +145,4 @@ def _units(record: RunRecord) -> float | None:
     described: dict[str, Any] = record.config.model
     if run is None or not described:
         return None
-    return measure(run, ModelConfig.model_validate(described), run.batch_size).units
+    return measure(run, ModelConfig.model_validate(described), run.batch_size)

@@ -20,7 +20,8 @@ from afm_pipe.reporting.table import Cell, Column, Table
 ONLY = "°"  # marks what only the study has
 DIVERGED = (
     "Diverged: a loss was not finite, which leaves no number, or the distance to the data grew from a third of the "
-    "updates to their end, intervals apart; a training that is merely short has not diverged."
+    "updates to their end, intervals apart, or hardly more samples at the end are of the class asked for than chance "
+    "gives (study.collapsed in params); a training that is merely short has not diverged."
 )
 WIDE = 8.0  # a sweep whose numbers span this factor is drawn over a logarithmic axis
 

@@ -1,7 +1,8 @@
 """Train and measure the cells of tables, several at a time, each in a process of one thread.
 
-A diverged cell is a result like any other. What tells it from one that has not come far: a loss that is not finite, or
-a distance to the data at the end that is above the one at a third of the updates, their intervals apart.
+A diverged cell is a result like any other. What tells it from one that has not come far: a loss that is not finite, a
+distance to the data at the end that is above the one at a third of the updates, their intervals apart, or an end with
+hardly more samples in the class asked for than chance gives (study.collapsed).
 """
 
 import multiprocessing
@@ -168,7 +169,7 @@ class Worker:
         return {
             "fingerprint": job.measurement,
             "settings": job.cell.run.model_dump(mode="json"),
-            "diverged": diverged(trained["not_finite"], measured, self._distance_key),
+            "diverged": diverged(trained["not_finite"], measured, self._distance_key, self.params.study.collapsed),
             "probes": measured,
             "metrics": measured[-1]["metrics"] if finite else {},
             "intervals": measured[-1]["intervals"] if finite else {},
@@ -224,10 +225,13 @@ class Worker:
         return f"{NAMES[self.params.evaluate.features[0]].distance}{sample_suffix(self.params.study.samples)}"
 
 
-def diverged(not_finite: int | None, measured: Sequence[dict[str, Any]], key: str) -> str | None:
+def diverged(not_finite: int | None, measured: Sequence[dict[str, Any]], key: str, collapsed: float) -> str | None:
     """Say how a cell diverged, None where it did not: the rule of this module."""
     if not_finite is not None:
         return f"a loss that is not finite at update {not_finite}"
+    right = measured[-1]["metrics"].get("class_accuracy") if measured else None
+    if right is not None and right <= collapsed:
+        return f"collapsed: {right:.0%} of its samples are of the class asked for"
     if len(measured) > 1:
         third, end = (probe["intervals"][key] for probe in (measured[0], measured[-1]))
         if end[0] > third[1]:
