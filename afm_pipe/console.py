@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from afm_pipe.errors import UserError
+from afm_pipe.signals import Stopped, end_with_dvc, heeded
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -79,12 +80,20 @@ def _plain(title: str, ticks: Generator[Tick, None, T]) -> T:
 
 
 def guarded(command: Callable[P, None]) -> Callable[P, None]:
-    """Make a command end a user's mistake with one message on stderr and exit code 1, without a stack trace."""
+    """Make a command end a user's mistake with one message on stderr and exit code 1, without a stack trace.
+
+    Asked to end by a signal, it ends with one line too, and an exit code that says so (afm_pipe/signals.py).
+    """
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            command(*args, **kwargs)
+            with heeded():
+                end_with_dvc()
+                command(*args, **kwargs)
+        except Stopped as stopped:
+            print(stopped, file=sys.stderr)
+            raise SystemExit(stopped.code) from None
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(1) from None

@@ -1,12 +1,10 @@
-"""Whole files or none: atomic writes, hashes and locks on paths."""
+"""Whole files or none: atomic writes and hashes."""
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,28 +96,6 @@ def sha256_files(paths: Iterable[Path]) -> str:
     for path in paths:
         digest.update(f"{path.name}\0{sha256_file(path)}\n".encode())
     return digest.hexdigest()
-
-
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process alone; the kernel lets go when the process ends, however it ends.
-
-    Raises UserError naming the holder when another process holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise UserError(
-                f"Found {folder} held by {holder}, expected it free: wait for it to end, or stop it."
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
 
 
 def _remove(path: Path) -> None:

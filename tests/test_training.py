@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from afm_pipe import paths, pipeline
 from afm_pipe.errors import UserError
-from afm_pipe.files import exclusive
 from afm_pipe.launch import Launch
+from afm_pipe.lease import exclusive
 from afm_pipe.models.checkpoint_format import ModelConfig
 from afm_pipe.params import Params, Run
 from afm_pipe.training.checkpoints import checkpoints, load_latest
@@ -147,20 +147,8 @@ def test_other_params_start_from_nothing(
 
 
 def test_a_second_trainer_of_the_same_run_is_refused(project: Path, discs_params: Params) -> None:
-    ready = "import time; from pathlib import Path; from afm_pipe.files import exclusive\n"
-    ready += "with exclusive(Path('work/t4')): print('held', flush=True); time.sleep(60)"
-    holder = subprocess.Popen([sys.executable, "-c", ready], stdout=subprocess.PIPE)
-    assert holder.stdout is not None
-    holder.stdout.readline()
-    try:
-        with pytest.raises(UserError, match=f"held by process {holder.pid} on"):
-            pipeline.train(discs_params, "t4", OFTEN)
-    finally:
-        holder.kill()
-        holder.wait()
-        holder.stdout.close()
-    with exclusive(Path("work/t4")):
-        pass  # the kernel let go when the holder was killed
+    with exclusive(Path("work/t4")), pytest.raises(UserError, match=f"held by process {os.getpid()} on"):
+        pipeline.train(discs_params, "t4", OFTEN)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(project: Path, uninterrupted: Path) -> None:

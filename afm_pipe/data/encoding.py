@@ -23,8 +23,9 @@ from afm_pipe.console import Tick
 from afm_pipe.data.latents import CLASSES, DONE, FORMAT_VERSION, LABELS, MOMENTS, Latents, file_offset, settings
 from afm_pipe.data.manifest import Manifest, image_batches, require_images
 from afm_pipe.errors import UserError
-from afm_pipe.files import atomic_path, exclusive
+from afm_pipe.files import atomic_path
 from afm_pipe.fingerprint import fingerprint
+from afm_pipe.lease import exclusive
 from afm_pipe.models.autoencoder import check_autoencoder, encode_moments
 from afm_pipe.params import Params
 

@@ -5,8 +5,9 @@ from typing import Any
 
 from afm_pipe import paths
 from afm_pipe.console import follow
-from afm_pipe.files import atomic_path, exclusive, write_json
+from afm_pipe.files import atomic_path, write_json
 from afm_pipe.launch import Launch
+from afm_pipe.lease import exclusive
 from afm_pipe.params import Params
 from afm_pipe.pipeline.known import open_latents
 

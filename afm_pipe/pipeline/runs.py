@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from afm_pipe import paths
 from afm_pipe.console import Tick, follow
 from afm_pipe.errors import UserError
-from afm_pipe.files import atomic_path, exclusive, read_json, sha256_file, write_json
+from afm_pipe.files import atomic_path, read_json, sha256_file, write_json
 from afm_pipe.launch import Launch
+from afm_pipe.lease import exclusive
 from afm_pipe.params import RESERVED_NAMES, Imported, Params, valid_name
 from afm_pipe.pipeline.known import known_model, load_sampler
 

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from afm_pipe import paths
 from afm_pipe.console import follow
-from afm_pipe.files import atomic_path, exclusive, read_json, sha256_file, write_json
+from afm_pipe.files import atomic_path, read_json, sha256_file, write_json
 from afm_pipe.launch import Launch, machine_name
+from afm_pipe.lease import exclusive
 from afm_pipe.params import Params, Run
 from afm_pipe.pipeline.known import model_config, named_run, open_latents, run_budget
 

@@ -8,25 +8,26 @@ hardly more samples in the class asked for than chance gives (study.collapsed).
 import multiprocessing
 import os
 import shutil
-import threading
-import time
+import signal
 from collections.abc import Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cached_property
 from typing import Any, TypeVar
 
+import psutil
 import torch
 from torch import nn
 
-from afm_pipe import paths
+from afm_pipe import paths, signals
 from afm_pipe.console import Tick
 from afm_pipe.data.latents import Latents
 from afm_pipe.errors import NotFiniteError, UserError
 from afm_pipe.evaluation.measures import sample_suffix
 from afm_pipe.evaluation.metrics import Evaluator, evaluate_run
 from afm_pipe.evaluation.networks import NAMES
-from afm_pipe.files import exclusive, read_json, sha256_file, write_json
+from afm_pipe.files import read_json, sha256_file, write_json
 from afm_pipe.launch import machine_name
+from afm_pipe.lease import exclusive
 from afm_pipe.models.autoencoder import load_autoencoder
 from afm_pipe.models.checkpoint_format import (
     ModelConfig,
@@ -72,13 +73,20 @@ def run_jobs(
                 yield Tick(done, total, "cells", _label(group[0]))
             continue
         spawn = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(min(workers, len(groups)), spawn, _begin_worker, (os.getpid(), *common))
+        stopping = spawn.Event()
+        beginning = (os.getpid(), stopping, *common)
+        pool = ProcessPoolExecutor(min(workers, len(groups)), spawn, _begin_worker, beginning)
         try:
             futures = {pool.submit(_run_group, group): group for group in groups}
             for future in as_completed(futures):
                 future.result()
                 done += len(futures[future])
                 yield Tick(done, total, "cells", _label(futures[future][0]))
+        except signals.Stopped:
+            stopping.set()  # for workers between two cells
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -261,21 +269,19 @@ def _finish(ticks: Generator[Tick, None, T]) -> T:
 
 
 _worker: Worker  # of a process of the pool
+_stopping: Any  # the pool's event: no more cells are wanted
 
 
-def _begin_worker(parent: int, params: Params, device: torch.device, checkpoint_seconds: float) -> None:
-    global _worker
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+def _begin_worker(parent: int, stopping: Any, params: Params, device: torch.device, checkpoint_seconds: float) -> None:
+    global _worker, _stopping
+    signals.ignore()
+    signals.end_with([psutil.Process(parent)])  # nobody would take this process's work
     torch.set_num_threads(1)
-    _worker = Worker(params, device, checkpoint_seconds)
-
-
-def _end_with(parent: int) -> None:
-    """End this process when the one that started it is gone: nobody would take its work."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+    _worker, _stopping = Worker(params, device, checkpoint_seconds), stopping
 
 
 def _run_group(group: Sequence[Job]) -> None:
-    _worker.run(group)
+    with signals.heeded():
+        if _stopping.is_set():
+            raise signals.Stopped(signal.SIGTERM)
+        _worker.run(group)
