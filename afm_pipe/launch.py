@@ -1,7 +1,8 @@
 """How the machine is used, which never changes a number's meaning and so never stands in params.yaml.
 
-Settings come from the environment (AFM_DEVICE, AFM_CHECKPOINT_SECONDS, AFM_WORKERS), else from an untracked launch.toml
-with the keys device, checkpoint_seconds and workers, else from the defaults here.
+Settings come from the environment (AFM_DEVICE, AFM_CHECKPOINT_SECONDS, AFM_KEEP_CHECKPOINTS, AFM_WORKERS), else from an
+untracked launch.toml with the keys device, checkpoint_seconds, keep_checkpoints and workers, else from the defaults
+here.
 """
 
 import os
@@ -28,7 +29,10 @@ class Launch(BaseModel):
     device: str = "auto"
     """A torch device such as cpu, cuda or cuda:1; auto: cuda where there is one."""
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0
-    """A killed training loses at most about this much, or a thousandth of the run if that is longer."""
+    """A killed training loses at most about this much."""
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 2
+    """So many of each training stay on disk, beside the one that is being written; an older one serves where the newest
+    is damaged."""
     workers: Annotated[int, Field(ge=1)] | None = None
     """Processes, of one thread each, that train the cells of tables; left out: one for each core, one on a GPU."""
 

@@ -79,6 +79,7 @@ def classifier(params: Params, launch: Launch) -> None:
     """Train the classifier that guides, from where an interrupted training stopped; without one in params, say so."""
     from afm_pipe.fingerprint import TRAINING_SOURCES, fingerprint
     from afm_pipe.models.checkpoint_format import save_tensors
+    from afm_pipe.training.checkpoints import Keeping
     from afm_pipe.training.classifier import accuracy_by_level, train_latent_classifier
 
     settings, device = params.classifier, launch.torch_device()
@@ -90,11 +91,19 @@ def classifier(params: Params, launch: Launch) -> None:
     described = {"classifier": settings.model_dump(), "seed": params.seed}
     identity = fingerprint(described, {"latents": latents.fingerprint()}, TRAINING_SOURCES)
     work_dir = paths.WORK / "classifier"
-    with exclusive(work_dir), atomic_path(paths.CLASSIFIER) as folder:
+    with exclusive(work_dir) as lease, atomic_path(paths.CLASSIFIER) as folder:
         training = train_latent_classifier(
-            settings, latents, params.seed, work_dir / identity, identity, device, launch.checkpoint_seconds
+            settings,
+            latents,
+            params.seed,
+            work_dir / identity,
+            identity,
+            device,
+            launch.checkpoint_seconds,
+            Keeping(launch.keep_checkpoints, own=lease.check),
         )
         trained = follow("classifier", training)
+        lease.check()
         folder.mkdir()
         save_tensors(folder / "classifier.safetensors", trained.ema.state_dict())
         channels, latent_size, _ = latents.latent_shape

@@ -26,6 +26,7 @@ def train(params: Params, name: str, launch: Launch) -> None:
     from afm_pipe.live_log import logged
     from afm_pipe.study.cells import probes
     from afm_pipe.training.budget import require_memory
+    from afm_pipe.training.checkpoints import Keeping
     from afm_pipe.training.curves import write_curves
     from afm_pipe.training.loop import train as train_loop
 
@@ -37,7 +38,7 @@ def train(params: Params, name: str, launch: Launch) -> None:
     identity = training_identity(run, params.latent_shape, latents.fingerprint(), origins)
     keep_at = probes(run, latents.num_images, continues=start is not None)  # as a cell of a table would
     work_dir = paths.WORK / name
-    with exclusive(work_dir):
+    with exclusive(work_dir) as lease:
         training = train_loop(
             run,
             config,
@@ -49,11 +50,13 @@ def train(params: Params, name: str, launch: Launch) -> None:
             start,
             guide,
             keep_at,
+            keeping=Keeping(launch.keep_checkpoints, own=lease.check),
         )
         live = logged(training, work_dir / identity / "curves.csv", paths.WORK / "dvclive" / name)
         trained = follow(f"train {name}", live)
         for note in trained.notes:
             print(note)
+        lease.check()
         description = {
             "model": config.model_dump(),
             "name": name,

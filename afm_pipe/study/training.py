@@ -42,6 +42,7 @@ from afm_pipe.models.flow import Flow
 from afm_pipe.params import Params
 from afm_pipe.plan import guidance_flops, measure
 from afm_pipe.study.cells import Job
+from afm_pipe.training.checkpoints import Keeping
 from afm_pipe.training.loop import kept, train
 from afm_pipe.training.state import Start
 
@@ -123,7 +124,7 @@ class Worker:
     def train(self, job: Job) -> dict[str, Any]:
         """Train a cell, unless that was done; keep its moving averages at the probes, and its last D."""
         record, run = job.folder / TRAINED, job.cell.run
-        with exclusive(job.folder if job.owner is None else job.folder.parent):
+        with exclusive(job.folder if job.owner is None else job.folder.parent) as lease:
             if record.is_file():
                 return read_json(record)
             config, (start, guide) = self._config(job), self._origin(job)
@@ -138,6 +139,7 @@ class Worker:
                 start,
                 guide,
                 job.probes(self.latents.num_images),
+                keeping=Keeping(own=lease.check),
             )
             try:
                 state = _finish(training).state
@@ -145,6 +147,7 @@ class Worker:
                 save_tensors(job.folder / "discriminator.safetensors", state.discriminator.state_dict())
             except NotFiniteError as error:
                 updates, seconds, not_finite = error.update, None, error.update
+            lease.check()
             updates -= start.update if start else 0
             cost = {
                 "machine": machine_name(self.device),

@@ -24,11 +24,12 @@ BESIDES = ("curves.csv", "extra.json")  # the parts of tensors
 
 
 class Keeping(NamedTuple):
-    """How checkpoints are kept: settings of the machine (afm_pipe/launch.py says what they mean)."""
+    """How checkpoints are written and kept, which never changes a number."""
 
-    seconds: float = 60.0
     last: int = 2  # the latest, and one in case the latest is damaged
-    in_background: bool = True
+    in_background: bool = True  # where there is memory for a copy of the state
+    own: Callable[[], None] = lambda: None
+    """Called before a checkpoint counts; raises UserError where the training is no longer this process's."""
 
 
 class Saveable(Protocol):
@@ -81,25 +82,36 @@ class _CancelledError(Exception):
 class Writer:
     """Writes the checkpoints of one training, now and then in a thread of its own, the last one in front.
 
-    `own` is called before a checkpoint counts, and raises UserError where the training is no longer this process's.
     A disk that is full does not end a training that could go on: the checkpoint is given up, which `notes` says once,
-    and the next is tried when it is due. Only the last one must succeed.
+    and the next is tried when it is due. Only the last one must succeed. One that is not `active` writes nothing: of
+    several processes with one state, one writes.
     """
 
-    def __init__(
-        self, folder: Path, fingerprint: str, keeping: Keeping, own: Callable[[], None] = lambda: None
-    ) -> None:
-        self.folder, self.fingerprint, self.keeping, self.own = folder, fingerprint, keeping, own
+    def __init__(self, folder: Path, fingerprint: str, seconds: float, keeping: Keeping, active: bool = True) -> None:
+        self.folder, self.fingerprint, self.seconds, self.keeping = folder, fingerprint, seconds, keeping
+        self.active = active
         self.notes: list[str] = []
+        self.trouble = ""  # in a few words, as long as there is any
         self._saved, self._update = time.monotonic(), -1
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._cancelled = False
-        remove_leftovers(folder)
+
+    def __enter__(self) -> "Writer":
+        if self.active:
+            remove_leftovers(self.folder)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Wait for what is being written; where all is to end at once, break it off: the checkpoints before stay."""
+        self._cancelled = kind is not None and not issubclass(kind, Exception)
+        if self._thread is not None:
+            self._thread.join()
 
     def due(self) -> bool:
         """Tell whether it is time for a checkpoint, and none is on its way. Raises what the last one met."""
-        if time.monotonic() - self._saved < self.keeping.seconds or (self._thread and self._thread.is_alive()):
+        waiting = self._thread is not None and self._thread.is_alive()
+        if not self.active or waiting or time.monotonic() - self._saved < self.seconds:
             return False
         self._collect()
         return True
@@ -107,6 +119,8 @@ class Writer:
     def save(self, state: Saveable) -> None:
         """Write a checkpoint of `state` as it is now, in the background where there is memory for a copy of it."""
         self._collect()
+        if not self.active:
+            return
         if self.keeping.in_background and _bytes(state) < 0.8 * psutil.virtual_memory().available:
             self._thread = threading.Thread(target=self._write, args=(Snapshot.of(state),), daemon=True)
             self._thread.start()
@@ -118,23 +132,18 @@ class Writer:
     def finish(self, state: Saveable) -> None:
         """Write a checkpoint of `state` unless there is one, and return when it is safe. Raises UserError otherwise."""
         self._collect()
-        if self._update != state.update:
+        if self.active and self._update != state.update:
             self._write(state, last=True)
             self._collect()
-
-    def close(self, cancel: bool = False) -> None:
-        """Wait for what is being written, or break it off: the checkpoints before stay."""
-        self._cancelled = cancel
-        if self._thread is not None:
-            self._thread.join()
 
     def _write(self, state: Saveable, last: bool = False) -> None:
         try:
             save_checkpoint(self.folder, state, self.fingerprint, self.keeping.last, self._check)
-            self._update = state.update
+            self._update, self.trouble = state.update, ""
         except _CancelledError:
             pass
         except UnwritableError as error:
+            self.trouble = "disk full: no checkpoint"
             if last:
                 self._error = error
             elif not self.notes:
@@ -145,7 +154,7 @@ class Writer:
     def _check(self) -> None:
         if self._cancelled:
             raise _CancelledError
-        self.own()
+        self.keeping.own()
 
     def _collect(self) -> None:
         if self._thread is not None:

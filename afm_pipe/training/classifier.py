@@ -5,7 +5,6 @@ with reflection at the border, since images are encoded once and for all; the pa
 """
 
 import copy
-import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,9 @@ from afm_pipe.models.checkpoint_format import load_exactly
 from afm_pipe.models.classifier import LatentClassifier
 from afm_pipe.models.sizes import SIZES
 from afm_pipe.params import Classifier
+from afm_pipe.signals import Stopped, looked_for
 from afm_pipe.training.augment import affine_view
-from afm_pipe.training.checkpoints import load_latest, save_checkpoint
+from afm_pipe.training.checkpoints import Keeping, Writer, load_latest
 from afm_pipe.training.curves import Row
 from afm_pipe.training.losses import interpolate
 from afm_pipe.training.schedules import ema_decay_at
@@ -68,6 +68,7 @@ def train_latent_classifier(
     fingerprint: str,
     device: torch.device,
     checkpoint_seconds: float,
+    keeping: Keeping = Keeping(),  # noqa: B008  # an immutable value
 ) -> Generator[Tick, None, ClassifierState]:
     """Train the classifier to its end, from its newest checkpoint under `work_dir` if there is one."""
     state = ClassifierState(_untrained(params, latents, seed).to(device), params)
@@ -75,34 +76,42 @@ def train_latent_classifier(
     total = -(-round(params.epochs * latents.num_images) // params.batch_size)
     order = Order(latents.num_images, seed, "classifier")
     labels_of = torch.as_tensor(latents.labels)
-    saved = time.monotonic()
-    while state.update < total:
-        indices = order.indices(state.update * params.batch_size, params.batch_size)
-        generator = stream_generator(seed, "classifier", "noise", state.update)
-        x, labels = latents.draw(indices, generator).to(device), labels_of[indices].to(device)
-        if params.affine is not None:
-            x = affine_view(params.affine, len(x), generator)(x)
-        t = torch.rand(len(x), generator=generator).to(device)
-        z = torch.randn(x.shape, generator=generator).to(device)
-        loss = F.cross_entropy(state.model(interpolate(x, z, t), t), labels)
-        loss.backward()
-        state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            averages: list[Tensor] = list(state.ema.parameters())
-            torch._foreach_lerp_(averages, list(state.model.parameters()), 1 - ema_decay_at(params.ema, state.update))
-        state.losses += loss.detach()
-        state.update += 1
-        if state.update % UPDATES_PER_ROW and state.update < total:
-            continue
-        since = state.update - (state.rows[-1]["update"] if state.rows else 0)
-        state.rows.append({"update": state.update, "images": state.update * params.batch_size})
-        state.rows[-1]["cross_entropy"] = state.losses.item() / since
-        state.losses.zero_()
-        if time.monotonic() - saved >= checkpoint_seconds or state.update == total:
-            save_checkpoint(work_dir / "checkpoints", state, fingerprint)
-            saved = time.monotonic()
-        yield Tick(state.update, total, "updates", f"cross entropy {state.rows[-1]['cross_entropy']:.3f}")
+    writing = Writer(work_dir / "checkpoints", fingerprint, checkpoint_seconds, keeping)
+    with looked_for() as asked, writing as writer:
+        while state.update < total:
+            indices = order.indices(state.update * params.batch_size, params.batch_size)
+            generator = stream_generator(seed, "classifier", "noise", state.update)
+            x, labels = latents.draw(indices, generator).to(device), labels_of[indices].to(device)
+            if params.affine is not None:
+                x = affine_view(params.affine, len(x), generator)(x)
+            t = torch.rand(len(x), generator=generator).to(device)
+            z = torch.randn(x.shape, generator=generator).to(device)
+            loss = F.cross_entropy(state.model(interpolate(x, z, t), t), labels)
+            loss.backward()
+            state.optimizer.step()
+            state.optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                averages: list[Tensor] = list(state.ema.parameters())
+                torch._foreach_lerp_(
+                    averages, list(state.model.parameters()), 1 - ema_decay_at(params.ema, state.update)
+                )
+            state.losses += loss.detach()
+            state.update += 1
+            ended = state.update == total
+            row_due = ended or state.update % UPDATES_PER_ROW == 0
+            if row_due:
+                since = state.update - (state.rows[-1]["update"] if state.rows else 0)
+                state.rows.append({"update": state.update, "images": state.update * params.batch_size})
+                state.rows[-1]["cross_entropy"] = state.losses.item() / since
+                state.losses.zero_()
+            if ended or asked.number is not None:
+                writer.finish(state)
+            elif writer.due():
+                writer.save(state)
+            if asked.number is not None and not ended:
+                raise Stopped(asked.number)
+            if row_due:
+                yield Tick(state.update, total, "updates", f"cross entropy {state.rows[-1]['cross_entropy']:.3f}")
     return state
 
 

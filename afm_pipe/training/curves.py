@@ -1,10 +1,11 @@
 """Training curves: one row per stretch of updates, means over the updates in it."""
 
 import csv
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from afm_pipe.files import atomic_path
+from afm_pipe.files import UNWRITABLE, atomic_path
 
 Row = dict[str, float]
 
@@ -34,9 +35,18 @@ def write_curves(path: Path, rows: Sequence[Row], columns: tuple[str, ...] = CLO
 
 
 def append_curve(path: Path, row: Row) -> None:
-    """Append one row to a file that `write_curves` began, for whoever watches a run."""
-    with path.open("a", newline="") as file:
-        csv.DictWriter(file, list(row), lineterminator="\n").writerow(row)
+    """Append one row to a file that `write_curves` began, for whoever watches a run.
+
+    On a full disk it is left out: the rows that count are in the checkpoints, and every start writes the file anew.
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("a", newline="") as file:
+            csv.DictWriter(file, list(row), lineterminator="\n").writerow(row)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        os.truncate(path, size)  # no half row
 
 
 def read_curves(path: Path) -> list[Row]:

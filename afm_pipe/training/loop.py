@@ -1,5 +1,6 @@
 """The training loop: alternate D and G updates, log, checkpoint; killed at any moment, the same call goes on."""
 
+import signal
 import time
 from collections.abc import Collection, Generator
 from pathlib import Path
@@ -16,8 +17,9 @@ from afm_pipe.models.checkpoint_format import ModelConfig, save_tensors
 from afm_pipe.models.flow import Flow
 from afm_pipe.params import Run
 from afm_pipe.ranks import ALONE, Ranks
+from afm_pipe.signals import Stopped, looked_for
 from afm_pipe.training.batches import Batches
-from afm_pipe.training.checkpoints import load_latest, save_checkpoint
+from afm_pipe.training.checkpoints import Keeping, Writer, load_latest
 from afm_pipe.training.curves import CLOCK, MEANS, append_curve, write_curves
 from afm_pipe.training.interventions import intervene
 from afm_pipe.training.schedules import num_updates, setting_at
@@ -47,13 +49,16 @@ def train(
     keep_at: Collection[int] = (),
     ranks: Ranks = ALONE,
     micro_batch: int | None = None,
+    keeping: Keeping = Keeping(),  # noqa: B008  # an immutable value
 ) -> Generator[Tick, None, Trained]:
     """Train a run to its end, from its newest checkpoint under `work_dir`, else from `start`, else from nothing.
 
     `classifier` is needed by phases with guidance. After the updates in `keep_at` G's moving average is kept, as
     `kept(work_dir, update)`. Several `ranks` share every batch, each in parts of `micro_batch` images (left out: all at
     once), and end up in the same state; the first of them writes the files, which all must see.
-    Raises NotFiniteError on a non-finite loss (before it reaches the weights) and on a checkpoint of other params.
+    A signal that asks this process to end makes it write a checkpoint after the update at hand and raise Stopped.
+    Raises NotFiniteError on a non-finite loss (before it reaches the weights) and UserError on a checkpoint of other
+    params.
     """
     total = num_updates(run, latents.num_images)
     row_every = max(10, total // ROWS)
@@ -66,42 +71,56 @@ def train(
         write_curves(work_dir / "curves.csv", state.rows)
     batches = Batches(latents, run, device, ranks, micro_batch)
     updates = Updates(state, Flow(state.generator, config.form, config.nfe), run, ranks)
-    saved = lapped = time.monotonic()
+    lapped = time.monotonic()
 
     yield Tick(state.update, total, "updates")
-    while state.update < total:
-        waited = time.monotonic()
-        setting = setting_at(run, state.update, latents.num_images)
-        parts = batches.parts(setting.phase, classifier, state.update * run.batch_size)
-        state.seconds["data_wait"] += time.monotonic() - waited
+    writing = Writer(work_dir / "checkpoints", fingerprint, checkpoint_seconds, keeping, active=ranks.first)
+    with looked_for() as asked, writing as writer:
+        while state.update < total:
+            waited = time.monotonic()
+            setting = setting_at(run, state.update, latents.num_images)
+            try:
+                parts = batches.parts(setting.phase, classifier, state.update * run.batch_size)
+            except UserError:  # the data are gone: what was trained so far is kept
+                writer.finish(state)
+                raise
+            state.seconds["data_wait"] += time.monotonic() - waited
 
-        for event in intervene(run, state, latents.num_images, work_dir / "discriminators", ranks):
-            notes.append(f"update {state.update}: {event}")
-        state.sums += updates.update(parts, setting)
-        state.update += 1
-        if state.update in keep_at and ranks.first:
-            with atomic_path(kept(work_dir, state.update)) as aside:
-                save_tensors(aside, state.ema.state_dict())
+            for event in intervene(run, state, latents.num_images, work_dir / "discriminators", ranks):
+                notes.append(f"update {state.update}: {event}")
+            state.sums += updates.update(parts, setting)
+            state.update += 1
+            if state.update in keep_at and ranks.first:
+                with atomic_path(kept(work_dir, state.update)) as aside:
+                    save_tensors(aside, state.ema.state_dict())
 
-        if state.update % row_every and state.update < total:
-            continue
-        since = state.update - (state.rows[-1]["update"] if state.rows else start.update if start else 0)
-        means = dict(zip(MEANS, (state.sums / since).tolist(), strict=True))
-        seen = state.update * run.batch_size
-        clock = (state.update, seen, seen / latents.num_images, setting.lr, setting.transport)
-        state.rows.append(dict(zip(CLOCK, clock, strict=True)) | means)
-        if ranks.first:
-            append_curve(work_dir / "curves.csv", state.rows[-1])
-        state.sums.zero_()
-        now = time.monotonic()
-        state.seconds["training"] += now - lapped
-        lapped = now
-        if ranks.any(now - saved >= checkpoint_seconds or state.update == total):
-            if ranks.first:
-                save_checkpoint(work_dir / "checkpoints", state, fingerprint)
-            saved = time.monotonic()
-            state.seconds["saving"] += saved - now
-        yield Tick(state.update, total, "updates", f"gap {means['logit_gap']:.2f}  move {means['move_rms']:.2f}")
+            ended = state.update == total
+            row_due = ended or state.update % row_every == 0
+            if row_due:
+                since = state.update - (state.rows[-1]["update"] if state.rows else start.update if start else 0)
+                means = dict(zip(MEANS, (state.sums / since).tolist(), strict=True))
+                seen = state.update * run.batch_size
+                clock = (state.update, seen, seen / latents.num_images, setting.lr, setting.transport)
+                state.rows.append(dict(zip(CLOCK, clock, strict=True)) | means)
+                if ranks.first:
+                    append_curve(work_dir / "curves.csv", state.rows[-1])
+                state.sums.zero_()
+            if ranks.any(ended or asked.number is not None or writer.due()):
+                now = time.monotonic()
+                state.seconds["training"] += now - lapped
+                lapped = now
+                stop = ranks.any(asked.number is not None)
+                if ended or stop:
+                    writer.finish(state)
+                else:
+                    writer.save(state)
+                state.seconds["saving"] += time.monotonic() - now
+                if stop and not ended:
+                    raise Stopped(asked.number or signal.SIGTERM)
+            if row_due:
+                facts = f"gap {means['logit_gap']:.2f}  move {means['move_rms']:.2f}  {writer.trouble}".rstrip()
+                yield Tick(state.update, total, "updates", facts)
+        notes += writer.notes
     return Trained(state, notes)
 
 
