@@ -8,13 +8,14 @@ BIN := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.afm-pipe-installed
 ON_PATH := PATH="$(BIN):$$PATH"
 
-.PHONY: help repro test test-slow test-browser lint install clean
+.PHONY: help repro test test-slow test-browser bench lint install clean
 
 help:
 	@echo "make repro      set up, run the pipeline on params.yaml, print the run table"
 	@echo "make test       set up, lint, check types, run the tests"
 	@echo "make test-slow  the tests that take longer"
 	@echo "make test-browser  the report in a headless Chromium, installed first where that is possible"
+	@echo "make bench      time it beside plain implementations: benchmarks/results.md (about 10 minutes, idle machine)"
 	@echo "make clean      remove what the pipeline made, but no environment and no weights"
 
 repro: $(INSTALLED)
@@ -40,6 +41,9 @@ test-browser: $(INSTALLED)
 		echo "google-chrome on PATH), then run make test-browser again." >&2; exit 1; \
 	fi
 	@$(ON_PATH) pytest -m browser -rs
+
+bench: $(INSTALLED)
+	@$(ON_PATH) python -m benchmarks
 
 lint: $(INSTALLED)
 	@echo "== ruff and mypy"

@@ -8,17 +8,25 @@
 Long-running commands go on where they stopped: to resume, run the same command again.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from afm_pipe import answers, paths, pipeline
+from afm_pipe import paths
 from afm_pipe.console import guarded
 from afm_pipe.errors import UserError
-from afm_pipe.launch import load_launch
-from afm_pipe.params import Params
-from afm_pipe.params_file import imported, json_schema, load_params
+from afm_pipe.lazy import lazy
+
+if TYPE_CHECKING:
+    from afm_pipe import answers, launch, params_file, pipeline
+    from afm_pipe.launch import Launch
+    from afm_pipe.params import Params
+else:  # imported by the command that needs them: --help needs none
+    answers, launch, params_file, pipeline = map(
+        lazy, ("afm_pipe.answers", "afm_pipe.launch", "afm_pipe.params_file", "afm_pipe.pipeline")
+    )
 
 app = typer.Typer(
     help="Adversarial Flow Models as one declarative pipeline. `dvc repro` runs all stages; these run one.",
@@ -192,7 +200,7 @@ def import_weights(
     loaded = load_params(params, overrides or ())
     steps = int(nfe) if nfe is not None and nfe.isdecimal() else nfe
     told = {"file": file, "nfe": steps, "repeats": repeats, "form": form, "classes": classes}
-    pipeline.import_weights(loaded, name, imported(told))
+    pipeline.import_weights(loaded, name, params_file.imported(told))
 
 
 @app.command(rich_help_panel=TOOL)
@@ -276,7 +284,7 @@ def summary(params: ParamsFile = paths.PARAMS) -> None:
 @app.command(rich_help_panel=TOOL)
 def schema() -> None:
     """Print the JSON schema of params.yaml.  Example: afm-pipe schema > params.schema.json"""
-    typer.echo(json_schema(), nl=False)
+    typer.echo(params_file.json_schema(), nl=False)
 
 
 def main() -> None:
@@ -284,7 +292,17 @@ def main() -> None:
     app()
 
 
-def _named(params: Params, run: str | None, size: str | None) -> str:
+def load_params(path: Path, overrides: Sequence[str] = ()) -> "Params":
+    """Read the params file, with overrides laid over it."""
+    return params_file.load_params(path, overrides)
+
+
+def load_launch() -> "Launch":
+    """Return the settings of this machine."""
+    return launch.load_launch()
+
+
+def _named(params: "Params", run: str | None, size: str | None) -> str:
     """Return the run asked for by name or by size."""
     if (run is None) == (size is None):
         raise UserError("Found " + ("both RUN and --size" if run else "neither RUN nor --size") + ", expected one.")

@@ -10,11 +10,6 @@ from collections.abc import Callable, Generator, Sequence
 from io import StringIO
 from typing import NamedTuple, ParamSpec, TypeVar
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
-
 from afm_pipe.errors import UserError
 from afm_pipe.signals import Stopped, end_with_dvc, heeded
 
@@ -39,6 +34,16 @@ def follow(title: str, ticks: Generator[Tick, None, T]) -> T:
 
 
 def _live(title: str, ticks: Generator[Tick, None, T]) -> T:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     columns = (
         TextColumn("[bold]{task.description}"),
         BarColumn(),
@@ -103,6 +108,10 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
 
 def table_text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table as text, its first column to the left and the others to the right."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(box=SIMPLE_HEAD)
     for index, title in enumerate(header):
         table.add_column(title, justify="left" if index == 0 else "right")

@@ -16,6 +16,7 @@ TOY = Path("toy")  # the study on a line: results.json, its maps as CSV, its fig
 REPORTS = Path("reports")
 CELLS = WORK / "cells"  # every cell of the study, by fingerprint
 STUDY = Path("study")  # the larger study's tables, kept in git
+BENCHMARKS = Path("benchmarks/results.json")  # how fast the project is beside plain code: written by `make bench`
 
 
 def model(run: str) -> Path:

@@ -1,5 +1,6 @@
 """The latents file: encoding that survives being killed, and a reader that refuses what is not whole or not ours."""
 
+import copy as copying
 import multiprocessing
 import os
 import pickle
@@ -22,6 +23,7 @@ from afm_pipe.data.manifest import Manifest, build_manifest, load_images
 from afm_pipe.errors import UserError
 from afm_pipe.models.autoencoder import encode_moments
 from afm_pipe.params import Params
+from benchmarks.inputs import latents_file
 from tests.conftest import write_images
 
 SHA256 = "a" * 64
@@ -332,6 +334,20 @@ def test_reader_survives_pickling_and_forking(whole: Path) -> None:
         assert torch.equal(latents.moments([3, 20], [0, 0])[0], expected)
 
     assert in_child(read) == 0
+
+
+def test_rows_the_kernel_has_dropped_are_read_again(tmp_path: Path) -> None:
+    latents = latents_file(tmp_path / "latents.h5", 600, (4, 8, 8))  # rows of 1 KB, that begin anywhere in a page
+    with h5py.File(latents.path) as file:
+        expected = file["moments"][:].astype(np.float32)[:, 0]
+    indices = np.random.default_rng(0).permutation(600)
+    for dropped in (False, True):
+        if dropped:
+            with latents.path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        mean, std = copying.copy(latents).moments(indices, np.zeros(600, np.int64))
+        np.testing.assert_array_equal(torch.cat([mean, std], 1), expected[indices])
 
 
 def test_fingerprint_follows_the_provenance(whole: Path, copy: Path) -> None:

@@ -14,6 +14,7 @@ Legend: N images, M mirrors (2 when mirrored ones are encoded too), K classes, B
 import hashlib
 import json
 import math
+import mmap
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -93,6 +94,7 @@ class Latents:
     def moments(self, indices: Any, mirrors: Any) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation, (B, c, h, w) float32 each, of images `indices` in `mirrors` (B,) int."""
         rows = np.asarray(indices) * self.num_mirrors + np.asarray(mirrors)
+        self._ask_for(rows)
         taken = torch.from_numpy(np.take(self._rows, rows, axis=0)).float()  # (B, 2c, h, w)
         mean, std = taken.chunk(2, dim=1)
         return mean, std
@@ -115,7 +117,20 @@ class Latents:
     def _rows(self) -> NDArray[np.float16]:  # (N * M, 2c, h, w)
         channels, height, width = self.latent_shape
         shape = (self.num_images * self.num_mirrors, 2 * channels, height, width)
-        return np.memmap(self.path, np.dtype("<f2"), "r", self._offset, shape).view(np.ndarray)
+        mapped = np.memmap(self.path, np.dtype("<f2"), "r", self._offset, shape)
+        mapped._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]  # reading ahead of a row is in vain
+        return mapped.view(np.ndarray)
+
+    def _ask_for(self, rows: NDArray[np.int64]) -> None:
+        """Let the kernel read all of a batch's rows that are not in memory at once, instead of one after the other."""
+        mapped, row_bytes = self._rows.base, self._rows[:1].nbytes
+        if not isinstance(mapped, np.memmap):
+            return
+        first = self._offset % mmap.ALLOCATIONGRANULARITY  # where rows begin in what is mapped
+        for row in rows.tolist():
+            start = first + row * row_bytes
+            page = start - start % mmap.PAGESIZE
+            mapped._mmap.madvise(mmap.MADV_WILLNEED, page, start + row_bytes - page)  # type: ignore[attr-defined]
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_rows"}  # mapped anew, not copied

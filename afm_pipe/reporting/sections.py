@@ -1,6 +1,7 @@
 """The page's sections between the runs and their cost, in order: the paper's tables beside ours, then the study's."""
 
 from afm_pipe.reporting import papers
+from afm_pipe.reporting.benchmarks import benchmark_sections
 from afm_pipe.reporting.inputs import Inputs
 from afm_pipe.reporting.section import Section
 from afm_pipe.reporting.study import study_sections
@@ -14,4 +15,4 @@ def sections(inputs: Inputs) -> tuple[Section, ...]:
         for section in papers.paper_sections(inputs)
         if not (section.anchor == "published" and beside_ours)  # the study's tables show those beside ours
     ]
-    return (*of_paper, *study_sections(inputs))
+    return (*of_paper, *study_sections(inputs), *benchmark_sections())

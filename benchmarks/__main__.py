@@ -1,0 +1,60 @@
+"""Measure, and write benchmarks/results.json and results.md.
+
+make bench                                   # all cases
+python -m benchmarks small latents           # some of them; the others' results stay as they are
+python -m benchmarks --quick b2 --dry        # few repeats, and nothing written
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
+
+import typer
+
+from afm_pipe.console import guarded
+from benchmarks.measuring import Row
+
+CASES = ("startup", "latents", "small", "encode", "sampling", "evaluation", "b2", "ranks")
+
+
+@guarded
+def main(
+    cases: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(CASES)}; left out, all.")] = None,
+    quick: Annotated[bool, typer.Option(help="As few repeats as possible.")] = False,
+    dry: Annotated[bool, typer.Option(help="Print, write nothing.")] = False,
+) -> None:
+    """Time the project beside plain implementations of the same work, in turns."""
+    import time
+
+    from afm_pipe.errors import UserError
+    from afm_pipe.params_file import load_params
+    from benchmarks.results import print_rows, write_results
+
+    unknown = sorted(set(cases or ()) - set(CASES))
+    if unknown:
+        raise UserError(f"Found no case {unknown[0]!r}, expected some of {', '.join(CASES)}.")
+    params = load_params()
+    for name in CASES if not cases else [case for case in CASES if case in cases]:
+        started = time.monotonic()
+        rows = list(_case(name)(params, quick))
+        print_rows(name, rows, time.monotonic() - started)
+        if not dry:
+            write_results(name, rows, quick)
+
+
+def _case(name: str) -> Callable[[Any, bool], Iterator[Row]]:
+    from benchmarks import images, reading, several, startup, training
+
+    return {
+        "startup": startup.startup,
+        "latents": reading.latents,
+        "small": training.small,
+        "encode": images.encode,
+        "sampling": images.sampling,
+        "evaluation": images.evaluation,
+        "b2": training.b2,
+        "ranks": several.ranks,
+    }[name]
+
+
+if __name__ == "__main__":
+    typer.run(main)

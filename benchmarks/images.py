@@ -1,0 +1,153 @@
+"""Images in and out: encoding, sampling and evaluation beside the bare forward passes they are made of."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from afm_pipe import paths
+from afm_pipe.data.encoding import encode_dataset
+from afm_pipe.data.manifest import Manifest, build_manifest, load_images
+from afm_pipe.models.autoencoder import decode, encode_moments, load_autoencoder
+from afm_pipe.models.checkpoint_format import ModelConfig, build_generator
+from afm_pipe.models.flow import Flow
+from afm_pipe.params import Params
+from afm_pipe.sampling import stream_images
+from benchmarks.inputs import CLASS_COUNT, photographs, sd_vae
+from benchmarks.measuring import Row, in_turns, speed_row
+
+SD_IMAGE, SD_LATENT, SD_BATCH = 256, (4, 32, 32), 2
+
+
+def encode(params: Params, quick: bool) -> Iterator[Row]:
+    """The whole of `encode`, from files to a latents file, beside the encoder on images in memory."""
+    for title, own, vae, manifest in _sources(params, quick):
+        images = torch.from_numpy(_finish(load_images(manifest, own.data)))
+        size, number = own.encode.batch_size, iter(range(1000))
+        with tempfile.TemporaryDirectory(dir=".") as folder:
+
+            def whole(own: Any = own, vae: Any = vae, manifest: Any = manifest, folder: str = folder) -> None:
+                place = Path(folder) / str(next(number))  # noqa: B023  # used within this turn of the loop
+                place.mkdir()
+                _finish(encode_dataset(own, manifest, vae, "0" * 64, place / "latents.h5", place / "work"))
+
+            def bare(own: Any = own, vae: Any = vae, images: Any = images, size: int = size) -> None:
+                for batch in images.split(size):
+                    for side in (batch, batch.flip(-1)) if own.data.mirror else (batch,):
+                        encode_moments(vae, side, own.encode.precision)
+
+            seconds = in_turns(1 if quick else 3, warm=0 if quick else 1, whole=whole, bare=bare)
+        yield speed_row(
+            "encode", title, seconds, "whole", "bare", "the bare encoder on images in memory",
+            per=len(images), unit="images/s", bar=">= 0.9",
+        )  # fmt: skip
+
+
+def sampling(params: Params, quick: bool) -> Iterator[Row]:
+    """Samples as evaluation draws them, beside the bare forward passes of generator and decoder."""
+    for title, own, flow, vae, count in _models(params, quick):
+        size, shape = own.sample.micro_batch, own.latent_shape
+
+        def whole(own: Any = own, flow: Any = flow, vae: Any = vae, count: int = count) -> None:
+            for _ in stream_images(flow, vae, own, 0, count, CLASS_COUNT):
+                pass
+
+        @torch.inference_mode()
+        def bare(flow: Any = flow, vae: Any = vae, size: int = size, shape: Any = shape, count: int = count) -> None:
+            z, labels = torch.randn(size, *shape), torch.zeros(size, dtype=torch.int64)
+            for _ in range(count // size):
+                decode(vae, flow.sample(z, labels))
+
+        seconds = in_turns((1 if quick else 2) if size < 10 else 10, whole=whole, bare=bare)
+        yield speed_row(
+            "sampling", title, seconds, "whole", "bare", "bare generator and decoder",
+            per=count, unit="images/s", bar=">= 0.95",
+        )  # fmt: skip
+
+
+def evaluation(params: Params, quick: bool) -> Iterator[Row]:
+    """Evaluation of a trained run, where there is one, beside generation and the networks' bare forward passes."""
+    from afm_pipe import pipeline
+    from afm_pipe.evaluation.metrics import Evaluator, evaluate_run
+    from benchmarks.evaluation import generate_and_pass, timed
+
+    run = next((name for name in params.runs if (paths.model(name) / "config.json").exists()), None)
+    if run is None or not paths.REFERENCE.exists():
+        print("evaluation: not measured, since it needs a trained run and its reference (make repro)")
+        return
+    evaluate = params.evaluate.model_copy(update={"samples": 500 if quick else 2000})
+    params, device = params.model_copy(update={"evaluate": evaluate}), torch.device("cpu")
+    sampler, tools = pipeline.load_sampler(params, run, device), Evaluator(params, paths.REFERENCE, device)
+    intervals: list[float] = []
+
+    def whole() -> None:
+        with timed("frechet_error", "kernel_error") as spent:
+            _finish(evaluate_run(params, sampler.generator, sampler.vae, paths.REFERENCE, {}, device, evaluator=tools))
+        intervals.append(sum(spent.seconds))
+
+    def parts() -> None:
+        generate_and_pass(params, sampler.generator, sampler.vae, tools, device)
+
+    seconds = in_turns(1 if quick else 4, whole=whole, parts=parts)
+    seconds["whole"] = [spent - own for spent, own in zip(seconds["whole"], intervals[1:], strict=True)]
+    yield speed_row(
+        "evaluation", f"{run}, {evaluate.samples} samples, intervals not counted", seconds, "whole", "parts",
+        "generation and the networks' forward passes", per=evaluate.samples, unit="images/s",
+    )  # fmt: skip
+
+
+def _sources(params: Params, quick: bool) -> Iterator[tuple[str, Params, Any, Manifest]]:
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        photographs(root, 4 if quick else 8)
+        data = {"source": "folder", "root": str(root), "image_size": SD_IMAGE, "channels": 3, "mirror": False}
+        autoencoder = params.autoencoder.model_copy(
+            update={"latent_channels": 4, "downsample": 8, "scaling_factor": 0.18215}
+        )
+        own = params.model_copy(
+            update={
+                "data": params.data.model_copy(update={**data, "min_images": 1}),
+                "autoencoder": autoencoder,
+                "encode": params.encode.model_copy(update={"batch_size": SD_BATCH}),
+            }
+        )
+        manifest = _finish(build_manifest(own.data))
+        yield f"SD-VAE's shape (untrained), {manifest.num_images} JPEGs of 500 x 375", own, sd_vae(), manifest
+    if Path(params.data.root).exists() and paths.AUTOENCODER_WEIGHTS.exists():
+        manifest = _finish(build_manifest(params.data))
+        title = f"the default's autoencoder, {manifest.num_images:,} digits of 32 x 32"
+        yield title, params, load_autoencoder(paths.AUTOENCODER), manifest
+    else:
+        print("encode: the default's is not measured, since its images and autoencoder are not here (make repro)")
+
+
+def _models(params: Params, quick: bool) -> Iterator[tuple[str, Params, Flow, Any, int]]:
+    if paths.AUTOENCODER_WEIGHTS.exists():
+        count = 4 * params.sample.micro_batch
+        config = ModelConfig(size="t4", channels=4, latent_size=params.latent_shape[1], num_classes=CLASS_COUNT)
+        yield "t4 and the default's autoencoder", params, _flow(config), load_autoencoder(paths.AUTOENCODER), count
+    own = params.model_copy(
+        update={
+            "data": params.data.model_copy(update={"image_size": SD_IMAGE, "channels": 3}),
+            "autoencoder": params.autoencoder.model_copy(update={"latent_channels": 4, "downsample": 8}),
+            "sample": params.sample.model_copy(update={"micro_batch": SD_BATCH}),
+        }
+    )
+    config = ModelConfig(size="b2", channels=4, latent_size=SD_LATENT[1], num_classes=CLASS_COUNT)
+    yield "B/2 and SD-VAE's shape (untrained), 256 x 256", own, _flow(config), sd_vae(), SD_BATCH if quick else 4
+
+
+def _flow(config: ModelConfig) -> Flow:
+    torch.manual_seed(0)
+    return Flow(build_generator(config).eval().requires_grad_(False), config.form, config.nfe)
+
+
+def _finish(work: Any) -> Any:
+    """Run a generator of ticks to its end; return what it returns."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return end.value

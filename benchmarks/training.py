@@ -1,0 +1,176 @@
+"""Updates of a training, its data path included, beside plain ones; where their time goes, and how far they can go."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from afm_pipe.data.latents import Latents
+from afm_pipe.models.checkpoint_format import ModelConfig, run_config
+from afm_pipe.models.flow import Flow
+from afm_pipe.params import Params, Run
+from afm_pipe.plan import measure
+from afm_pipe.ranks import ALONE, Ranks
+from afm_pipe.training.batches import Batches
+from afm_pipe.training.schedules import setting_at
+from afm_pipe.training.state import TrainingState
+from afm_pipe.training.update import Updates
+from benchmarks.inputs import CLASS_COUNT, latents_file, sd_vae
+from benchmarks.measuring import Row, in_turns, matmul_rate, speed_row
+from benchmarks.straightforward import Straightforward, online_encode
+
+CPU = torch.device("cpu")
+B2_SHAPE = (4, 32, 32)
+SHOWN = 12  # operators in the table of where the time goes
+
+
+class OurTraining:
+    """The very parts that `afm_pipe.training.loop` puts together, one update at a time."""
+
+    def __init__(self, run: Run, latents: Latents, state: TrainingState, config: ModelConfig, ranks: Ranks = ALONE):
+        self.run, self.latents, self.state = run, latents, state
+        self.batches = Batches(latents, run, CPU, ranks)
+        self.updates = Updates(state, Flow(state.generator, config.form, config.nfe), run, ranks)
+
+    def draw(self) -> tuple[Any, Any]:
+        """Return the parts of the next batch and its setting."""
+        setting = setting_at(self.run, self.state.update, self.latents.num_images)
+        return self.batches.parts(setting.phase, None, self.state.update * self.run.batch_size), setting
+
+    def update(self) -> None:
+        """Draw a batch and update D, G and the moving average."""
+        self.updates.update(*self.draw())
+        self.state.update += 1
+
+
+class PlainTraining:
+    """The straightforward update on the same batches; online, from images through a VAE."""
+
+    def __init__(self, ours: OurTraining, vae: Any = None) -> None:
+        self.ours, self.vae = ours, vae
+        self.step = Straightforward(ours.state, ours.run)
+
+    def update(self) -> None:
+        """Draw a batch and update D, G and the moving average."""
+        ((part,), setting) = self.ours.draw()
+        real = (part.d_batch.real, part.g_batch.real)
+        if self.vae is not None:
+            images = torch.rand(len(real[0]), 3, 256, 256) * 2 - 1
+            real = (online_encode(self.vae, images), online_encode(self.vae, images.flip(-1)))
+        sources, labels = (part.d_batch.source, part.g_batch.source), (part.d_batch.labels, part.g_batch.labels)
+        self.step.update(real, sources, labels, part.noise, setting.transport)
+
+
+def b2_run(params: Params, batch_size: int = 4) -> Run:
+    """Return the default's run at the paper's B/2."""
+    return params.runs["t4-short"].model_copy(update={"size": "b2", "batch_size": batch_size})
+
+
+def b2_latents(folder: Path) -> Latents:
+    """Return latents of B/2's shape."""
+    return latents_file(folder / "latents.h5", 512, B2_SHAPE)
+
+
+def b2(params: Params, quick: bool) -> Iterator[Row]:
+    """B/2 on 4 x 32 x 32 latents, batch 4: fp32, bf16, and beside one that encodes online."""
+    with tempfile.TemporaryDirectory() as folder:
+        latents, run = b2_latents(Path(folder)), b2_run(params)
+        config = run_config(run, B2_SHAPE, CLASS_COUNT)
+        state = TrainingState.fresh(config, run, CPU)
+        fp32 = OurTraining(run, latents, state, config)
+        bf16 = OurTraining(run.model_copy(update={"precision": "bf16"}), latents, state, config)
+        plain = PlainTraining(fp32)
+        vae = sd_vae()
+
+        def online() -> None:
+            plain.vae = vae
+            plain.update()
+            plain.vae = None
+
+        rates: list[float] = []
+        works: dict[str, Callable[[], Any]] = {
+            "matmul": lambda: rates.append(matmul_rate()),
+            "fp32": fp32.update,
+            "plain": plain.update,
+            "bf16": bf16.update,
+            "online": online,
+            "draw": lambda: [fp32.draw() for _ in range(5)],
+        }
+        seconds = in_turns(1 if quick else 3, **works)
+        shape, theirs = "B/2, 4 x 32 x 32, batch 4", "straightforward update"
+        yield speed_row("b2", f"{shape}, fp32", seconds, "fp32", "plain", theirs, bar=">= 1.1")
+        yield _floor_row("b2", f"{shape}, fp32", run, config, seconds["fp32"], rates, bar=">= 0.8")
+        yield speed_row(
+            "b2", f"{shape}, fp32", seconds, "fp32", "online", "the same, encoding online in bf16", bar=">= 1.4"
+        )
+        yield speed_row("b2", f"{shape}, bf16 autocast", seconds, "bf16", "plain", f"{theirs} in fp32", bar=">= 1.6")
+        yield _wait_row("b2", shape, median(seconds["draw"]) / 5, median(seconds["fp32"]))
+        yield from _where("b2", shape, fp32.update)
+
+
+def small(params: Params, quick: bool) -> Iterator[Row]:
+    """The default's own shape: 4 blocks of width 128, 4 tokens, batch 64."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = params.runs["t4-short"]
+        latents = latents_file(Path(folder) / "latents.h5", 5000, params.latent_shape)
+        config = run_config(run, params.latent_shape, CLASS_COUNT)
+        state = TrainingState.fresh(config, run, CPU)
+        ours = OurTraining(run, latents, state, config)
+        plain = PlainTraining(ours)
+        rates: list[float] = []
+        seconds = in_turns(
+            8 if quick else 40,
+            warm=3,
+            matmul=lambda: rates.append(matmul_rate(seconds=0.0)),
+            ours=ours.update,
+            plain=plain.update,
+            draw=ours.draw,
+        )
+        shape = "t4, 4 x 8 x 8, batch 64"
+        yield speed_row("small", f"{shape}, fp32", seconds, "ours", "plain", "straightforward update")
+        yield _floor_row("small", f"{shape}, fp32", run, config, seconds["ours"], rates)
+        yield _wait_row("small", shape, median(seconds["draw"]), median(seconds["ours"]))
+        yield from _where("small", shape, ours.update)
+
+
+def _floor_row(
+    case: str, what: str, run: Run, config: ModelConfig, seconds: list[float], rates: list[float], bar: str = ""
+) -> Row:
+    work = measure(run, config, run.batch_size)
+    floor = work.flops / median(rates)
+    note = (
+        f"{work.units:.1f} forward passes of G, {work.flops / 1e9:,.0f} GFLOP of matrix products an update; products "
+        f"of 2048 x 2048 matrices ran at {median(rates) / 1e9:.0f} GFLOP/s in between"
+    )
+    against = "its matrix products at this machine's rate"
+    return Row(case, what, 1 / median(seconds), 1 / floor, "updates/s", against, floor / median(seconds), bar, note)
+
+
+def _wait_row(case: str, shape: str, wait: float, update: float) -> Row:
+    against = "the update it is drawn for"
+    return Row(case, f"{shape}: drawing a batch", 1000 * wait, 1000 * update, "ms", against, wait / update, "<= 0.02")
+
+
+def _where(case: str, shape: str, update: Callable[[], Any]) -> Iterator[Row]:
+    """Profile one update; one row for each of the operators that take most of its time."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        update()
+    spent = sorted(profiled.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    whole = sum(event.self_cpu_time_total for event in spent)
+    for event in spent[:SHOWN]:
+        share, own = event.self_cpu_time_total / whole, event.self_cpu_time_total / 1000
+        yield Row(
+            f"{case}: where",
+            event.key,
+            own,
+            whole / 1000,
+            "ms",
+            f"one update of {shape}",
+            share,
+            note=f"{event.count} calls",
+        )

@@ -1,0 +1,86 @@
+"""What the benchmarks compare: that the plain side computes the same, and that results become tables and the page."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from afm_pipe import paths
+from afm_pipe.errors import UserError
+from afm_pipe.files import write_json
+from afm_pipe.models.checkpoint_format import run_config
+from afm_pipe.params_file import load_params
+from afm_pipe.reporting.benchmarks import benchmark_sections, read_benchmarks, results_markdown
+from afm_pipe.training.state import TrainingState
+from benchmarks.inputs import CLASS_COUNT, latents_file
+from benchmarks.measuring import Row, in_turns, speed_row
+from benchmarks.training import CPU, OurTraining, PlainTraining
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_straightforward_update_has_the_same_result(tmp_path: Path) -> None:
+    run = load_params(ROOT / "params.yaml").runs["t4-short"].model_copy(update={"size": "s4", "batch_size": 8})
+    latents = latents_file(tmp_path / "latents.h5", 64, (4, 8, 8))
+    config = run_config(run, (4, 8, 8), CLASS_COUNT)
+    ours = OurTraining(run, latents, TrainingState.fresh(config, run, CPU), config)
+    plain = PlainTraining(ours)
+    networks = ("generator", "discriminator", "ema")
+    first = {name: vector(getattr(ours.state, name)) for name in networks}
+    for _ in range(3):
+        plain.update()  # draws the batch that ours draws next
+        ours.update()
+    for name in networks:
+        own, theirs = vector(getattr(ours.state, name)), vector(getattr(plain.step, name))
+        moved, apart = (own - first[name]).norm(), (own - theirs).norm()
+        assert apart < 0.01 * moved, name  # Adam makes much of the rounding of gradients that are nearly zero
+
+
+def vector(module: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([value.detach().flatten() for value in module.parameters()]).clone()
+
+
+def test_works_are_timed_in_turns_and_the_first_rounds_do_not_count() -> None:
+    order: list[str] = []
+    seconds = in_turns(2, warm=1, a=lambda: order.append("a"), b=lambda: order.append("b"))
+    assert order == ["b", "a", "a", "b", "b", "a"]
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_a_speed_is_the_median_of_ratios_of_neighbours() -> None:
+    seconds = {"ours": [1.0, 10.0, 2.0], "plain": [2.0, 20.0, 3.0]}  # the machine was slow in the second round
+    row = speed_row("small", "x", seconds, "ours", "plain", "y", per=4, bar=">= 1.8")
+    assert (row.ours, row.against, row.ratio, row.met) == (2.0, 4 / 3, 2.0, True)
+    assert row._replace(bar=">= 2.1").met is False
+    assert row._replace(bar="").met is None
+
+
+def test_results_become_a_section_of_the_page_and_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert benchmark_sections() == ()
+    rows = [
+        Row("small", "t4, fp32", 8.0, 4.0, "updates/s", "plain update", 2.0, ">= 1.1", "why | so"),
+        Row("small", "t4: drawing a batch", 5.0, 100.0, "ms", "the update", 0.05, "<= 0.02"),
+        Row("small: where", "aten::mm", 48.0, 200.0, "ms", "one update of t4", 0.24, note="62 calls"),
+    ]
+    case = {"machine": "m", "threads": 2, "torch": "2.6", "load": 0.1, "quick": False}
+    write_json(paths.BENCHMARKS, {"cases": {"small": case | {"rows": [row.record() for row in rows]}}})
+    (section,) = benchmark_sections()
+    assert section.verdict == "1 of 2 bars are met on this machine."
+    assert [len(table.rows) for table in section.tables] == [2, 1]
+    assert section.tables[0].rows[0][5].value == 2.0 and section.tables[0].rows[0][5].key == "cases.small.rows[0].ratio"
+    text = results_markdown(read_benchmarks())
+    assert "| 0.0500 | ≤ 0.02 | no |" in text and "why \\| so" in text and "| aten::mm | 48.0 | 24.0 % |" in text
+    write_json(paths.BENCHMARKS, {"cases": {"small": {}}})
+    with pytest.raises(UserError, match="no result of `make bench`"):
+        read_benchmarks()
+
+
+def test_help_imports_nothing_that_commands_need() -> None:
+    code = "import sys; from afm_pipe.cli import main\ntry: main()\nexcept SystemExit: pass\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
+    modules = done.stdout.splitlines()[-1].split()
+    assert "afm_pipe.cli" in modules and "Data stages" in done.stdout
+    assert {"pydantic", "torch", "yaml", "rich.progress"} & set(modules) == set()
