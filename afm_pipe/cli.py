@@ -17,7 +17,7 @@ import typer
 from afm_pipe import paths
 from afm_pipe.console import guarded
 from afm_pipe.errors import UserError
-from afm_pipe.lazy import lazy
+from afm_pipe.lazy import Lazy
 
 if TYPE_CHECKING:
     from afm_pipe import answers, launch, params_file, pipeline
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from afm_pipe.params import Params
 else:  # imported by the command that needs them: --help needs none
     answers, launch, params_file, pipeline = map(
-        lazy, ("afm_pipe.answers", "afm_pipe.launch", "afm_pipe.params_file", "afm_pipe.pipeline")
+        Lazy, ("afm_pipe.answers", "afm_pipe.launch", "afm_pipe.params_file", "afm_pipe.pipeline")
     )
 
 app = typer.Typer(
