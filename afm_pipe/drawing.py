@@ -17,11 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 from afm_pipe.console import Tick
+from afm_pipe.dealing import dealt
 from afm_pipe.errors import UserError
 from afm_pipe.files import atomic_path
 from afm_pipe.image_files import GridFile, ImageFile, NpzFile, PngFolder
 from afm_pipe.models.flow import Flow
-from afm_pipe.sampling import generate_images, grid, images_of, noise
+from afm_pipe.ranks import ALONE, Ranks
+from afm_pipe.sampling import generate_images, grid, images_of, micro_batches, noise
 
 LATENCY_RUNS, LATENCY_SECONDS = 5, 10.0  # timed passes of one latent: so many, or as many as fit
 STRIP_ROWS, STRIP_FRAMES = 5, 5  # of the report's strips
@@ -87,27 +89,17 @@ class Sampler(NamedTuple):
     device: torch.device = CPU
 
 
-def draw(sampler: Sampler, request: Request, seed: int, per_class: int, rows: int) -> Generator[Tick, None, Drawn]:
+def draw(
+    sampler: Sampler, request: Request, seed: int, per_class: int, rows: int, ranks: Ranks = ALONE
+) -> Generator[Tick, None, Drawn]:
     """Draw what is asked for and write it, each file whole or not at all; return what it was and how fast.
 
     `seed`, `per_class` and `rows` (the first so many classes) stand in for what the request leaves out. Image i comes
     from seed + i and its class alone, whatever else is drawn. Memory does not grow with the number of images, but for
-    a grid. Raises UserError, before any sampling, for classes there are not and steps it was not trained for.
+    a grid. Of several `ranks` the first calls this and the others `assist`, with the same arguments. Raises UserError,
+    before any sampling, for classes there are not and steps it was not trained for.
     """
-    steps = sampler.generator.num_steps(request.steps)
-    seed = seed if request.seed is None else request.seed
-    asked = None if request.classes is None else choose_classes(request.classes, sampler.class_names)
-    some = list(range(min(rows, len(sampler.class_names))))
-    if request.interpolate is not None:
-        labels, columns, batches = _strips(sampler, request, asked or some, steps)
-    else:
-        if request.count is not None:
-            every = asked or list(range(len(sampler.class_names)))
-            labels, columns = [every[i % len(every)] for i in range(request.count)], min(request.count, len(every), 16)
-        else:
-            columns = request.per_class or per_class
-            labels = [label for label in asked or some for _ in range(columns)]
-        batches = _in_turn(sampler, seed, labels, steps)
+    labels, columns, steps, batches = _asked(sampler, request, seed, per_class, rows, ranks)
     latency = measure_latency(sampler, steps)
     started, computed = time.monotonic(), 0
     with ExitStack() as stack:
@@ -122,6 +114,34 @@ def draw(sampler: Sampler, request: Request, seed: int, per_class: int, rows: in
             file.finish()
         seconds = time.monotonic() - started
     return Drawn(labels, steps, latency, computed / seconds)
+
+
+def assist(sampler: Sampler, request: Request, seed: int, per_class: int, rows: int, ranks: Ranks) -> None:
+    """Compute this rank's share of what the first rank draws."""
+    *_, batches = _asked(sampler, request, seed, per_class, rows, ranks)
+    for _ in batches:
+        pass
+
+
+def _asked(
+    sampler: Sampler, request: Request, seed: int, per_class: int, rows: int, ranks: Ranks
+) -> tuple[list[int], int, int, Iterator[Tensor]]:
+    """Return labels, images in a row of a grid, steps, and batches of images, which the first rank gets."""
+    steps = sampler.generator.num_steps(request.steps)
+    seed = seed if request.seed is None else request.seed
+    asked = None if request.classes is None else choose_classes(request.classes, sampler.class_names)
+    some = list(range(min(rows, len(sampler.class_names))))
+    if request.interpolate is not None:
+        labels, columns, batches = _strips(sampler, request, asked or some, steps, ranks)
+    else:
+        if request.count is not None:
+            every = asked or list(range(len(sampler.class_names)))
+            labels, columns = [every[i % len(every)] for i in range(request.count)], min(request.count, len(every), 16)
+        else:
+            columns = request.per_class or per_class
+            labels = [label for label in asked or some for _ in range(columns)]
+        batches = _in_turn(sampler, seed, labels, steps, ranks)
+    return labels, columns, steps, batches
 
 
 def draw_interpolation(sampler: Sampler, seed: int, rows: int) -> Image.Image:
@@ -197,19 +217,20 @@ def measure_latency(sampler: Sampler, steps: int) -> float:
     return statistics.median(seconds[1:] or seconds)
 
 
-def _in_turn(sampler: Sampler, seed: int, labels: list[int], steps: int) -> Iterator[Tensor]:
-    """Yield images (B, C, H, W) uint8 of indices 0, 1, ... a micro-batch at a time."""
-    size = sampler.micro_batch
-    for start in range(0, len(labels), size):
-        indices = range(start, min(start + size, len(labels)))
-        chosen = torch.tensor(labels[start : start + size])
-        yield generate_images(
-            sampler.generator, sampler.vae, seed, indices, chosen, sampler.latent_shape, size, sampler.device, steps
-        )
+def _in_turn(sampler: Sampler, seed: int, labels: list[int], steps: int, ranks: Ranks) -> Iterator[Tensor]:
+    """Yield images (B, C, H, W) uint8 of indices 0, 1, ... a micro-batch at a time, on the first rank."""
+    generator, vae, shape, _, size, device = sampler
+
+    def generated(indices: range) -> list[Tensor]:
+        chosen = torch.tensor(labels[indices.start : indices.stop])
+        return [generate_images(generator, vae, seed, indices, chosen, shape, size, device, steps)]
+
+    for _, (images,) in dealt(micro_batches(range(len(labels)), size), generated, ranks):
+        yield images
 
 
 def _strips(
-    sampler: Sampler, request: Request, classes: list[int], steps: int
+    sampler: Sampler, request: Request, classes: list[int], steps: int, ranks: Ranks = ALONE
 ) -> tuple[list[int], int, Iterator[Tensor]]:
     """Return labels, frames in a row, and batches of images: from each seed to the next, both shown, in each class."""
     ends = [noise(seed, [0], sampler.latent_shape)[0] for seed in request.seeds]
@@ -218,15 +239,13 @@ def _strips(
         strip += [slerp(first, second, k / (request.frames - 1)) for k in range(1, request.frames - 1)] + [second]
     labels = [label for label in classes for _ in strip]
 
-    def batches() -> Iterator[Tensor]:
-        size = sampler.micro_batch
-        for start in range(0, len(labels), size):
-            places = range(start, min(start + size, len(labels)))
-            z = torch.stack([strip[place % len(strip)] for place in places])  # (B, c, h, w)
-            chosen = torch.tensor(labels[start : start + size])
-            yield images_of(sampler.generator, sampler.vae, z, chosen, size, sampler.device, steps)
+    def generated(places: range) -> list[Tensor]:
+        z = torch.stack([strip[place % len(strip)] for place in places])  # (B, c, h, w)
+        chosen = torch.tensor(labels[places.start : places.stop])
+        return [images_of(sampler.generator, sampler.vae, z, chosen, sampler.micro_batch, sampler.device, steps)]
 
-    return labels, len(strip), batches()
+    pieces = micro_batches(range(len(labels)), sampler.micro_batch)
+    return labels, len(strip), (images for _, (images,) in dealt(pieces, generated, ranks))
 
 
 def _class(asked: str, names: Sequence[str]) -> int:

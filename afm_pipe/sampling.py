@@ -14,10 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from afm_pipe.dealing import dealt
 from afm_pipe.errors import UserError
 from afm_pipe.models.autoencoder import decode
 from afm_pipe.models.flow import Flow
 from afm_pipe.params import Params
+from afm_pipe.ranks import ALONE, Ranks
 
 UINT8_RULE = "round"  # as DiT and SiT do; the paper's released code truncates
 CPU = torch.device("cpu")
@@ -104,18 +106,26 @@ def stream_images(
     count: int,
     num_classes: int,
     device: torch.device = CPU,
-    first: int = 0,
+    ranks: Ranks = ALONE,
 ) -> Iterator[tuple[range, Tensor, Tensor]]:
-    """Yield samples `first` to count - 1, a micro-batch at a time: indices, labels (B,), images (B, C, H, W) uint8.
+    """Yield `count` samples, a micro-batch at a time: indices, labels (B,), images (B, C, H, W) uint8.
 
-    Memory does not grow with `count`. Raises UserError when a latent is not finite.
+    Micro-batches are dealt to the ranks; the first of them gets all, in order, and the others none. Memory does not
+    grow with `count`. Raises UserError when a latent is not finite.
     """
     size = params.sample.micro_batch
-    for start in range(first, count, size):
-        indices = range(start, min(start + size, count))
+
+    def generated(indices: range) -> list[Tensor]:
         labels = labels_for(indices, num_classes)
-        images = generate_images(generator, vae, seed, indices, labels, params.latent_shape, size, device)
-        yield indices, labels, images
+        return [generate_images(generator, vae, seed, indices, labels, params.latent_shape, size, device)]
+
+    for indices, (images,) in dealt(micro_batches(range(count), size), generated, ranks):
+        yield indices, labels_for(indices, num_classes), images
+
+
+def micro_batches(indices: range, size: int) -> list[range]:
+    """Cut indices, of which the first begins a micro-batch, into micro-batches."""
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
 def to_uint8(images: Tensor) -> Tensor:

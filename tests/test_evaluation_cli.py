@@ -32,12 +32,12 @@ def afm(*words: str) -> Result:
 @pytest.fixture(scope="module")
 def measured(project: Path) -> np.ndarray:  # noqa: F811
     """The images (N, H, W) that `afm-pipe evaluate one` handed to its networks."""
-    before, seen, stream = Path.cwd(), [], metrics.stream_images
+    before, seen, generate = Path.cwd(), [], metrics.generate_images
 
     def watched(*args: Any) -> Any:
-        for indices, labels, images in stream(*args):
-            seen.append(images.numpy().copy())
-            yield indices, labels, images
+        images = generate(*args)
+        seen.append(images.numpy().copy())
+        return images
 
     os.chdir(project)
     try:
@@ -47,7 +47,7 @@ def measured(project: Path) -> np.ndarray:  # noqa: F811
         vae = load_autoencoder(paths.AUTOENCODER)
         follow("reference", build_reference(params, images, labels, names, "digest", vae, paths.REFERENCE))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(metrics, "stream_images", watched)
+            patch.setattr(metrics, "generate_images", watched)
             done = afm("evaluate", "one")
         assert done.exit_code == 0, done.output
         assert read_json(paths.metrics("one"))["protocol"]["samples"] == SAMPLES

@@ -19,7 +19,7 @@ from afm_pipe.evaluation.manifold import precision_recall
 from afm_pipe.evaluation.measures import inception_score, within_class_variance
 from afm_pipe.evaluation.metrics import Evaluator, evaluate_run
 from afm_pipe.evaluation.reference import Reference, build_reference
-from afm_pipe.evaluation.seen import Seen
+from afm_pipe.evaluation.seen import Seen, Sighting
 from afm_pipe.files import read_json, sha256_file
 from tests.test_evaluation import CLASSES, Painter, params_with, real, reference, vae  # noqa: F401 (fixtures)
 
@@ -68,8 +68,8 @@ def test_of_a_sample_only_features_and_three_distances_are_kept() -> None:
         for start in range(0, samples, 50):
             images = torch.randint(0, 256, (50, 3, 32, 32), dtype=torch.uint8)
             near = torch.rand(50, 3)
-            pictured = (images, near) if start == 0 else None
-            seen.add(images, images, torch.arange(50) % 5, near, pictured)
+            batch = Sighting(images, near, near, [network(images)])
+            seen.add(batch, torch.arange(50) % 5, pictured=start == 0)
         assert len(seen.streams[0].features) == samples
         return held(seen, set())
 

@@ -1,6 +1,11 @@
 """Images to latents.h5: made under work/, resumable after a kill at any moment, renamed when whole.
 
-To resume, run the same command again. The bytes of the file do not depend on where it was interrupted.
+One process writes the whole file in place. Of several, each writes a shard: the rows of its own range of images. Shards
+found at the next start, or complete at the end, are merged into the whole, which never needs to know how many
+processes there were. Decoding runs ahead in threads and writing follows in one, so that the autoencoder need not wait.
+
+To resume, run the same command again. The bytes of the file do not depend on where it was interrupted, nor on the
+number of processes.
 
 Legend: N images, M mirrors, B images of a batch, C, S channels and side of images, c, h, w of latents.
 """
@@ -9,15 +14,18 @@ import errno
 import os
 import shutil
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import h5py
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
+from torch import Tensor
 
 from afm_pipe.console import Tick
 from afm_pipe.data.latents import CLASSES, DONE, FORMAT_VERSION, LABELS, MOMENTS, Latents, file_offset, settings
@@ -28,9 +36,31 @@ from afm_pipe.fingerprint import fingerprint
 from afm_pipe.lease import exclusive
 from afm_pipe.models.autoencoder import check_autoencoder, encode_moments
 from afm_pipe.params import Params
+from afm_pipe.ranks import ALONE, Ranks
 
 SECONDS_BETWEEN_SYNCS = 1.0  # of work that a kill can lose
+COPIED_AT_ONCE = 16 << 20  # bytes
 SOURCES = ("data/encoding.py", "data/images.py", "data/latents.py", "models/autoencoder.py")
+FIRST = "first"  # attribute of a shard: the image of its first row
+
+
+class _Rows(NamedTuple):
+    """A file under work/ that holds the rows of images `first`, first + 1, ..., and where in it they lie."""
+
+    path: Path
+    first: int
+    moments_at: int  # bytes
+    done_at: int
+    row_bytes: int
+    done: NDArray[np.bool_]  # (rows,)
+
+    @classmethod
+    def of(cls, path: Path) -> "_Rows":
+        with h5py.File(path, "r", locking=False) as file:
+            moments = file[MOMENTS]
+            row_bytes = moments.dtype.itemsize * int(np.prod(moments.shape[1:]))
+            first = int(file.attrs.get(FIRST, 0))
+            return cls(path, first, file_offset(moments), file_offset(file[DONE]), row_bytes, file[DONE][:])
 
 
 def encode_dataset(
@@ -41,15 +71,17 @@ def encode_dataset(
     path: Path,
     work_dir: Path,
     device: torch.device = torch.device("cpu"),  # noqa: B008  # an immutable value
+    ranks: Ranks = ALONE,
 ) -> Generator[Tick, None, None]:
     """Encode all images of the manifest to the latents file `path`, going on with what `work_dir` holds of it.
 
-    A partial file of other images, settings, weights or code is thrown away. Raises UserError when images are gone or
-    changed, the autoencoder does not fit params, moments are not finite, the disk is full, or another process encodes
-    in `work_dir`.
+    Every rank calls it, with the same paths on a disk they share; the first of them merges. A partial file of other
+    images, settings, weights or code is thrown away. Raises UserError when images are gone or changed, the autoencoder
+    does not fit params, moments are not finite, the disk is full, or another process encodes in `work_dir`.
     """
     check_autoencoder(vae, params)
-    yield from require_images(manifest, params.data)
+    if ranks.first:
+        yield from require_images(manifest, params.data)
     vae.to(device)
     provenance = {
         "format_version": FORMAT_VERSION,
@@ -59,84 +91,143 @@ def encode_dataset(
         "image_count": str(manifest.num_images),
         "manifest_digest": manifest.digest,
     }
-    with exclusive(work_dir):
-        partial = work_dir / f"latents.{fingerprint(provenance, {}, SOURCES)}.h5"
-        for other in set(work_dir.glob("latents.*.h5")) - {partial}:
-            other.unlink()
-        try:
-            if not _is_readable(partial):
-                _create(partial, params, manifest, provenance)
-            yield from _fill(partial, params, manifest, vae)
-            Latents.open(partial, params, vae_sha256)
-            _publish(partial, path)
-        except OSError as error:
-            raise UserError(
-                f"Found {work_dir} or {path.parent} not writable ({error.strerror or error}): make room there and run "
-                "the same command again; it goes on where it stopped."
-            ) from None
-
-
-def _create(partial: Path, params: Params, manifest: Manifest, provenance: dict[str, str]) -> None:
-    """Lay the whole file out, so that encoding only overwrites bytes in place and never touches HDF5's structures."""
-    channels, height, width = params.latent_shape
-    shape = (manifest.num_images, 2 if params.data.mirror else 1, 2 * channels, height, width)
-    needed, free = 2 * int(np.prod(shape)), shutil.disk_usage(partial.parent).free
-    if free < needed:
+    partial = work_dir / f"latents.{fingerprint(provenance, {}, SOURCES)}.h5"
+    try:
+        with exclusive(work_dir) if ranks.first else nullcontext():
+            if ranks.first:
+                _prepare(partial, params, manifest, provenance)
+            ranks.barrier()
+            pending = _pending(_Rows.of(partial).done, params.encode.batch_size)
+            if ranks.size == 1:
+                yield from _fill(_Rows.of(partial), pending, params, manifest, vae)
+            else:
+                yield from _fill_shard(partial, pending, params, manifest, vae, ranks)
+            ranks.barrier()
+            if ranks.first:
+                yield from _merge(partial)
+                Latents.open(partial, params, vae_sha256)
+                _publish(partial, path)
+    except OSError as error:
         raise UserError(
-            f"Found {free / 2**30:.1f} GiB free at {partial.parent}, expected {needed / 2**30:.1f} for the latents: "
-            "make room there."
-        )
+            f"Found {work_dir} or {path.parent} not writable ({error.strerror or error}): make room there and run "
+            "the same command again; it goes on where it stopped."
+        ) from None
+
+
+def _prepare(partial: Path, params: Params, manifest: Manifest, provenance: dict[str, str]) -> None:
+    """See to it that the whole file is laid out and holds all that was encoded before, and remove what is not its."""
+    own = {partial, *_shards(partial)}
+    for other in [*(set(partial.parent.glob("latents.*.h5")) - own), *partial.parent.glob(".latents.*.partial")]:
+        other.unlink()
+    if not _is_readable(partial):
+        _require_room(partial, manifest.num_images * _row_bytes(params))
+        columns = {
+            LABELS: manifest.labels.astype("<i8"),
+            CLASSES: np.array([os.fsencode(name) for name in manifest.classes]),
+        }
+        _lay_out(partial, manifest.num_images, params, provenance, columns)
+    for _ in _merge(partial):
+        pass
+
+
+def _lay_out(
+    path: Path, rows: int, params: Params, attributes: Mapping[str, Any], columns: Mapping[str, NDArray[Any]]
+) -> None:
+    """Lay a whole file out, so that encoding only overwrites bytes in place and never touches HDF5's structures."""
     early = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     early.set_layout(h5py.h5d.CONTIGUOUS)
     early.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     early.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     try:
-        with atomic_path(partial) as aside, h5py.File(aside, "w", locking=False) as file:
-            file.attrs.update(provenance)
-            file.create_dataset(LABELS, data=manifest.labels.astype("<i8"))
-            file.create_dataset(CLASSES, data=np.array([os.fsencode(name) for name in manifest.classes]))
-            file.create_dataset(DONE, data=np.zeros(manifest.num_images, bool))
-            file.create_dataset(MOMENTS, shape, "<f2", dcpl=early)
+        with atomic_path(path) as aside, h5py.File(aside, "w", locking=False) as file:
+            file.attrs.update(attributes)
+            for name, column in columns.items():
+                file.create_dataset(name, data=column)
+            file.create_dataset(DONE, data=np.zeros(rows, bool))
+            file.create_dataset(MOMENTS, (rows, *_row_shape(params)), "<f2", dcpl=early)
     except RuntimeError as error:  # how h5py reports a failed write on closing
         raise OSError(str(error)) from None
 
 
-def _fill(partial: Path, params: Params, manifest: Manifest, vae: AutoencoderKL) -> Generator[Tick, None, None]:
-    """Encode the batches that are not done: moments first, synced to disk, then their marks in the done map."""
-    with h5py.File(partial, "r", locking=False) as layout:
-        moments_at, done_at = file_offset(layout[MOMENTS]), file_offset(layout[DONE])
-        bytes_per_image = layout[MOMENTS].dtype.itemsize * int(np.prod(layout[MOMENTS].shape[1:]))
-        done = layout[DONE][:]  # (N,)
-    total, size = manifest.num_images, params.encode.batch_size
-    batches = [range(start, min(start + size, total)) for start in range(0, total, size)]
-    pending = [batch for batch in batches if not done[batch.start : batch.stop].all()]
-    encoded = total - sum(map(len, pending))
-    yield Tick(encoded, total, "images", "resumed" if encoded else "")
+def _pending(done: NDArray[np.bool_], size: int) -> list[range]:
+    """Return the batches, of `size` from the first image on, that are not done whole."""
+    batches = [range(start, min(start + size, len(done))) for start in range(0, len(done), size)]
+    return [batch for batch in batches if not done[batch.start : batch.stop].all()]
 
-    with partial.open("r+b") as file:
-        unmarked: list[range] = []
-        last_sync = time.monotonic()
+
+def _fill_shard(
+    partial: Path, pending: Sequence[range], params: Params, manifest: Manifest, vae: AutoencoderKL, ranks: Ranks
+) -> Generator[Tick, None, None]:
+    """Encode this rank's part of the pending batches into a shard beside `partial`."""
+    own = pending[len(pending) * ranks.rank // ranks.size : len(pending) * (ranks.rank + 1) // ranks.size]
+    if not own:
+        return
+    first, stop = own[0].start, own[-1].stop
+    shard = partial.with_suffix(f".{first}-{stop}.h5")
+    _require_room(partial, 2 * sum(map(len, pending)) * _row_bytes(params))  # until merged there are two of each row
+    _lay_out(shard, stop - first, params, {FIRST: first}, {})
+    yield from _fill(_Rows.of(shard), own, params, manifest, vae, f"share of rank {ranks.rank} of {ranks.size}")
+
+
+def _fill(
+    rows: _Rows, pending: Sequence[range], params: Params, manifest: Manifest, vae: AutoencoderKL, facts: str = ""
+) -> Generator[Tick, None, None]:
+    """Encode batches into a file; while one is encoded, the next are decoded and the one before it is written."""
+    remaining = sum(map(len, pending))
+    total = remaining if facts else len(rows.done)
+    encoded = total - remaining
+    yield Tick(encoded, total, "images", facts or ("resumed" if encoded else ""))
+
+    with rows.path.open("r+b") as file, ThreadPoolExecutor(1) as writer:
+        journal, writing = _Journal(file, rows, manifest), None
         for batch, images in zip(pending, image_batches(manifest, params.data, pending), strict=True):
-            moments = _moments(vae, images, params)  # (B, M, 2c, h, w)
-            _require_finite(moments, batch, manifest)
-            file.seek(moments_at + batch.start * bytes_per_image)
-            file.write(moments.tobytes())
-            unmarked.append(batch)
-            if batch is pending[-1] or time.monotonic() - last_sync >= SECONDS_BETWEEN_SYNCS:
-                _mark(file, done_at, unmarked)
-                unmarked, last_sync = [], time.monotonic()
-            encoded += len(batch)
-            yield Tick(encoded, total, "images")
+            moments = _moments(vae, images, params)  # (B, M, 2c, h, w); a GPU still computes it
+            if writing is not None:
+                encoded += writing.result()
+                yield Tick(encoded, total, "images", facts)
+            writing = writer.submit(journal.add, batch, moments)
+        if writing is not None:
+            encoded += writing.result()
+        journal.mark()
         _sync(file)
+    if pending:
+        yield Tick(encoded, total, "images", facts)
 
 
-def _moments(vae: AutoencoderKL, images: NDArray[np.uint8], params: Params) -> NDArray[np.float16]:
+class _Journal:
+    """Writes moments into a file and, once they are safe on disk, their marks into its done map."""
+
+    def __init__(self, file: BinaryIO, rows: _Rows, manifest: Manifest) -> None:
+        self.file, self.rows, self.manifest = file, rows, manifest
+        self._unmarked: list[range] = []
+        self._last_sync = time.monotonic()
+
+    def add(self, batch: range, moments: Tensor) -> int:
+        """Write a batch's moments (B, M, 2c, h, w); return how many images that were."""
+        values = moments.cpu().numpy()
+        _require_finite(values, batch, self.manifest)
+        self.file.seek(self.rows.moments_at + (batch.start - self.rows.first) * self.rows.row_bytes)
+        self.file.write(values.tobytes())
+        self._unmarked.append(batch)
+        if time.monotonic() - self._last_sync >= SECONDS_BETWEEN_SYNCS:
+            self.mark()
+        return len(batch)
+
+    def mark(self) -> None:
+        """Mark what was written so far."""
+        if self._unmarked:
+            places = [range(batch.start - self.rows.first, batch.stop - self.rows.first) for batch in self._unmarked]
+            _mark(self.file, self.rows.done_at, places)
+        self._unmarked, self._last_sync = [], time.monotonic()
+
+
+def _moments(vae: AutoencoderKL, images: NDArray[np.uint8], params: Params) -> Tensor:
     """Encode images (B, C, S, S), and their mirrors if asked, always in a batch of the full size, padded at the end."""
     padding = np.repeat(images[-1:], params.encode.batch_size - len(images), axis=0)
     batch = torch.from_numpy(np.concatenate([images, padding]))
     sides = [batch, batch.flip(-1)] if params.data.mirror else [batch]
     encoded = [torch.cat(encode_moments(vae, side, params.encode.precision), dim=1) for side in sides]
-    return torch.stack(encoded, dim=1)[: len(images)].half().cpu().numpy()
+    return torch.stack(encoded, dim=1)[: len(images)].half()
 
 
 def _require_finite(moments: NDArray[np.float16], batch: range, manifest: Manifest) -> None:
@@ -149,17 +240,72 @@ def _require_finite(moments: NDArray[np.float16], batch: range, manifest: Manife
         )
 
 
-def _mark(file: BinaryIO, done_at: int, batches: list[range]) -> None:
+def _mark(file: BinaryIO, done_at: int, places: Sequence[range]) -> None:
     _sync(file)
-    for batch in batches:
-        file.seek(done_at + batch.start)
-        file.write(b"\1" * len(batch))
+    for place in places:
+        file.seek(done_at + place.start)
+        file.write(b"\1" * len(place))
     file.flush()
 
 
 def _sync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
+
+
+def _merge(partial: Path) -> Generator[Tick, None, None]:
+    """Move what shards hold into the whole file. Killed in between, a shard is still there and is moved again."""
+    shards = _shards(partial)
+    for number, path in enumerate(shards):
+        yield Tick(number, len(shards), "shards", "merging")
+        whole, shard = _Rows.of(partial), _Rows.of(path)
+        with partial.open("r+b") as file, path.open("rb") as source:
+            moved = list(_runs(shard.done))
+            for run in moved:
+                source.seek(shard.moments_at + run.start * shard.row_bytes)
+                file.seek(whole.moments_at + (shard.first + run.start) * shard.row_bytes)
+                _copy(source, file, len(run) * shard.row_bytes)
+            _mark(file, whole.done_at, [range(shard.first + run.start, shard.first + run.stop) for run in moved])
+            _sync(file)
+        path.unlink()
+
+
+def _runs(done: NDArray[np.bool_]) -> Iterator[range]:
+    """Yield the ranges of rows that are done."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], done, [False]]).astype(np.int8)))
+    for start, stop in edges.reshape(-1, 2).tolist():
+        yield range(start, stop)
+
+
+def _copy(source: BinaryIO, target: BinaryIO, count: int) -> None:
+    while count:
+        piece = source.read(min(count, COPIED_AT_ONCE))
+        if not piece:
+            raise OSError(errno.EIO, f"{source.name} ends too soon")
+        target.write(piece)
+        count -= len(piece)
+
+
+def _shards(partial: Path) -> list[Path]:
+    return sorted(partial.parent.glob(f"{partial.stem}.*-*.h5"))
+
+
+def _row_shape(params: Params) -> tuple[int, int, int, int]:
+    channels, height, width = params.latent_shape
+    return 2 if params.data.mirror else 1, 2 * channels, height, width
+
+
+def _row_bytes(params: Params) -> int:
+    return 2 * int(np.prod(_row_shape(params)))
+
+
+def _require_room(partial: Path, needed: int) -> None:
+    free = shutil.disk_usage(partial.parent).free
+    if free < needed:
+        raise UserError(
+            f"Found {free / 2**30:.1f} GiB free at {partial.parent}, expected {needed / 2**30:.1f} for the latents: "
+            "make room there."
+        )
 
 
 def _is_readable(partial: Path) -> bool:

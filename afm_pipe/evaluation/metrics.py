@@ -4,7 +4,7 @@ Shapes: N samples, B of them at a time, C channels, H x W pixels, K classes, T t
 """
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from afm_pipe.console import Tick
+from afm_pipe.dealing import dealt
 from afm_pipe.errors import UserError
 from afm_pipe.evaluation.adm import require_reference
 from afm_pipe.evaluation.features import LEGACY, NAMES, SPATIAL, load_networks
@@ -29,11 +30,12 @@ from afm_pipe.evaluation.measures import (
 from afm_pipe.evaluation.nearest import Neighbours, Thumbnails, thumbnail
 from afm_pipe.evaluation.networks import RESIZE
 from afm_pipe.evaluation.reference import SUMMARY, THUMBNAILS, Reference, spread_evenly
-from afm_pipe.evaluation.seen import Seen
+from afm_pipe.evaluation.seen import Seen, Sighting
 from afm_pipe.files import read_json
 from afm_pipe.models.flow import Flow
 from afm_pipe.params import Params
-from afm_pipe.sampling import UINT8_RULE, grid, labels_for, stream_images
+from afm_pipe.ranks import ALONE, Ranks
+from afm_pipe.sampling import UINT8_RULE, generate_images, grid, labels_for, micro_batches
 
 NEAREST_SAMPLES, NEAREST_SHOWN = 10, 3  # in the picture of nearest training images
 CPU = torch.device("cpu")
@@ -74,6 +76,7 @@ def evaluate_run(
     evaluator: Evaluator | None = None,
     work_dir: Path | None = None,
     checkpoint_seconds: float = 60.0,
+    ranks: Ranks = ALONE,
 ) -> Generator[Tick, None, tuple[dict[str, Any], Image.Image]]:
     """Measure a generator; return its metrics and a picture of samples above their nearest training images.
 
@@ -95,7 +98,8 @@ def evaluate_run(
     `evaluator` saves loading the networks and the reference again. With `work_dir` what was measured so far is kept
     there every `checkpoint_seconds`, the same call goes on from it and gives the same numbers; its name must tell the
     generator and the protocol apart.
-    Memory does not grow with the number of samples but for their features.
+    Memory does not grow with the number of samples but for their features. Of several `ranks` the first calls this and
+    the others `assist`, with the same arguments; the numbers do not depend on how many there are.
     Raises UserError as `Evaluator`, and for latents not finite.
     """
     protocol = params.evaluate
@@ -103,16 +107,10 @@ def evaluate_run(
     seen = Seen(tools.networks, protocol.samples, tools.num_classes)
     if work_dir is not None:
         seen.restore(work_dir)
+    ranks.gather(seen.done)  # tells the others where to go on
     saved = time.monotonic()
-    samples = stream_images(
-        generator, vae, params, protocol.seed, protocol.samples, tools.num_classes, device, seen.done
-    )
-    for indices, asked, images in samples:
-        _check_size(images, tools.summary["image_shape"])
-        small = thumbnail(images)
-        near, which = tools.neighbours.nearest(small, NEAREST_SHOWN)  # (B, 3) each
-        pictured = (small, which) if indices.start < NEAREST_SAMPLES else None
-        seen.add(images, small, asked, near, pictured)
+    for indices, labels, batch in _sightings(params, generator, vae, tools, device, ranks, seen.done):
+        seen.add(batch, labels, pictured=indices.start < NEAREST_SAMPLES)
         if work_dir is not None and time.monotonic() - saved >= checkpoint_seconds:
             seen.save(work_dir)
             saved = time.monotonic()
@@ -120,6 +118,37 @@ def evaluate_run(
     metrics = _numbers(tools, seen, params, device)
     metrics["protocol"] = provenance | _protocol(tools, params, device)
     return metrics, _picture(torch.cat(seen.pictured), torch.cat(seen.found), tools.thumbnails)
+
+
+def assist(
+    params: Params, generator: Flow, vae: Any, evaluator: Evaluator, ranks: Ranks, device: torch.device = CPU
+) -> None:
+    """Measure this rank's share of the samples for the first rank, which evaluates."""
+    done = ranks.gather(0)[0]
+    for _ in _sightings(params, generator, vae, evaluator, device, ranks, done):
+        pass
+
+
+def _sightings(
+    params: Params, generator: Flow, vae: Any, tools: Evaluator, device: torch.device, ranks: Ranks, done: int
+) -> Iterator[tuple[range, Tensor, Sighting]]:
+    """Yield what is measured of the samples from `done` on, in order, on the first rank: indices, labels, batch."""
+    protocol, size = params.evaluate, params.sample.micro_batch
+
+    def measured(indices: range) -> list[Tensor]:
+        labels = labels_for(indices, tools.num_classes)
+        images = generate_images(
+            generator, vae, protocol.seed, indices, labels, params.latent_shape, size, device
+        )  # (B, C, H, W)
+        _check_size(images, tools.summary["image_shape"])
+        small = thumbnail(images)
+        near = tools.neighbours.nearest(small, NEAREST_SHOWN)  # (B, 3) each
+        return [small, *near, *(network(images) for network in tools.networks)]
+
+    for indices, (small, near, which, *features) in dealt(
+        micro_batches(range(done, protocol.samples), size), measured, ranks
+    ):
+        yield indices, labels_for(indices, tools.num_classes), Sighting(small, near, which, features)
 
 
 def _numbers(tools: Evaluator, seen: Seen, params: Params, device: torch.device) -> dict[str, Any]:

@@ -219,7 +219,11 @@ class FeatureStream:
 
     def add(self, images: Tensor, wanted: np.ndarray | None = None) -> None:
         """Take in images (B, C, H, W) uint8; keep the features of those `wanted` (B,), all without it."""
-        features = self.network(images).numpy()  # (B, D)
+        self.take(self.network(images), wanted)
+
+    def take(self, seen: Tensor, wanted: np.ndarray | None = None) -> None:
+        """Take in features (B, D) of images, as `add` does."""
+        features = seen.numpy()
         self.statistics += Statistics.of(features)
         kept = features if wanted is None else features[wanted]
         self._features[self._filled : self._filled + len(kept)] = kept

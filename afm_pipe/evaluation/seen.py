@@ -5,6 +5,7 @@ Shapes: B samples, C channels, h x w pixels of a thumbnail, N samples seen.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +20,15 @@ from afm_pipe.files import atomic_path
 STATE = "state.npz"
 
 
+class Sighting(NamedTuple):
+    """What is measured of a batch of samples."""
+
+    small: Tensor  # thumbnails (B, C, h, w)
+    near: Tensor  # distances to the nearest training images (B, 3)
+    which: Tensor  # and their places among the thumbnails (B, 3)
+    features: Sequence[Tensor]  # (B, D) by network
+
+
 class Seen:
     """Features by network, the spread within classes, distances to training images, and the first few samples."""
 
@@ -30,18 +40,16 @@ class Seen:
         self.found: list[Tensor] = []  # (B, 3) each
         self.done = 0
 
-    def add(
-        self, images: Tensor, small: Tensor, labels: Tensor, near: Tensor, pictured: tuple[Tensor, Tensor] | None
-    ) -> None:
-        """Take in a batch: images (B, C, H, W), their thumbnails, labels (B,), distances to the nearest (B, 3)."""
-        for stream in self.streams:
-            stream.add(images)
-        self.spread.add(small, labels)
-        self.distances.append(near)
-        if pictured is not None:
-            self.pictured.append(pictured[0])
-            self.found.append(pictured[1])
-        self.done += len(images)
+    def add(self, batch: Sighting, labels: Tensor, pictured: bool) -> None:
+        """Take in a batch of samples of classes `labels` (B,)."""
+        for stream, features in zip(self.streams, batch.features, strict=True):
+            stream.take(features)
+        self.spread.add(batch.small, labels)
+        self.distances.append(batch.near)
+        if pictured:
+            self.pictured.append(batch.small)
+            self.found.append(batch.which)
+        self.done += len(labels)
 
     def save(self, folder: Path) -> None:
         """Write all of it, whole or not at all."""

@@ -48,11 +48,13 @@ def encode(params: Params, launch: Launch) -> None:
     from afm_pipe.data.encoding import encode_dataset
     from afm_pipe.data.manifest import read_manifest
     from afm_pipe.models.autoencoder import autoencoder_sha256, load_autoencoder
+    from afm_pipe.ranks import joined
 
     device = launch.torch_device()
     vae, identity = load_autoencoder(paths.AUTOENCODER, device), autoencoder_sha256(paths.AUTOENCODER)
     manifest, work_dir = read_manifest(paths.MANIFEST), paths.WORK / "encode"
-    follow("encode", encode_dataset(params, manifest, vae, identity, paths.LATENTS, work_dir, device))
+    with joined(device) as ranks:
+        follow("encode", encode_dataset(params, manifest, vae, identity, paths.LATENTS, work_dir, device, ranks))
 
 
 def reference(params: Params, launch: Launch) -> None:

@@ -1,7 +1,7 @@
 """What is done with a model: it is brought in, written for others, sampled and measured."""
 
 import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,10 @@ from afm_pipe.params import RESERVED_NAMES, Imported, Params, valid_name
 from afm_pipe.pipeline.known import known_model, load_sampler
 
 if TYPE_CHECKING:
+    import torch
+
     from afm_pipe.drawing import Request, Sampler
+    from afm_pipe.ranks import Ranks
 
 
 def import_weights(params: Params, name: str, settings: Imported | None = None) -> None:
@@ -45,48 +48,67 @@ def export(name: str, kind: str, out: Path) -> None:
 def export_samples(params: Params, name: str, launch: Launch, out: Path) -> None:
     """Write the samples that evaluation measures as one npz in shuffled order, for ADM's evaluator."""
     from afm_pipe.image_files import ShuffledNpz
-    from afm_pipe.sampling import labels_for, stream_images
+    from afm_pipe.ranks import joined
+    from afm_pipe.sampling import labels_for
 
     if out.suffix != ".npz" or out.is_dir():
         raise UserError(f"Found --out {out}, expected the name of a file that ends in .npz.")
     sampler, settings = load_sampler(params, name, launch.torch_device()), params.evaluate
-    num_classes = len(sampler.class_names)
-    labels = labels_for(range(settings.samples), num_classes).tolist()
+    labels = labels_for(range(settings.samples), len(sampler.class_names)).tolist()
 
     def write(path: Path) -> Generator[Tick, None, None]:
         file = ShuffledNpz(path, labels, settings.seed)
         try:
-            for indices, _, images in stream_images(
-                sampler.generator, sampler.vae, params, settings.seed, settings.samples, num_classes, sampler.device
-            ):
+            for indices, _, images in _measured_images(params, sampler, ranks):
                 file.add(images)
                 yield Tick(indices.stop, settings.samples, "samples")
             file.finish()
         finally:
             file.close()
 
-    with atomic_path(out) as aside:
-        follow(f"export {name}", write(aside))
+    with joined(sampler.device) as ranks:
+        if not ranks.first:
+            _compute(_measured_images(params, sampler, ranks))
+            return
+        with atomic_path(out) as aside:
+            follow(f"export {name}", write(aside))
     print(f"{out}: {settings.samples} samples of {name}, shuffled, for ADM's evaluator.")
 
 
 def sample(params: Params, name: str, launch: Launch, request: "Request | None" = None) -> None:
     """Draw a model's grid (the first classes in rows, the same seeds for every model) and strips from seed to seed, or
     what `request` asks for."""
-    import torch
-
-    from afm_pipe.drawing import check_request, draw, draw_interpolation
-    from afm_pipe.sampling import generate_images, grid
+    from afm_pipe.drawing import assist, check_request, draw
+    from afm_pipe.ranks import joined
 
     settings = params.sample
     if request:
         check_request(request)
     sampler = load_sampler(params, name, launch.torch_device())
-    if request:
-        drawing = draw(sampler, request, settings.seed, settings.per_class, settings.classes)
-        drawn = follow(f"sample {name}", drawing)
-        print(drawn.words())
-        return
+    with joined(sampler.device) as ranks:
+        if request:
+            asked = sampler, request, settings.seed, settings.per_class, settings.classes, ranks
+            if ranks.first:
+                print(follow(f"sample {name}", draw(*asked)).words())
+            else:
+                assist(*asked)
+            return
+        if ranks.first:
+            _draw_grids(params, name, sampler)
+        if settings.keep_images and ranks.first:
+            with atomic_path(paths.samples(name) / "images") as folder:
+                follow(f"keep images of {name}", _keep_images(params, sampler, folder, ranks))
+        elif settings.keep_images:
+            _compute(_measured_images(params, sampler, ranks))
+
+
+def _draw_grids(params: Params, name: str, sampler: "Sampler") -> None:
+    import torch
+
+    from afm_pipe.drawing import draw_interpolation
+    from afm_pipe.sampling import generate_images, grid
+
+    settings = params.sample
     rows = min(settings.classes, len(sampler.class_names))
     labels = torch.arange(rows).repeat_interleave(settings.per_class)
     images = generate_images(
@@ -103,29 +125,42 @@ def sample(params: Params, name: str, launch: Launch, request: "Request | None" 
         grid(images, settings.per_class).save(aside, format="png")
     with atomic_path(paths.samples(name) / "interpolation.png") as aside:
         draw_interpolation(sampler, settings.seed, rows).save(aside, format="png")
-    if settings.keep_images:
-        with atomic_path(paths.samples(name) / "images") as folder:
-            follow(f"keep images of {name}", _keep_images(params, sampler, folder))
 
 
-def _keep_images(params: Params, sampler: "Sampler", folder: Path) -> Generator[Tick, None, None]:
+def _keep_images(params: Params, sampler: "Sampler", folder: Path, ranks: "Ranks") -> Generator[Tick, None, None]:
     """Write the very images that evaluation measures as PNG files by index."""
     from afm_pipe.image_files import PngFolder
+
+    files = PngFolder(folder)
+    for indices, _, images in _measured_images(params, sampler, ranks):
+        files.add(images)
+        yield Tick(indices.stop, params.evaluate.samples, "images")
+
+
+def _measured_images(
+    params: Params, sampler: "Sampler", ranks: "Ranks"
+) -> "Iterator[tuple[range, torch.Tensor, torch.Tensor]]":
+    """Yield the samples that evaluation measures, on the first rank."""
     from afm_pipe.sampling import stream_images
 
-    settings, files, num_classes = params.evaluate, PngFolder(folder), len(sampler.class_names)
-    for indices, _, images in stream_images(
-        sampler.generator, sampler.vae, params, settings.seed, settings.samples, num_classes, sampler.device
-    ):
-        files.add(images)
-        yield Tick(indices.stop, settings.samples, "images")
+    settings, classes = params.evaluate, len(sampler.class_names)
+    return stream_images(
+        sampler.generator, sampler.vae, params, settings.seed, settings.samples, classes, sampler.device, ranks
+    )
+
+
+def _compute(samples: "Iterator[object]") -> None:
+    """Go through samples for the sake of the rank that gets them."""
+    for _ in samples:
+        pass
 
 
 def evaluate(params: Params, name: str, launch: Launch) -> None:
     """Measure a run's samples against the reference."""
-    from afm_pipe.evaluation.metrics import Evaluator, evaluate_run
+    from afm_pipe.evaluation.metrics import Evaluator, assist, evaluate_run
     from afm_pipe.fingerprint import fingerprint
     from afm_pipe.models.autoencoder import autoencoder_sha256
+    from afm_pipe.ranks import joined
 
     device = launch.torch_device()
     generator, vae, shape, *_ = load_sampler(params, name, device)
@@ -153,19 +188,24 @@ def evaluate(params: Params, name: str, launch: Launch) -> None:
     hashes |= {"thumbnails": sha256_file(paths.REFERENCE / "thumbnails.npz")}
     identity = fingerprint(measured, hashes, ("evaluation", "sampling.py", "models"))
     work_dir = paths.WORK / name / "evaluate"
-    with exclusive(work_dir):
-        run = evaluate_run(
-            params,
-            generator,
-            vae,
-            paths.REFERENCE,
-            provenance,
-            device,
-            evaluator=tools,
-            work_dir=work_dir / identity,
-            checkpoint_seconds=launch.checkpoint_seconds,
-        )
-        metrics, nearest = follow(f"evaluate {name}", run)
+    with joined(device) as ranks:
+        if not ranks.first:
+            assist(params, generator, vae, tools, ranks, device)
+            return
+        with exclusive(work_dir):
+            run = evaluate_run(
+                params,
+                generator,
+                vae,
+                paths.REFERENCE,
+                provenance,
+                device,
+                evaluator=tools,
+                work_dir=work_dir / identity,
+                checkpoint_seconds=launch.checkpoint_seconds,
+                ranks=ranks,
+            )
+            metrics, nearest = follow(f"evaluate {name}", run)
     write_json(paths.metrics(name), metrics)
     shutil.rmtree(work_dir / identity, ignore_errors=True)
     with atomic_path(paths.samples(name) / "nearest.png") as aside:

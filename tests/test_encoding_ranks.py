@@ -1,0 +1,158 @@
+"""Encoding by several ranks: the bytes of one, whoever is killed and however many come back."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from diffusers import AutoencoderKL
+
+from afm_pipe.console import follow
+from afm_pipe.data import encoding
+from afm_pipe.data.encoding import encode_dataset
+from afm_pipe.data.manifest import Manifest, build_manifest
+from afm_pipe.params import Params
+from afm_pipe.ranks import ALONE, Ranks
+from tests.conftest import write_images
+from tests.forked import in_ranks
+from tests.test_latents import SHA256, changed, tiny_vae, unfinished
+
+NUM_IMAGES = 51  # 13 batches of 4, the last padded
+
+
+@pytest.fixture(scope="module")
+def params(smoke_params: Params, tmp_path_factory: pytest.TempPathFactory) -> Params:
+    root = tmp_path_factory.mktemp("data") / "images"
+    write_images(root, classes=3, per_class=NUM_IMAGES // 3)
+    data = changed(smoke_params, "data", source="folder", root=str(root), min_images=1, mirror=True)
+    return changed(data, "encode", batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def manifest(params: Params) -> Manifest:
+    return follow("prepare", build_manifest(params.data))
+
+
+@pytest.fixture(scope="module")
+def vae() -> AutoencoderKL:
+    return tiny_vae()
+
+
+class Encoding:
+    """Encodings of the same images into one folder, that count the forward passes of each rank."""
+
+    def __init__(self, params: Params, manifest: Manifest, vae: AutoencoderKL, folder: Path) -> None:
+        self.given = params, manifest, vae, SHA256, folder / "latents.h5", folder / "work"
+        self.path, self.work, self.folder, self.vae = folder / "latents.h5", folder / "work", folder, vae
+
+    def run(self, ranks: Ranks) -> None:
+        passes = []
+        hook = self.vae.encoder.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
+        list(encode_dataset(*self.given, ranks=ranks))
+        hook.remove()
+        assert set(passes) <= {4}
+        (self.folder / f"passes{ranks.rank}").write_text(str(len(passes) // 2))  # of an image and its mirror
+
+    def batches(self, size: int) -> list[int]:
+        return [int((self.folder / f"passes{rank}").read_text()) for rank in range(size)]
+
+
+@pytest.fixture(scope="module")
+def alone(params: Params, manifest: Manifest, vae: AutoencoderKL, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    encoding = Encoding(params, manifest, vae, tmp_path_factory.mktemp("alone"))
+    encoding.run(ALONE)
+    assert encoding.batches(1) == [13]
+    return encoding.path.read_bytes()
+
+
+@pytest.fixture
+def shared(params: Params, manifest: Manifest, vae: AutoencoderKL, tmp_path: Path) -> Encoding:
+    return Encoding(params, manifest, vae, tmp_path)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_share_the_batches_and_write_the_bytes_of_one(shared: Encoding, alone: bytes, size: int) -> None:
+    assert in_ranks(size, shared.folder, shared.run) == [0] * size
+    assert shared.path.read_bytes() == alone
+    assert shared.batches(size) == {2: [6, 7], 3: [4, 4, 5]}[size]
+    assert unfinished(shared.work) == []
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_what_a_killed_rank_had_encoded_is_kept_for_any_number_of_ranks(
+    shared: Encoding, alone: bytes, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = encoding._mark
+
+    def kill(ranks: Ranks) -> None:
+        marked = []
+
+        def mark(*arguments: object) -> None:
+            real(*arguments)
+            marked.append(arguments)
+            if ranks.rank == 1 and len(marked) == 3:
+                time.sleep(0.5)  # until the other rank has done its share
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        monkeypatch.setattr(encoding, "_mark", mark)
+        shared.run(ranks)
+
+    monkeypatch.setattr(encoding, "SECONDS_BETWEEN_SYNCS", 0.0)
+    codes = in_ranks(2, shared.folder, kill)
+    assert codes[1] == -signal.SIGKILL
+    assert codes[0] not in (0, None)  # it learns of it, and publishes nothing
+    assert not shared.path.exists()
+    assert len(list(shared.work.glob("*.*-*.h5"))) == 2
+    monkeypatch.setattr(encoding, "_mark", real)
+
+    assert in_ranks(size, shared.folder, shared.run) == [0] * size
+    assert shared.path.read_bytes() == alone
+    assert sum(shared.batches(size)) == 13 - 6 - 3
+    assert unfinished(shared.work) == []
+
+
+def test_a_merge_killed_halfway_is_done_again(shared: Encoding, alone: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = encoding._copy
+
+    def kill(ranks: Ranks) -> None:
+        def copy(*arguments: object) -> None:
+            real(*arguments)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        monkeypatch.setattr(encoding, "_copy", copy)
+        shared.run(ranks)
+
+    assert in_ranks(2, shared.folder, kill)[0] == -signal.SIGKILL
+    monkeypatch.setattr(encoding, "_copy", real)
+    shared.run(ALONE)
+    assert shared.batches(1) == [0]
+    assert shared.path.read_bytes() == alone
+
+
+def test_writing_and_decoding_go_on_while_the_autoencoder_works(
+    shared: Encoding, alone: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slowed down by sleep, each of the three costs 13 x 30 ms; one after the other they would take 1.2 s."""
+    forward, add, decode = encoding._moments, encoding._Journal.add, manifest_decode()
+
+    def slowed(function, seconds):  # type: ignore[no-untyped-def]
+        def slow(*arguments):  # type: ignore[no-untyped-def]
+            time.sleep(seconds)
+            return function(*arguments)
+
+        return slow
+
+    monkeypatch.setattr(encoding, "_moments", slowed(forward, 0.03))
+    monkeypatch.setattr(encoding._Journal, "add", slowed(add, 0.03))
+    monkeypatch.setattr("afm_pipe.data.manifest.decode_image", slowed(decode, 0.01))
+    started = time.monotonic()
+    shared.run(ALONE)
+    assert time.monotonic() - started < 13 * 0.03 * 2
+    assert shared.path.read_bytes() == alone
+
+
+def manifest_decode():  # type: ignore[no-untyped-def]
+    from afm_pipe.data import manifest
+
+    return manifest.decode_image
