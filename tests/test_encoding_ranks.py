@@ -1,15 +1,18 @@
 """Encoding by several ranks: the bytes of one, whoever is killed and however many come back."""
 
+import itertools
 import os
 import signal
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from diffusers import AutoencoderKL
 
 from afm_pipe.console import follow
-from afm_pipe.data import encoding
+from afm_pipe.data import encoding, manifest
 from afm_pipe.data.encoding import encode_dataset
 from afm_pipe.data.manifest import Manifest, build_manifest
 from afm_pipe.params import Params
@@ -30,7 +33,7 @@ def params(smoke_params: Params, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="module")
-def manifest(params: Params) -> Manifest:
+def images(params: Params) -> Manifest:
     return follow("prepare", build_manifest(params.data))
 
 
@@ -42,8 +45,8 @@ def vae() -> AutoencoderKL:
 class Encoding:
     """Encodings of the same images into one folder, that count the forward passes of each rank."""
 
-    def __init__(self, params: Params, manifest: Manifest, vae: AutoencoderKL, folder: Path) -> None:
-        self.given = params, manifest, vae, SHA256, folder / "latents.h5", folder / "work"
+    def __init__(self, params: Params, images: Manifest, vae: AutoencoderKL, folder: Path) -> None:
+        self.given = params, images, vae, SHA256, folder / "latents.h5", folder / "work"
         self.path, self.work, self.folder, self.vae = folder / "latents.h5", folder / "work", folder, vae
 
     def run(self, ranks: Ranks) -> None:
@@ -59,16 +62,16 @@ class Encoding:
 
 
 @pytest.fixture(scope="module")
-def alone(params: Params, manifest: Manifest, vae: AutoencoderKL, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    encoding = Encoding(params, manifest, vae, tmp_path_factory.mktemp("alone"))
+def alone(params: Params, images: Manifest, vae: AutoencoderKL, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    encoding = Encoding(params, images, vae, tmp_path_factory.mktemp("alone"))
     encoding.run(ALONE)
     assert encoding.batches(1) == [13]
     return encoding.path.read_bytes()
 
 
 @pytest.fixture
-def shared(params: Params, manifest: Manifest, vae: AutoencoderKL, tmp_path: Path) -> Encoding:
-    return Encoding(params, manifest, vae, tmp_path)
+def shared(params: Params, images: Manifest, vae: AutoencoderKL, tmp_path: Path) -> Encoding:
+    return Encoding(params, images, vae, tmp_path)
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -130,29 +133,29 @@ def test_a_merge_killed_halfway_is_done_again(shared: Encoding, alone: bytes, mo
     assert shared.path.read_bytes() == alone
 
 
-def test_writing_and_decoding_go_on_while_the_autoencoder_works(
+def test_the_next_batch_is_encoded_while_one_is_written_and_later_ones_are_decoded(
     shared: Encoding, alone: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Slowed down by sleep, each of the three costs 13 x 30 ms; one after the other they would take 1.2 s."""
-    forward, add, decode = encoding._moments, encoding._Journal.add, manifest_decode()
+    forward, add, decode = encoding._moments, encoding._Journal.add, manifest.decode_image
+    begun, decoded = [threading.Event() for _ in range(14)], [threading.Event() for _ in range(NUM_IMAGES)]
+    passes, decodings = itertools.count(), itertools.count()
 
-    def slowed(function, seconds):  # type: ignore[no-untyped-def]
-        def slow(*arguments):  # type: ignore[no-untyped-def]
-            time.sleep(seconds)
-            return function(*arguments)
+    def encode(*arguments: Any) -> Any:
+        number = next(passes)
+        begun[number].set()
+        assert decoded[min(4 * (number + 3), NUM_IMAGES - 1)].wait(10), "nothing is decoded ahead"
+        return forward(*arguments)
 
-        return slow
+    def write(journal: Any, batch: range, moments: Any) -> int:
+        assert batch.stop == NUM_IMAGES or begun[batch.start // 4 + 1].wait(10), "the autoencoder waits for the disk"
+        return add(journal, batch, moments)
 
-    monkeypatch.setattr(encoding, "_moments", slowed(forward, 0.03))
-    monkeypatch.setattr(encoding._Journal, "add", slowed(add, 0.03))
-    monkeypatch.setattr("afm_pipe.data.manifest.decode_image", slowed(decode, 0.01))
-    started = time.monotonic()
+    def read(*arguments: Any) -> Any:
+        decoded[next(decodings)].set()
+        return decode(*arguments)
+
+    monkeypatch.setattr(encoding, "_moments", encode)
+    monkeypatch.setattr(encoding._Journal, "add", write)
+    monkeypatch.setattr(manifest, "decode_image", read)
     shared.run(ALONE)
-    assert time.monotonic() - started < 13 * 0.03 * 2
     assert shared.path.read_bytes() == alone
-
-
-def manifest_decode():  # type: ignore[no-untyped-def]
-    from afm_pipe.data import manifest
-
-    return manifest.decode_image
