@@ -77,6 +77,21 @@ class Ranks:
         values[self.rank] = value
         return self.sum_(values).tolist()
 
+    def on_first(self, content: bytes) -> list[bytes]:
+        """Return every rank's bytes, in order of ranks, on the first rank, and nothing on the others."""
+        if self.size == 1:
+            return [content]
+        import torch
+
+        lengths = self.gather(len(content))
+        padded = torch.zeros(max(lengths), dtype=torch.uint8)
+        padded[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        padded = padded.to(self.device)
+        found = [torch.empty_like(padded) for _ in lengths] if self.first else None
+        with _or_lost():
+            _distributed().gather(padded, found)
+        return [each[:n].cpu().numpy().tobytes() for each, n in zip(found or [], lengths, strict=False)]
+
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         self.any(False)

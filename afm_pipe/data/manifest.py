@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -208,16 +209,22 @@ def image_batches(
             )
         return decode_image(content, str(path), data.image_size, data.channels)
 
+    def load_some(read: Callable[[int], bytes], some: Sequence[int]) -> list[NDArray[np.uint8]]:
+        return [load(read, index) for index in some]
+
     with _reader(manifest.root, manifest.paths, manifest.spans) as read:
         pool = _pool()
         try:
-            ahead: deque[Iterator[NDArray[np.uint8]]] = deque()
+            ahead: deque[Iterator[list[NDArray[np.uint8]]]] = deque()
             for batch in batches:
-                ahead.append(pool.map(partial(load, read), batch))  # starts at once
+                # A task for each thread and not for each image: of small images the tasks would cost more than they do.
+                share = -(-len(batch) // _threads())
+                parts = [batch[start : start + share] for start in range(0, len(batch), share)]
+                ahead.append(pool.map(partial(load_some, read), parts))  # starts at once
                 if len(ahead) > READ_AHEAD:
-                    yield np.stack(list(ahead.popleft()))  # (B, C, S, S)
+                    yield np.stack(list(chain.from_iterable(ahead.popleft())))  # (B, C, S, S)
             while ahead:
-                yield np.stack(list(ahead.popleft()))
+                yield np.stack(list(chain.from_iterable(ahead.popleft())))
         finally:
             pool.shutdown(cancel_futures=True)  # before the archive is closed
 
@@ -301,5 +308,12 @@ def _digest(classes: list[str], paths: list[str], labels: list[int], hashes: lis
 
 
 def _pool() -> ThreadPoolExecutor:
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS has none
-    return ThreadPoolExecutor(allowed)
+    return ThreadPoolExecutor(_threads())
+
+
+def _threads() -> int:
+    """Return how many threads decode: one for each core that this process may use, shared with its fellow ranks."""
+    allowed = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )  # macOS has none
+    return max(allowed // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
