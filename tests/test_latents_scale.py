@@ -20,7 +20,7 @@ from tests.test_latents import in_child
 
 IMAGES = 1_281_167
 SIZE = IMAGES * 2 * 8 * 32 * 32 * 2
-MEMORY = 40 << 20  # bytes that opening and reading may add
+MEMORY = 150 << 20  # bytes that writing, opening and reading may add, of 42 GB
 WRITTEN = (0, 7, 640_583, 1_281_166 // 32 * 32)  # first images of batches, the last one short
 
 
@@ -79,10 +79,13 @@ def test_the_file_of_imagenet_is_written_and_read_at_random_in_constant_memory(
                 last = len(batch) if batch.start else 7  # where the next batch was written over it
                 assert torch.equal(torch.cat([mean, std], dim=1)[:last], moments[:last, mirror].float())
         order = Order(IMAGES, seed=0, stream="generator")
-        for update in range(100):
+        for update in range(60):
+            if update == 10:
+                warm = own_memory()
             x = latents.draw(order.indices(256 * update, 256), generator)
             assert x.shape == (256, 4, 32, 32)
-        assert own_memory() - before < MEMORY + 8 * IMAGES * 4  # labels, their copies, an epoch's order
+        assert own_memory() - warm < 16 << 20
+        assert own_memory() - before < MEMORY  # labels, done map, an epoch's order, a few batches
         assert time.monotonic() - started < 20
         assert path.stat().st_blocks * 512 < 100_000_000
 
