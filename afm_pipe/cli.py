@@ -184,6 +184,26 @@ def report(
         pipeline.report(loaded)
 
 
+@app.command(rich_help_panel=RUN)
+@guarded
+def status(params: ParamsFile = paths.PARAMS) -> None:
+    """Show all runs: state, phase, progress, time left, health.  Example: afm-pipe status"""
+    from afm_pipe.explain import status_text
+
+    typer.echo(status_text(load_params(params)))
+
+
+@app.command(rich_help_panel=RUN)
+@guarded
+def why(run: RunName, params: ParamsFile = paths.PARAMS) -> None:
+    """Say what happened to a run and what to try; exits with 3 where it failed.  Example: afm-pipe why t4"""
+    from afm_pipe.explain import why as explained
+
+    text, code = explained(load_params(params), run)
+    typer.echo(text)
+    raise typer.Exit(code)
+
+
 @app.command("import", rich_help_panel=TOOL)
 @guarded
 def import_weights(
