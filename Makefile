@@ -2,13 +2,14 @@
 # VENV=path uses another environment, PYTHON=path another interpreter to create it with.
 
 VENV ?= .venv
+FUZZ_EXAMPLES ?= 2000
 PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,$(shell \
 	$(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
 BIN := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.afm-pipe-installed
 ON_PATH := PATH="$(BIN):$$PATH"
 
-.PHONY: help repro test test-slow test-browser bench lint install clean
+.PHONY: help repro test test-slow test-browser fuzz bench lint install clean
 
 help:
 	@echo "make repro      set up, run the pipeline on params.yaml, print the run table"
@@ -16,6 +17,7 @@ help:
 	@echo "make test-slow  the tests that take longer"
 	@echo "make test-browser  the report in a headless Chromium, installed first where that is possible"
 	@echo "make bench      time it beside plain implementations: benchmarks/results.md (about 10 minutes, idle machine)"
+	@echo "make fuzz       damaged and hostile files for every loader, some minutes (FUZZ_EXAMPLES=2000 of each)"
 	@echo "make clean      remove what the pipeline made, but no environment and no weights"
 
 repro: $(INSTALLED)
@@ -44,6 +46,9 @@ test-browser: $(INSTALLED)
 
 bench: $(INSTALLED)
 	@$(ON_PATH) python -m benchmarks
+
+fuzz: $(INSTALLED)
+	@$(ON_PATH) OMP_NUM_THREADS=1 FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) pytest tests/test_fuzz.py --hypothesis-profile fuzz
 
 lint: $(INSTALLED)
 	@echo "== ruff and mypy"

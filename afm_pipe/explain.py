@@ -16,8 +16,8 @@ ADVICE = {
         "watch.policy: act a run goes back to its last good state by itself."
     ),
     "not_finite": (
-        "Lower lr (halve it), raise penalty.weight or transport.start, or set phases' gradient_clip. The weights before "
-        "that update are in the last checkpoint."
+        "Lower lr (halve it), raise penalty.weight or transport.start, or set phases' gradient_clip. The weights "
+        "before that update are in the last checkpoint."
     ),
     "stagnation": (
         "D has overpowered G. Begin a phase with reload_ema: epoch, a lower lr and reload_discriminator (paper, phases "
@@ -36,19 +36,20 @@ def status_text(params: Params) -> str:
     """Return a table of all runs, and a line on the cells of tables."""
     from afm_pipe.console import table_text
 
-    header = ["run", "state", "phase", "updates", "left", "health", "last event"]
+    header = ["run", "state", "phase", "updates", "left", "health", "last event", "note"]
     rows = []
     for each in standings(params):
         last = each.events[-1] if each.events else None
         rows.append(
             [
                 each.name,
-                f"{each.state} {each.why}".strip(),
+                each.state,
                 each.phase,
                 _progress(each),
                 _duration(each.seconds_left) if each.seconds_left is not None else "-",
                 each.health,
                 f"{last.kind} at {last.update:,}" if last else "-",
+                each.why if len(each.why) <= 60 else f"{each.why[:57]}...",
             ]
         )
     line = cells_line(params)

@@ -25,6 +25,7 @@ from afm_pipe.training.schedules import num_updates, update_at
 
 LARGEST_LOG, LARGEST_SMALL = 1 << 28, 1 << 24  # bytes; a run has at most some thousand rows
 FRESH = 30.0  # seconds after its last touch in which a lease counts as held
+FATAL = ("divergence", "not_finite")  # kinds that end a training, where it did not go back
 ACTIONS = ("phase", "stop")  # kinds of events that are no alarms
 Row = dict[str, float]
 
@@ -98,12 +99,14 @@ def standing(params: Params, name: str, known: dict[str, Standing] | None = None
         raise UserError(f"Found no run {name!r} in params, expected one of {', '.join(params.models)}.")
     run, base = params.models[name], params.guided[name].base if name in params.guided else None
     folder, holder = paths.WORK / name, holder_of(paths.WORK / name)
+    num_images: int | None = None
+    identity: str | None = None
     try:
         provenance = read_provenance(paths.LATENTS)
-        num_images: int | None = int(provenance["image_count"])
+        num_images = int(provenance["image_count"])
         identity = _identity(params, name, run, provenance)
     except (UserError, KeyError, ValueError, OSError):
-        num_images = identity = None
+        pass  # no latents yet, or not yet what the run continues
     total = None if not num_images else num_updates(run, num_images)
     described = _json(paths.model(name) / "config.json")
     made = _at(described, "provenance", "fingerprint")
@@ -125,9 +128,9 @@ def standing(params: Params, name: str, known: dict[str, Standing] | None = None
     if holder is not None:
         left = _seconds_left(work, update, total, begun)
         return Standing(name, run, "training", f"by {holder}", seconds_left=left, **facts)
-    if events and events[-1].kind in ("divergence", "not_finite") and "rolled_back_to" not in events[-1].evidence:
-        if made is None or made != identity:
-            return Standing(name, run, "failed", events[-1].text, **facts)
+    broke = bool(events) and events[-1].kind in FATAL and "rolled_back_to" not in events[-1].evidence
+    if broke and work is not None and (made is None or made != identity):
+        return Standing(name, run, "failed", events[-1].text, **facts)
     if made is not None and made == identity:
         done = _at(described, "updates")
         facts |= {
@@ -205,7 +208,7 @@ def read_rows(path: Path | None) -> tuple[list[Row], int]:
 
 
 def read_events(path: Path | None) -> tuple[list[Event], int]:
-    """Return the events that can be read, and how many lines could not; a last line without its end is being written."""
+    """Return the events that can be read, and how many lines could not; half a last line is being written."""
     events, unread = [], 0
     for line in _lines(path):
         try:
@@ -218,7 +221,7 @@ def read_events(path: Path | None) -> tuple[list[Event], int]:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             unread += 1
             continue
-        events.append(event._replace(**{part: printable(getattr(event, part)) for part in ("kind", "text")}))
+        events.append(event._replace(kind=printable(event.kind), text=printable(event.text)))
     return events, unread
 
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # Before torch: two threads a process on two cores, several processes at once, run many times slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 from afm_pipe import pipeline
@@ -19,6 +21,12 @@ from afm_pipe.models import dit
 from afm_pipe.models.dit import time_rates
 from afm_pipe.params import Params, Run
 from afm_pipe.params_file import load_params
+
+# Fuzzing: always the same few examples, or with --hypothesis-profile fuzz (`make fuzz`) many that differ each time.
+BOUNDED: dict[str, Any] = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("tests", max_examples=25, derandomize=True, **BOUNDED)
+settings.register_profile("fuzz", max_examples=int(os.environ.get("FUZZ_EXAMPLES", "2000")), print_blob=True, **BOUNDED)
+settings.load_profile("tests")
 
 ROOT = Path(__file__).resolve().parent.parent
 SMOKE = ROOT / "profiles" / "smoke.yaml"

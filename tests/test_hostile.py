@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import struct
 import traceback
 import warnings
@@ -438,17 +439,17 @@ def test_params_out_of_all_measure_are_refused(override: str, words: str) -> Non
 @pytest.mark.parametrize("name", ["../x", "a b", "a/b", "ä", "x" * 65, "", ".", "..", "-rf", "x\n", "X", "x\0"])
 def test_names_that_could_be_paths_are_refused_everywhere(name: str, smoke_params: Params) -> None:
     launch = Launch(device="cpu")
-    doors: list[Callable[[], Any]] = [
-        lambda: pipeline.load_sampler(smoke_params, name, CPU),
-        lambda: pipeline.sample(smoke_params, name, launch),
-        lambda: pipeline.evaluate(smoke_params, name, launch),
-        lambda: pipeline.export(name, "released", Path("x.pth")),
-        lambda: pipeline.train(smoke_params, name, launch),
-        lambda: pipeline.import_weights(smoke_params, name, Imported(file="x.pth")),
-        lambda: pipeline.tables(smoke_params, [name], launch),
+    doors: list[tuple[Callable[[], Any], str]] = [
+        (lambda: pipeline.load_sampler(smoke_params, name, CPU), "the model's name"),
+        (lambda: pipeline.sample(smoke_params, name, launch), "the model's name"),
+        (lambda: pipeline.evaluate(smoke_params, name, launch), "the model's name"),
+        (lambda: pipeline.export(name, "released", Path("x.pth")), "the model's name"),
+        (lambda: pipeline.train(smoke_params, name, launch), "no run"),
+        (lambda: pipeline.import_weights(smoke_params, name, Imported(file="x.pth")), "the name"),
+        (lambda: pipeline.tables(smoke_params, [name], launch), "no table"),
     ]
-    for door in doors:
-        with pytest.raises(UserError, match="Found"):
+    for door, words in doors:
+        with pytest.raises(UserError, match=f"Found {words}"):
             door()
     raw = copy.deepcopy(smoke_params.model_dump(mode="json", by_alias=True))
     raw["runs"][name] = raw["runs"]["t4"]
@@ -477,10 +478,11 @@ def test_json_of_a_terabyte_or_from_a_pipe_is_not_read() -> None:
     "changes", [{"classes": None}, {"classes": [1] * 10}, {"scaling_factor": "x"}, {"scaling_factor": -1}]
 )
 def test_a_model_that_says_nonsense_of_its_latents_is_refused(
-    weights: dict[str, Tensor], discs_params: Params, changes: dict[str, Any]
+    weights: dict[str, Tensor], discs: Path, discs_params: Params, changes: dict[str, Any]
 ) -> None:
     folder = model_folder(weights)
+    shutil.copytree(discs / paths.AUTOENCODER, paths.AUTOENCODER)
     described = read_json(folder / "config.json") | {"classes": list("abcdefghij"), "scaling_factor": 1.0}
     write_json(folder / "config.json", described | changes)
-    with pytest.raises(UserError, match="without 10 class names or with a scaling factor that is no number|Found no"):
+    with pytest.raises(UserError, match="without 10 class names or with a scaling factor that is no number"):
         pipeline.load_sampler(discs_params, "x", CPU)

@@ -1,15 +1,18 @@
 """Training of a run, guided ones included."""
 
 import resource
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afm_pipe import paths
 from afm_pipe.console import follow
+from afm_pipe.errors import NotFiniteError
 from afm_pipe.files import atomic_path, read_json, sha256_file, write_json
 from afm_pipe.launch import Launch, machine_name
 from afm_pipe.lease import exclusive
 from afm_pipe.params import Params, Run
 from afm_pipe.pipeline.known import model_config, named_run, open_latents, run_budget
+from afm_pipe.status import FATAL
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +56,11 @@ def train(params: Params, name: str, launch: Launch) -> None:
             keeping=Keeping(launch.keep_checkpoints, own=lease.check),
         )
         live = logged(training, work_dir / identity / "curves.csv", paths.WORK / "dvclive" / name)
-        trained = follow(f"train {name}", live)
+        try:
+            trained = follow(f"train {name}", live)
+        except NotFiniteError as error:
+            _write_down(work_dir / identity, error, run.batch_size)
+            raise
         for note in trained.notes:
             print(note)
         lease.check()
@@ -71,6 +78,16 @@ def train(params: Params, name: str, launch: Launch) -> None:
         write_curves(paths.curves(name), trained.state.rows)
         own_updates = trained.state.update - (start.update if start else 0)
         write_json(paths.costs(name), _cost(trained.state, own_updates, run.batch_size, device))
+
+
+def _write_down(folder: Path, error: NotFiniteError, batch_size: int) -> None:
+    """Put the end of a training into its log of events, unless its watch has done so."""
+    from afm_pipe.training.events import FILE, Event, append_event, read_events
+
+    known = read_events(folder / FILE)
+    if not known or (known[-1].update, known[-1].kind in FATAL) != (error.update, True):
+        event = Event(error.update, error.update * batch_size, "not_finite", str(error))
+        append_event(folder / FILE, event)
 
 
 def _origin(
