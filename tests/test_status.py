@@ -50,8 +50,11 @@ def test_a_run_is_followed_from_nothing_over_a_kill_to_its_end(project: Path, ch
         pipeline.train(params, "t4", LAUNCH)
         os._exit(0)
     deadline = time.monotonic() + 60
-    while (training := status.standing(params, "t4")).seconds_left is None and time.monotonic() < deadline:
+    training = begun
+    while not training.rows or training.seconds_left is None:  # until there is a checkpoint
+        assert time.monotonic() < deadline
         time.sleep(0.2)
+        training = status.standing(params, "t4")
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     assert training.state == "training" and f"process {child} on " in training.why
