@@ -486,3 +486,22 @@ def test_a_model_that_says_nonsense_of_its_latents_is_refused(
     write_json(folder / "config.json", described | changes)
     with pytest.raises(UserError, match="without 10 class names or with a scaling factor that is no number"):
         pipeline.load_sampler(discs_params, "x", CPU)
+
+
+def test_a_base_that_is_another_network_is_refused_before_training(
+    weights: dict[str, Tensor], discs: Path, change: Callable[..., Params]
+) -> None:
+    shutil.copytree(discs / "data", "data")
+    shutil.copytree(discs / "models", "models")
+    params, launch = change("guided.g={from: t4, until_epoch: 9}"), Launch(device="cpu")
+    folder = Path("models/t4")
+    folder.mkdir()
+    save_file({"a": torch.ones(1)}, folder / "generator.safetensors")
+    save_file({"a": torch.ones(1)}, folder / "discriminator.safetensors")
+    for updates in (None, "many", -1, True):
+        write_json(folder / "config.json", {"updates": updates})
+        with pytest.raises(UserError, match="without its number of updates: train t4 again"):
+            pipeline.train(params, "g", launch)
+    write_json(folder / "config.json", {"updates": 60})
+    with pytest.raises(UserError, match="generator.safetensors that do not fit the model"):
+        pipeline.train(params, "g", launch)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from afm_pipe import paths
 from afm_pipe.console import follow
-from afm_pipe.errors import NotFiniteError
+from afm_pipe.errors import NotFiniteError, UserError
 from afm_pipe.files import atomic_path, read_json, sha256_file, write_json
 from afm_pipe.launch import Launch, machine_name
 from afm_pipe.lease import exclusive
@@ -17,6 +17,7 @@ from afm_pipe.status import FATAL
 if TYPE_CHECKING:
     import torch
 
+    from afm_pipe.models.checkpoint_format import ModelConfig
     from afm_pipe.training.state import Start, TrainingState
 
 
@@ -39,6 +40,8 @@ def train(params: Params, name: str, launch: Launch) -> None:
     config = model_config(params, name, len(latents.classes))
     start, guide, origins = _origin(params, name, run, device)
     identity = training_identity(run, params.latent_shape, latents.fingerprint(), origins)
+    if start is not None:
+        _require_base(start, config, paths.model(params.guided[name].base))
     keep_at = probes(run, latents.num_images, continues=start is not None)  # as a cell of a table would
     work_dir = paths.WORK / name
     with exclusive(work_dir) as lease:
@@ -102,12 +105,26 @@ def _origin(
     if name in params.guided:
         base = paths.model(params.guided[name].base)
         files = {part: base / f"{part}.safetensors" for part in ("generator", "discriminator")}
-        updates = read_json(base / "config.json")["updates"]
+        described = read_json(base / "config.json")
+        updates = described.get("updates") if isinstance(described, dict) else None
+        if type(updates) is not int or updates < 1:
+            raise UserError(f"Found {base / 'config.json'} without its number of updates: train {base.name} again.")
         start = Start(load_tensors(files["generator"]), load_tensors(files["discriminator"]), updates)
     if run.guided:
         guide = load_latent_classifier(paths.CLASSIFIER, device)
         files["classifier"] = paths.CLASSIFIER / "classifier.safetensors"
     return start, guide, {part: sha256_file(file) for part, file in files.items()}
+
+
+def _require_base(start: "Start", config: "ModelConfig", folder: Path) -> None:
+    """Raise UserError where a run's base is another network than the run's own."""
+    import torch
+
+    from afm_pipe.models.checkpoint_format import build_discriminator, build_generator, require_fit
+
+    with torch.device("meta"):
+        require_fit(build_generator(config), start.generator, folder / "generator.safetensors")
+        require_fit(build_discriminator(config), start.discriminator, folder / "discriminator.safetensors")
 
 
 def _write_model(name: str, state: "TrainingState", description: dict[str, Any]) -> None:
