@@ -5,7 +5,7 @@ Work is counted on the meta device from the very steps that train; nothing is co
 Legend: N batch of one device, C, H, W of latents.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import cache
 from math import prod
 from typing import Any, Literal, NamedTuple, Self, cast, get_args
@@ -277,6 +277,13 @@ def guidance_flops(size: str, config: ModelConfig, batch_size: int) -> float:
             logits = classifier.requires_grad_(False)(latents, torch.empty(batch_size))
             logits.sum().backward()
     return counter.forward_flops + counter.backward_flops
+
+
+def kept_by(work: Callable[[], object], weights: list[torch.nn.Parameter]) -> int:
+    """Return the bytes that some work keeps for its backward pass, besides `weights`."""
+    with _Counter() as counter:
+        work()
+    return counter.kept_bytes(weights)
 
 
 class _Counter(TorchDispatchMode):
