@@ -77,11 +77,13 @@ class Standing:
 
     @property
     def health(self) -> str:
-        """What the last alarm was, or ok; a dash where there is nothing to judge by."""
+        """What the last alarm was, ok, or not watched; a dash where there is nothing to judge by."""
         if self.state == "failed":
             return "failed"
         if self.alarms:
             return f"{self.alarms[-1].kind} at {self.alarms[-1].update:,}"
+        if self.run.watch.policy == "off":
+            return "not watched"
         return "ok" if self.rows or self.state == "finished" else "-"
 
 

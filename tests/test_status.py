@@ -115,6 +115,8 @@ def test_a_run_that_went_back_by_itself_has_not_failed(project: Path, change: Ca
     assert "Lower transport.start" in text and "watch.policy: act" in text
 
     shutil.rmtree(paths.model("t4"))
+    log.write_text(event(20, "divergence", evidence={"loss": 1e4, "rolled_back_to": 10}))
+    assert status.standing(params, "t4").state == "stopped"
     log.write_text(event(20, "divergence", evidence={"loss": 1e4}, action="given up after 3 rollbacks"))
     assert status.standing(params, "t4").state == "failed"
     log.write_text(event(20, "phase") + event(40, "phase"))
