@@ -1,8 +1,7 @@
 """How the machine is used, which never changes a number's meaning and so never stands in params.yaml.
 
-Settings come from the environment (AFM_DEVICE, AFM_CHECKPOINT_SECONDS, AFM_KEEP_CHECKPOINTS, AFM_WORKERS), else from an
-untracked launch.toml with the keys device, checkpoint_seconds, keep_checkpoints and workers, else from the defaults
-here.
+A setting comes from the environment (AFM_ and its name in capitals: AFM_DEVICE, AFM_WORKERS, ...), else from the key of
+its name in an untracked launch.toml, else from the defaults here.
 """
 
 import os
@@ -17,6 +16,8 @@ from afm_pipe.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+
+    from afm_pipe.training.engine import Engine
 
 LAUNCH_FILE = Path("launch.toml")
 
@@ -35,6 +36,20 @@ class Launch(BaseModel):
     is damaged."""
     workers: Annotated[int, Field(ge=1)] | None = None
     """Processes, of one thread each, that train the cells of tables; left out: one for each core, one on a GPU."""
+    checkpoint_activations: bool = False
+    """Of G and D keep only what goes into each block, and compute the inside again: a fifth more time, for memory."""
+    compile: bool = False
+    """torch.compile the blocks of G and D: for GPUs; on a CPU it takes a minute and gains little."""
+    tf32: bool = True
+    """On NVIDIA GPUs, let float32 matrix products round their inputs to TF32, as the paper does."""
+    ema_on_cpu: bool = False
+    """Keep G's moving average in the machine's memory instead of the GPU's."""
+
+    def engine(self) -> "Engine":
+        """Return how trainings compute."""
+        from afm_pipe.training.engine import Engine
+
+        return Engine(self.checkpoint_activations, self.compile, self.tf32, self.ema_on_cpu)
 
     def num_workers(self, device: "torch.device") -> int:
         """Return how many processes train cells."""

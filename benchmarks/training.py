@@ -12,6 +12,7 @@ from afm_pipe.data.latents import Latents
 from afm_pipe.models.checkpoint_format import ModelConfig, run_config
 from afm_pipe.models.flow import Flow
 from afm_pipe.params import Params, Run
+from afm_pipe.params.training import BF16_EPSILON
 from afm_pipe.plan import measure
 from afm_pipe.ranks import ALONE, Ranks
 from afm_pipe.training.batches import Batches
@@ -42,6 +43,11 @@ class OurTraining:
 
     def update(self) -> None:
         """Draw a batch and update D, G and the moving average."""
+        for network in (
+            self.state.generator,
+            self.state.discriminator,
+        ):  # which a run in bf16 may share with one in fp32
+            network.bf16 = self.run.precision == "bf16"
         self.updates.update(*self.draw())
         self.state.update += 1
 
@@ -69,6 +75,12 @@ def b2_run(params: Params, batch_size: int = 4) -> Run:
     return params.runs["t4-short"].model_copy(update={"size": "b2", "batch_size": batch_size})
 
 
+def in_bf16(run: Run) -> Run:
+    """Return a run in bf16, with the step of its penalties that this asks for."""
+    penalty = run.penalty.model_copy(update={"epsilon": BF16_EPSILON})
+    return run.model_copy(update={"precision": "bf16", "penalty": penalty})
+
+
 def b2_latents(folder: Path) -> Latents:
     """Return latents of B/2's shape."""
     return latents_file(folder / "latents.h5", 512, B2_SHAPE)
@@ -81,7 +93,7 @@ def b2(params: Params, quick: bool) -> Iterator[Row]:
         config = run_config(run, B2_SHAPE, CLASS_COUNT)
         state = TrainingState.fresh(config, run, CPU)
         fp32 = OurTraining(run, latents, state, config)
-        bf16 = OurTraining(run.model_copy(update={"precision": "bf16"}), latents, state, config)
+        bf16 = OurTraining(in_bf16(run), latents, state, config)
         plain = PlainTraining(fp32)
         vae = sd_vae()
 

@@ -6,11 +6,13 @@ Shapes: N batch, C latent channels, H = W latent side, p patch, T = (H / p)^2 to
 """
 
 import math
+from contextlib import nullcontext
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from afm_pipe.models.sizes import ModelSize
 
@@ -94,7 +96,8 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(n, tokens, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, h, T, D/h)
         if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+            weights = self.q_norm.weight.dtype  # within autocast q and k are in less, and the norms are not
+            q, k = self.q_norm(q.to(weights)), self.k_norm(k.to(weights))
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, width))
 
 
@@ -130,6 +133,8 @@ class DiT(nn.Module):
     """What all three networks share: patches in, position embedding, blocks."""
 
     pos_embed: Tensor
+    bf16 = False  # whether blocks multiply in bfloat16; the tokens between them, and all else, stay as they are
+    checkpointing = False  # whether the backward pass computes the inside of blocks again instead of keeping it
 
     def __init__(self, size: ModelSize, channels: int, latent_size: int, qk_norm: bool = False) -> None:
         super().__init__()
@@ -142,8 +147,12 @@ class DiT(nn.Module):
         return self.x_embedder(x) + self.pos_embed
 
     def run_blocks(self, tokens: Tensor, condition: Tensor) -> Tensor:  # (N, T, D), (N, D) -> (N, T, D)
-        for block in self.blocks:
-            tokens = block(tokens, condition)
+        with torch.autocast(tokens.device.type, torch.bfloat16) if self.bf16 else nullcontext():
+            for block in self.blocks:
+                if self.checkpointing and torch.is_grad_enabled():
+                    tokens = checkpoint(block, tokens, condition, use_reentrant=False)
+                else:
+                    tokens = block(tokens, condition)
         return tokens
 
 

@@ -57,6 +57,7 @@ def train(params: Params, name: str, launch: Launch) -> None:
             guide,
             keep_at,
             keeping=Keeping(launch.keep_checkpoints, own=lease.check),
+            engine=launch.engine(),
         )
         live = logged(training, work_dir / identity / "curves.csv", paths.WORK / "dvclive" / name)
         try:

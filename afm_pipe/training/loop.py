@@ -21,6 +21,7 @@ from afm_pipe.signals import Stopped, looked_for
 from afm_pipe.training.batches import Batches
 from afm_pipe.training.checkpoints import Keeping, Writer, load_latest
 from afm_pipe.training.curves import CLOCK, MEANS, append_curve, write_curves
+from afm_pipe.training.engine import Engine
 from afm_pipe.training.interventions import intervene
 from afm_pipe.training.schedules import num_updates, setting_at
 from afm_pipe.training.state import Start, TrainingState
@@ -50,6 +51,7 @@ def train(
     ranks: Ranks = ALONE,
     micro_batch: int | None = None,
     keeping: Keeping = Keeping(),  # noqa: B008  # an immutable value
+    engine: Engine = Engine(),  # noqa: B008  # an immutable value
 ) -> Generator[Tick, None, Trained]:
     """Train a run to its end, from its newest checkpoint under `work_dir`, else from `start`, else from nothing.
 
@@ -62,7 +64,7 @@ def train(
     """
     total = num_updates(run, latents.num_images)
     row_every = max(10, total // ROWS)
-    state = TrainingState.fresh(config, run, device)
+    state = TrainingState.fresh(config, run, device, engine)
     if start is not None:
         state.begin_from(start)
     notes = load_latest(work_dir / "checkpoints", state, fingerprint)
@@ -90,12 +92,15 @@ def train(
                 notes.append(f"update {state.update}: {event}")
             state.sums += updates.update(parts, setting)
             state.update += 1
+            ended = state.update == total
+            row_due = ended or state.update % row_every == 0
+            saving = ranks.any(ended or asked.number is not None or writer.due())
+            if row_due or saving or state.update in keep_at:
+                updates.require_finite()
             if state.update in keep_at and ranks.first:
                 with atomic_path(kept(work_dir, state.update)) as aside:
                     save_tensors(aside, state.ema.state_dict())
 
-            ended = state.update == total
-            row_due = ended or state.update % row_every == 0
             if row_due:
                 since = state.update - (state.rows[-1]["update"] if state.rows else start.update if start else 0)
                 means = dict(zip(MEANS, (state.sums / since).tolist(), strict=True))
@@ -105,7 +110,7 @@ def train(
                 if ranks.first:
                     append_curve(work_dir / "curves.csv", state.rows[-1])
                 state.sums.zero_()
-            if ranks.any(ended or asked.number is not None or writer.due()):
+            if saving:
                 now = time.monotonic()
                 state.seconds["training"] += now - lapped
                 lapped = now

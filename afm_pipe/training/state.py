@@ -13,6 +13,7 @@ from afm_pipe.models.discriminator import Discriminator
 from afm_pipe.models.generator import Generator
 from afm_pipe.params import Run
 from afm_pipe.training.curves import MEANS, Row
+from afm_pipe.training.engine import Engine, ema_device
 from afm_pipe.training.gradient_norm import GradientNormalizer
 
 CLOCKS = ("training", "data_wait", "saving")  # the latter two are parts of the first
@@ -43,16 +44,18 @@ class TrainingState:
     extra: dict[str, Any] = field(default_factory=dict)  # what else a resume needs, by owner, as JSON
 
     @classmethod
-    def fresh(cls, config: ModelConfig, run: Run, device: torch.device) -> "TrainingState":
+    def fresh(cls, config: ModelConfig, run: Run, device: torch.device, engine: Engine = Engine()) -> "TrainingState":  # noqa: B008  # an immutable value
         """Return the state before the first update; initial weights depend on run.seed alone."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
             generator, discriminator = build_generator(config), build_discriminator(config)
         generator, discriminator = generator.to(device), discriminator.to(device)
+        ema = copy.deepcopy(generator).requires_grad_(False).to(ema_device(engine, device))
+        engine.prepare(run, device, generator, discriminator)
         return cls(
             generator,
             discriminator,
-            copy.deepcopy(generator).requires_grad_(False),
+            ema,
             _adamw(generator, run),
             _adamw(discriminator, run),
             GradientNormalizer(run.gradient_normalization.decay, device),

@@ -27,6 +27,8 @@ from afm_pipe.training.step import (
     output_gradients,
 )
 
+NEVER = 2**31 - 1
+
 
 class Updates:
     """Updates a state from batches, the same on every rank."""
@@ -35,6 +37,11 @@ class Updates:
         self.state, self.flow, self.run, self.ranks = state, flow, run, ranks
         self.d_gradients = SharedGradients(state.discriminator, ranks)
         self.g_gradients = SharedGradients(state.generator, ranks)
+        device = next(state.generator.parameters()).device
+        # The update that first had a loss which is not finite, on the device; from then on no optimizer steps.
+        self._diverged_at = torch.full((), NEVER, device=device)
+        # Elsewhere than on a CPU a look at a number makes the host wait for the device: once a row is enough.
+        self._looks_at_once = device.type == "cpu"
         self.normalizer = state.normalizer if run.gradient_normalization.enabled else None
 
     def update(self, parts: Sequence[Part], setting: Setting) -> Tensor:
@@ -115,14 +122,15 @@ class Updates:
 
     def _apply(self, which: str, total: Tensor, lr: float, clip: float | None) -> Tensor:
         """Step one optimizer with the gradients at hand and clear them; return their norm before any clipping."""
-        if not math.isfinite(total.item()):
-            raise NotFiniteError(
-                f"Found a {which} loss of {total.item()} at update {self.state.update}, expected a finite one: the "
-                "weights before it are kept. Lower lr, or raise the weight of the transport or the penalty.",
-                self.state.update,
-            )
         module: nn.Module = getattr(self.state, which)
         optimizer: torch.optim.AdamW = getattr(self.state, f"optimizer_{which}")
+        if self._looks_at_once:
+            if not math.isfinite(total.item()):
+                raise _not_finite(f"a {which} loss of {total.item()}", self.state.update)
+        else:
+            now = torch.where(total.isfinite(), NEVER, self.state.update)
+            torch.minimum(self._diverged_at, now, out=self._diverged_at)
+            optimizer.found_inf = (self._diverged_at < NEVER).float()  # type: ignore[attr-defined]  # AdamW asks for it
         norm = nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None], foreach=True)
         if clip is not None:
             nn.utils.clip_grads_with_norm_(module.parameters(), clip, norm, foreach=True)
@@ -132,8 +140,22 @@ class Updates:
         (self.d_gradients if which == "discriminator" else self.g_gradients).clear()
         return norm
 
+    def require_finite(self) -> None:
+        """Raise NotFiniteError if any loss so far was not finite; the weights are those before it."""
+        update = int(self._diverged_at)
+        if update < NEVER:
+            raise _not_finite("a loss that is not finite", update)
+
     @torch.no_grad()
     def _update_ema(self) -> None:
         averages: list[Tensor] = list(self.state.ema.parameters())
-        weights: list[Tensor] = list(self.state.generator.parameters())
+        weights = [weight.to(averages[0].device) for weight in self.state.generator.parameters()]
         torch._foreach_lerp_(averages, weights, 1 - ema_decay_at(self.run.ema, self.state.update))
+
+
+def _not_finite(found: str, update: int) -> NotFiniteError:
+    return NotFiniteError(
+        f"Found {found} at update {update}, expected a finite one: the weights before it are kept. Lower lr, or raise "
+        "the weight of the transport or the penalty.",
+        update,
+    )

@@ -1,0 +1,41 @@
+"""How a training computes: in which precision, with what kept in memory, compiled or not.
+
+Precision is a param of the run, since it changes numbers. The rest are launch settings: they trade speed for memory,
+and change a number by rounding at most (activation checkpointing not even that).
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from afm_pipe.models.dit import DiT
+from afm_pipe.params import Run
+
+
+class Engine(NamedTuple):
+    """Launch settings of a training's computation."""
+
+    checkpoint_activations: bool = False
+    """Keep only what goes into each block, and compute the inside again in the backward pass."""
+    compile: bool = False
+    """Compile the blocks with torch.compile."""
+    tf32: bool = True
+    """On NVIDIA GPUs, let float32 matrix products round their inputs to TF32, as the paper does."""
+    ema_on_cpu: bool = False
+    """Keep G's moving average in the machine's memory instead of the device's."""
+
+    def prepare(self, run: Run, device: torch.device, *networks: DiT) -> None:
+        """Have networks that a run trains on a device compute this way."""
+        if device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.tf32
+        for network in networks:
+            network.bf16 = run.precision == "bf16"
+            network.checkpointing = self.checkpoint_activations
+            if self.compile:
+                for block in network.blocks:  # alike, so that one compilation serves all
+                    block.compile(fullgraph=True, dynamic=False)
+
+
+def ema_device(engine: Engine, device: torch.device) -> torch.device:
+    """Return where G's moving average is kept."""
+    return torch.device("cpu") if engine.ema_on_cpu else device
