@@ -3,6 +3,7 @@
     afm-pipe --help
     afm-pipe train t4 --dry-run
     afm-pipe train --size t4 --set train.batch_size=32
+    afm-pipe train --size t4 --nproc-per-node 2
     afm-pipe doctor
 
 Long-running commands go on where they stopped: to resume, run the same command again.
@@ -20,12 +21,12 @@ from afm_pipe.errors import UserError
 from afm_pipe.lazy import Lazy
 
 if TYPE_CHECKING:
-    from afm_pipe import answers, launch, params_file, pipeline
+    from afm_pipe import answers, launch, launcher, params_file, pipeline
     from afm_pipe.launch import Launch
     from afm_pipe.params import Params
 else:  # imported by the command that needs them: --help needs none
-    answers, launch, params_file, pipeline = map(
-        Lazy, ("afm_pipe.answers", "afm_pipe.launch", "afm_pipe.params_file", "afm_pipe.pipeline")
+    answers, launch, launcher, params_file, pipeline = (
+        Lazy(f"afm_pipe.{name}") for name in ("answers", "launch", "launcher", "params_file", "pipeline")
     )
 
 app = typer.Typer(
@@ -39,6 +40,12 @@ DATA, RUN, TOOL = "Data stages", "Run stages", "Tools"
 ParamsFile = Annotated[Path, typer.Option("--params", help="The params file.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override a param; may be given several times.")
+]
+Nproc = Annotated[
+    int | None, typer.Option("--nproc-per-node", help="So many processes here share the work, a GPU or a core each.")
+]
+MicroBatch = Annotated[
+    int | None, typer.Option("--micro-batch", help="Images a device takes at once; the numbers stay the same.")
 ]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run that params names.")]
 ModelName = Annotated[str, typer.Argument(metavar="NAME", help="A model under models/: a run, or an imported one.")]
@@ -60,9 +67,9 @@ def autoencoder(params: ParamsFile = paths.PARAMS, overrides: Overrides = None) 
 
 @app.command(rich_help_panel=DATA)
 @guarded
-def encode(params: ParamsFile = paths.PARAMS, overrides: Overrides = None) -> None:
+def encode(nproc: Nproc = None, params: ParamsFile = paths.PARAMS, overrides: Overrides = None) -> None:
     """Encode the images to latents; resumable.  Example: afm-pipe encode"""
-    pipeline.encode(load_params(params, overrides or ()), load_launch())
+    pipeline.encode(load_params(params, overrides or ()), on_ranks(nproc))
 
 
 @app.command(rich_help_panel=DATA)
@@ -74,9 +81,11 @@ def reference(params: ParamsFile = paths.PARAMS, overrides: Overrides = None) ->
 
 @app.command(rich_help_panel=DATA)
 @guarded
-def classifier(params: ParamsFile = paths.PARAMS, overrides: Overrides = None) -> None:
+def classifier(
+    nproc: Nproc = None, micro_batch: MicroBatch = None, params: ParamsFile = paths.PARAMS, overrides: Overrides = None
+) -> None:
     """Train the classifier that guides; resumable.  Example: afm-pipe classifier"""
-    pipeline.classifier(load_params(params, overrides or ()), load_launch())
+    pipeline.classifier(load_params(params, overrides or ()), on_ranks(nproc, micro_batch))
 
 
 @app.command(rich_help_panel=RUN)
@@ -85,26 +94,34 @@ def train(
     run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run that params names.")] = None,
     size: Annotated[str | None, typer.Option(help="Train the run that is named like this size.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be trained and what it needs.")] = False,
+    nproc: Nproc = None,
+    micro_batch: MicroBatch = None,
     params: ParamsFile = paths.PARAMS,
     overrides: Overrides = None,
 ) -> None:
-    """Train a run; resumable.  Example: afm-pipe train --size t4 --dry-run"""
+    """Train a run; resumable.  Example: afm-pipe train --size t4 --nproc-per-node 2"""
     loaded = load_params(params, overrides or ())
     name = _named(loaded, run, size)
     if dry_run:
         typer.echo(answers.plan(loaded, name))
     else:
-        pipeline.train(loaded, name, load_launch())
+        pipeline.train(loaded, name, on_ranks(nproc, micro_batch))
 
 
 @app.command(rich_help_panel=RUN)
 @guarded
-def guide(run: RunName, params: ParamsFile = paths.PARAMS, overrides: Overrides = None) -> None:
+def guide(
+    run: RunName,
+    nproc: Nproc = None,
+    micro_batch: MicroBatch = None,
+    params: ParamsFile = paths.PARAMS,
+    overrides: Overrides = None,
+) -> None:
     """Continue a trained run with its guided phase; resumable.  Example: afm-pipe guide t4-guided"""
     loaded = load_params(params, overrides or ())
     if run not in loaded.guided:
         raise UserError(f"Found no guided run {run!r} in params, expected one of {', '.join(loaded.guided) or 'none'}.")
-    pipeline.train(loaded, run, load_launch())
+    pipeline.train(loaded, run, on_ranks(nproc, micro_batch))
 
 
 @app.command(rich_help_panel=RUN)
@@ -121,6 +138,7 @@ def sample(
     npz: Annotated[Path | None, typer.Option(help="Write arr_0 (N, H, W, C) and labels into one file.")] = None,
     interpolate: Annotated[str | None, typer.Option(help="Draw strips between these seeds, as in 0,1,2.")] = None,
     frames: Annotated[int, typer.Option(help="Pictures from one seed to the next, both shown.")] = 8,
+    nproc: Nproc = None,
     params: ParamsFile = paths.PARAMS,
     overrides: Overrides = None,
 ) -> None:
@@ -139,14 +157,14 @@ def sample(
         interpolate=interpolate,
         frames=frames,
     )
-    pipeline.sample(load_params(params, overrides or ()), run, load_launch(), request)
+    pipeline.sample(load_params(params, overrides or ()), run, on_ranks(nproc), request)
 
 
 @app.command(rich_help_panel=RUN)
 @guarded
-def evaluate(run: RunName, params: ParamsFile = paths.PARAMS, overrides: Overrides = None) -> None:
+def evaluate(run: RunName, nproc: Nproc = None, params: ParamsFile = paths.PARAMS, overrides: Overrides = None) -> None:
     """Measure a run's samples.  Example: afm-pipe evaluate t4"""
-    pipeline.evaluate(load_params(params, overrides or ()), run, load_launch())
+    pipeline.evaluate(load_params(params, overrides or ()), run, on_ranks(nproc))
 
 
 @app.command(rich_help_panel=RUN)
@@ -320,6 +338,11 @@ def load_params(path: Path, overrides: Sequence[str] = ()) -> "Params":
 def load_launch() -> "Launch":
     """Return the settings of this machine."""
     return launch.load_launch()
+
+
+def on_ranks(nproc: int | None, micro_batch: int | None = None) -> "Launch":
+    """Return the launch settings with the flags of a command; where they ask for several ranks, in each of these."""
+    return launcher.on_ranks(launch.load_launch(nproc_per_node=nproc, micro_batch=micro_batch))
 
 
 def _named(params: "Params", run: str | None, size: str | None) -> str:

@@ -11,6 +11,7 @@ from io import StringIO
 from typing import NamedTuple, ParamSpec, TypeVar
 
 from afm_pipe.errors import UserError
+from afm_pipe.ranks import RankLostError, end, env_rank
 from afm_pipe.signals import Stopped, end_with_dvc, heeded
 
 P = ParamSpec("P")
@@ -29,8 +30,16 @@ class Tick(NamedTuple):
 
 def follow(title: str, ticks: Generator[Tick, None, T]) -> T:
     """Drive a generator of ticks to its end, showing progress and time left; return what it returns."""
-    render = _live if sys.stderr.isatty() else _plain
+    render = _silent if env_rank() > 0 else _live if sys.stderr.isatty() else _plain
     return render(title, ticks)
+
+
+def _silent(title: str, ticks: Generator[Tick, None, T]) -> T:
+    while True:
+        try:
+            next(ticks)
+        except StopIteration as end:
+            return end.value
 
 
 def _live(title: str, ticks: Generator[Tick, None, T]) -> T:
@@ -97,11 +106,9 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
                 end_with_dvc()
                 command(*args, **kwargs)
         except Stopped as stopped:
-            print(stopped, file=sys.stderr)
-            raise SystemExit(stopped.code) from None
+            end(str(stopped), stopped.code)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(1) from None
+            end(f"error: {error}", 1, lost=isinstance(error, RankLostError))
 
     return run
 

@@ -1,7 +1,8 @@
 """How the machine is used, which never changes a number's meaning and so never stands in params.yaml.
 
-A setting comes from the environment (AFM_ and its name in capitals: AFM_DEVICE, AFM_WORKERS, ...), else from the key of
-its name in an untracked launch.toml, else from the defaults here.
+A setting comes from a flag of a command where it has one, else from the environment (AFM_ and its name in capitals:
+AFM_DEVICE, AFM_NPROC_PER_NODE, ...), else from the key of its name in an untracked launch.toml, else from the defaults
+here.
 """
 
 import os
@@ -10,7 +11,7 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from afm_pipe.errors import UserError
 
@@ -51,6 +52,23 @@ class Launch(BaseModel):
 
         return Engine(self.checkpoint_activations, self.compile, self.tf32, self.ema_on_cpu)
 
+    nproc_per_node: Annotated[int, Field(ge=1)] | None = None
+    """Ranks to start on this machine, each of which computes its share of every batch; left out: none beside this."""
+    nnodes: Annotated[int, Field(ge=1)] = 1
+    """Machines that work together; the command is started on each."""
+    rendezvous: str | None = None
+    """HOST:PORT at which the machines meet, where there are several: any free port of any one of them."""
+    max_restarts: Annotated[int, Field(ge=0)] = 0
+    """So often all ranks are started anew after one has failed, from the newest checkpoint."""
+    micro_batch: Annotated[int, Field(ge=1)] | None = None
+    """Images of a batch that a device takes at once; less takes less memory; left out: the rank's whole share."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Launch":
+        if self.nnodes > 1 and self.rendezvous is None:
+            raise ValueError(f"expected rendezvous, HOST:PORT, for {self.nnodes} machines to meet at")
+        return self
+
     def num_workers(self, device: "torch.device") -> int:
         """Return how many processes train cells."""
         return self.workers or (1 if device.type == "cuda" else os.cpu_count() or 1)
@@ -60,6 +78,8 @@ class Launch(BaseModel):
         import torch
 
         name = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        if name == "cuda" and "LOCAL_RANK" in os.environ:
+            name = f"cuda:{os.environ['LOCAL_RANK']}"  # each rank has its own
         try:
             device = torch.device(name)
             torch.empty(0, device=device)
@@ -71,8 +91,11 @@ class Launch(BaseModel):
         return device
 
 
-def load_launch() -> Launch:
-    """Return the launch settings. Raises UserError naming the setting that is wrong and where it stands."""
+def load_launch(**flags: Any) -> Launch:
+    """Return the launch settings; `flags` that are not None come first.
+
+    Raises UserError naming the setting that is wrong and where it stands.
+    """
     settings: dict[str, Any] = {}
     if LAUNCH_FILE.exists():
         try:
@@ -83,12 +106,14 @@ def load_launch() -> Launch:
         variable = f"AFM_{name.upper()}"
         if variable in os.environ:
             settings[name] = os.environ[variable]
+    settings |= {name: value for name, value in flags.items() if value is not None}
     try:
         return Launch.model_validate(settings)
     except ValidationError as error:
         problem = error.errors()[0]
+        found = f" {'.'.join(map(str, problem['loc']))} = {problem['input']!r}" if problem["loc"] else "s"
         raise UserError(
-            f"Found launch setting {'.'.join(map(str, problem['loc']))} = {problem['input']!r}: {problem['msg']}. "
+            f"Found launch setting{found}: {problem['msg'].removeprefix('Value error, ')}. "
             f"Mend it in the environment (AFM_*) or in {LAUNCH_FILE}."
         ) from None
 

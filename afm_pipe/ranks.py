@@ -6,10 +6,12 @@ nothing but speed depends on how many there are.
 """
 
 import os
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from afm_pipe.errors import UserError
 
@@ -98,6 +100,12 @@ class Ranks:
 
 
 ALONE = Ranks()
+SECONDS_FIRST = 5.0  # that the rank which has most to say has for it
+
+
+def under_launcher() -> bool:
+    """Tell whether torchrun, or what stands in for it, has started this process as a rank."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def env_rank() -> int:
@@ -145,6 +153,23 @@ def _or_lost() -> Iterator[None]:
             f"Found another rank gone while this one (rank {env_rank()}) waited for it ({reason}): see what that one "
             "said; the same command goes on from the newest checkpoint."
         ) from None
+
+
+def end(message: str, code: int, lost: bool = False) -> NoReturn:
+    """Print on stderr why this process ends, once for all ranks, and end it with an exit code.
+
+    Where several have the same to say, the first rank says it: the others wait, and whoever started the ranks ends them
+    all when one has ended. It also says what became of a rank that this one has `lost`.
+    """
+    if env_size() == 1:
+        print(message, file=sys.stderr)
+        raise SystemExit(code)
+    if env_rank() > 0:
+        time.sleep(SECONDS_FIRST)
+    if not (lost and "TORCHELASTIC_RUN_ID" in os.environ):
+        print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(code)  # at once: to take an interpreter with torch apart takes seconds, in which the others would wait
 
 
 def _distributed() -> Any:

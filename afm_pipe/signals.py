@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from afm_pipe.ranks import env_rank
+
 if TYPE_CHECKING:
     import psutil
 
@@ -92,6 +94,15 @@ def end_with(starters: "Sequence[psutil.Process]") -> None:
     threading.Thread(target=_watch, args=(starters,), daemon=True).start()
 
 
+def end_with_starter() -> None:
+    """Ask this process to end when the one that started it is gone."""
+    import psutil
+
+    parent = psutil.Process().parent()
+    if parent is not None:
+        end_with([parent])
+
+
 def end_with_dvc() -> None:
     """Ask this process to end when the `dvc` that runs it as a stage is gone, which ends without telling its stages."""
     if "DVC_STAGE" not in os.environ:
@@ -115,7 +126,8 @@ def _ask(number: int, frame: Any) -> None:
         _request.number = number
         more = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
         line = f"{signal.Signals(number).name}: finishing this update and writing a checkpoint{more}\n"
-        os.write(2, line.encode())  # a handler may interrupt a print, in which another one is not allowed
+        if env_rank() == 0:  # the ranks stop together
+            os.write(2, line.encode())  # a handler may interrupt a print, in which another one is not allowed
 
 
 def _watch(starters: "Sequence[psutil.Process]") -> None:

@@ -1,5 +1,6 @@
 """From images to latents and to what samples are held against; the classifiers."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +82,14 @@ def classifier(params: Params, launch: Launch) -> None:
     """Train the classifier that guides, from where an interrupted training stopped; without one in params, say so."""
     from afm_pipe.fingerprint import TRAINING_SOURCES, fingerprint
     from afm_pipe.models.checkpoint_format import save_tensors
+    from afm_pipe.ranks import env_rank, joined
     from afm_pipe.training.checkpoints import Keeping
     from afm_pipe.training.classifier import accuracy_by_level, train_latent_classifier
 
     settings, device = params.classifier, launch.torch_device()
     if settings is None:
+        if env_rank() > 0:
+            return
         with atomic_path(paths.CLASSIFIER) as folder:
             write_json(folder / "config.json", {"classifier": None})
         return
@@ -93,7 +97,7 @@ def classifier(params: Params, launch: Launch) -> None:
     described = {"classifier": settings.model_dump(), "seed": params.seed}
     identity = fingerprint(described, {"latents": latents.fingerprint()}, TRAINING_SOURCES)
     work_dir = paths.WORK / "classifier"
-    with exclusive(work_dir) as lease, atomic_path(paths.CLASSIFIER) as folder:
+    with joined(device) as ranks, exclusive(work_dir) if ranks.first else nullcontext() as lease:
         training = train_latent_classifier(
             settings,
             latents,
@@ -102,13 +106,18 @@ def classifier(params: Params, launch: Launch) -> None:
             identity,
             device,
             launch.checkpoint_seconds,
-            Keeping(launch.keep_checkpoints, own=lease.check),
+            ranks,
+            launch.micro_batch,
+            Keeping(launch.keep_checkpoints, own=lease.check) if lease else Keeping(),
         )
         trained = follow("classifier", training)
+        if lease is None:
+            return
         lease.check()
-        folder.mkdir()
-        save_tensors(folder / "classifier.safetensors", trained.ema.state_dict())
         channels, latent_size, _ = latents.latent_shape
         shape = {"size": settings.size, "channels": channels, "latent_size": latent_size}
         accuracy = accuracy_by_level(trained.ema, latents, params.seed, device)
-        write_json(folder / "config.json", described | shape | {"num_classes": len(latents.classes)} | accuracy)
+        with atomic_path(paths.CLASSIFIER) as folder:
+            folder.mkdir()
+            save_tensors(folder / "classifier.safetensors", trained.ema.state_dict())
+            write_json(folder / "config.json", described | shape | {"num_classes": len(latents.classes)} | accuracy)

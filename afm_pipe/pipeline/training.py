@@ -1,6 +1,7 @@
 """Training of a run, guided ones included."""
 
 import resource
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ def train(params: Params, name: str, launch: Launch) -> None:
     """
     from afm_pipe.fingerprint import training_identity
     from afm_pipe.live_log import logged
+    from afm_pipe.ranks import joined
     from afm_pipe.study.cells import probes
     from afm_pipe.training.budget import require_memory
     from afm_pipe.training.checkpoints import Keeping
@@ -35,7 +37,6 @@ def train(params: Params, name: str, launch: Launch) -> None:
     from afm_pipe.training.loop import train as train_loop
 
     run, device = named_run(params, name), launch.torch_device()
-    require_memory(run_budget(params, name), name, device)
     latents = open_latents(params)
     config = model_config(params, name, len(latents.classes))
     start, guide, origins = _origin(params, name, run, device)
@@ -44,7 +45,9 @@ def train(params: Params, name: str, launch: Launch) -> None:
         _require_base(start, config, paths.model(params.guided[name].base))
     keep_at = probes(run, latents.num_images, continues=start is not None)  # as a cell of a table would
     work_dir = paths.WORK / name
-    with exclusive(work_dir) as lease:
+    with joined(device) as ranks, exclusive(work_dir) if ranks.first else nullcontext() as lease:
+        require_memory(run_budget(params, name, ranks.size, launch.micro_batch), name, device)
+        ranks.barrier()  # nobody has taken any memory while another looks
         training = train_loop(
             run,
             config,
@@ -56,9 +59,14 @@ def train(params: Params, name: str, launch: Launch) -> None:
             start,
             guide,
             keep_at,
-            keeping=Keeping(launch.keep_checkpoints, own=lease.check),
-            engine=launch.engine(),
+            ranks,
+            launch.micro_batch,
+            Keeping(launch.keep_checkpoints, own=lease.check) if lease else Keeping(),
+            launch.engine(),
         )
+        if lease is None:
+            follow(f"train {name}", training)
+            return
         live = logged(training, work_dir / identity / "curves.csv", paths.WORK / "dvclive" / name)
         try:
             trained = follow(f"train {name}", live)
@@ -81,7 +89,7 @@ def train(params: Params, name: str, launch: Launch) -> None:
         _write_model(name, trained.state, description)
         write_curves(paths.curves(name), trained.state.rows)
         own_updates = trained.state.update - (start.update if start else 0)
-        write_json(paths.costs(name), _cost(trained.state, own_updates, run.batch_size, device))
+        write_json(paths.costs(name), _cost(trained.state, own_updates, run.batch_size, device, ranks.size))
 
 
 def _write_down(folder: Path, error: NotFiniteError, batch_size: int) -> None:
@@ -135,14 +143,15 @@ def _write_model(name: str, state: "TrainingState", description: dict[str, Any])
         save_model(folder, state.ema, state.discriminator, description)
 
 
-def _cost(state: "TrainingState", updates: int, batch_size: int, device: "torch.device") -> dict[str, Any]:
+def _cost(state: "TrainingState", updates: int, batch_size: int, device: "torch.device", ranks: int) -> dict[str, Any]:
     import torch
 
     seconds = state.seconds["training"]
     return {
         "machine": machine_name(device),
         "device": str(device),
-        "threads": torch.get_num_threads(),
+        "ranks": ranks,
+        "threads": torch.get_num_threads(),  # of each
         "seconds": round(seconds, 1),
         "updates": updates,
         "images": updates * batch_size,

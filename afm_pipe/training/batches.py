@@ -51,11 +51,7 @@ class Batches:
 
         Raises UserError when there are more ranks than images in a batch.
         """
-        if ranks.size > run.batch_size:
-            raise UserError(
-                f"Found {ranks.size} ranks for a batch of {run.batch_size} images, expected no more than that: start "
-                "fewer processes, or raise batch_size."
-            )
+        require_images(ranks, run.batch_size)
         self.latents, self.run, self.device, self.own = latents, run, device, ranks.own
         self.num_parts = num_parts(run.batch_size, ranks.size, micro_batch)
         self.labels = torch.as_tensor(latents.labels)
@@ -147,7 +143,16 @@ def num_parts(batch_size: int, ranks: int, micro_batch: int | None) -> int:
     """Return in how many parts each rank computes its share of a batch."""
     share = -(-batch_size // ranks)  # of the rank that has most
     parts = 1 if micro_batch is None else -(-share // micro_batch)
-    return min(parts, batch_size // ranks)  # no part is empty
+    return max(min(parts, batch_size // ranks), 1)  # no part is empty
+
+
+def require_images(ranks: Ranks, batch_size: int) -> None:
+    """Raise UserError when there are more ranks than images in a batch."""
+    if ranks.size > batch_size:
+        raise UserError(
+            f"Found {ranks.size} ranks for a batch of {batch_size} images, expected no more than that: start fewer "
+            "processes, or raise batch_size."
+        )
 
 
 def draw_times(nfe: int | Literal["any"], count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """What a run will need before anything is allocated: parameters, updates, memory."""
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from afm_pipe.errors import UserError
 from afm_pipe.models.checkpoint_format import ModelConfig, build_discriminator, build_generator, count_parameters
 from afm_pipe.models.flow import Flow
 from afm_pipe.params import Run
+from afm_pipe.training.batches import num_parts
 from afm_pipe.training.step import Batch, PenaltyNoise, discriminator_step
 
 FLOAT = 4  # bytes
@@ -33,12 +35,13 @@ class Budget(NamedTuple):
         return self.state_bytes + self.activation_bytes + RUNTIME
 
 
-def budget(run: Run, config: ModelConfig) -> Budget:
-    """Count a run's needs on the meta device: exact shapes, nothing allocated."""
+def budget(run: Run, config: ModelConfig, ranks: int = 1, micro_batch: int | None = None) -> Budget:
+    """Count the needs of one of `ranks` on the meta device: exact shapes, nothing allocated."""
     with torch.device("meta"):
         generator, discriminator = build_generator(config), build_discriminator(config)
         shape = config.latent_shape
-        n, penalised = run.batch_size, round(run.batch_size * run.penalty.share)
+        parts = ranks * num_parts(run.batch_size, ranks, micro_batch)
+        n, penalised = -(-run.batch_size // parts), -(-round(run.batch_size * run.penalty.share) // parts)
         times = (None, None) if config.nfe == 1 else (torch.empty(n), torch.empty(n))
         batch = Batch(torch.empty(n, *shape), torch.empty(n, *shape), torch.zeros(n, dtype=torch.int64), *times)
         noise = PenaltyNoise(torch.empty(penalised, *shape), torch.empty(penalised, *shape))
@@ -66,13 +69,14 @@ def require_memory(needs: Budget, run_name: str, device: torch.device) -> None:
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
-        free = min(psutil.virtual_memory().available, _cgroup_limit())
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks that share this machine's memory
+        free = min(psutil.virtual_memory().available, _cgroup_limit()) // here
     if needs.memory_bytes > free:
         raise UserError(
             f"Found {free / 2**30:.1f} GiB of memory free on {device}, expected {needs.memory_bytes / 2**30:.1f} GiB "
             f"for the run {run_name} ({needs.state_bytes / 2**30:.1f} for weights and optimizers, "
             f"{needs.activation_bytes / 2**30:.1f} for activations): use a larger device, a smaller size, "
-            "or a smaller train.batch_size."
+            "a smaller train.batch_size, or less of it at once (AFM_MICRO_BATCH)."
         )
 
 

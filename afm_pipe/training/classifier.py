@@ -5,6 +5,7 @@ with reflection at the border, since images are encoded once and for all; the pa
 """
 
 import copy
+import signal
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,13 @@ from afm_pipe.models.checkpoint_format import load_exactly
 from afm_pipe.models.classifier import LatentClassifier
 from afm_pipe.models.sizes import SIZES
 from afm_pipe.params import Classifier
+from afm_pipe.ranks import ALONE, Ranks
 from afm_pipe.signals import Stopped, looked_for
 from afm_pipe.training.augment import affine_view
+from afm_pipe.training.batches import num_parts, require_images
 from afm_pipe.training.checkpoints import Keeping, Writer, load_latest
 from afm_pipe.training.curves import Row
+from afm_pipe.training.gradients import SharedGradients
 from afm_pipe.training.losses import interpolate
 from afm_pipe.training.schedules import ema_decay_at
 from afm_pipe.training.state import CLOCKS, load_optimizer, optimizer_tensors
@@ -68,34 +72,39 @@ def train_latent_classifier(
     fingerprint: str,
     device: torch.device,
     checkpoint_seconds: float,
+    ranks: Ranks = ALONE,
+    micro_batch: int | None = None,
     keeping: Keeping = Keeping(),  # noqa: B008  # an immutable value
 ) -> Generator[Tick, None, ClassifierState]:
-    """Train the classifier to its end, from its newest checkpoint under `work_dir` if there is one."""
+    """Train the classifier to its end, from its newest checkpoint under `work_dir` if there is one.
+
+    Several `ranks` share every batch, each in parts of `micro_batch` images, as in `train`.
+    """
     state = ClassifierState(_untrained(params, latents, seed).to(device), params)
     load_latest(work_dir / "checkpoints", state, fingerprint)
     total = -(-round(params.epochs * latents.num_images) // params.batch_size)
-    order = Order(latents.num_images, seed, "classifier")
-    labels_of = torch.as_tensor(latents.labels)
-    writing = Writer(work_dir / "checkpoints", fingerprint, checkpoint_seconds, keeping)
+    require_images(ranks, params.batch_size)
+    gradients = SharedGradients(state.model, ranks)
+    order, num = Order(latents.num_images, seed, "classifier"), num_parts(params.batch_size, ranks.size, micro_batch)
+    writing = Writer(work_dir / "checkpoints", fingerprint, checkpoint_seconds, keeping, active=ranks.first)
     with looked_for() as asked, writing as writer:
         while state.update < total:
-            indices = order.indices(state.update * params.batch_size, params.batch_size)
-            generator = stream_generator(seed, "classifier", "noise", state.update)
-            x, labels = latents.draw(indices, generator).to(device), labels_of[indices].to(device)
-            if params.affine is not None:
-                x = affine_view(params.affine, len(x), generator)(x)
-            t = torch.rand(len(x), generator=generator).to(device)
-            z = torch.randn(x.shape, generator=generator).to(device)
-            loss = F.cross_entropy(state.model(interpolate(x, z, t), t), labels)
-            loss.backward()
+            noisy, t, labels = _batch(params, latents, order, seed, state.update, ranks.own, device)
+            loss = torch.zeros((), device=device)
+            for part in range(num):
+                with gradients.last_part(part == num - 1):
+                    logits, truth = state.model(noisy[part::num], t[part::num]), labels[part::num]
+                    of_part = len(truth) / params.batch_size * F.cross_entropy(logits, truth)
+                    of_part.backward()
+                loss += of_part.detach()
             state.optimizer.step()
-            state.optimizer.zero_grad(set_to_none=True)
+            gradients.clear()
             with torch.no_grad():
                 averages: list[Tensor] = list(state.ema.parameters())
                 torch._foreach_lerp_(
                     averages, list(state.model.parameters()), 1 - ema_decay_at(params.ema, state.update)
                 )
-            state.losses += loss.detach()
+            state.losses += ranks.sum_(loss)
             state.update += 1
             ended = state.update == total
             row_due = ended or state.update % UPDATES_PER_ROW == 0
@@ -104,15 +113,33 @@ def train_latent_classifier(
                 state.rows.append({"update": state.update, "images": state.update * params.batch_size})
                 state.rows[-1]["cross_entropy"] = state.losses.item() / since
                 state.losses.zero_()
-            if ended or asked.number is not None:
-                writer.finish(state)
-            elif writer.due():
-                writer.save(state)
-            if asked.number is not None and not ended:
-                raise Stopped(asked.number)
+            if ranks.any(ended or asked.number is not None or writer.due()):
+                stop = ranks.any(asked.number is not None)
+                if ended or stop:
+                    writer.finish(state)
+                else:
+                    writer.save(state)
+                if stop and not ended:
+                    raise Stopped(asked.number or signal.SIGTERM)
             if row_due:
                 yield Tick(state.update, total, "updates", f"cross entropy {state.rows[-1]['cross_entropy']:.3f}")
     return state
+
+
+def _batch(
+    params: Classifier, latents: Latents, order: Order, seed: int, update: int, own: slice, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return noisy latents (N, C, H, W), times (N,) and labels (N,): those of an update's batch that are `own`."""
+    count = params.batch_size
+    indices = order.indices(update * count, count)
+    generator = stream_generator(seed, "classifier", "noise", update)
+    x = latents.draw(indices, generator, own).to(device)
+    if params.affine is not None:
+        x = affine_view(params.affine, count, generator, own)(x)
+    t = torch.rand(count, generator=generator)[own].to(device)
+    z = torch.randn(count, *latents.latent_shape, generator=generator)[own].to(device)
+    labels = torch.as_tensor(latents.labels)[indices[own]].to(device)
+    return interpolate(x, z, t), t, labels
 
 
 @torch.no_grad()

@@ -1,0 +1,96 @@
+"""Start the same command once per rank, through torch.distributed.run, when launch settings ask for several.
+
+`afm-pipe train xl2 --nproc-per-node 8`, AFM_NPROC_PER_NODE=8 or `nproc_per_node = 8` in launch.toml all do what
+`torchrun --nproc-per-node 8 -m afm_pipe train xl2` does, and besides: one message where a rank fails instead of one per
+rank and a table, exit codes that mean something, and signals of a scheduler passed on to the ranks.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+from afm_pipe.launch import Launch
+from afm_pipe.ranks import under_launcher
+from afm_pipe.signals import INTERRUPTED, TRY_AGAIN, end_with_starter
+
+SECONDS_TO_CHECKPOINT = 600
+
+
+def on_ranks(launch: Launch) -> Launch:
+    """Return the settings in a process that is to work; where several are to, start them and exit with their code.
+
+    The ranks run the command line of this process again. Each comes here too and goes on.
+    """
+    if under_launcher():
+        end_with_starter()  # which can no longer end the ranks when it is gone
+        return launch
+    if (launch.nproc_per_node or 1) * launch.nnodes == 1:
+        return launch
+    raise SystemExit(run_ranks(launch, own_command()))
+
+
+def own_command() -> list[str]:
+    """Return this process's command line as arguments of the interpreter."""
+    script = Path(sys.argv[0])
+    if script.suffix == ".py" and script.name != "__main__.py":
+        return sys.argv
+    return ["-m", "afm_pipe", *sys.argv[1:]]
+
+
+def run_ranks(launch: Launch, command: list[str]) -> int:
+    """Run `command` on `launch.nproc_per_node` ranks here, of `launch.nnodes` machines; return the exit code."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads each on as many cores: many times slower
+    import logging
+
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.disable(logging.CRITICAL)  # what torchrun logs of failures and signals is said below, or by the ranks
+    # Schedulers send USR1 to announce the end; passed on as TERM it means the same to the ranks.
+    signal.signal(signal.SIGUSR1, _as_term)
+    try:
+        torchrun.run(torchrun.parse_args([*options(launch), sys.executable, *command]))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            print(
+                f"error: Found rank {rank} ended by {name}, expected it to finish (SIGKILL may mean that memory ran "
+                "out); the other ranks were ended. The same command goes on from the newest checkpoint.",
+                file=sys.stderr,
+            )
+            return 1
+        return failure.exitcode  # the rank has said why
+    except SignalException as error:
+        return INTERRUPTED if error.sigval == signal.SIGINT else TRY_AGAIN
+    return 0
+
+
+def options(launch: Launch) -> list[str]:
+    """Return the options of torchrun that launch settings ask for."""
+    from torch.distributed import run as torchrun
+
+    chosen = {
+        "--no-python": None,
+        "--nproc-per-node": str(launch.nproc_per_node or 1),
+        "--nnodes": str(launch.nnodes),
+        "--max-restarts": str(launch.max_restarts),
+    }
+    if launch.nnodes == 1:
+        chosen["--standalone"] = None
+    else:
+        chosen |= {
+            "--rdzv-backend": "c10d",
+            "--rdzv-endpoint": launch.rendezvous or "",
+            "--rdzv-id": os.environ.get("SLURM_JOB_ID", "afm-pipe"),
+        }
+    if "--shutdown-timeout" in torchrun.get_args_parser().format_help():  # torch before 2.9 waits 30 s
+        chosen["--shutdown-timeout"] = str(SECONDS_TO_CHECKPOINT)
+    return [part for name, value in chosen.items() for part in ([name] if value is None else [name, value])]
+
+
+def _as_term(number: int, frame: FrameType | None) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
