@@ -49,8 +49,17 @@ def run_ranks(launch: Launch, command: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.disable(logging.CRITICAL)  # what torchrun logs of failures and signals is said below, or by the ranks
-    # Schedulers send USR1 to announce the end; passed on as TERM it means the same to the ranks.
-    signal.signal(signal.SIGUSR1, _as_term)
+    asked: list[int] = []
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        """Pass a signal on as TERM: USR1, by which schedulers announce the end, means the same, and of Ctrl-C the ranks
+        of a terminal hear by themselves, for whom a second one would mean at once."""
+        asked.append(number)
+        if len(asked) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    signal.signal(signal.SIGUSR1, ask)
+    signal.signal(signal.SIGINT, ask)
     try:
         torchrun.run(torchrun.parse_args([*options(launch), sys.executable, *command]))
     except ChildFailedError as error:
@@ -64,8 +73,8 @@ def run_ranks(launch: Launch, command: list[str]) -> int:
             )
             return 1
         return failure.exitcode  # the rank has said why
-    except SignalException as error:
-        return INTERRUPTED if error.sigval == signal.SIGINT else TRY_AGAIN
+    except SignalException:
+        return INTERRUPTED if signal.SIGINT in asked else TRY_AGAIN
     return 0
 
 
@@ -87,10 +96,9 @@ def options(launch: Launch) -> list[str]:
             "--rdzv-endpoint": launch.rendezvous or "",
             "--rdzv-id": os.environ.get("SLURM_JOB_ID", "afm-pipe"),
         }
-    if "--shutdown-timeout" in torchrun.get_args_parser().format_help():  # torch before 2.9 waits 30 s
+    known = torchrun.get_args_parser().format_help()
+    if "--shutdown-timeout" in known:  # older ones wait 30 s
         chosen["--shutdown-timeout"] = str(SECONDS_TO_CHECKPOINT)
+    if "--signals-to-handle" in known:
+        chosen["--signals-to-handle"] = "SIGTERM,SIGHUP,SIGQUIT"
     return [part for name, value in chosen.items() for part in ([name] if value is None else [name, value])]
-
-
-def _as_term(number: int, frame: FrameType | None) -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
