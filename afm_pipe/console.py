@@ -106,7 +106,7 @@ def guarded(command: Callable[P, None]) -> Callable[P, None]:
                 end_with_dvc()
                 command(*args, **kwargs)
         except Stopped as stopped:
-            end(str(stopped), stopped.code)
+            end(str(stopped), stopped.code, agreed=True)
         except UserError as error:
             end(f"error: {error}", 1, lost=isinstance(error, RankLostError))
 

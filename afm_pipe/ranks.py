@@ -155,18 +155,18 @@ def _or_lost() -> Iterator[None]:
         ) from None
 
 
-def end(message: str, code: int, lost: bool = False) -> NoReturn:
+def end(message: str, code: int, agreed: bool = False, lost: bool = False) -> NoReturn:
     """Print on stderr why this process ends, once for all ranks, and end it with an exit code.
 
-    Where several have the same to say, the first rank says it: the others wait, and whoever started the ranks ends them
-    all when one has ended. It also says what became of a rank that this one has `lost`.
+    Where all have `agreed` to end the first rank says so. Where several may have the same to say, the others wait for
+    it: whoever started the ranks ends them all when one has ended. It also says what became of one that is `lost`.
     """
     if env_size() == 1:
         print(message, file=sys.stderr)
         raise SystemExit(code)
-    if env_rank() > 0:
+    if env_rank() > 0 and not agreed:
         time.sleep(SECONDS_FIRST)
-    if not (lost and "TORCHELASTIC_RUN_ID" in os.environ):
+    if not (agreed and env_rank() > 0 or lost and "TORCHELASTIC_RUN_ID" in os.environ):
         print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(code)  # at once: to take an interpreter with torch apart takes seconds, in which the others would wait
