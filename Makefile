@@ -18,6 +18,7 @@ help:
 	@echo "make test-browser  the report in a headless Chromium, installed first where that is possible"
 	@echo "make bench      time it beside plain implementations: benchmarks/results.md (about 10 minutes, idle machine)"
 	@echo "make fuzz       damaged and hostile files for every loader, some minutes (FUZZ_EXAMPLES=2000 of each)"
+	@echo "make crash-test  50 kills of trainings at random moments; rewrites docs/crash-test.json"
 	@echo "make clean      remove what the pipeline made, but no environment and no weights"
 
 repro: $(INSTALLED)
@@ -49,6 +50,9 @@ bench: $(INSTALLED)
 
 fuzz: $(INSTALLED)
 	@$(ON_PATH) OMP_NUM_THREADS=1 FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) pytest tests/test_fuzz.py --hypothesis-profile fuzz
+
+crash-test: $(INSTALLED)
+	@$(ON_PATH) OMP_NUM_THREADS=1 python -m tests.crash --kills 50
 
 lint: $(INSTALLED)
 	@echo "== ruff and mypy"

@@ -76,10 +76,8 @@ DISCS = (
 )
 
 
-@pytest.fixture(scope="session")
-def discs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project on 60 images of discs, encoded, ready to train a run t4 of 60 updates. Copy it before you write."""
-    project = tmp_path_factory.mktemp("discs") / "project"
+def make_discs(project: Path) -> None:
+    """Make a project on images of discs, encoded."""
     write_images(project / "data" / "images")
     before = Path.cwd()
     os.chdir(project)
@@ -93,6 +91,13 @@ def discs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pipeline.encode(params, launch)
     finally:
         os.chdir(before)
+
+
+@pytest.fixture(scope="session")
+def discs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project on 60 images of discs, encoded, ready to train a run t4 of 60 updates. Copy it before you write."""
+    project = tmp_path_factory.mktemp("discs") / "project"
+    make_discs(project)
     return project
 
 

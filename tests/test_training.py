@@ -4,10 +4,8 @@ import json
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,20 +79,6 @@ def test_training_writes_model_curves_and_cost(uninterrupted: Path, discs_params
     cost = json.loads((uninterrupted / paths.costs("t4")).read_text())
     assert cost["images"] == config["images_seen"]
     assert 0 < cost["data_wait_share"] < 1
-
-
-def test_a_trainer_killed_at_random_moments_ends_with_the_same_weights(project: Path, uninterrupted: Path) -> None:
-    moments = torch.rand(4, generator=torch.Generator().manual_seed(int(time.time()))).tolist()
-    for moment in moments:
-        trainer = subprocess.Popen([sys.executable, "-c", STAGE], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        assert trainer.stdout is not None
-        trainer.stdout.readline()  # imports are done
-        time.sleep(3 * moment)
-        trainer.send_signal(signal.SIGKILL)
-        trainer.wait()
-        trainer.stdout.close()
-    subprocess.run([sys.executable, "-c", STAGE], check=True, capture_output=True)
-    assert same_outputs(project, uninterrupted), f"killed {[3 * moment for moment in moments]} s after its start"
 
 
 def test_a_run_that_is_finished_is_not_trained_again(

@@ -19,7 +19,7 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
@@ -94,6 +94,7 @@ class Latents:
     def moments(self, indices: Any, mirrors: Any) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation, (B, c, h, w) float32 each, of images `indices` in `mirrors` (B,) int."""
         rows = np.asarray(indices) * self.num_mirrors + np.asarray(mirrors)
+        self._require_unchanged()
         self._ask_for(rows)
         channels, height, width = self.latent_shape
         taken = np.take(self._rows, rows, axis=0).view("<f2").reshape(len(rows), 2 * channels, height, width)
@@ -119,9 +120,34 @@ class Latents:
         # As bytes: after an odd number of marks moments lie at an odd place, and numpy would first copy the whole of an
         # array of such, all 42 GB of ImageNet's, before it takes a row.
         shape = self.num_images * self.num_mirrors, 2 * 2 * math.prod(self.latent_shape)
-        mapped = np.memmap(self.path, np.uint8, "r", self._offset, shape)
+        mapped = np.memmap(self._opened[0], np.uint8, "r", self._offset, shape)
         mapped._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]  # reading ahead of a row is in vain
         return mapped.view(np.ndarray)
+
+    @cached_property
+    def _opened(self) -> tuple[BinaryIO, os.stat_result]:
+        """The file that is mapped, and what it was then. It stays readable when its name is given to another one."""
+        try:
+            file = self.path.open("rb")
+        except OSError as error:
+            raise UserError(f"Found {self.path} gone ({error.strerror}): {REMEDY}.") from None
+        return file, os.fstat(file.fileno())
+
+    def _require_unchanged(self) -> None:
+        """Raise UserError when the mapped file was cut short or written to: past its end, reading kills the process.
+
+        Asked before every batch; only a cut that falls between this and the reading of that batch is not noticed.
+        """
+        file, before = self._opened
+        try:
+            now = os.fstat(file.fileno())
+        except OSError as error:  # a server that no longer has it
+            raise UserError(f"Found {self.path} gone while it was read ({error.strerror}): {REMEDY}.") from None
+        if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            raise UserError(
+                f"Found {self.path} changed while it was read, from {before.st_size:,} to {now.st_size:,} bytes: "
+                f"{REMEDY}."
+            )
 
     def _ask_for(self, rows: NDArray[np.int64]) -> None:
         """Let the kernel read all of a batch's rows that are not in memory at once, instead of one after the other."""
@@ -135,7 +161,9 @@ class Latents:
             mapped._mmap.madvise(mmap.MADV_WILLNEED, page, start + row_bytes - page)  # type: ignore[attr-defined]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_rows"}  # mapped anew, not copied
+        return {
+            name: value for name, value in self.__dict__.items() if name not in ("_rows", "_opened")
+        }  # mapped anew, not copied
 
     def _check(self, params: Params) -> None:
         for name, expected in settings(params).items():
