@@ -9,7 +9,7 @@ BIN := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.afm-pipe-installed
 ON_PATH := PATH="$(BIN):$$PATH"
 
-.PHONY: help repro test test-slow test-browser fuzz bench lint install clean
+.PHONY: help repro test test-slow test-browser fuzz bench crash-test lint install clean
 
 help:
 	@echo "make repro      set up, run the pipeline on params.yaml, print the run table"
