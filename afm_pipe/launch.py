@@ -38,7 +38,7 @@ class Launch(BaseModel):
     workers: Annotated[int, Field(ge=1)] | None = None
     """Processes, of one thread each, that train the cells of tables; left out: one for each core, one on a GPU."""
     checkpoint_activations: bool = False
-    """Of G and D keep only what goes into each block, and compute the inside again: a fifth more time, for memory."""
+    """Of G and D keep only what goes into each block, and compute the inside again: more time, less memory."""
     compile: bool = False
     """torch.compile the blocks of G and D: for GPUs; on a CPU it takes a minute and gains little."""
     tf32: bool = True

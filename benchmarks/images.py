@@ -38,7 +38,7 @@ def encode(params: Params, quick: bool) -> Iterator[Row]:
                     for side in (batch, batch.flip(-1)) if own.data.mirror else (batch,):
                         encode_moments(vae, side, own.encode.precision)
 
-            seconds = in_turns(1 if quick else 3, warm=0 if quick else 1, whole=whole, bare=bare)
+            seconds = in_turns(1 if quick else 2, warm=0 if quick else 1, whole=whole, bare=bare)
         yield speed_row(
             "encode", title, seconds, "whole", "bare", "the bare encoder on images in memory",
             per=len(images), unit="images/s", bar=">= 0.9",

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from afm_pipe.params import Params
+from afm_pipe.params import Params, Run
 from benchmarks.measuring import Row, matmul_rate
 
 
@@ -17,10 +17,10 @@ def ranks(params: Params, quick: bool) -> Iterator[Row]:
     """Processes that live side by side and update in turns: one rank alone, then two together."""
     context = get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        from benchmarks.training import b2_latents
+        from benchmarks.training import b2_latents, b2_run
 
         b2_latents(Path(folder))
-        worlds = {size: _world(context, size, params, folder) for size in (1, 2)}
+        worlds = {size: _world(context, size, b2_run(params), folder) for size in (1, 2)}
         try:
             seconds: dict[str, dict[int, list[float]]] = {"update": {1: [], 2: []}, "matmul": {1: [], 2: []}}
             for number in range(-1, 1 if quick else 2):
@@ -51,14 +51,14 @@ def ranks(params: Params, quick: bool) -> Iterator[Row]:
     )
 
 
-def _world(context: Any, size: int, params: Params, folder: str) -> tuple[list[Any], list[Any]]:
+def _world(context: Any, size: int, run: Run, folder: str) -> tuple[list[Any], list[Any]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes, pipes = [], []
     for rank in range(size):
         here, there = context.Pipe()
-        process = context.Process(target=_member, args=(there, rank, size, port, params, folder), daemon=True)
+        process = context.Process(target=_member, args=(there, rank, size, port, run, folder), daemon=True)
         process.start()
         there.close()
         processes.append(process)
@@ -66,7 +66,7 @@ def _world(context: Any, size: int, params: Params, folder: str) -> tuple[list[A
     return processes, pipes
 
 
-def _member(pipe: Any, rank: int, size: int, port: int, params: Params, folder: str) -> None:
+def _member(pipe: Any, rank: int, size: int, port: int, run: Run, folder: str) -> None:
     """Be one rank: do what the pipe says until it closes, and answer with the seconds it took."""
     import time
 
@@ -77,12 +77,12 @@ def _member(pipe: Any, rank: int, size: int, port: int, params: Params, folder: 
     from afm_pipe.ranks import joined
     from afm_pipe.training.state import TrainingState
     from benchmarks.inputs import CLASS_COUNT
-    from benchmarks.training import B2_SHAPE, CPU, OurTraining, b2_run
+    from benchmarks.training import B2_SHAPE, CPU, OurTraining
 
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with joined(CPU) as together:
-        run, latents = b2_run(params), Latents.open(Path(folder) / "latents.h5")
+        latents = Latents.open(Path(folder) / "latents.h5")
         config = run_config(run, B2_SHAPE, CLASS_COUNT)
         training = OurTraining(run, latents, TrainingState.fresh(config, run, CPU), config, together)
         while True:

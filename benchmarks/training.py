@@ -111,7 +111,7 @@ def b2(params: Params, quick: bool) -> Iterator[Row]:
             "online": online,
             "draw": lambda: [fp32.draw() for _ in range(5)],
         }
-        seconds = in_turns(1 if quick else 3, **works)
+        seconds = in_turns(1 if quick else 2, **works)
         shape, theirs = "B/2, 4 x 32 x 32, batch 4", "straightforward update"
         yield speed_row("b2", f"{shape}, fp32", seconds, "fp32", "plain", theirs, bar=">= 1.1")
         yield _floor_row("b2", f"{shape}, fp32", run, config, seconds["fp32"], rates, bar=">= 0.8")
