@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parent
 TRAINING_SOURCES = (
     "data/latents.py",
     "data/order.py",
+    "evaluation/measures.py",
     "models/classifier.py",
     "models/discriminator.py",
     "models/dit.py",

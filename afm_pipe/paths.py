@@ -39,6 +39,11 @@ def curves(run: str) -> Path:
     return Path("curves") / f"{run}.csv"
 
 
+def events(run: str) -> Path:
+    """What happened while a run was trained: one JSON object a line."""
+    return Path("curves") / f"{run}.events.jsonl"
+
+
 def table(name: str) -> Path:
     """A table of the study: its cells with what was measured of each."""
     return Path("tables") / f"{name}.json"

@@ -156,6 +156,11 @@ class Params(Section):
                     f"guided.{name}.until_epoch: expected more than {end:g}, where {guided.base} ends, "
                     f"found {guided.until_epoch:g}"
                 )
+            if self.runs[guided.base].schedule == "auto":
+                raise ValueError(
+                    f"guided.{name}.from: expected a run of a fixed schedule, whose end is known; found {guided.base} "
+                    "with schedule auto"
+                )
             if guided.reload_discriminator is not None:
                 raise ValueError(f"guided.{name}.reload_discriminator: a guided run starts from its base's last D")
         for name, run in self.runs.items():

@@ -14,7 +14,7 @@ Overrides = dict[str, Any]  # fields of a run, laid over `train`; `then` and `st
 Label = Annotated[str, Field(min_length=1, max_length=60)]
 TableName = Annotated[str, Field(pattern=NAME)]
 MOST_CELLS = 2000  # of a table; each is resolved whenever params are read
-Measure = Literal["distance", "accuracy", "trained", "diverged", "units"]
+Measure = Literal["distance", "accuracy", "trained", "diverged", "units", "alarms"]
 
 
 class Axis(Section):
@@ -37,7 +37,7 @@ class Check(Section):
     """A claim that the cells decide: the measure of `less` is below that of `than`, seed by seed.
 
     distance is compared by its logarithm; trained and diverged are shares of cells; units are the forward passes of G
-    that an update costs.
+    that an update costs; alarms are how many kinds of them the watch fired.
     """
 
     claim: str

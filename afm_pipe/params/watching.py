@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from afm_pipe.params.base import Count, Fraction, NotNegative, Positive, Section
 
@@ -91,3 +91,6 @@ class Watch(Section):
     collapse: CollapseRule
     act: Reaction
     auto: Auto
+
+    # YAML's `off` is a word to DVC and false to PyYAML.
+    _off = field_validator("policy", mode="before")(lambda value: "off" if value is False else value)

@@ -34,6 +34,7 @@ def train(params: Params, name: str, launch: Launch) -> None:
     from afm_pipe.training.budget import require_memory
     from afm_pipe.training.checkpoints import Keeping
     from afm_pipe.training.curves import write_curves
+    from afm_pipe.training.events import FILE, read_events, write_events
     from afm_pipe.training.loop import train as train_loop
 
     run, device = named_run(params, name), launch.torch_device()
@@ -88,6 +89,7 @@ def train(params: Params, name: str, launch: Launch) -> None:
         }
         _write_model(name, trained.state, description)
         write_curves(paths.curves(name), trained.state.rows)
+        write_events(paths.events(name), read_events(work_dir / identity / FILE))
         own_updates = trained.state.update - (start.update if start else 0)
         write_json(paths.costs(name), _cost(trained.state, own_updates, run.batch_size, device, ranks.size))
 

@@ -94,7 +94,7 @@ def marks_of(run: RunRecord, images_per_epoch: int) -> list[Mark]:
         if phase is not run.settings.phases[-1]:  # type: ignore[union-attr]
             marks.append(Mark(until, f"a phase ends: epoch {phase.until_epoch:g}", False))
         started = until
-    marks += [Mark(event.images, f"{event.kind}: {event.text} (update {event.update:,})", True) for event in run.events]
+    marks += [Mark(event.images, f"{event.told} (update {event.update:,})", True) for event in run.events]
     return sorted(set(marks))
 
 

@@ -70,6 +70,12 @@ class Event(BaseModel):
     images: int
     kind: str
     text: str
+    action: str | None = None
+
+    @property
+    def told(self) -> str:
+        """What happened, and what was done about it."""
+        return f"{self.kind}: {self.text}" + (f"; {self.action}" if self.action else "")
 
 
 @dataclass(frozen=True)
@@ -154,7 +160,7 @@ def _read_run(params: Params, name: str) -> RunRecord:
         cost=typed(Cost, paths.costs(name), making) if trained else None,
         config=typed(Config, paths.model(name) / "config.json", making),
         intervals=_intervals(stored.get("intervals", {}), path, measuring),
-        events=_read_events(paths.curves(name).with_suffix(".events.jsonl"), making),
+        events=_read_events(paths.events(name), making),
     )
 
 

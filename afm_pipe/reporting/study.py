@@ -5,6 +5,7 @@ only the study has are marked in the study's.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 from afm_pipe import paths
@@ -127,21 +128,23 @@ def _grid(studied: Studied, key: str, new: set[tuple[str, str]]) -> Table:
 def _list(studied: Studied, new: set[tuple[str, str]]) -> Table:
     """Build a table of one axis: quality, share that diverged, and cost of each of its settings."""
     distance = titles.metric(studied.distance_key)
+    alarms = any(cell.events is not None for cell in studied.results.cells)
     columns = (
         Column("row", studied.table.rows.title, numeric=False),
         Column(studied.distance_key or "distance", distance.title or "Distance", distance.meaning),
         Column(ACCURACY, titles.metric(ACCURACY).title, titles.metric(ACCURACY).meaning),
         Column("diverged", "Diverged", "Share of the seeds"),
+        *((Column("alarms", "Alarms", "Of the watch: each kind, and in how many of the seeds"),) if alarms else ()),
         Column("units", "Units", "What an update costs, discriminator included, in forward passes of G"),
         Column("seconds", "Training time", "Mean over seeds"),
         Column("seeds", "Seeds"),
     )
-    rows = tuple(_line(studied, row, f" {ONLY}" * ((row, "") in new)) for row in studied.table.rows.settings)
+    rows = tuple(_line(studied, row, f" {ONLY}" * ((row, "") in new), alarms) for row in studied.table.rows.settings)
     name = f"{studied.scope}_{studied.name}"
     return Table(name, _caption(studied, "Quality and cost"), columns, rows, note=_note(studied, new))
 
 
-def _line(studied: Studied, row: str, mark: str) -> tuple[Cell, ...]:
+def _line(studied: Studied, row: str, mark: str, alarms: bool) -> tuple[Cell, ...]:
     cells, source = studied.at(row, ""), str(studied.path)
     distance, right = studied.spread(row, "", studied.distance_key), studied.spread(row, "", ACCURACY)
     seconds = [cell.cost.seconds for cell in cells if cell.cost.seconds is not None]
@@ -154,10 +157,19 @@ def _line(studied: Studied, row: str, mark: str) -> tuple[Cell, ...]:
         distance.cell(diverged=False),
         right.cell(diverged=False),
         Cell(diverged, distance.diverged / len(cells) if cells else None, source, f"diverged {where}"),
+        *((_alarms(cells, source, where),) if alarms else ()),
         Cell(titles.number(units), units, source, f"units {where}"),
         Cell(titles.MISSING if spent is None else titles.duration(spent), spent, source, f"seconds {where}"),
         Cell(str(len(cells)), len(cells)),
     )
+
+
+def _alarms(cells: Sequence[StudyCell], source: str, where: str) -> Cell:
+    """Say which alarms the watch fired in how many cells; the cell's value is in how many any was fired."""
+    fired = Counter(kind for cell in cells for kind in cell.alarms)
+    text = ", ".join(f"{kind} {count} of {len(cells)}" for kind, count in sorted(fired.items()))
+    some = sum(bool(cell.alarms) for cell in cells)
+    return Cell(text or (f"none of {len(cells)}" if cells else titles.MISSING), some, source, f"alarms {where}")
 
 
 def _phases(studied: Studied) -> Table:

@@ -19,6 +19,7 @@ from afm_pipe.files import read_json
 from afm_pipe.params import Params, StudyTable
 from afm_pipe.reporting import titles
 from afm_pipe.reporting.table import Cell
+from afm_pipe.training.events import ALARMS
 
 ACCURACY = "class_accuracy"
 Scope = Literal["table", "study"]  # also what the names of its tables begin with
@@ -48,6 +49,17 @@ class CellCost(BaseModel):
     machine: str
 
 
+class CellEvent(BaseModel):
+    """Something that happened while a cell was trained."""
+
+    model_config = ConfigDict(frozen=True)
+
+    update: int
+    kind: str
+    text: str
+    action: str | None = None
+
+
 class StudyCell(BaseModel):
     """One training of a table, and what was measured of it at its end; nothing where a loss was not finite."""
 
@@ -61,6 +73,13 @@ class StudyCell(BaseModel):
     metrics: dict[str, FiniteFloat | None]
     intervals: dict[str, tuple[FiniteFloat, FiniteFloat]]
     cost: CellCost
+    events: tuple[CellEvent, ...] | None = None
+    """Null in files from before trainings were watched."""
+
+    @property
+    def alarms(self) -> tuple[str, ...]:
+        """The kinds of alarms that were fired, the first fired first."""
+        return tuple(dict.fromkeys(event.kind for event in self.events or () if event.kind in ALARMS))
 
 
 class StudyFile(BaseModel):

@@ -106,7 +106,7 @@ def _decided(studied: Studied, check: Check, trained: float) -> Verdict:
     # Shares of a few cells come in steps: seeds that agree to the cell are still uncertain by the rounding to one.
     fewest = min(len(sides[0].less), len(sides[0].than))
     interval = t_interval(differences, 0 if check.measure in ("distance", "accuracy") else 1 / fewest / math.sqrt(12))
-    if interval is not None and check.measure != "distance":
+    if interval is not None and check.measure not in ("distance", "alarms"):
         interval = max(interval[0], -1.0), min(interval[1], 1.0)  # of shares
     unknown = _without_number(studied, check, sides)
     outcome: Outcome = "undecided"
@@ -158,6 +158,8 @@ def _values(studied: Studied, check: Check, cells: Sequence[StudyCell], trained:
         worst = max((v for cell in studied.results.cells if (v := cell.metrics.get(key)) is not None), default=1.0)
         found = [cell.metrics.get(key) for cell in cells]
         return [math.log(max(WORSE * worst if value is None else value, 1e-12)) for value in found]
+    if check.measure == "alarms":
+        return [float(len(cell.alarms)) for cell in cells]
     if check.measure == "diverged":
         return [float(cell.diverged is not None) for cell in cells]
     right = [cell.metrics.get(ACCURACY) or 0.0 for cell in cells]
@@ -205,6 +207,9 @@ def _effect(
             count
         )
         return f"distance {factor}{word}{_ends([math.exp(end) for end in bounds])} {compared}{stand_in}"
+    if check.measure == "alarms":
+        fewer = f"{titles.number(abs(mean))} {'fewer' if lower else 'more'}" if mean else "as many"
+        return f"kinds of alarms a cell {fewer}{_ends(bounds)} {compared}"
     points = f"{titles.number(abs(100 * mean))} points " if mean else ""
     text = f"{_SHARES[check.measure]} {points}{word}{_ends([100 * end for end in bounds])} {compared}"
     if check.measure == "accuracy":

@@ -43,6 +43,7 @@ from afm_pipe.params import Params
 from afm_pipe.plan import guidance_flops, measure
 from afm_pipe.study.cells import Job
 from afm_pipe.training.checkpoints import Keeping
+from afm_pipe.training.events import FILE, as_json, read_events
 from afm_pipe.training.loop import kept, train
 from afm_pipe.training.state import Start
 
@@ -157,7 +158,8 @@ class Worker:
                 "images": updates * run.batch_size,
                 "units": self._units(job, config),
             }
-            trained = {"cost": cost, "not_finite": not_finite}
+            events = as_json(read_events(job.folder / FILE))
+            trained = {"cost": cost, "not_finite": not_finite, "events": events}
             write_json(record, trained)
             if job.owner is None:
                 shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
@@ -185,6 +187,7 @@ class Worker:
             "metrics": measured[-1]["metrics"] if finite else {},
             "intervals": measured[-1]["intervals"] if finite else {},
             "cost": trained["cost"],
+            "events": trained["events"],
             "protocol": protocol,
         }
 

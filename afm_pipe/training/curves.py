@@ -22,6 +22,9 @@ MEANS = (
     "g_transport",
     "g_guidance",  # weighted, unlike the others
     "move_rms",  # rms(G(z) - z)
+    "output_scale",  # rms(G(z)) over rms(x)
+    "g_adversarial_push",  # norm of the adversarial gradient at G's output, before it is normalised
+    "g_transport_push",  # of the transport's there, with guidance's
     "g_grad_norm",
 )
 

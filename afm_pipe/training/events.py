@@ -24,7 +24,7 @@ class Event:
     images: int  # seen by G
     kind: str
     text: str
-    evidence: dict[str, float] = field(default_factory=dict)
+    evidence: dict[str, float | None] = field(default_factory=dict)
     action: str | None = None  # what was done, where something was
 
 

@@ -7,25 +7,26 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from afm_pipe.console import Tick
 from afm_pipe.data.latents import Latents
-from afm_pipe.errors import UserError
+from afm_pipe.errors import NotFiniteError, UserError
 from afm_pipe.files import atomic_path
 from afm_pipe.models.checkpoint_format import ModelConfig, save_tensors
 from afm_pipe.models.flow import Flow
 from afm_pipe.params import Run
 from afm_pipe.ranks import ALONE, Ranks
 from afm_pipe.signals import Stopped, looked_for
-from afm_pipe.training.batches import Batches
+from afm_pipe.training.batches import Batches, Part
 from afm_pipe.training.checkpoints import Keeping, Writer, load_latest
 from afm_pipe.training.curves import CLOCK, MEANS, append_curve, write_curves
 from afm_pipe.training.engine import Engine
 from afm_pipe.training.interventions import intervene
-from afm_pipe.training.schedules import num_updates, setting_at
+from afm_pipe.training.schedules import Setting, num_updates
 from afm_pipe.training.state import Start, TrainingState
 from afm_pipe.training.update import Updates
+from afm_pipe.training.watch import Watcher
 
 ROWS = 1000  # at the most, in the curves of a run; rows are at least 10 updates apart
 
@@ -72,17 +73,35 @@ def train(
     if ranks.first:
         write_curves(work_dir / "curves.csv", state.rows)
     batches = Batches(latents, run, device, ranks, micro_batch)
-    updates = Updates(state, Flow(state.generator, config.form, config.nfe), run, ranks)
+    flow = Flow(state.generator, config.form, config.nfe)
+    updates = Updates(state, flow, run, ranks)
     lapped = time.monotonic()
 
+    def drawn(setting: Setting) -> list[Part]:
+        return batches.parts(setting.phase, classifier, state.update * run.batch_size)
+
+    def advance(parts: list[Part]) -> Tensor:
+        figures = updates.update(parts, watcher.setting())
+        state.update += 1
+        return figures
+
+    def try_update() -> None:
+        try:
+            advance(drawn(watcher.setting()))
+            updates.require_finite()
+        except NotFiniteError:
+            updates.abandon()
+            raise
+
+    watcher = Watcher(run, state, flow, latents, work_dir, fingerprint, try_update, ranks)
     yield Tick(state.update, total, "updates")
     writing = Writer(work_dir / "checkpoints", fingerprint, checkpoint_seconds, keeping, active=ranks.first)
     with looked_for() as asked, writing as writer:
-        while state.update < total:
+        while state.update < total and not watcher.finished:
             waited = time.monotonic()
-            setting = setting_at(run, state.update, latents.num_images)
+            setting = watcher.setting()
             try:
-                parts = batches.parts(setting.phase, classifier, state.update * run.batch_size)
+                parts = drawn(setting)
             except UserError:  # the data are gone: what was trained so far is kept
                 writer.finish(state)
                 raise
@@ -90,16 +109,19 @@ def train(
 
             for event in intervene(run, state, latents.num_images, work_dir / "discriminators", ranks):
                 notes.append(f"update {state.update}: {event}")
-            state.sums += updates.update(parts, setting)
-            state.update += 1
-            ended = state.update == total
-            row_due = ended or state.update % row_every == 0
-            saving = ranks.any(ended or asked.number is not None or writer.due())
-            if row_due or saving or state.update in keep_at:
-                updates.require_finite()
+            watcher.before_update()
+            try:
+                state.sums += advance(parts)
+                row_due = state.update == total or state.update % row_every == 0
+                saving = ranks.any(asked.number is not None or writer.due())
+                if row_due or saving or state.update in keep_at:
+                    updates.require_finite()
+            except NotFiniteError as error:
+                updates.abandon()
+                watcher.not_finite(error)
+                continue
             if state.update in keep_at and ranks.first:
-                with atomic_path(kept(work_dir, state.update)) as aside:
-                    save_tensors(aside, state.ema.state_dict())
+                _keep(work_dir, state.update, state)
 
             if row_due:
                 since = state.update - (state.rows[-1]["update"] if state.rows else start.update if start else 0)
@@ -110,7 +132,10 @@ def train(
                 if ranks.first:
                     append_curve(work_dir / "curves.csv", state.rows[-1])
                 state.sums.zero_()
-            if saving:
+                if watcher.after_row(total):
+                    continue
+            ended = state.update == total or watcher.finished
+            if saving or ended:
                 now = time.monotonic()
                 state.seconds["training"] += now - lapped
                 lapped = now
@@ -126,12 +151,20 @@ def train(
                 facts = f"gap {means['logit_gap']:.2f}  move {means['move_rms']:.2f}  {writer.trouble}".rstrip()
                 yield Tick(state.update, total, "updates", facts)
         notes += writer.notes
+    if watcher.finished and ranks.first:
+        for update in (each for each in keep_at if each >= state.update):  # what stands for the end of the schedule
+            _keep(work_dir, update, state)
     return Trained(state, notes)
 
 
 def kept(work_dir: Path, update: int) -> Path:
     """Where the moving average after an update is kept, if it is."""
     return work_dir / "kept" / f"update-{update:09d}.safetensors"
+
+
+def _keep(work_dir: Path, update: int, state: TrainingState) -> None:
+    with atomic_path(kept(work_dir, update)) as aside:
+        save_tensors(aside, state.ema.state_dict())
 
 
 def _require_same_update(ranks: Ranks, update: int) -> None:

@@ -42,7 +42,7 @@ def setting_at(run: Run, update: int, num_images: int) -> Setting:
     )
 
 
-def cosine(start: float, end: float, update: int, updates: int) -> float:
+def cosine(start: float, end: float, update: float, updates: int) -> float:
     """Return a half cosine over `updates` updates, from start at the first to end at the last and ever after."""
     progress = min(update / max(updates - 1, 1), 1.0)
     return end + (start - end) * (1 + cos(pi * progress)) / 2

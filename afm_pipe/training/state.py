@@ -37,6 +37,7 @@ class TrainingState:
     optimizer_generator: torch.optim.AdamW
     optimizer_discriminator: torch.optim.AdamW
     normalizer: GradientNormalizer
+    best: Generator | None  # the moving average at the best probe, where an auto schedule keeps it
     sums: Tensor  # of the figures in MEANS since the last row, so that a checkpoint may fall between rows
     update: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CLOCKS, 0.0))  # over all sittings
@@ -59,6 +60,7 @@ class TrainingState:
             _adamw(generator, run),
             _adamw(discriminator, run),
             GradientNormalizer(run.gradient_normalization.decay, device),
+            copy.deepcopy(generator).requires_grad_(False) if run.schedule == "auto" else None,
             torch.zeros(len(MEANS), device=device),
         )
 
@@ -79,11 +81,12 @@ class TrainingState:
             "optimizer_discriminator": optimizer_tensors(self.optimizer_discriminator),
             "normalizer": {"mean_square": self.normalizer.mean_square},
             "curve": {"sums": self.sums},
+            **({} if self.best is None else {"best": self.best.state_dict()}),
         }
 
     def load_tensors(self, tensors: dict[str, dict[str, Tensor]], folder: Path) -> None:
         """Take over tensors as `tensors` returns them. Raises UserError when they are of another model."""
-        for part in ("generator", "discriminator", "ema"):
+        for part in ("generator", "discriminator", "ema", *(() if self.best is None else ("best",))):
             load_exactly(getattr(self, part), tensors[part], folder / f"{part}.safetensors")
         load_optimizer(self.optimizer_generator, tensors["optimizer_generator"])
         load_optimizer(self.optimizer_discriminator, tensors["optimizer_discriminator"])

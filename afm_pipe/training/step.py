@@ -85,6 +85,8 @@ class OutputGradients(NamedTuple):
     others: Tensor  # (N, C, H, W), of transport and guidance
     terms: GeneratorTerms
     square_move: Tensor  # mean square of G(x_s) - x_s
+    square_output: Tensor  # of G(x_s)
+    square_real: Tensor  # of x_t
     fake: Tensor | None  # G's output with its graph; None where it is not kept
 
 
@@ -192,6 +194,8 @@ def output_gradients(
         others=others,
         terms=GeneratorTerms(adversarial.detach(), transport.detach(), guidance.detach()),
         square_move=share.batch * (output.detach() - batch.source).square().mean(),
+        square_output=share.batch * output.detach().square().mean(),
+        square_real=share.batch * batch.real.square().mean(),
         fake=fake if fake.requires_grad else None,
     )
 

@@ -81,10 +81,11 @@ class Updates:
                 adversarial = gradients.adversarial if divisor is None else gradients.adversarial / divisor
                 output = self._forward(part) if gradients.fake is None else gradients.fake
                 output.backward(adversarial + gradients.others)
-        *terms, square_move = self._summed([torch.stack([*each.terms, each.square_move]) for each in at_output])
+        *terms, move, output, real, push, pull = self._summed([_figures(each) for each in at_output])
         total = generator_total(GeneratorTerms(*terms), setting.transport)
         norm = self._apply("generator", total, setting.lr, setting.phase.gradient_clip)
-        return torch.stack([*terms, square_move.sqrt(), norm])
+        scale = (output / real.clamp(min=1e-12)).sqrt()
+        return torch.stack([*terms, move.sqrt(), scale, push.sqrt(), pull.sqrt(), norm])
 
     def _output_gradients(self, parts: Sequence[Part], setting: Setting, fake: Tensor | None) -> list[OutputGradients]:
         """Return every part's gradients at G's output. G's graph is kept for one part; several pass through G again."""
@@ -146,6 +147,13 @@ class Updates:
         if update < NEVER:
             raise _not_finite("a loss that is not finite", update)
 
+    def abandon(self) -> None:
+        """Leave no trace of an update that was broken off but in the weights."""
+        self._diverged_at.fill_(NEVER)
+        self.state.discriminator.requires_grad_(True)
+        self.d_gradients.clear()
+        self.g_gradients.clear()
+
     @torch.no_grad()
     def _update_ema(self) -> None:
         averages: list[Tensor] = list(self.state.ema.parameters())
@@ -159,3 +167,10 @@ def _not_finite(found: str, update: int) -> NotFiniteError:
         "the weight of the transport or the penalty.",
         update,
     )
+
+
+def _figures(of: OutputGradients) -> Tensor:
+    """Return the figures of a part that add up over the parts of a batch."""
+    squares = of.square_move, of.square_output, of.square_real
+    pushes = of.adversarial.square().sum(), of.others.square().sum()
+    return torch.stack([*of.terms, *squares, *pushes])
