@@ -341,6 +341,32 @@ def test_a_sweep_shows_spread_divergence_and_cost() -> None:
     assert figure.source == "tables/sweep.json"
 
 
+def fired(kinds: dict[str, tuple[str, ...]]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Return a function that gives a cell the events of its row, an action among them."""
+
+    def with_events(cell: dict[str, Any]) -> dict[str, Any]:
+        events = [{"update": 9, "kind": kind, "text": "found", "action": None} for kind in kinds[cell["row"]]]
+        return cell | {"events": [*events, {"update": 9, "kind": "phase", "text": "begins", "action": "done"}]}
+
+    return with_events
+
+
+def test_alarms_of_the_watch_are_shown_and_compared() -> None:
+    table = declared(checks=(check("alarms", {"rows": ["0.2"]}, {"rows": ["0"]}),))
+    write_study("tables/sweep.json", table, clear)
+    written = json.loads(Path("tables/sweep.json").read_text())
+    give = fired({"0": ("identity", "identity", "stagnation"), "0.2": ()})
+    write("tables/sweep.json", written | {"cells": [give(each) for each in written["cells"]]})
+    (shown,) = sections_of(make_params(sweep=table))["study-sweep"].tables
+    column = [each.key for each in shown.columns].index("alarms")
+    assert [row[column] for row in texts(shown)] == ["identity 3 of 3, stagnation 3 of 3", "none of 3"]
+    assert [row[column].value for row in shown.rows] == [3, 0]
+    verdict = verdict_of(table)
+    assert verdict.outcome == "supported"
+    assert "kinds of alarms a cell 2.0" in verdict.effect
+    assert verdict.difference == -2.0
+
+
 def test_a_grid_shows_means_over_seeds_and_marks_divergence() -> None:
     table = declared(("0.1", "0.5"), ("0", "0.2"), checks=())
 
