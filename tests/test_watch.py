@@ -151,7 +151,7 @@ def test_a_stall_puts_back_the_earlier_discriminator_that_does_best(watched: Wat
     tried = {int(trial.split()[-1]): float(trial.split()[0]) for trial in trials}
     assert f"D put back to update {min(tried, key=tried.__getitem__)} " in event.action
     assert whole.rows[-1]["lr"] == whole.rows[0]["lr"] / 2
-    assert len(list((tmp_path / "whole" / "discriminators").glob("probe-*"))) <= 4, "bounded"
+    assert len(list((tmp_path / "whole" / "discriminators").glob("probe-*"))) <= 6, "bounded"
 
     with pytest.raises(InterruptedError):
         watched("cut", STUCK, stop_at=30)

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from afm_pipe.data.latents import Latents
-from afm_pipe.errors import NotFiniteError
+from afm_pipe.errors import NotFiniteError, UserError
 from afm_pipe.files import atomic_path, read_json
 from afm_pipe.models.checkpoint_format import load_exactly, load_tensors, save_tensors
 from afm_pipe.models.flow import Flow
@@ -249,7 +249,8 @@ class Watcher:
         if not (self.act or self.auto or self._ever_waits()):
             return
         watch = self.watch
-        watch.discriminators = [*watch.discriminators, self.state.update][-self.run.watch.act.candidates :]
+        # Two more than are tried, so that a checkpoint still being written finds its own.
+        watch.discriminators = [*watch.discriminators, self.state.update][-self.run.watch.act.candidates - 2 :]
         if self.ranks.first:
             self._write_discriminator()
         self.ranks.barrier()
@@ -258,9 +259,13 @@ class Watcher:
         with atomic_path(self._discriminator(self.state.update)) as aside:
             save_tensors(aside, self.state.discriminator.state_dict())
         wanted = set(self.watch.discriminators)
-        for folder in (self._good, self.work_dir / "checkpoints"):
-            for checkpoint in checkpoints(folder):
-                wanted |= set(read_json(checkpoint / "extra.json").get("watch", {}).get("discriminators", ()))
+        try:
+            for folder in (self._good, self.work_dir / "checkpoints"):
+                for checkpoint in checkpoints(folder):
+                    extra = read_json(checkpoint / "extra.json")
+                    wanted |= set(extra.get("watch", {}).get("discriminators", ()))
+        except UserError:  # a checkpoint that is just being removed, in the background: drop them another time
+            return
         keep = {self._discriminator(update) for update in wanted}
         for path in set((self.work_dir / "discriminators").glob("probe-*")) - keep:
             path.unlink()
