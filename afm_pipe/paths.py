@@ -41,7 +41,7 @@ def curves(run: str) -> Path:
 
 def events(run: str) -> Path:
     """What happened while a run was trained: one JSON object a line."""
-    return Path("curves") / f"{run}.events.jsonl"
+    return Path("events") / f"{run}.jsonl"
 
 
 def table(name: str) -> Path:

@@ -449,7 +449,8 @@ def test_a_run_has_a_page_with_its_settings_protocol_and_events(project: Path) -
     params = make_params(a={"phases": phases}, b={})
     write_inputs(params)
     event = {"update": 12, "images": 768, "kind": "stall", "text": "D reloaded <by hand>"}
-    paths.curves("a").with_suffix(".events.jsonl").write_text(json.dumps(event) + "\n")
+    paths.events("a").parent.mkdir(exist_ok=True)
+    paths.events("a").write_text(json.dumps(event) + "\n")
     index = built(params)
     page = Page((paths.REPORTS / "runs" / "a.html").read_text())
     for words in ("reload_discriminator: 4.0", "stall: D reloaded <by hand> (update 12)", "a phase ends: epoch 6"):
@@ -467,8 +468,9 @@ def test_a_run_has_a_page_with_its_settings_protocol_and_events(project: Path) -
 def test_damaged_events_name_their_line(project: Path) -> None:
     params = make_params()
     write_inputs(params)
-    paths.curves("t4").with_suffix(".events.jsonl").write_text("{}\n")
-    with pytest.raises(UserError, match=r"t4.events.jsonl, line 1, expected update, images, kind and text"):
+    paths.events("t4").parent.mkdir(exist_ok=True)
+    paths.events("t4").write_text("{}\n")
+    with pytest.raises(UserError, match=r"events/t4.jsonl, line 1, expected update, images, kind and text"):
         built(params)
 
 

@@ -62,7 +62,7 @@ class Summary(BaseModel):
 
 
 class Event(BaseModel):
-    """Something that happened while a run trained: curves/RUN.events.jsonl has one a line."""
+    """Something that happened while a run trained: events/RUN.jsonl has one a line."""
 
     model_config = ConfigDict(frozen=True)
 
