@@ -23,7 +23,8 @@ HEALTHY = {"d_adversarial": 0.5, "g_adversarial": 1.2, "d_accuracy": 0.75, "move
 
 @pytest.fixture
 def run(smoke_run: Run) -> Run:
-    return smoke_run
+    raw = smoke_run.model_dump(mode="json")
+    return Run.model_validate(laid_over(raw, {"watch": {"settle_epochs": 1.0}}))
 
 
 def trace(count: int = 40, **columns: Any) -> list[Row]:
