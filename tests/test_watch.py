@@ -27,7 +27,11 @@ Watched = Callable[..., TrainingState]
 def watched(discs: Path, discs_params: Params, tmp_path: Path) -> Watched:
     """Return a function that trains the discs with overrides, as far as to a row if asked."""
     latents = Latents.open(discs / "data" / "latents.h5")
-    base = {"size": "s4", "phases": [{"until_epoch": 5}], "watch": {"settle_epochs": 1.0, "probe": {"every_epochs": 1.25}}}
+    base = {
+        "size": "s4",
+        "phases": [{"until_epoch": 5}],
+        "watch": {"settle_epochs": 1.0, "probe": {"every_epochs": 1.25}},
+    }
 
     def trained(folder: str, own: dict[str, Any], stop_at: int | None = None) -> TrainingState:
         run = Run.model_validate(laid_over(laid_over(discs_params.runs["t4"].model_dump(mode="json"), base), own))
