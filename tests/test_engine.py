@@ -17,6 +17,7 @@ from afm_pipe.models.sizes import ModelSize
 from afm_pipe.params import Run
 from afm_pipe.params.training import BF16_EPSILON
 from afm_pipe.params_file import load_params
+from afm_pipe.training.budget import budget
 from afm_pipe.training.engine import Engine
 from afm_pipe.training.losses import gradient_penalty, moved
 from afm_pipe.training.state import TrainingState
@@ -200,3 +201,11 @@ def test_models_are_saved_alike_whatever_the_engine(training) -> None:
     for part, tensors in plain.tensors().items():
         for name, value in tensors.items():
             assert torch.equal(other.tensors()[part][name], value)
+
+
+def test_memory_that_is_asked_for_shrinks_with_checkpointed_activations() -> None:
+    config = ModelConfig(size="t4", channels=4, latent_size=8, num_classes=CLASS_COUNT)
+    run = RUN.model_copy(update={"size": "t4", "batch_size": 64})
+    whole, spare = budget(run, config), budget(run, config, checkpoint_activations=True)
+    assert whole.activation_bytes / 4 < spare.activation_bytes < whole.activation_bytes / 3  # four blocks
+    assert spare.state_bytes == whole.state_bytes

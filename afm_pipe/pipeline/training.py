@@ -47,7 +47,8 @@ def train(params: Params, name: str, launch: Launch) -> None:
     keep_at = probes(run, latents.num_images, continues=start is not None)  # as a cell of a table would
     work_dir = paths.WORK / name
     with joined(device) as ranks, exclusive(work_dir) if ranks.first else nullcontext() as lease:
-        require_memory(run_budget(params, name, ranks.size, launch.micro_batch), name, device)
+        needs = run_budget(params, name, ranks.size, launch.micro_batch, launch.checkpoint_activations)
+        require_memory(needs, name, device)
         ranks.barrier()  # nobody has taken any memory while another looks
         training = train_loop(
             run,

@@ -10,6 +10,7 @@ import torch
 from afm_pipe.errors import UserError
 from afm_pipe.models.checkpoint_format import ModelConfig, build_discriminator, build_generator, count_parameters
 from afm_pipe.models.flow import Flow
+from afm_pipe.models.sizes import SIZES, ModelSize
 from afm_pipe.params import Run
 from afm_pipe.training.batches import num_parts
 from afm_pipe.training.step import Batch, PenaltyNoise, discriminator_step
@@ -34,8 +35,19 @@ class Budget(NamedTuple):
         """Everything that is in memory at once."""
         return self.state_bytes + self.activation_bytes + RUNTIME
 
+    def with_checkpointed_activations(self, size: ModelSize, latent_size: int, images: int) -> "Budget":
+        """Return the needs when of every block only the input is kept, and the inside of one block at a time.
 
-def budget(run: Run, config: ModelConfig, ranks: int = 1, micro_batch: int | None = None) -> Budget:
+        `images` go through D together.
+        """
+        tokens = 1 + (latent_size // size.patch) ** 2
+        inputs = FLOAT * size.depth * images * tokens * size.width
+        return self._replace(activation_bytes=min(self.activation_bytes, self.activation_bytes // size.depth + inputs))
+
+
+def budget(
+    run: Run, config: ModelConfig, ranks: int = 1, micro_batch: int | None = None, checkpoint_activations: bool = False
+) -> Budget:
     """Count the needs of one of `ranks` on the meta device: exact shapes, nothing allocated."""
     with torch.device("meta"):
         generator, discriminator = build_generator(config), build_discriminator(config)
@@ -55,13 +67,16 @@ def budget(run: Run, config: ModelConfig, ranks: int = 1, micro_batch: int | Non
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             discriminator_step(Flow(generator, config.form, config.nfe), discriminator, batch, noise, run)
     g, d = count_parameters(generator), count_parameters(discriminator)
-    return Budget(
+    needs = Budget(
         generator_parameters=g,
         discriminator_parameters=d,
         state_bytes=FLOAT * (G_COPIES * g + D_COPIES * d),
         activation_bytes=max(sum(kept.values()) - FLOAT * d, 0),  # weights are saved for the backward pass too
         checkpoint_bytes=FLOAT * ((G_COPIES - 1) * g + (D_COPIES - 1) * d),
     )
+    if not checkpoint_activations:
+        return needs
+    return needs.with_checkpointed_activations(SIZES[config.size], config.latent_size, 2 * (n + penalised))
 
 
 def require_memory(needs: Budget, run_name: str, device: torch.device) -> None:
@@ -76,7 +91,8 @@ def require_memory(needs: Budget, run_name: str, device: torch.device) -> None:
             f"Found {free / 2**30:.1f} GiB of memory free on {device}, expected {needs.memory_bytes / 2**30:.1f} GiB "
             f"for the run {run_name} ({needs.state_bytes / 2**30:.1f} for weights and optimizers, "
             f"{needs.activation_bytes / 2**30:.1f} for activations): use a larger device, a smaller size, "
-            "a smaller train.batch_size, or less of it at once (AFM_MICRO_BATCH)."
+            "a smaller train.batch_size, or less of it at once "
+            "(AFM_MICRO_BATCH, AFM_CHECKPOINT_ACTIVATIONS=true)."
         )
 
 
