@@ -204,8 +204,9 @@ def _belong_together(arrays: dict[str, np.ndarray]) -> bool:
     kinds = [arrays[name].dtype.kind for name in ("mu", "sigma", "features", "labels")]
     if kinds != ["f", "f", "f", "i"] or arrays["mu"].ndim != 1 or arrays["labels"].ndim != 1:
         return False
-    width, count = len(arrays["mu"]), len(arrays["labels"])
-    return arrays["sigma"].shape == (width, width) and arrays["features"].shape[:1] == (count,)
+    width, count, features = len(arrays["mu"]), len(arrays["labels"]), arrays["features"]
+    adm = str(arrays["source"]).startswith("adm ")  # then features are ADM's, or those of the images that are shown
+    return arrays["sigma"].shape == (width, width) and features.ndim == 2 and (adm or len(features) == count)
 
 
 class FeatureStream:
