@@ -319,6 +319,20 @@ def summary(params: ParamsFile = paths.PARAMS) -> None:
     typer.echo(answers.summary(load_params(params)))
 
 
+@app.command(rich_help_panel=TOOL, context_settings={"ignore_unknown_options": True})
+@guarded
+def sbatch(
+    command: Annotated[list[str], typer.Argument(metavar="COMMAND...", help="What to run, without afm-pipe.")],
+    nodes: Annotated[int, typer.Option(min=1, help="So many machines.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of each.")] = 8,
+    time: Annotated[str, typer.Option(help="After it the job is queued again: a time limit of SLURM.")] = "24:00:00",
+) -> None:
+    """Print a script for SLURM, requeued when preempted.  Example: afm-pipe sbatch train xl2 --nodes 2 > xl2.sbatch"""
+    from afm_pipe.sbatch import batch_script
+
+    typer.echo(batch_script(command, nodes, gpus, time), nl=False)
+
+
 @app.command(rich_help_panel=TOOL)
 def schema() -> None:
     """Print the JSON schema of params.yaml.  Example: afm-pipe schema > params.schema.json"""
