@@ -74,4 +74,4 @@ $(INSTALLED): pyproject.toml
 	@touch $(INSTALLED)
 
 clean:
-	rm -rf data models samples reference curves costs metrics reports toy work
+	rm -rf data models samples reference curves events costs metrics tables reports toy work
