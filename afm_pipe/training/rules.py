@@ -41,6 +41,8 @@ def divergence(run: Run, rows: Sequence[Row]) -> Alarm | None:
     loss, scale = max(seen["d_adversarial"], seen["g_adversarial"]), seen["output_scale"]
     if not all(map(math.isfinite, seen.values())):
         return Alarm("divergence", "losses are no longer numbers", seen)
+    if not _settled(run, rows[-1]):
+        return None
     if loss > limits.loss:
         return Alarm("divergence", f"an adversarial loss of {loss:.3g}, above {limits.loss:g}", seen)
     if scale > limits.scale:
