@@ -33,7 +33,21 @@ from afm_pipe.training.checkpoints import checkpoints
 RUN = "t4"
 # EMA and D are reloaded on the way, so that what a resume needs is more than the newest checkpoint.
 PHASES = "[{until_epoch: 5}, {until_epoch: 8, reload_ema: epoch, reload_discriminator: 2}]"
-OVERRIDES = (f"runs.{RUN}.phases={PHASES}", f"runs.{RUN}.size=s4")
+# And the watch acts: at update 20 it goes back to update 10 as often as it may, at update 30 it puts D back by trial.
+# So what it remembers and keeps on disk is needed, too.
+WATCH = {
+    "policy": "act",
+    "settle_epochs": 2.0,
+    "probe.every_epochs": 1.25,
+    "divergence.spread": 1000.0,
+    "stagnation": "{probes: 1, improvement: 1.0, d_accuracy: 0.0}",
+    "act": "{rollbacks: 2, lr: 0.9, candidates: 2, trial_epochs: 0.3, transport_speed: 2.0}",
+}
+OVERRIDES = (
+    f"runs.{RUN}.phases={PHASES}",
+    f"runs.{RUN}.size=s4",
+    *(f"runs.{RUN}.watch.{name}={value}" for name, value in WATCH.items()),
+)
 KILLS_OF_A_RUN = 5
 
 
@@ -77,7 +91,8 @@ def result() -> dict[str, bytes]:
     last = checkpoints(folder)[-1]
     files = [path for path in last.iterdir() if path.name != "manifest.json"]  # optimizers, normaliser, rows, events
     files += [path for path in folder.parent.glob("*") if path.is_file()]  # curves.csv, events.jsonl
-    for root in (paths.model(RUN), paths.WORK / "dvclive" / RUN, folder.parent / "discriminators"):
+    files += folder.parent.glob("discriminators/update-*")  # of probes, which are there depends on the checkpoints
+    for root in (paths.model(RUN), paths.WORK / "dvclive" / RUN):
         files += [path for path in root.rglob("*") if path.is_file()]
     return {str(path): path.read_bytes() for path in [*files, paths.curves(RUN)]}
 

@@ -167,6 +167,15 @@ def test_compressed_entries_are_refused_before_they_are_inflated() -> None:
     refused(lambda: read_tensors(Path("x.pth")), "with compressed entries")
 
 
+def test_an_archive_that_says_it_goes_on_on_another_disk_is_refused(weights: dict[str, Tensor]) -> None:
+    torch.save(weights, "x.pth")
+    content = Path("x.pth").read_bytes()
+    end = content.rindex(b"PK\6\7")  # the locator of the end of a large archive: signature, disk, place, disks
+    Path("x.pth").write_bytes(content[: end + 16] + b"\2\0\0\0" + content[end + 20 :])
+    with pytest.raises(UserError, match="no whole archive of torch.save"):
+        read_tensors(Path("x.pth"))
+
+
 def test_tuples_that_take_years_to_hash_are_refused() -> None:
     torch.save({"w": torch.ones(1)}, "x.pth")
     nested = b"\x80\x02}" + b"U\x01aq\x00" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(200)) + b"K\x01s."

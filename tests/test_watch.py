@@ -33,11 +33,11 @@ def watched(discs: Path, discs_params: Params, tmp_path: Path) -> Watched:
         "watch": {"settle_epochs": 1.0, "probe": {"every_epochs": 1.25}},
     }
 
-    def trained(folder: str, own: dict[str, Any], stop_at: int | None = None) -> TrainingState:
+    def trained(folder: str, own: dict[str, Any], stop_at: int | None = None, seconds: float = 0.0) -> TrainingState:
         run = Run.model_validate(laid_over(laid_over(discs_params.runs["t4"].model_dump(mode="json"), base), own))
         config = run_config(run, latents.latent_shape, latents.num_classes)
-        # A checkpoint at every row, so that whatever stops it stops it right after one.
-        training = train(run, config, latents, tmp_path / folder, "watched", CPU, 0.0, keep_at=(LAST,))
+        # A checkpoint at every row, so that whatever stops it stops it right after one; or after so many seconds.
+        training = train(run, config, latents, tmp_path / folder, "watched", CPU, seconds, keep_at=(LAST,))
         while True:
             try:
                 tick = next(training)
@@ -122,6 +122,27 @@ def test_nan_goes_back_to_the_last_good_probe_at_lower_rates(watched: Watched, t
         file.write('{"update": 2')  # what a kill in the middle of a write leaves
     assert_same(watched("cut", NAN), whole)
     assert happened(tmp_path, "cut") == happened(tmp_path, "whole")
+
+
+def test_a_kill_before_the_first_checkpoint_after_a_rollback_changes_nothing(watched: Watched, tmp_path: Path) -> None:
+    whole = watched("whole", NAN)
+    with pytest.raises(InterruptedError):
+        watched("cut", NAN, stop_at=30, seconds=1000.0)
+    assert not list((tmp_path / "cut" / "checkpoints").glob("update-*"))
+    assert [path.name for path in sorted((tmp_path / "cut" / "good").iterdir())][-1] > "update-000000000"
+    assert_same(watched("cut", NAN), whole)
+    assert happened(tmp_path, "cut") == happened(tmp_path, "whole")
+
+
+def test_good_checkpoints_that_are_damaged_are_not_gone_back_to(watched: Watched, tmp_path: Path) -> None:
+    calm = laid_over(NAN, {"phases": [{"until_epoch": 5, "lr": 1.0e-3}]})
+    with pytest.raises(InterruptedError):
+        watched("bad", calm, stop_at=20)
+    for path in (tmp_path / "bad" / "good").glob("*/generator.safetensors"):
+        path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(NotFiniteError):
+        watched("bad", NAN)
+    assert happened(tmp_path, "bad")[-1].action == "found no whole checkpoint to go back to"
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def check_safetensors(path: Path) -> None:
 def check_pickled(path: Path) -> None:
     """Raise UserError for what torch.save does not write: another container, compressed entries, tuples used twice."""
     check_file(path)
-    if not zipfile.is_zipfile(path):
+    if not _is_archive(path):
         with path.open("rb") as file:
             pickled = file.read(1) == b"\x80"
         if pickled:
@@ -99,6 +99,13 @@ def _is_plain(tensor: Tensor) -> bool:
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_nested:
         return False
     return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
+def _is_archive(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # the end of an archive, which says that there are more disks of it
+        return False
 
 
 def _is_order(entry: zipfile.ZipInfo) -> bool:

@@ -7,7 +7,7 @@ manifest.json that lists their sizes and hashes. The latest is the highest whose
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -166,9 +166,16 @@ class Writer:
 
 
 def save_checkpoint(
-    folder: Path, state: Saveable, fingerprint: str, last: int = 2, check: Callable[[], None] = lambda: None
+    folder: Path,
+    state: Saveable,
+    fingerprint: str,
+    last: int = 2,
+    check: Callable[[], None] = lambda: None,
+    keep: Collection[int] = (),
 ) -> None:
     """Write a checkpoint of `state` under `folder`; drop those of later updates and all but the newest `last`.
+
+    Those of the updates in `keep` stay, too, if they are not later ones.
 
     `check` is called between the parts, and may raise. Where the disk has no room for one more, older ones go first,
     except the newest.
@@ -189,17 +196,22 @@ def save_checkpoint(
         check()
     present = checkpoints(folder)
     later = [path for path in present if path.name > f"update-{state.update:09d}"]  # damaged, or no longer its future
+    kept = {f"update-{update:09d}" for update in keep}
     for old in later + [path for path in present if path not in later][:-last]:
-        shutil.rmtree(old)
+        if old in later or old.name not in kept:
+            shutil.rmtree(old)
 
 
-def load_latest(folder: Path, state: Resumable, fingerprint: str) -> list[str]:
+def load_latest(folder: Path, state: Resumable, fingerprint: str, until: int | None = None) -> list[str]:
     """Bring `state` to the newest checkpoint under `folder` that is whole; leave it as it is when there is none.
 
-    Returns a line for each damaged checkpoint passed over. Raises UserError for a checkpoint of other params.
+    Those of updates after `until` do not count. Returns a line for each damaged checkpoint passed over. Raises
+    UserError for a checkpoint of other params.
     """
     passed_over, parts = [], list(state.tensors())
     for checkpoint in reversed(checkpoints(folder)):
+        if until is not None and checkpoint.name > f"update-{until:09d}":
+            continue
         damage = _damage(checkpoint, parts)
         if damage:
             passed_over.append(f"Found {checkpoint} damaged ({damage}): went on from an earlier one.")

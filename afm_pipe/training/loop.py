@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from afm_pipe.console import Tick
 from afm_pipe.data.latents import Latents
 from afm_pipe.errors import NotFiniteError, UserError
-from afm_pipe.files import atomic_path
+from afm_pipe.files import atomic_path, remove_leftovers
 from afm_pipe.models.checkpoint_format import ModelConfig, save_tensors
 from afm_pipe.models.flow import Flow
 from afm_pipe.params import Run
@@ -71,6 +71,8 @@ def train(
     notes = load_latest(work_dir / "checkpoints", state, fingerprint)
     _require_same_update(ranks, state.update)
     if ranks.first:
+        for folder in (work_dir, *work_dir.glob("*/")):
+            remove_leftovers(folder)
         write_curves(work_dir / "curves.csv", state.rows)
     batches = Batches(latents, run, device, ranks, micro_batch)
     flow = Flow(state.generator, config.form, config.nfe)

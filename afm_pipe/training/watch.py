@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from afm_pipe.data.latents import Latents
 from afm_pipe.errors import NotFiniteError, UserError
@@ -27,6 +28,7 @@ from afm_pipe.training.state import TrainingState
 from afm_pipe.training.watch_state import WatchState
 
 PHASES = 3  # of `schedule: auto`
+SPARE = 2  # more than what is asked for now, so that a checkpoint that is still being written finds its own
 
 
 class Watcher:
@@ -54,7 +56,7 @@ class Watcher:
         self.auto = run.schedule == "auto"
         if ranks.first:
             write_events(work_dir / FILE, self.watch.events)
-        if self.act and not checkpoints(self._good):
+        if self.act and self.watch.good is None:
             self._save_good()
 
     @property
@@ -173,8 +175,11 @@ class Watcher:
             tried = f"given up after {limit} rollbacks" if self.act else None
             self._note(alarm.kind, alarm.text, alarm.evidence, tried)
             return False
-        at, seconds, factor = state.update, state.seconds, self.run.watch.act.lr
-        load_latest(self._good, state, self.fingerprint)
+        at, seconds, extra, factor = state.update, state.seconds, state.extra, self.run.watch.act.lr
+        load_latest(self._good, state, self.fingerprint, until=then.good)
+        if state.extra is extra:  # nothing was loaded
+            self._note(alarm.kind, alarm.text, alarm.evidence, "found no whole checkpoint to go back to")
+            return False
         state.seconds = seconds
         self.watch = WatchState.from_json(state.extra["watch"])
         self.watch.events, self.watch.rollbacks, self.watch.rate = then.events, then.rollbacks + 1, then.rate * factor
@@ -239,9 +244,12 @@ class Watcher:
         return self.work_dir / "good"
 
     def _save_good(self) -> None:
+        self.watch.good = self.state.update
         self._remember()
         if self.ranks.first:
-            save_checkpoint(self._good, self.state, self.fingerprint, last=1)
+            # A training that is killed may begin again before its last rollback, and then goes back as it did before.
+            asked = {watch["good"] for watch in self._remembered("checkpoints") if watch.get("good") is not None}
+            save_checkpoint(self._good, self.state, self.fingerprint, last=SPARE, keep=asked)
         self.ranks.barrier()
 
     def _keep_discriminator(self) -> None:
@@ -249,8 +257,7 @@ class Watcher:
         if not (self.act or self.auto or self._ever_waits()):
             return
         watch = self.watch
-        # Two more than are tried, so that a checkpoint still being written finds its own.
-        watch.discriminators = [*watch.discriminators, self.state.update][-self.run.watch.act.candidates - 2 :]
+        watch.discriminators = [*watch.discriminators, self.state.update][-self.run.watch.act.candidates - SPARE :]
         if self.ranks.first:
             self._write_discriminator()
         self.ranks.barrier()
@@ -259,16 +266,21 @@ class Watcher:
         with atomic_path(self._discriminator(self.state.update)) as aside:
             save_tensors(aside, self.state.discriminator.state_dict())
         wanted = set(self.watch.discriminators)
-        try:
-            for folder in (self._good, self.work_dir / "checkpoints"):
-                for checkpoint in checkpoints(folder):
-                    extra = read_json(checkpoint / "extra.json")
-                    wanted |= set(extra.get("watch", {}).get("discriminators", ()))
-        except UserError:  # a checkpoint that is just being removed, in the background: drop them another time
-            return
+        for watch in self._remembered("good", "checkpoints"):
+            wanted |= set(watch.get("discriminators", ()))
         keep = {self._discriminator(update) for update in wanted}
         for path in set((self.work_dir / "discriminators").glob("probe-*")) - keep:
             path.unlink()
+
+    def _remembered(self, *folders: str) -> list[dict[str, Any]]:
+        """Return what checkpoints remember of the watch."""
+        found = []
+        for checkpoint in (each for folder in folders for each in checkpoints(self.work_dir / folder)):
+            try:
+                found.append(read_json(checkpoint / "extra.json").get("watch", {}))
+            except UserError:  # damaged, or just being removed in the background: nothing begins with it
+                continue
+        return found
 
     def _load_discriminator(self, update: int) -> None:
         path = self._discriminator(update)
@@ -287,7 +299,8 @@ class Watcher:
         self, kind: str, text: str, evidence: dict[str, float], action: str | None = None, update: int | None = None
     ) -> None:
         at = self.state.update if update is None else update
-        known = {name: value if math.isfinite(value) else None for name, value in evidence.items()}
+        # Sorted, as a checkpoint gives them back: the log of a training that was killed is the same to the byte.
+        known = {name: value if math.isfinite(value) else None for name, value in sorted(evidence.items())}
         event = Event(at, at * self.run.batch_size, kind, text, known, action)
         self.watch.events.append(event)
         if self.ranks.first:

@@ -18,6 +18,7 @@ class WatchState:
     holding: list[str] = field(default_factory=list)  # alarms that were fired and still hold
     rate: float = 1.0  # learning rates are multiplied by it
     rollbacks: int = 0
+    good: int | None = None  # update of the checkpoint that a rollback goes back to
     transport_scale: float = 1.0
     decay_speed: float = 1.0  # of the transport weight, since the update `decay_since`, when its clock stood at:
     decay_since: int = 0
