@@ -1,11 +1,13 @@
 """The training loop survives: killed, damaged, out of disk or out of range, it goes on to the same weights."""
 
+import itertools
 import json
 import os
 import resource
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,13 +106,44 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     assert same_outputs(project, uninterrupted)
 
 
-@pytest.mark.parametrize("lost", ["manifest.json", "generator.safetensors", "curves.csv"])
-def test_a_half_deleted_checkpoint_is_passed_over(uninterrupted: Path, project: Path, lost: str) -> None:
-    shutil.copytree(uninterrupted / "work", "work", dirs_exist_ok=True)
-    folder = work_dir(project) / "checkpoints"
+def lose(*names: str) -> Callable[[Path], None]:
+    return lambda folder: [(folder / name).unlink() for name in names] and None
+
+
+def zero(*patterns: str) -> Callable[[Path], None]:
+    """Return a function that leaves files their sizes and takes their bytes, as a power cut does."""
+
+    def zeroed(folder: Path) -> None:
+        files = [path for pattern in patterns for path in folder.glob(pattern)]
+        assert files
+        for path in files:
+            path.write_bytes(bytes(path.stat().st_size))
+
+    return zeroed
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lose("manifest.json"),
+        lose("generator.safetensors"),
+        lose("curves.csv"),
+        lose("extra.json", "ema.safetensors", "normalizer.safetensors", "manifest.json"),
+        zero("curve.safetensors"),
+        zero("extra.json"),
+        zero("manifest.json"),
+        zero("*"),
+    ],
+    ids=["no manifest", "no G", "no curves", "half", "zeroed sums", "zeroed extra", "zeroed manifest", "all zeroed"],
+)
+def test_a_damaged_or_half_deleted_checkpoint_is_passed_over(
+    uninterrupted: Path, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    shutil.copytree(work_dir(uninterrupted), tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
     earlier, newest = checkpoints(folder)
-    (newest / lost).unlink()
-    state, fingerprint = fresh_state(uninterrupted), work_dir(project).name
+    damage(newest)
+    state, fingerprint = fresh_state(uninterrupted), work_dir(uninterrupted).name
     assert len(load_latest(folder, state, fingerprint)) == 1
     assert state.update == int(earlier.name.removeprefix("update-"))
 
@@ -146,6 +179,17 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(project: Path, uninterrupt
     assert not paths.model("t4").exists()
     subprocess.run([sys.executable, "-c", STAGE], check=True, capture_output=True)
     assert same_outputs(project, uninterrupted)
+
+
+def test_a_clock_that_jumps_changes_nothing(
+    project: Path, uninterrupted: Path, discs_params: Params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, jumps = time.time, itertools.cycle([0.0, 1e7, -1e7, 3600.0])
+    monkeypatch.setattr(time, "time", lambda: real() + next(jumps))
+    pipeline.train(discs_params, "t4", OFTEN)
+    assert same_outputs(project, uninterrupted)
+    cost = json.loads(paths.costs("t4").read_text())
+    assert 0 < cost["seconds"] < 1000
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(project: Path, change: Callable[..., Params]) -> None:
