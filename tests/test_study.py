@@ -145,27 +145,73 @@ def test_two_workers_find_what_one_finds(project: Path) -> None:
     assert {row: cell["probes"] for row, cell in cells("transport").items()} == alone
 
 
+def long_study(project: Path) -> subprocess.Popen[bytes]:
+    """Start two workers on two cells without end."""
+    code = """
+from afm_pipe import pipeline
+from afm_pipe.console import guarded
+from afm_pipe.launch import Launch
+from afm_pipe.params_file import load_params
+if __name__ == "__main__":
+    guarded(pipeline.tables)(load_params(), [], Launch(device="cpu", workers=2, checkpoint_seconds=1000))
+"""
+    (project / "study.py").write_text(code)
+    return subprocess.Popen([sys.executable, str(project / "study.py")], stderr=subprocess.DEVNULL)
+
+
+def workers_of(parent: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    children = psutil.Process(parent.pid).children()
+    workers = [child for child in children if "resource_tracker" not in str(child.cmdline())]
+    assert len(workers) == 2
+    return workers
+
+
+LONG = TABLE.replace("base: {}", "base: {phases: [{until_epoch: 100000}]}")
+
+
 def test_workers_end_with_the_process_that_started_them(declare: Callable[..., Params], project: Path) -> None:
-    long = TABLE.replace("base: {}", "base: {phases: [{until_epoch: 100000}]}")
-    declare(long=long)
-    code = (
-        "from afm_pipe import pipeline; from afm_pipe.launch import Launch;"
-        "from afm_pipe.params_file import load_params;"
-        "pipeline.tables(load_params(), [], Launch(device='cpu', workers=2))"
-    )
-    script = project / "study.py"
-    script.write_text(f"if __name__ == '__main__':\n    {code}\n")
-    parent = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL)
+    declare(long=LONG)
+    parent = long_study(project)
     try:
         wait_until(lambda: len(list(paths.CELLS.glob("*/curves.csv"))) == 2)
-        workers = [
-            child for child in psutil.Process(parent.pid).children() if "resource_tracker" not in str(child.cmdline())
-        ]
-        assert len(workers) == 2
+        workers = workers_of(parent)
     finally:
         parent.kill()
         parent.wait()
     wait_until(lambda: not any(worker.is_running() for worker in workers))
+
+
+@pytest.mark.slow  # seven processes import torch
+def test_a_study_asked_to_end_writes_a_checkpoint_of_every_cell_and_goes_on(
+    declare: Callable[..., Params], project: Path
+) -> None:
+    declare(long=LONG.replace("100000", "1000"))  # a row every ten updates
+    reached = [0, 0]
+    for _ in range(2):
+        parent = long_study(project)
+        try:
+            # The head, and a row more than the checkpoint's.
+            wait_until(lambda then=reached: all(rows > 1 + at // 10 for rows, at in zip(lines(), then, strict=True)))
+            workers = workers_of(parent)
+            parent.terminate()
+            assert parent.wait(120) == 75
+        finally:
+            parent.kill()
+        assert not any(worker.is_running() for worker in workers)
+        found = [max(paths.CELLS.glob(f"{cell}/checkpoints/update-*"), default=None) for cell in names()]
+        assert all(path is not None and (path / "manifest.json").is_file() for path in found)
+        before, reached = reached, [int(path.name.removeprefix("update-")) for path in found if path is not None]
+        assert all(now > then for now, then in zip(reached, before, strict=True))
+
+
+def names() -> list[str]:
+    return sorted(path.parent.name for path in paths.CELLS.glob("*/curves.csv"))
+
+
+def lines() -> list[int]:
+    """How many lines the curves of either cell have."""
+    counts = [len((paths.CELLS / name / "curves.csv").read_text().splitlines()) for name in names()]
+    return counts if len(counts) == 2 else [0, 0]
 
 
 def wait_until(true: Callable[[], bool], seconds: float = 120) -> None:
