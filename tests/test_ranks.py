@@ -33,8 +33,9 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
     return max(abs(a - b) / max(abs(a), 1) for a, b in pairs)
 
 
-@pytest.mark.parametrize("case", ["guided", "steps", "parts"])
-@pytest.mark.parametrize("group", [0, 1, 2], ids=["1 rank", "2 ranks", "3 ranks"])
+@pytest.mark.parametrize(
+    ("group", "case"), [(0, "parts"), (1, "guided"), (1, "steps"), (1, "parts"), (2, "guided"), (2, "parts")]
+)
 def test_losses_do_not_depend_on_ranks_nor_parts(
     outcomes: dict[tuple[int, int], dict[str, Any]], group: int, case: str
 ) -> None:
@@ -45,14 +46,14 @@ def test_losses_do_not_depend_on_ranks_nor_parts(
     assert alone["mean_square"] == pytest.approx(found["mean_square"], rel=1e-8)
 
 
-@pytest.mark.parametrize("group", [1, 2], ids=["2 ranks", "3 ranks"])
-def test_losses_in_float32_are_near(outcomes: dict[tuple[int, int], dict[str, Any]], group: int) -> None:
-    assert difference(outcomes[0, 0]["float32"], outcomes[group, 0]["float32"]) < 1e-3
+def test_losses_in_float32_are_near(outcomes: dict[tuple[int, int], dict[str, Any]]) -> None:
+    assert difference(outcomes[0, 0]["float32"], outcomes[1, 0]["float32"]) < 1e-3
 
 
 def test_all_ranks_end_with_the_same_bits(outcomes: dict[tuple[int, int], dict[str, Any]]) -> None:
     for (group, _), found in outcomes.items():
         assert {**found, "read": 0} == {**outcomes[group, 0], "read": 0}
+        assert len(found["passed on"]["watch"]["probes"]) == group + 1
 
 
 def test_a_rank_reads_its_own_latents_alone(outcomes: dict[tuple[int, int], dict[str, Any]]) -> None:

@@ -40,7 +40,10 @@ def small() -> Params:
     return load_params(ROOT / PROFILE, [f"runs.{name}.size=s4" for name in names])
 
 
-@pytest.mark.parametrize(("name", "size"), [("b2", "b2"), ("xl2-2nfe", "s4"), ("xl2-112l", "s4")])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [pytest.param("b2", "b2", marks=pytest.mark.slow), ("xl2-2nfe", "s4"), ("xl2-112l", "s4")],
+)
 def test_work_and_activations_are_those_counted_on_the_steps(
     params: Params, small: Params, name: str, size: str
 ) -> None:

@@ -181,7 +181,7 @@ def test_workers_end_with_the_process_that_started_them(declare: Callable[..., P
     wait_until(lambda: not any(worker.is_running() for worker in workers))
 
 
-@pytest.mark.slow  # seven processes import torch
+@pytest.mark.slow  # six processes import torch
 def test_a_study_asked_to_end_writes_a_checkpoint_of_every_cell_and_goes_on(
     declare: Callable[..., Params], project: Path
 ) -> None:

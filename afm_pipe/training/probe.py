@@ -37,6 +37,7 @@ class Probe:
         self.labels = torch.as_tensor(latents.labels)[chosen]  # (N,)
         real = latents.draw(chosen, generator)  # (N, C, H, W)
         self.noise = torch.randn(real.shape, generator=generator)
+        self.dtype = real.dtype
         self.real_features, _ = self._seen(real)
         self.real_within = _within(self.real_features, self.labels)
         self.real_spread = float(real.var(0).mean())
@@ -45,7 +46,7 @@ class Probe:
     def __call__(self, flow: Flow) -> Probed:
         """Return the kernel distance, the share of samples in the right class, and variances over the data's."""
         parts = zip(self.noise.split(self.run.batch_size), self.labels.split(self.run.batch_size), strict=True)
-        samples = torch.cat([flow.sample(z.to(self.device), c.to(self.device)).float().cpu() for z, c in parts])
+        samples = torch.cat([flow.sample(z.to(self.device), c.to(self.device)).cpu().to(self.dtype) for z, c in parts])
         if not samples.isfinite().all():
             return {"kid": WORST, "right_class": 0.0, "variance": 0.0, "spread": 0.0}
         features, classes = self._seen(samples)
