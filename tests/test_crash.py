@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from afm_pipe import paths
 from afm_pipe.params import Params
 from afm_pipe.params_file import load_params
 from afm_pipe.training.checkpoints import checkpoints
+from tests.conftest import ROOT
 from tests.crash import OVERRIDES, RUN, crash, result, start, train, wait
 
 # As dvc does it: a shell between, and no word to the stage when it ends.
@@ -154,4 +156,27 @@ def test_a_stage_whose_dvc_is_gone_ends_with_a_checkpoint(project: Path, expecte
     until(lambda: not Path(f"/proc/{stage}").exists())
     assert len(updates()) == 1
     subprocess.run([sys.executable, "stage.py"], check=True, capture_output=True)
+    assert result() == expected
+
+
+@pytest.mark.slow  # dvc and the stage import what they need, twice
+def test_dvc_repro_that_is_terminated_leaves_no_trainer_and_goes_on(
+    project: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = f"{sys.executable} stage.py"
+    stage = {"cmd": command, "deps": ["params.yaml"], "outs": [{str(paths.model(RUN)): {"cache": False}}]}
+    Path("dvc.yaml").write_text(yaml.safe_dump({"stages": {"train": {"foreach": [RUN], "do": stage}}}))
+    Path("stage.py").write_text(STAGE)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    dvc = [sys.executable, "-m", "dvc", "repro", f"train@{RUN}"]
+    subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "-q"], check=True)
+    running = subprocess.Popen(dvc, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until(lambda: rows() >= 1)
+    running.terminate()
+    running.wait()
+    trainer = int(Path("stage.pid").read_text())
+    until(lambda: not Path(f"/proc/{trainer}").exists())
+    assert len(updates()) == 1
+    assert not paths.model(RUN).exists()
+    subprocess.run(dvc, check=True, capture_output=True)
     assert result() == expected
