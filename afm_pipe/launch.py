@@ -45,12 +45,14 @@ class Launch(BaseModel):
     """On NVIDIA GPUs, let float32 matrix products round their inputs to TF32, as the paper does."""
     ema_on_cpu: bool = False
     """Keep G's moving average in the machine's memory instead of the GPU's."""
+    shard: bool = False
+    """Of G, D, their optimizers and moving average keep on each rank its share alone: for what fits no single card."""
 
     def engine(self) -> "Engine":
         """Return how trainings compute."""
         from afm_pipe.training.engine import Engine
 
-        return Engine(self.checkpoint_activations, self.compile, self.tf32, self.ema_on_cpu)
+        return Engine(self.checkpoint_activations, self.compile, self.tf32, self.ema_on_cpu, self.shard)
 
     nproc_per_node: Annotated[int, Field(ge=1)] | None = None
     """Ranks to start on this machine, each of which computes its share of every batch; left out: none beside this."""
@@ -67,6 +69,9 @@ class Launch(BaseModel):
     def _check(self) -> "Launch":
         if self.nnodes > 1 and self.rendezvous is None:
             raise ValueError(f"expected rendezvous, HOST:PORT, for {self.nnodes} machines to meet at")
+        for other in ("compile", "ema_on_cpu"):
+            if self.shard and getattr(self, other):
+                raise ValueError(f"expected shard or {other}, not both: what is sharded is neither compiled nor moved")
         return self
 
     def num_workers(self, device: "torch.device") -> int:

@@ -8,12 +8,12 @@ nothing but speed depends on how many there are.
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from afm_pipe.errors import UserError
+from afm_pipe.errors import UnwritableError, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -94,6 +94,23 @@ class Ranks:
             _distributed().gather(padded, found)
         return [each[:n].cpu().numpy().tobytes() for each, n in zip(found or [], lengths, strict=False)]
 
+    def on_first_or_none(self, act: Callable[[], None]) -> None:
+        """Do something with files on the first rank while the others wait; where it fails, all raise a UserError."""
+        error: UserError | None = None
+        if self.first:
+            try:
+                act()
+            except UserError as raised:
+                error = raised
+            except OSError as raised:
+                error = UnwritableError(f"Found no way to write ({raised}): make room there, or mend its permissions.")
+        outcome = 0 if error is None else 1 if isinstance(error, UnwritableError) else 2
+        outcome = self.gather(outcome)[0]
+        if error is not None:
+            raise error
+        if outcome:
+            raise (UnwritableError if outcome == 1 else UserError)("Found the first rank failing: see what it said.")
+
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         self.any(False)
@@ -148,11 +165,26 @@ def _or_lost() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RankLostError(
-            f"Found another rank gone while this one (rank {env_rank()}) waited for it ({reason}): see what that one "
-            "said; the same command goes on from the newest checkpoint."
-        ) from None
+        raise _lost(error) from None
+
+
+@contextmanager
+def peers_needed() -> Iterator[None]:
+    """Turn what torch's own modules raise within this when a peer is gone into an error that says so, and no other."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "gloo/" in str(error) or isinstance(error, _distributed().DistError):
+            raise _lost(error) from None
+        raise
+
+
+def _lost(error: RuntimeError) -> RankLostError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return RankLostError(
+        f"Found another rank gone while this one (rank {env_rank()}) waited for it ({reason}): see what that one "
+        "said; the same command goes on from the newest checkpoint."
+    )
 
 
 def end(message: str, code: int, agreed: bool = False, lost: bool = False) -> NoReturn:

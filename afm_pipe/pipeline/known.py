@@ -47,14 +47,19 @@ def known_model(name: str) -> Path:
 
 
 def run_budget(
-    params: Params, name: str, ranks: int = 1, micro_batch: int | None = None, checkpoint_activations: bool = False
+    params: Params,
+    name: str,
+    ranks: int = 1,
+    micro_batch: int | None = None,
+    checkpoint_activations: bool = False,
+    shard: bool = False,
 ) -> "Budget":
     """Return what a rank of a run needs, counted without allocating it; before there is data, as for 1,000 classes."""
     from afm_pipe.training.budget import budget
 
     manifest = known_images(params)
     config = model_config(params, name, len(manifest.classes) if manifest else 1000)
-    return budget(named_run(params, name), config, ranks, micro_batch, checkpoint_activations)
+    return budget(named_run(params, name), config, ranks, micro_batch, checkpoint_activations, shard)
 
 
 def model_config(params: Params, name: str, num_classes: int) -> "ModelConfig":

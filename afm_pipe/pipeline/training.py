@@ -47,7 +47,8 @@ def train(params: Params, name: str, launch: Launch) -> None:
     keep_at = probes(run, latents.num_images, continues=start is not None)  # as a cell of a table would
     work_dir = paths.WORK / name
     with joined(device) as ranks, exclusive(work_dir) if ranks.first else nullcontext() as lease:
-        needs = run_budget(params, name, ranks.size, launch.micro_batch, launch.checkpoint_activations)
+        engine = launch.engine()
+        needs = run_budget(params, name, ranks.size, launch.micro_batch, engine.checkpoint_activations, engine.shard)
         require_memory(needs, name, device)
         ranks.barrier()  # nobody has taken any memory while another looks
         training = train_loop(
@@ -64,7 +65,7 @@ def train(params: Params, name: str, launch: Launch) -> None:
             ranks,
             launch.micro_batch,
             Keeping(launch.keep_checkpoints, own=lease.check) if lease else Keeping(),
-            launch.engine(),
+            engine,
         )
         if lease is None:
             follow(f"train {name}", training)

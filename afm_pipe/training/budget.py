@@ -44,9 +44,21 @@ class Budget(NamedTuple):
         inputs = FLOAT * size.depth * images * tokens * size.width
         return self._replace(activation_bytes=min(self.activation_bytes, self.activation_bytes // size.depth + inputs))
 
+    def sharded(self, ranks: int, unit: int) -> "Budget":
+        """Return the needs of one of so many ranks that share the state out; `unit` parameters are gathered at once.
+
+        That is at the most two units' weights, the one at work and the next, and two's gradients, that are being sent.
+        """
+        return self._replace(state_bytes=self.state_bytes // ranks + 4 * FLOAT * unit)
+
 
 def budget(
-    run: Run, config: ModelConfig, ranks: int = 1, micro_batch: int | None = None, checkpoint_activations: bool = False
+    run: Run,
+    config: ModelConfig,
+    ranks: int = 1,
+    micro_batch: int | None = None,
+    checkpoint_activations: bool = False,
+    shard: bool = False,
 ) -> Budget:
     """Count the needs of one of `ranks` on the meta device: exact shapes, nothing allocated."""
     with torch.device("meta"):
@@ -74,6 +86,13 @@ def budget(
         activation_bytes=max(sum(kept.values()) - FLOAT * d, 0),  # weights are saved for the backward pass too
         checkpoint_bytes=FLOAT * ((G_COPIES - 1) * g + (D_COPIES - 1) * d),
     )
+    if shard and ranks > 1:
+        units = [sum(p.numel() for p in network.blocks[0].parameters()) for network in (generator, discriminator)]
+        besides = [
+            sum(p.numel() for name, p in network.named_parameters() if not name.startswith("blocks."))
+            for network in (generator, discriminator)
+        ]
+        needs = needs.sharded(ranks, max(units + besides))
     if not checkpoint_activations:
         return needs
     return needs.with_checkpointed_activations(SIZES[config.size], config.latent_size, 2 * (n + penalised))
@@ -92,7 +111,7 @@ def require_memory(needs: Budget, run_name: str, device: torch.device) -> None:
             f"for the run {run_name} ({needs.state_bytes / 2**30:.1f} for weights and optimizers, "
             f"{needs.activation_bytes / 2**30:.1f} for activations): use a larger device, a smaller size, "
             "a smaller train.batch_size, or less of it at once "
-            "(AFM_MICRO_BATCH, AFM_CHECKPOINT_ACTIVATIONS=true)."
+            "(AFM_MICRO_BATCH, AFM_CHECKPOINT_ACTIVATIONS=true), or several ranks that share it out (AFM_SHARD=true)."
         )
 
 

@@ -1,13 +1,14 @@
 """Checkpoints: saved whole or not at all, checked before use, written behind the training's back.
 
 A checkpoint is a folder update-NNNNNNNNN with one safetensors file per part of the state, curves.csv, extra.json, and a
-manifest.json that lists their sizes and hashes. The latest is the highest whose files are what its manifest says.
+manifest.json that lists their sizes and hashes. The latest is the highest whose files are what its manifest says. Where
+a state is sharded over ranks, shards/ holds a file of each rank's instead of the parts; either is read by any engine.
 """
 
 import shutil
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -18,9 +19,12 @@ from torch import Tensor
 from afm_pipe.errors import UnwritableError, UserError
 from afm_pipe.files import atomic_path, read_json, remove_leftovers, sha256_file, write_json
 from afm_pipe.models.checkpoint_format import load_tensors, save_tensors
+from afm_pipe.ranks import ALONE, Ranks
 from afm_pipe.training.curves import Row, read_curves, write_curves
+from afm_pipe.training.sharding import names_in, read_shards, write_shards
 
 BESIDES = ("curves.csv", "extra.json")  # the parts of tensors
+SHARDS = "shards"
 
 
 class Keeping(NamedTuple):
@@ -49,6 +53,9 @@ class Resumable(Saveable, Protocol):
 
     def load_tensors(self, tensors: dict[str, dict[str, Tensor]], folder: Path) -> None:
         """Take over tensors as `tensors` returns them. Raises UserError when they are of another model."""
+
+    def targets(self, names: Iterable[tuple[str, str]]) -> dict[str, dict[str, Tensor]]:
+        """Return tensors that others of these parts and names can be read into, to be taken over by `load_tensors`."""
 
 
 @dataclass
@@ -84,12 +91,21 @@ class Writer:
 
     A disk that is full does not end a training that could go on: the checkpoint is given up, which `notes` says once,
     and the next is tried when it is due. Only the last one must succeed. One that is not `active` writes nothing: of
-    several processes with one state, one writes.
+    several processes with one state, one writes. Where a state is sharded over `shares`, all write, and must save and
+    finish at the same moments; then it is always in front.
     """
 
-    def __init__(self, folder: Path, fingerprint: str, seconds: float, keeping: Keeping, active: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        fingerprint: str,
+        seconds: float,
+        keeping: Keeping,
+        active: bool = True,
+        shares: Ranks = ALONE,
+    ) -> None:
         self.folder, self.fingerprint, self.seconds, self.keeping = folder, fingerprint, seconds, keeping
-        self.active = active
+        self.active, self.shares = active, shares
         self.notes: list[str] = []
         self.trouble = ""  # in a few words, as long as there is any
         self._saved, self._update = time.monotonic(), -1
@@ -98,7 +114,7 @@ class Writer:
         self._cancelled = False
 
     def __enter__(self) -> "Writer":
-        if self.active:
+        if self.active and self.shares.first:
             remove_leftovers(self.folder)
         return self
 
@@ -121,7 +137,8 @@ class Writer:
         self._collect()
         if not self.active:
             return
-        if self.keeping.in_background and _bytes(state) < 0.8 * psutil.virtual_memory().available:
+        in_background = self.keeping.in_background and self.shares.size == 1
+        if in_background and _bytes(state) < 0.8 * psutil.virtual_memory().available:
             self._thread = threading.Thread(target=self._write, args=(Snapshot.of(state),), daemon=True)
             self._thread.start()
         else:
@@ -138,7 +155,7 @@ class Writer:
 
     def _write(self, state: Saveable, last: bool = False) -> None:
         try:
-            save_checkpoint(self.folder, state, self.fingerprint, self.keeping.last, self._check)
+            save_checkpoint(self.folder, state, self.fingerprint, self.keeping.last, self._check, shares=self.shares)
             self._update, self.trouble = state.update, ""
         except _CancelledError:
             pass
@@ -172,31 +189,80 @@ def save_checkpoint(
     last: int = 2,
     check: Callable[[], None] = lambda: None,
     keep: Collection[int] = (),
+    shares: Ranks = ALONE,
 ) -> None:
     """Write a checkpoint of `state` under `folder`; drop those of later updates and all but the newest `last`.
 
     Those of the updates in `keep` stay, too, if they are not later ones.
 
     `check` is called between the parts, and may raise. Where the disk has no room for one more, older ones go first,
-    except the newest.
+    except the newest. Of a state that is sharded over `shares` all ranks call, and all raise when one fails.
     """
+    if shares.size > 1:
+        _save_sharded(folder, state, fingerprint, lambda: _drop_old(folder, state.update, last, keep), check, shares)
+        return
     _make_room(folder, _bytes(state))
     with atomic_path(folder / f"update-{state.update:09d}") as aside:
         aside.mkdir()
         for part, tensors in state.tensors().items():
             check()
             save_tensors(aside / f"{part}.safetensors", tensors)
-        write_curves(aside / "curves.csv", state.rows, tuple(state.rows[0]) if state.rows else ())
-        write_json(aside / "extra.json", state.extra)
-        files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(aside.iterdir())
-        }
-        manifest = {"fingerprint": fingerprint, "update": state.update, "seconds": state.seconds, "files": files}
-        write_json(aside / "manifest.json", manifest)
+        _complete(aside, state, fingerprint)
         check()
+    _drop_old(folder, state.update, last, keep)
+
+
+def _save_sharded(
+    folder: Path,
+    state: Saveable,
+    fingerprint: str,
+    drop: Callable[[], None],
+    check: Callable[[], None],
+    shares: Ranks,
+) -> None:
+    written = folder / f".update-{state.update:09d}.shards.partial"  # beside, since all ranks must know its name
+
+    def begin() -> None:
+        check()
+        _make_room(folder, _bytes(state))
+        shutil.rmtree(written, ignore_errors=True)
+        written.mkdir()
+
+    def end() -> None:
+        check()
+        with atomic_path(folder / f"update-{state.update:09d}") as aside:
+            aside.mkdir()
+            written.replace(aside / SHARDS)
+            _complete(aside, state, fingerprint)
+            check()
+        drop()
+
+    try:
+        shares.on_first_or_none(begin)
+        write_shards(written, state.tensors())
+        shares.on_first_or_none(end)
+    finally:
+        if shares.first:
+            shutil.rmtree(written, ignore_errors=True)
+
+
+def _complete(aside: Path, state: Saveable, fingerprint: str) -> None:
+    """Write what a checkpoint holds beside tensors, the manifest last."""
+    write_curves(aside / "curves.csv", state.rows, tuple(state.rows[0]) if state.rows else ())
+    write_json(aside / "extra.json", state.extra)
+    files = {
+        str(path.relative_to(aside)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in sorted(aside.rglob("*"))
+        if path.is_file()
+    }
+    manifest = {"fingerprint": fingerprint, "update": state.update, "seconds": state.seconds, "files": files}
+    write_json(aside / "manifest.json", manifest)
+
+
+def _drop_old(folder: Path, update: int, last: int, keep: Collection[int]) -> None:
     present = checkpoints(folder)
-    later = [path for path in present if path.name > f"update-{state.update:09d}"]  # damaged, or no longer its future
-    kept = {f"update-{update:09d}" for update in keep}
+    later = [path for path in present if path.name > f"update-{update:09d}"]  # damaged, or no longer its future
+    kept = {f"update-{each:09d}" for each in keep}
     for old in later + [path for path in present if path not in later][:-last]:
         if old in later or old.name not in kept:
             shutil.rmtree(old)
@@ -222,7 +288,12 @@ def load_latest(folder: Path, state: Resumable, fingerprint: str, until: int | N
                 f"Found {checkpoint} made with other params, data or code (fingerprint {manifest['fingerprint']}), "
                 f"expected {fingerprint}: delete the folder, or restore the params."
             )
-        state.load_tensors({part: load_tensors(checkpoint / f"{part}.safetensors") for part in parts}, checkpoint)
+        if (shards := checkpoint / SHARDS).is_dir():
+            tensors = state.targets(names_in(shards))
+            read_shards(shards, tensors)
+        else:
+            tensors = {part: load_tensors(checkpoint / f"{part}.safetensors") for part in parts}
+        state.load_tensors(tensors, checkpoint)
         state.rows = read_curves(checkpoint / "curves.csv")
         state.extra = read_json(checkpoint / "extra.json")
         state.update, state.seconds = manifest["update"], manifest["seconds"]
@@ -240,7 +311,10 @@ def _damage(checkpoint: Path, parts: list[str]) -> str | None:
         manifest = read_json(checkpoint / "manifest.json")
         if checkpoint.name != f"update-{manifest['update']:09d}":
             return "manifest.json is of another update"
-        for name in (*BESIDES, *(f"{part}.safetensors" for part in parts)):
+        shards = [name for name in manifest["files"] if name.startswith(f"{SHARDS}/")]
+        if not shards and (checkpoint / SHARDS).exists():
+            return f"manifest.json does not list {SHARDS}/"
+        for name in (*BESIDES, *(shards or (f"{part}.safetensors" for part in parts))):
             path, file = checkpoint / name, manifest["files"][name]
             if path.stat().st_size != file["bytes"] or sha256_file(path) != file["sha256"]:
                 return f"{name} is not what the manifest says"

@@ -6,7 +6,7 @@ with reflection at the border, since images are encoded once and for all; the pa
 
 import copy
 import signal
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from afm_pipe.training.curves import Row
 from afm_pipe.training.gradients import SharedGradients
 from afm_pipe.training.losses import interpolate
 from afm_pipe.training.schedules import ema_decay_at
+from afm_pipe.training.sharding import unfilled
 from afm_pipe.training.state import CLOCKS, load_optimizer, optimizer_tensors
 
 UPDATES_PER_ROW = 50
@@ -62,6 +63,11 @@ class ClassifierState:
         load_exactly(self.ema, tensors["ema"], folder / "ema.safetensors")
         load_optimizer(self.optimizer, tensors["optimizer"])
         self.losses.copy_(tensors["curve"]["losses"])
+
+    def targets(self, names: Iterable[tuple[str, str]]) -> dict[str, dict[str, Tensor]]:
+        """Return tensors that others of these parts and names can be read into, to be taken over by `load_tensors`."""
+        own = unfilled(self.model.parameters(), (name for part, name in names if part == "optimizer"))
+        return self.tensors() | {"optimizer": own}
 
 
 def train_latent_classifier(

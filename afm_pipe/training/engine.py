@@ -23,6 +23,8 @@ class Engine(NamedTuple):
     """On NVIDIA GPUs, let float32 matrix products round their inputs to TF32, as the paper does."""
     ema_on_cpu: bool = False
     """Keep G's moving average in the machine's memory instead of the device's."""
+    shard: bool = False
+    """Of G, D, their optimizers and the moving average keep on each rank its share alone (`sharding.py`)."""
 
     def prepare(self, run: Run, device: torch.device, *networks: DiT) -> None:
         """Have networks that a run trains on a device compute this way."""

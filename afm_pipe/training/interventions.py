@@ -14,6 +14,7 @@ from afm_pipe.models.checkpoint_format import load_exactly, load_tensors, save_t
 from afm_pipe.params import Run
 from afm_pipe.ranks import ALONE, Ranks
 from afm_pipe.training.schedules import update_at
+from afm_pipe.training.sharding import placed, whole
 from afm_pipe.training.state import TrainingState
 
 
@@ -30,12 +31,14 @@ def intervene(run: Run, state: TrainingState, num_images: int, folder: Path, ran
             then = update_at(run, phase.reload_discriminator, num_images)
             path = folder / f"update-{then:09d}.safetensors"
             if state.update == then:
+                tensors = whole(state.discriminator.state_dict(), ranks)
                 if ranks.first:
                     with atomic_path(path) as aside:
-                        save_tensors(aside, state.discriminator.state_dict())
+                        save_tensors(aside, tensors)
                 ranks.barrier()
             if state.update == start:
-                load_exactly(state.discriminator, _kept(path), path)
+                tensors = placed(_kept(path), state.discriminator.state_dict())
+                load_exactly(state.discriminator, tensors, path)
                 done.append(f"D put back to epoch {phase.reload_discriminator:g}")
         if phase.reload_ema == "epoch" and start <= state.update < end and begins(run, state.update, start, num_images):
             state.generator.load_state_dict(state.ema.state_dict())

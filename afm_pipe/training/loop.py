@@ -16,7 +16,7 @@ from afm_pipe.files import atomic_path, remove_leftovers
 from afm_pipe.models.checkpoint_format import ModelConfig, save_tensors
 from afm_pipe.models.flow import Flow
 from afm_pipe.params import Run
-from afm_pipe.ranks import ALONE, Ranks
+from afm_pipe.ranks import ALONE, Ranks, peers_needed
 from afm_pipe.signals import Stopped, looked_for
 from afm_pipe.training.batches import Batches, Part
 from afm_pipe.training.checkpoints import Keeping, Writer, load_latest
@@ -24,6 +24,7 @@ from afm_pipe.training.curves import CLOCK, MEANS, append_curve, write_curves
 from afm_pipe.training.engine import Engine
 from afm_pipe.training.interventions import intervene
 from afm_pipe.training.schedules import Setting, num_updates
+from afm_pipe.training.sharding import whole
 from afm_pipe.training.state import Start, TrainingState
 from afm_pipe.training.update import Updates
 from afm_pipe.training.watch import Watcher
@@ -65,7 +66,7 @@ def train(
     """
     total = num_updates(run, latents.num_images)
     row_every = max(10, total // ROWS)
-    state = TrainingState.fresh(config, run, device, engine)
+    state = TrainingState.fresh(config, run, device, engine, ranks)
     if start is not None:
         state.begin_from(start)
     notes = load_latest(work_dir / "checkpoints", state, fingerprint)
@@ -97,15 +98,17 @@ def train(
 
     watcher = Watcher(run, state, flow, latents, work_dir, fingerprint, try_update, ranks)
     yield Tick(state.update, total, "updates")
-    writing = Writer(work_dir / "checkpoints", fingerprint, checkpoint_seconds, keeping, active=ranks.first)
-    with looked_for() as asked, writing as writer:
+    folder, active = work_dir / "checkpoints", ranks.first or state.shares.size > 1
+    writing = Writer(folder, fingerprint, checkpoint_seconds, keeping, active, state.shares)
+    with peers_needed(), looked_for() as asked, writing as writer:
         while state.update < total and not watcher.finished:
             waited = time.monotonic()
             setting = watcher.setting()
             try:
                 parts = drawn(setting)
             except UserError:  # the data are gone: what was trained so far is kept
-                writer.finish(state)
+                if state.shares.size == 1:  # else the others would have to be here too
+                    writer.finish(state)
                 raise
             state.seconds["data_wait"] += time.monotonic() - waited
 
@@ -122,8 +125,8 @@ def train(
                 updates.abandon()
                 watcher.not_finite(error)
                 continue
-            if state.update in keep_at and ranks.first:
-                _keep(work_dir, state.update, state)
+            if state.update in keep_at:
+                _keep(work_dir, state.update, state, ranks)
 
             if row_due:
                 since = state.update - (state.rows[-1]["update"] if state.rows else start.update if start else 0)
@@ -153,9 +156,11 @@ def train(
                 facts = f"gap {means['logit_gap']:.2f}  move {means['move_rms']:.2f}  {writer.trouble}".rstrip()
                 yield Tick(state.update, total, "updates", facts)
         notes += writer.notes
-    if watcher.finished and ranks.first:
-        for update in (each for each in keep_at if each >= state.update):  # what stands for the end of the schedule
-            _keep(work_dir, update, state)
+    if watcher.finished:
+        for update in sorted(each for each in keep_at if each >= state.update):  # what stands for the schedule's end
+            _keep(work_dir, update, state, ranks)
+    if state.shares.size > 1:
+        state.gather(config)
     return Trained(state, notes)
 
 
@@ -164,9 +169,11 @@ def kept(work_dir: Path, update: int) -> Path:
     return work_dir / "kept" / f"update-{update:09d}.safetensors"
 
 
-def _keep(work_dir: Path, update: int, state: TrainingState) -> None:
-    with atomic_path(kept(work_dir, update)) as aside:
-        save_tensors(aside, state.ema.state_dict())
+def _keep(work_dir: Path, update: int, state: TrainingState, ranks: Ranks) -> None:
+    tensors = whole(state.ema.state_dict(), ranks)
+    if ranks.first:
+        with atomic_path(kept(work_dir, update)) as aside:
+            save_tensors(aside, tensors)
 
 
 def _require_same_update(ranks: Ranks, update: int) -> None:

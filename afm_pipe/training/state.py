@@ -1,6 +1,7 @@
 """Everything stateful of a run."""
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +13,11 @@ from afm_pipe.models.checkpoint_format import ModelConfig, build_discriminator, 
 from afm_pipe.models.discriminator import Discriminator
 from afm_pipe.models.generator import Generator
 from afm_pipe.params import Run
+from afm_pipe.ranks import ALONE, Ranks
 from afm_pipe.training.curves import MEANS, Row
 from afm_pipe.training.engine import Engine, ema_device
 from afm_pipe.training.gradient_norm import GradientNormalizer
+from afm_pipe.training.sharding import placed, shard, unfilled, whole
 
 CLOCKS = ("training", "data_wait", "saving")  # the latter two are parts of the first
 
@@ -39,20 +42,39 @@ class TrainingState:
     normalizer: GradientNormalizer
     best: Generator | None  # the moving average at the best probe, where an auto schedule keeps it
     sums: Tensor  # of the figures in MEANS since the last row, so that a checkpoint may fall between rows
+    shares: Ranks = ALONE  # that networks, optimizers and averages are shared out over
     update: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CLOCKS, 0.0))  # over all sittings
     rows: list[Row] = field(default_factory=list)  # of the training curves so far
     extra: dict[str, Any] = field(default_factory=dict)  # what else a resume needs, by owner, as JSON
 
     @classmethod
-    def fresh(cls, config: ModelConfig, run: Run, device: torch.device, engine: Engine = Engine()) -> "TrainingState":  # noqa: B008  # an immutable value
-        """Return the state before the first update; initial weights depend on run.seed alone."""
+    def fresh(
+        cls,
+        config: ModelConfig,
+        run: Run,
+        device: torch.device,
+        engine: Engine = Engine(),  # noqa: B008  # an immutable value
+        ranks: Ranks = ALONE,
+    ) -> "TrainingState":
+        """Return the state before the first update; initial weights depend on run.seed alone.
+
+        Where the engine shards, it is shared out over `ranks`; each has G and D whole in the machine's memory before.
+        """
+        shares = ranks if engine.shard else ALONE
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
             generator, discriminator = build_generator(config), build_discriminator(config)
-        generator, discriminator = generator.to(device), discriminator.to(device)
-        ema = copy.deepcopy(generator).requires_grad_(False).to(ema_device(engine, device))
+        if shares.size == 1:
+            generator, discriminator = generator.to(device), discriminator.to(device)
+        ema = copy.deepcopy(generator).requires_grad_(False)
+        best = copy.deepcopy(ema) if run.schedule == "auto" else None
         engine.prepare(run, device, generator, discriminator)
+        if shares.size > 1:
+            for network in (generator, discriminator, ema, *(() if best is None else (best,))):
+                shard(network, shares)
+        else:
+            ema.to(ema_device(engine, device))
         return cls(
             generator,
             discriminator,
@@ -60,15 +82,16 @@ class TrainingState:
             _adamw(generator, run),
             _adamw(discriminator, run),
             GradientNormalizer(run.gradient_normalization.decay, device),
-            copy.deepcopy(generator).requires_grad_(False) if run.schedule == "auto" else None,
+            best,
             torch.zeros(len(MEANS), device=device),
+            shares,
         )
 
     def begin_from(self, start: Start) -> None:
         """Take over a trained run's weights and clock; the optimizers begin anew (their memory is ten updates long)."""
         for module in (self.generator, self.ema):
-            module.load_state_dict(start.generator)
-        self.discriminator.load_state_dict(start.discriminator)
+            module.load_state_dict(placed(start.generator, module.state_dict()))
+        self.discriminator.load_state_dict(placed(start.discriminator, self.discriminator.state_dict()))
         self.update = start.update
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -87,11 +110,33 @@ class TrainingState:
     def load_tensors(self, tensors: dict[str, dict[str, Tensor]], folder: Path) -> None:
         """Take over tensors as `tensors` returns them. Raises UserError when they are of another model."""
         for part in ("generator", "discriminator", "ema", *(() if self.best is None else ("best",))):
-            load_exactly(getattr(self, part), tensors[part], folder / f"{part}.safetensors")
+            module = getattr(self, part)
+            load_exactly(module, placed(tensors[part], module.state_dict()), folder / f"{part}.safetensors")
         load_optimizer(self.optimizer_generator, tensors["optimizer_generator"])
         load_optimizer(self.optimizer_discriminator, tensors["optimizer_discriminator"])
         self.normalizer.mean_square.copy_(tensors["normalizer"]["mean_square"])
         self.sums.copy_(tensors["curve"]["sums"])
+
+    def targets(self, names: Iterable[tuple[str, str]]) -> dict[str, dict[str, Tensor]]:
+        """Return tensors that others of these parts and names can be read into, to be taken over by `load_tensors`."""
+        found, names = self.tensors(), list(names)
+        for part in ("generator", "discriminator"):
+            own = f"optimizer_{part}"
+            found[own] = unfilled(getattr(self, part).parameters(), (name for of, name in names if of == own))
+        return found
+
+    def gather(self, config: ModelConfig) -> None:
+        """Put what a model is saved from, whole and in the machine's memory, in its sharded place on the first rank.
+
+        All ranks must call; the state is for saving then.
+        """
+        for part, build in (("discriminator", build_discriminator), ("ema", build_generator)):
+            tensors = whole(getattr(self, part).state_dict(), self.shares)
+            if self.shares.first:
+                with torch.device("meta"):
+                    network = build(config)
+                network.load_state_dict(tensors, assign=True)
+                setattr(self, part, network)
 
 
 def _adamw(module: nn.Module, run: Run) -> torch.optim.AdamW:
@@ -109,7 +154,9 @@ def optimizer_tensors(optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
 def load_optimizer(optimizer: torch.optim.AdamW, tensors: dict[str, Tensor]) -> None:
     """Take over an optimizer's state as `optimizer_tensors` returns it."""
     state: dict[int, dict[str, Tensor]] = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, value in tensors.items():
         index, name = key.split(".")
-        state.setdefault(int(index), {})[name] = value
+        parameter = parameters[int(index)]
+        state.setdefault(int(index), {})[name] = placed({name: value}, {name: parameter})[name]
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

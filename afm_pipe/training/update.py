@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from afm_pipe.errors import NotFiniteError
 from afm_pipe.models.flow import Flow
 from afm_pipe.params import Run
-from afm_pipe.ranks import Ranks
+from afm_pipe.ranks import ALONE, Ranks
 from afm_pipe.training.batches import Part
 from afm_pipe.training.gradients import SharedGradients
 from afm_pipe.training.losses import GeneratorTerms
 from afm_pipe.training.schedules import Setting, ema_decay_at
+from afm_pipe.training.sharding import full_tensor, local
 from afm_pipe.training.state import TrainingState
 from afm_pipe.training.step import (
     OutputGradients,
@@ -35,8 +36,10 @@ class Updates:
 
     def __init__(self, state: TrainingState, flow: Flow, run: Run, ranks: Ranks) -> None:
         self.state, self.flow, self.run, self.ranks = state, flow, run, ranks
-        self.d_gradients = SharedGradients(state.discriminator, ranks)
-        self.g_gradients = SharedGradients(state.generator, ranks)
+        # Sharded networks sum their gradients themselves, in every backward pass: whole ones would not fit.
+        adding = ranks if state.shares.size == 1 else ALONE
+        self.d_gradients = SharedGradients(state.discriminator, adding)
+        self.g_gradients = SharedGradients(state.generator, adding)
         device = next(state.generator.parameters()).device
         # The update that first had a loss which is not finite, on the device; from then on no optimizer steps.
         self._diverged_at = torch.full((), NEVER, device=device)
@@ -139,7 +142,7 @@ class Updates:
             group["lr"] = lr
         optimizer.step()
         (self.d_gradients if which == "discriminator" else self.g_gradients).clear()
-        return norm
+        return full_tensor(norm)
 
     def require_finite(self) -> None:
         """Raise NotFiniteError if any loss so far was not finite; the weights are those before it."""
@@ -156,8 +159,8 @@ class Updates:
 
     @torch.no_grad()
     def _update_ema(self) -> None:
-        averages: list[Tensor] = list(self.state.ema.parameters())
-        weights = [weight.to(averages[0].device) for weight in self.state.generator.parameters()]
+        averages: list[Tensor] = [local(average) for average in self.state.ema.parameters()]
+        weights = [local(weight).to(averages[0].device) for weight in self.state.generator.parameters()]
         torch._foreach_lerp_(averages, weights, 1 - ema_decay_at(self.run.ema, self.state.update))
 
 

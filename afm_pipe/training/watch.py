@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from afm_pipe.data.latents import Latents
 from afm_pipe.errors import NotFiniteError, UserError
 from afm_pipe.files import atomic_path, read_json
@@ -24,6 +26,7 @@ from afm_pipe.training.interventions import begins
 from afm_pipe.training.probe import WORST, Probe
 from afm_pipe.training.rules import Alarm, alarms_of_probes, alarms_of_rows, stopped_improving
 from afm_pipe.training.schedules import Setting, setting_at, update_at
+from afm_pipe.training.sharding import placed, whole
 from afm_pipe.training.state import TrainingState
 from afm_pipe.training.watch_state import WatchState
 
@@ -246,10 +249,11 @@ class Watcher:
     def _save_good(self) -> None:
         self.watch.good = self.state.update
         self._remember()
-        if self.ranks.first:
+        if self.ranks.first or self.state.shares.size > 1:
             # A training that is killed may begin again before its last rollback, and then goes back as it did before.
             asked = {watch["good"] for watch in self._remembered("checkpoints") if watch.get("good") is not None}
-            save_checkpoint(self._good, self.state, self.fingerprint, last=SPARE, keep=asked)
+            shares = self.state.shares
+            save_checkpoint(self._good, self.state, self.fingerprint, last=SPARE, keep=asked, shares=shares)
         self.ranks.barrier()
 
     def _keep_discriminator(self) -> None:
@@ -258,13 +262,14 @@ class Watcher:
             return
         watch = self.watch
         watch.discriminators = [*watch.discriminators, self.state.update][-self.run.watch.act.candidates - SPARE :]
+        tensors = whole(self.state.discriminator.state_dict(), self.ranks)
         if self.ranks.first:
-            self._write_discriminator()
+            self._write_discriminator(tensors)
         self.ranks.barrier()
 
-    def _write_discriminator(self) -> None:
+    def _write_discriminator(self, tensors: dict[str, Tensor]) -> None:
         with atomic_path(self._discriminator(self.state.update)) as aside:
-            save_tensors(aside, self.state.discriminator.state_dict())
+            save_tensors(aside, tensors)
         wanted = set(self.watch.discriminators)
         for watch in self._remembered("good", "checkpoints"):
             wanted |= set(watch.get("discriminators", ()))
@@ -284,7 +289,8 @@ class Watcher:
 
     def _load_discriminator(self, update: int) -> None:
         path = self._discriminator(update)
-        load_exactly(self.state.discriminator, load_tensors(path), path)
+        discriminator = self.state.discriminator
+        load_exactly(discriminator, placed(load_tensors(path), discriminator.state_dict()), path)
 
     def _discriminator(self, update: int) -> Path:
         return self.work_dir / "discriminators" / f"probe-{update:09d}.safetensors"
