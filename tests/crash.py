@@ -58,6 +58,7 @@ def start(work: Callable[[], None], said: Path | None = None) -> int:
         return child
     code = 1
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored in the background
         output = os.open(said or os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)

@@ -79,7 +79,7 @@ def test_after_a_break_the_log_equals_an_unbroken_one(
 def test_logging_touches_neither_git_nor_dvc(project: Path, discs_params: Params) -> None:
     before = {path.name for path in project.iterdir()}
     pipeline.train(discs_params, "t4", OFTEN)
-    assert {path.name for path in project.iterdir()} - before == {"curves", "costs"}
+    assert {path.name for path in project.iterdir()} - before == {"curves", "costs", "events"}
 
 
 def test_watching_shows_how_far_a_training_is_and_reloads(

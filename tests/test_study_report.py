@@ -504,7 +504,7 @@ def test_the_papers_numbers_stand_as_grid_or_rows() -> None:
         (lambda file: json.dumps(file | {"cells": [file["cells"][0] | {"row": "7"}]}), "declares no cell 7, seed 0"),
         (
             lambda file: json.dumps(file | {"cells": [file["cells"][0] | {"metrics": {KEY: float("nan")}}]}),
-            rf"wrong cells\.0\.metrics\.{KEY}",
+            "not JSON",
         ),
     ],
 )
