@@ -60,6 +60,7 @@ def expected(discs: Path, params: Params, tmp_path_factory: pytest.TempPathFacto
 def project(discs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(discs, tmp_path / "project")
     monkeypatch.chdir(tmp_path / "project")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # stages here are scripts that import these tests
     return tmp_path / "project"
 
 
