@@ -1,7 +1,7 @@
 """Shared parts: the smoke profile, and one small real data set encoded once per session."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from PIL import Image
 from afm_pipe import pipeline
 from afm_pipe.launch import Launch
 from afm_pipe.models import dit
+from afm_pipe.models.checkpoint_format import ModelConfig, build_generator
 from afm_pipe.models.dit import time_rates
 from afm_pipe.params import Params, Run
 from afm_pipe.params_file import load_params
@@ -110,3 +111,23 @@ def discs_params(discs: Path) -> Params:
 def change(discs: Path) -> Callable[..., Params]:
     """Return a function from overrides to the params of the discs with them."""
     return lambda *overrides: load_params(discs / "params.yaml", overrides)
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, as the working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def nothing_is_run(project: Path) -> Iterator[None]:
+    """The same, in which no hostile pickle has left its mark at the end."""
+    yield
+    assert not (project / "exploded").exists()
+
+
+@pytest.fixture(scope="session")
+def weights() -> dict[str, torch.Tensor]:
+    """A small generator's."""
+    return build_generator(ModelConfig(size="t4", channels=4, latent_size=8, num_classes=10)).state_dict()

@@ -12,7 +12,7 @@ import pytest
 
 from afm_pipe import paths
 from afm_pipe.reporting.page import write_report
-from tests.test_reporting import make_params, write, write_inputs
+from tests.report_inputs import make_params, write, write_inputs
 
 pytestmark = pytest.mark.browser
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

@@ -31,7 +31,7 @@ from afm_pipe.params_file import load_params
 from afm_pipe.reporting.page import write_report
 from afm_pipe.sampling import generate_latents, labels_for
 from tests.conftest import ROOT, SMOKE
-from tests.test_reporting import make_params, write, write_inputs, write_picture
+from tests.report_inputs import make_params, write, write_inputs, write_picture
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {"size": "t4", "channels": 4, "latent_size": 8, "num_classes": 10}

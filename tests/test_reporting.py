@@ -1,144 +1,25 @@
-"""The report, built from fabricated inputs and read back as a browser's parser would."""
+"""The report: its page, built from fabricated inputs and read back."""
 
 import csv
 import json
 import math
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-import yaml
-from PIL import Image
 
 from afm_pipe import paths
 from afm_pipe.errors import UserError
-from afm_pipe.params import Params
-from afm_pipe.params_file import load_params
-from afm_pipe.reporting import curves, printing, tables, titles
-from afm_pipe.reporting.counts import xl2_work
+from afm_pipe.reporting import curves, tables, titles
 from afm_pipe.reporting.page import write_report
 from afm_pipe.reporting.tables import setting_text
-
-COMMITTED = yaml.safe_load((Path(__file__).parents[1] / "params.yaml").read_text())
-RUNS = {"t4": {"seed": 0}, "t4-no-transport": {"transport": 0.0}}
-CLASSES = [str(digit) for digit in range(9)] + ['"><b>&nine']  # a class name is a folder's name: anything
-COLUMNS = ["update", "images", "epoch", "lr", "transport", "d_adversarial", "r1", "r2", "centring", "g_adversarial"]
-COLUMNS += ["g_transport", "logit_gap", "d_accuracy", "move_rms", "d_grad_norm", "g_grad_norm"]
-
-
-def make_params(**runs: dict[str, Any]) -> Params:
-    own = {"runs": runs or RUNS, "guided": {}, "imported": {}, "tables": {}}
-    return Params.model_validate(COMMITTED | own)
-
-
-def write_inputs(params: Params, rows: int = 40) -> None:
-    """Write, under the working directory, every file the report reads."""
-    for number, name in enumerate(params.runs):
-        write(
-            paths.metrics(name),
-            {
-                "fd_classifier_5k": 8.1234 + 300 * number,
-                "kid_classifier_5k": 0.012345,
-                "class_accuracy": 0.978 - 0.5 * number,
-                "within_class_variance": 0.85,
-                "copies": 0.0,
-                "nearest_distance_ratio": 1.1,
-                "protocol": {"samples": 5000, "seed": 1000, "features": {"classifier": "ab" * 32}, "device": "cpu"},
-            },
-        )
-        write(
-            paths.costs(name),
-            {"machine": "2-core test machine", "device": "cpu", "threads": 2, "seconds": 155.1, "updates": 1250}
-            | {"images": 80000, "images_per_second": 516.0, "updates_per_second": 8.06, "data_wait_share": 0.004}
-            | {"checkpoint_share": 0.004, "peak_memory_gib": 0.9},
-        )
-        write(
-            paths.model(name) / "config.json",
-            {"generator_parameters": 1_234_567, "discriminator_parameters": 1_200_000},
-        )
-        write_curve(paths.curves(name), number, rows)
-        write_picture(paths.samples(name) / "grid.png", number)
-        write_picture(paths.samples(name) / "nearest.png", number + 10)
-        write_picture(paths.samples(name) / "interpolation.png", number + 20)
-    write(
-        paths.REFERENCE / "summary.json",
-        {"classifier_accuracy": 0.97, "fd_classifier_reconstruction": 3.14, "kid_classifier_reconstruction": 0.004}
-        | {"images": 5000, "classes": CLASSES},
-    )
-    write(paths.AUTOENCODER / "training.json", {"reconstruction_mse": 0.0085})
-    write_picture(paths.REFERENCE / "real.png", 20)
-    write_picture(paths.REFERENCE / "reconstructed.png", 21)
-
-
-def write(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value))
-
-
-def write_curve(path: Path, seed: int, rows: int, broken: int | None = None) -> None:
-    noise = np.random.default_rng(seed).random((rows, len(COLUMNS)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        for row in range(rows):
-            values = dict(zip(COLUMNS, noise[row], strict=True))
-            values |= {"update": row + 1, "images": 64 * (row + 1), "lr": 1e-3, "transport": 0.2 / (row + 1)}
-            writer.writerow("nan" if row == broken else values[name] for name in COLUMNS)
-
-
-def write_picture(path: Path, seed: int, side: int = 48) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-
-
-class Page(HTMLParser):
-    """What a test asks of a page: elements with their attributes, the text, and the rows of each table."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.rows: dict[str, list[list[str]]] = {}
-        self.text = ""
-        self._table = self._part = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag == "table":
-            self._table = dict(attrs)["id"] or ""
-        if tag in ("thead", "tbody", "tfoot"):
-            self._part = f"{self._table} {tag}"
-        if tag == "tr":
-            self.rows.setdefault(self._part, []).append([])
-        if tag in ("td", "th"):
-            self.rows[self._part][-1].append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag == "table":
-            self._part = ""
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-        if self._part and self.rows.get(self._part) and self.rows[self._part][-1]:
-            self.rows[self._part][-1][-1] += data.strip()
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.elements if name == tag]
-
-
-@pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def built(params: Params) -> Page:
-    write_report(params, paths.REPORTS)
-    return Page((paths.REPORTS / "index.html").read_text(encoding="utf-8"))
+from tests.report_inputs import (
+    built,
+    make_params,
+    write,
+    write_curve,
+    write_inputs,
+    write_picture,
+)
 
 
 def test_tables_list_exactly_the_runs_params_name(project: Path) -> None:
@@ -371,138 +252,3 @@ def test_a_phase_says_all_that_is_done_in_it() -> None:
     found = setting_text("phases", [phase, later])
     expected = "10 at lr 0.0003, guided by 0.02, augmented, then 12, clipped at 5, EMA reload, D reload from 8"
     assert found == expected
-
-
-def test_intervals_are_shown_and_overlapping_rows_are_not_told_apart(project: Path) -> None:
-    params = make_params(a={}, b={"lr": 5.0e-4}, c={"lr": 6.0e-4}, d={"lr": 7.0e-4})
-    write_inputs(params)
-    values = {"a": (8.0, [7.0, 9.0]), "b": (7.0, [6.6, 7.4]), "c": (20.0, [19.0, 21.0]), "d": (6.0, None)}
-    for name, (value, interval) in values.items():
-        stored = json.loads(paths.metrics(name).read_text()) | {"fd_classifier_5k": value}
-        write(paths.metrics(name), stored | ({"intervals": {"fd_classifier_5k": interval}} if interval else {}))
-    page = built(params)
-    cells = [row[1] for row in page.rows["table-runs tbody"]]
-    assert cells == ["8.00 [7.00, 9.00]not told apart", "7.00 [6.60, 7.40]best", "20.0 [19.0, 21.0]", "6.00"]
-    assert "rows whose interval overlaps the best's are not told apart from it" in page.text
-    with (paths.REPORTS / "runs.csv").open(newline="") as file:
-        row = list(csv.DictReader(file))[1]
-    assert (row["fd_classifier_5k_low"], row["fd_classifier_5k_high"]) == ("6.6", "7.4")
-
-
-def test_rows_without_intervals_are_not_ranked_and_the_caption_says_so(project: Path) -> None:
-    params = make_params()
-    write_inputs(params)
-    page = built(params)
-    assert not any(each.get("class", "").startswith("mark") for each in page.all("abbr"))  # type: ignore[union-attr]
-    assert "No row carries an interval" in (paths.REPORTS / "runs.md").read_text()
-
-
-def test_the_summary_says_what_the_lowest_is_not_told_apart_from(project: Path) -> None:
-    params = make_params(a={}, b={"lr": 5.0e-4})
-    write_inputs(params)
-    for name, value in {"a": 8.0, "b": 7.5}.items():
-        stored = json.loads(paths.metrics(name).read_text()) | {"fd_classifier_5k": value}
-        write(paths.metrics(name), stored | {"intervals": {"fd_classifier_5k": [value - 1, value + 1]}})
-    assert "run b, the lowest, not told apart from a" in built(params).text
-
-
-@pytest.mark.parametrize("intervals", [[1, 2], {"fd_classifier_5k": 3.0}, {"fd_classifier_5k": ["x", 1]}])
-def test_damaged_intervals_are_a_clear_error(project: Path, intervals: Any) -> None:
-    params = make_params()
-    write_inputs(params)
-    write(paths.metrics("t4"), json.loads(paths.metrics("t4").read_text()) | {"intervals": intervals})
-    with pytest.raises(UserError, match="intervals that are no pairs of numbers"):
-        built(params)
-
-
-def test_latex_is_escaped_has_rules_and_says_the_sample_count(project: Path) -> None:
-    params = make_params()
-    write_inputs(params)
-    built(params)
-    text = (paths.REPORTS / "paper_one_step.tex").read_text()
-    for part in ("\\toprule", "\\midrule", "\\bottomrule", "\\label{tab:paper-one-step}", "5,000 samples"):
-        assert text.count(part) >= 1
-    assert text.count("{") == text.count("}")
-    assert text.index("From this repository") < text.index("From the paper")
-    kinds = text.split("\\begin{tabular}{")[1].split("}")[0]
-    rows = [line for line in text.splitlines() if line.endswith("\\\\") and "multicolumn" not in line]
-    assert {line.count(" & ") for line in rows} == {len(kinds) - 1}
-    assert printing.escape_latex("a_b & 5 % {x} \\ #1 $2 ~ ^ λ ± →") == (
-        r"a\_b \& 5 \% \{x\} \textbackslash{} \#1 \$2 \textasciitilde{} \textasciicircum{} "
-        r"$\lambda$ $\pm$ $\rightarrow$"
-    )
-
-
-def test_every_table_is_written_in_all_three_ways(project: Path) -> None:
-    params = make_params()
-    write_inputs(params)
-    page = built(params)
-    names = {str(each["id"]).removeprefix("table-") for each in page.all("table")}
-    assert {"runs", "costs", "paper_one_step", "paper_architectures", "published_transport_decay"} <= names
-    for name in names:
-        for kind in ("md", "csv", "tex"):
-            assert (paths.REPORTS / f"{name}.{kind}").stat().st_size > 20
-
-
-def test_a_run_has_a_page_with_its_settings_protocol_and_events(project: Path) -> None:
-    phases = [{"until_epoch": 6}, {"until_epoch": 8, "reload_ema": "epoch", "reload_discriminator": 4}]
-    params = make_params(a={"phases": phases}, b={})
-    write_inputs(params)
-    event = {"update": 12, "images": 768, "kind": "stall", "text": "D reloaded <by hand>"}
-    paths.events("a").parent.mkdir(exist_ok=True)
-    paths.events("a").write_text(json.dumps(event) + "\n")
-    index = built(params)
-    page = Page((paths.REPORTS / "runs" / "a.html").read_text())
-    for words in ("reload_discriminator: 4.0", "stall: D reloaded <by hand> (update 12)", "a phase ends: epoch 6"):
-        assert words in page.text
-    assert "D reloaded from epoch 4" in page.text
-    assert "1000" in page.text  # the seed, of the protocol
-    assert {"../index.html", "b.html", "../../metrics/a.json"} <= {str(link["href"]) for link in page.all("a")}
-    for link in page.all("a"):
-        if not str(link["href"]).startswith("#"):
-            assert (paths.REPORTS / "runs" / str(link["href"])).is_file()
-    marks = [each for each in index.all("path") if "mark" in str(each.get("class"))]
-    assert any("intervention" in str(each["class"]) for each in marks)
-
-
-def test_damaged_events_name_their_line(project: Path) -> None:
-    params = make_params()
-    write_inputs(params)
-    paths.events("t4").parent.mkdir(exist_ok=True)
-    paths.events("t4").write_text("{}\n")
-    with pytest.raises(UserError, match=r"events/t4.jsonl, line 1, expected update, images, kind and text"):
-        built(params)
-
-
-def test_counted_parameters_equal_the_published_ones(project: Path) -> None:
-    params = make_params()
-    write_inputs(params)
-    rows = built(params).rows["table-paper_architectures tbody"]
-    assert len(rows) == 12
-    for ours, theirs in zip(rows[::2], rows[1::2], strict=True):
-        for place in (4, 5):
-            assert abs(float(ours[place]) - float(theirs[place])) < 1.0
-
-
-def test_the_work_of_a_run_is_counted_on_its_steps(project: Path) -> None:
-    params = make_params(a={}, b={"repeats": 2})
-    write_inputs(params)
-    shape = {"size": "t4", "channels": 4, "latent_size": 8, "num_classes": 10}
-    for name, repeats in {"a": 1, "b": 2}.items():
-        described = {"generator_parameters": 1, "discriminator_parameters": 1, "model": shape | {"repeats": repeats}}
-        write(paths.model(name) / "config.json", described)
-    rows = built(params).rows["table-paper_compute tbody"]
-    assert ["AFMpaper", "14.5", "2", "2", "4.5", "6"] in rows
-    of_xl2, one, two = (float(row[1]) for row in rows[:3])
-    assert of_xl2 == pytest.approx(14.5, rel=0.03)
-    assert 14 < one < 19
-    assert two < 0.75 * one  # a generator of twice the work for the same discriminator
-
-
-def test_xl2_costs_the_papers_units() -> None:
-    """Paper Table 12: 14.5 forward passes of G an update of D and G."""
-    work = xl2_work(load_params(Path(__file__).parents[1] / "params.yaml").train)
-    assert work.units == pytest.approx(14.5, rel=0.03)
-    assert sum(work.parts) == work.flops
-    # G forward and backward, D forward and backward, as the paper adds them up.
-    assert [part / work.forward_flops for part in work.parts] == pytest.approx([2, 2, 4.5, 6], rel=0.03)
