@@ -80,7 +80,7 @@ def _headline(each: Standing) -> str:
         note = f" ({each.why})" if each.why else ""
         if each.alarms:
             return f"finished after {each.update:,} updates{note}, with {len(each.alarms)} alarms on the way."
-        return f"finished after {each.update:,} updates{note}; nothing went wrong."
+        return f"finished after {each.update:,} updates{note}; no alarm was raised."
     words = {
         "training": f"being trained now, {each.why}.",
         "stopped": "begun and stopped; nobody trains it now.",

@@ -68,7 +68,7 @@ def test_a_run_is_followed_from_nothing_over_a_kill_to_its_end(project: Path, ch
     done = status.standing(params, "t4")
     assert (done.state, done.update, done.total) == ("finished", 30, 30)
     text, code = why(params, "t4")
-    assert text.startswith("t4: finished after 30 updates; nothing went wrong.") and code == 0
+    assert text.startswith("t4: finished after 30 updates; no alarm was raised.") and code == 0
     assert "update 30: D tells " in text
     assert status.standing(params, "g").state == "not begun"  # what it waited for is there
     pipeline.train(params, "g", LAUNCH)
