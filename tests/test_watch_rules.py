@@ -93,11 +93,22 @@ def test_stagnation_needs_both_no_progress_and_a_winning_discriminator(run: Run)
     assert stagnation(run, trace(50, d_accuracy=late), stuck) is not None, "what was before the window does not count"
 
 
-def test_mode_collapse_is_a_loss_of_variance_within_classes(run: Run) -> None:
-    assert collapse(run, probes(5.0, variance=0.1)) is not None
-    assert collapse(run, probes(5.0, variance=0.35)) is None
-    early = [{**probes(5.0, variance=0.1)[0], "epoch": 0.5}]
-    assert collapse(run, early) is None
+@pytest.mark.parametrize(("figure", "low", "enough"), [("variance", 0.1, 0.35), ("right_class", 0.2, 0.5)])
+def test_collapse_is_a_loss_of_variance_within_classes_or_of_classes(
+    run: Run, figure: str, low: float, enough: float
+) -> None:
+    alarm = collapse(run, probes(5.0, 5.0, **{figure: low}))
+    assert alarm is not None
+    assert (alarm.kind, alarm.evidence[figure]) == ("collapse", low)
+    assert collapse(run, probes(5.0, 5.0, **{figure: enough})) is None
+
+
+def test_a_collapse_that_passes_or_comes_while_all_begins_is_none(run: Run) -> None:
+    first, second = probes(5.0, 5.0, variance=0.1)
+    assert collapse(run, [first]) is None
+    assert collapse(run, [first, second | {"variance": 0.5}]) is None
+    assert collapse(run, [first | {"variance": 0.5}, second]) is None
+    assert collapse(run, [first | {"epoch": 0.5}, second]) is None
 
 
 def test_a_plateau_is_judged_from_the_probes_of_its_phase(run: Run) -> None:

@@ -14,7 +14,8 @@ Overrides = dict[str, Any]  # fields of a run, laid over `train`; `then` and `st
 Label = Annotated[str, Field(min_length=1, max_length=60)]
 TableName = Annotated[str, Field(pattern=NAME)]
 MOST_CELLS = 2000  # of a table; each is resolved whenever params are read
-Measure = Literal["distance", "accuracy", "trained", "diverged", "units", "alarms"]
+AlarmMeasure = Literal["identity_alarm", "divergence_alarm", "stagnation_alarm", "collapse_alarm"]
+Measure = Literal["distance", "accuracy", "trained", "diverged", "units", "alarms"] | AlarmMeasure
 
 
 class Axis(Section):
@@ -37,7 +38,8 @@ class Check(Section):
     """A claim that the cells decide: the measure of `less` is below that of `than`, seed by seed.
 
     distance is compared by its logarithm; trained and diverged are shares of cells; units are the forward passes of G
-    that an update costs; alarms are how many kinds of them the watch fired.
+    that an update costs; alarms are how many kinds of them the watch fired; a kind's alarm is the share of cells in
+    which it was fired.
     """
 
     claim: str

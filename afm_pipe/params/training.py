@@ -131,6 +131,9 @@ class Run(Section):
     """D is also shown G's input, as further channels. The paper does without: training oscillates or diverges."""
     reuse_forward: bool
     """D and G learn from the same batch and one forward pass of G; the paper draws a batch for each."""
+    label_noise: Fraction
+    """Share of the labels that are replaced by random ones, drawn anew with every batch; none in the paper. Where all
+    are, classes cannot be learnt: a failure the watch should notice."""
     batch_size: Count
     """Images per update over all devices; G and D each draw as many."""
     lr: Positive

@@ -46,10 +46,14 @@ class StagnationRule(Section):
 
 
 class CollapseRule(Section):
-    """Mode collapse: samples of a class vary too little."""
+    """Mode collapse: samples of a class vary too little, or do not differ from those of other classes."""
 
     variance: NotNegative
     """Of the probe's features within classes, over the data's."""
+    right_class: NotNegative
+    """Share of the samples that the probe's network puts in the class asked for, over the data's."""
+    probes: Count
+    """One of either has to be lower at so many probes in a row."""
 
 
 class Reaction(Section):

@@ -22,6 +22,7 @@ from afm_pipe.params import Check, Group, StudyTable
 from afm_pipe.reporting import titles
 from afm_pipe.reporting.study_cells import ACCURACY, SCOPES, Pair, Studied, StudyCell
 from afm_pipe.reporting.table import Cell, Column, Table
+from afm_pipe.training.events import ALARMS
 
 Outcome = Literal["supported", "not supported", "undecided", "not run"]
 RULE = (
@@ -35,6 +36,7 @@ RULE = (
 )
 WORSE = 2.0  # times the worst distance of its table: what a cell without a number stands for
 _SHARES = {"accuracy": "right class", "trained": "share of cells that train", "diverged": "share that diverges"}
+_SHARES |= {f"{kind}_alarm": f"share with an alarm of {kind}" for kind in ALARMS}
 
 
 class Verdict(NamedTuple):
@@ -160,6 +162,8 @@ def _values(studied: Studied, check: Check, cells: Sequence[StudyCell], trained:
         return [math.log(max(WORSE * worst if value is None else value, 1e-12)) for value in found]
     if check.measure == "alarms":
         return [float(len(cell.alarms)) for cell in cells]
+    if check.measure.endswith("_alarm"):
+        return [float(check.measure.removesuffix("_alarm") in cell.alarms) for cell in cells]
     if check.measure == "diverged":
         return [float(cell.diverged is not None) for cell in cells]
     right = [cell.metrics.get(ACCURACY) or 0.0 for cell in cells]

@@ -87,13 +87,21 @@ class Batches:
         indices = self.orders[stream].indices(images_seen, count)
         x = self.latents.draw(indices, generator, own)  # (N, C, H, W)
         z = torch.randn(shape, generator=generator)[own].contiguous()
-        labels = self.labels[indices[own]]
+        labels = self._asked_for(self.labels[indices], stream, images_seen)[own]
         batch = Batch(x, z, labels)
         if self.run.nfe != 1:
             s, t = (times[own] for times in draw_times(self.run.nfe, count, generator))
             z_target = torch.randn(shape, generator=generator)[own]  # independent of z, as released
             batch = Batch(interpolate(x, z_target, t), interpolate(x, z, s), labels, s, t)
         return batch.to(self.device)
+
+    def _asked_for(self, labels: Tensor, stream: Stream, images_seen: int) -> Tensor:
+        """Return the labels (N,) of a batch with the run's share of them replaced by random ones."""
+        if not self.run.label_noise:
+            return labels
+        generator = stream_generator(self.run.seed, stream, "labels", images_seen)
+        wrong = torch.rand(len(labels), generator=generator) < self.run.label_noise
+        return torch.where(wrong, torch.randint(self.latents.num_classes, labels.shape, generator=generator), labels)
 
     def penalty_noise(self, images_seen: int) -> PenaltyNoise | None:
         """Return the directions of the finite differences for the D step at `images_seen`, if it has penalties."""

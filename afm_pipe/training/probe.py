@@ -38,13 +38,14 @@ class Probe:
         real = latents.draw(chosen, generator)  # (N, C, H, W)
         self.noise = torch.randn(real.shape, generator=generator)
         self.dtype = real.dtype
-        self.real_features, _ = self._seen(real)
+        self.real_features, classes = self._seen(real)
+        self.real_right = self._right(classes)
         self.real_within = _within(self.real_features, self.labels)
         self.real_spread = float(real.var(0).mean())
 
     @torch.no_grad()
     def __call__(self, flow: Flow) -> Probed:
-        """Return the kernel distance, the share of samples in the right class, and variances over the data's."""
+        """Return the kernel distance, and over the data's: share in the right class, variances."""
         parts = zip(self.noise.split(self.run.batch_size), self.labels.split(self.run.batch_size), strict=True)
         samples = torch.cat([flow.sample(z.to(self.device), c.to(self.device)).cpu().to(self.dtype) for z, c in parts])
         if not samples.isfinite().all():
@@ -53,10 +54,14 @@ class Probe:
         distance = kid(self.real_features.numpy(), features.numpy(), 1, len(features), self.run.seed)
         return {
             "kid": distance if math.isfinite(distance) else WORST,
-            "right_class": float((classes == self.labels).float().mean()),
+            "right_class": self._right(classes) / self.real_right,
             "variance": _within(features, self.labels) / self.real_within,
             "spread": float(samples.var(0).mean()) / self.real_spread,
         }
+
+    def _right(self, classes: Tensor) -> float:
+        """Return the share of classes (N,) that are the ones asked for; never zero, it is divided by."""
+        return max(float((classes == self.labels).float().mean()), 1 / len(classes))
 
     @torch.no_grad()
     def _seen(self, x: Tensor) -> tuple[Tensor, Tensor]:

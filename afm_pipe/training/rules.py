@@ -88,11 +88,18 @@ def stagnation(run: Run, rows: Sequence[Row], probes: Sequence[Probed]) -> Alarm
 
 
 def collapse(run: Run, probes: Sequence[Probed]) -> Alarm | None:
-    """Samples of a class are too much alike."""
-    last, limit = probes[-1], run.watch.collapse.variance
-    if _settled(run, last) and last["variance"] < limit:
-        text = f"samples of a class vary {last['variance']:.3g} times as much as data, below {limit:g}"
-        return Alarm("collapse", text, {"variance": last["variance"], "right_class": last["right_class"]})
+    """Samples of a class are too much alike, or those of different classes are; at several probes in a row."""
+    limits = run.watch.collapse
+    last = probes[-limits.probes :]
+    if len(last) < limits.probes or not _settled(run, last[0]):
+        return None
+    seen = {name: max(probe[name] for probe in last) for name in ("variance", "right_class")}
+    if seen["variance"] < limits.variance:
+        text = f"samples of a class vary {seen['variance']:.3g} times as much as data, below {limits.variance:g}"
+        return Alarm("collapse", text, seen)
+    if seen["right_class"] < limits.right_class:
+        share = f"{seen['right_class']:.3g} times as often as data, below {limits.right_class:g}"
+        return Alarm("collapse", f"samples look like the class asked for {share}", seen)
     return None
 
 
