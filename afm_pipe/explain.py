@@ -24,8 +24,9 @@ ADVICE = {
         "2 and 3), or let schedule: auto or watch.policy: act do it."
     ),
     "collapse": (
-        "Samples of a class are too much alike. Raise penalty.weight, keep more transport for longer (transport.end, "
-        "transport.decay_epochs), or lower D's rate (phases' lr_discriminator); check that labels are right."
+        "Samples of a class, or those of different classes, are too much alike. Raise penalty.weight, keep more "
+        "transport for longer (transport.end, transport.decay_epochs), or lower D's rate (phases' lr_discriminator); "
+        "check that labels are right."
     ),
 }
 ADVICE["mode_collapse"] = ADVICE["collapse"]

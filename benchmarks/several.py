@@ -4,39 +4,31 @@ import os
 import socket
 import tempfile
 from collections.abc import Iterator
-from multiprocessing import get_context
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from afm_pipe.params import Params, Run
+from benchmarks.beside import Beside, Works
 from benchmarks.measuring import Row, matmul_rate
 
 
 def ranks(params: Params, quick: bool) -> Iterator[Row]:
     """Processes that live side by side and update in turns: one rank alone, then two together."""
-    context = get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         from benchmarks.training import b2_latents, b2_run
 
         b2_latents(Path(folder))
-        worlds = {size: _world(context, size, b2_run(params), folder) for size in (1, 2)}
-        try:
-            seconds: dict[str, dict[int, list[float]]] = {"update": {1: [], 2: []}, "matmul": {1: [], 2: []}}
-            for number in range(-1, 1 if quick else 2):
-                for work in ("update", "matmul"):
-                    for size, (_, pipes) in worlds.items():
-                        for pipe in pipes:
-                            pipe.send(work)
-                        spent = [pipe.recv() for pipe in pipes]
-                        if number >= 0:
-                            seconds[work][size].append(max(spent))
-        finally:
-            for processes, pipes in worlds.values():
-                for pipe in pipes:
-                    pipe.close()
-                for process in processes:
-                    process.join()
+        worlds = {size: _world(stack, size, b2_run(params), folder) for size in (1, 2)}
+        seconds: dict[str, dict[int, list[float]]] = {"update": {1: [], 2: []}, "matmul": {1: [], 2: []}}
+        for number in range(-1, 1 if quick else 2):
+            for work in ("update", "matmul"):
+                for size, members in worlds.items():
+                    for member in members:
+                        member.begin(work)
+                    spent = [member.end() for member in members]
+                    if number >= 0:
+                        seconds[work][size].append(max(spent))
     one, two = seconds["update"][1], seconds["update"][2]
     gain = median(alone / both for alone, both in zip(one, two, strict=True))
     times = seconds["matmul"]
@@ -51,23 +43,16 @@ def ranks(params: Params, quick: bool) -> Iterator[Row]:
     )
 
 
-def _world(context: Any, size: int, run: Run, folder: str) -> tuple[list[Any], list[Any]]:
+def _world(stack: ExitStack, size: int, run: Run, folder: str) -> list[Beside]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes, pipes = [], []
-    for rank in range(size):
-        here, there = context.Pipe()
-        process = context.Process(target=_member, args=(there, rank, size, port, run, folder), daemon=True)
-        process.start()
-        there.close()
-        processes.append(process)
-        pipes.append(here)
-    return processes, pipes
+    return [stack.enter_context(Beside(_member, rank, size, port, run, folder)) for rank in range(size)]
 
 
-def _member(pipe: Any, rank: int, size: int, port: int, run: Run, folder: str) -> None:
-    """Be one rank: do what the pipe says until it closes, and answer with the seconds it took."""
+@contextmanager
+def _member(rank: int, size: int, port: int, run: Run, folder: str) -> Iterator[Works]:
+    """Be one rank; each work returns the seconds it took."""
     import time
 
     import torch
@@ -75,25 +60,27 @@ def _member(pipe: Any, rank: int, size: int, port: int, run: Run, folder: str) -
     from afm_pipe.data.latents import Latents
     from afm_pipe.models.checkpoint_format import run_config
     from afm_pipe.ranks import joined
+    from afm_pipe.training.engine import keep_freed_memory
     from afm_pipe.training.state import TrainingState
     from benchmarks.inputs import CLASS_COUNT
     from benchmarks.training import B2_SHAPE, CPU, OurTraining
 
     torch.set_num_threads(1)
+    keep_freed_memory()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with joined(CPU) as together:
         latents = Latents.open(Path(folder) / "latents.h5")
         config = run_config(run, B2_SHAPE, CLASS_COUNT)
         training = OurTraining(run, latents, TrainingState.fresh(config, run, CPU), config, together)
-        while True:
-            try:
-                work = pipe.recv()
-            except EOFError:
-                break
+
+        def update() -> float:
             together.barrier()
             started = time.perf_counter()
-            if work == "update":
-                training.update()
-                pipe.send(time.perf_counter() - started)
-            else:
-                pipe.send(1 / matmul_rate(seconds=1.0))
+            training.update()
+            return time.perf_counter() - started
+
+        def matmul() -> float:
+            together.barrier()
+            return 1 / matmul_rate(seconds=1.0)
+
+        yield {"update": update, "matmul": matmul}

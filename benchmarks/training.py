@@ -2,6 +2,8 @@
 
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,9 +18,11 @@ from afm_pipe.params.training import BF16_EPSILON
 from afm_pipe.plan import measure
 from afm_pipe.ranks import ALONE, Ranks
 from afm_pipe.training.batches import Batches
+from afm_pipe.training.engine import keep_freed_memory
 from afm_pipe.training.schedules import setting_at
 from afm_pipe.training.state import TrainingState
 from afm_pipe.training.update import Updates
+from benchmarks.beside import Beside, Works
 from benchmarks.inputs import CLASS_COUNT, latents_file, sd_vae
 from benchmarks.measuring import Row, in_turns, matmul_rate, speed_row
 from benchmarks.straightforward import Straightforward, online_encode
@@ -53,21 +57,31 @@ class OurTraining:
 
 
 class PlainTraining:
-    """The straightforward update on the same batches; online, from images through a VAE."""
+    """The straightforward update on the batches of ours; online, from images through a VAE."""
 
-    def __init__(self, ours: OurTraining, vae: Any = None) -> None:
-        self.ours, self.vae = ours, vae
-        self.step = Straightforward(ours.state, ours.run)
+    def __init__(self, drawing: OurTraining, vae: Any = None) -> None:
+        self.drawing, self.vae = drawing, vae
+        self.step = Straightforward(drawing.state, drawing.run)
 
-    def update(self) -> None:
+    def update(self, online: bool = False) -> None:
         """Draw a batch and update D, G and the moving average."""
-        ((part,), setting) = self.ours.draw()
+        ((part,), setting) = self.drawing.draw()
         real = (part.d_batch.real, part.g_batch.real)
-        if self.vae is not None:
+        if online:
             images = torch.rand(len(real[0]), 3, 256, 256) * 2 - 1
             real = (online_encode(self.vae, images), online_encode(self.vae, images.flip(-1)))
         sources, labels = (part.d_batch.source, part.g_batch.source), (part.d_batch.labels, part.g_batch.labels)
         self.step.update(real, sources, labels, part.noise, setting.transport)
+
+
+@contextmanager
+def plain_training(run: Run, latents: Path, vae: bool) -> Iterator[Works]:
+    """Give the works of the straightforward update, for a process of its own."""
+    opened = Latents.open(latents)
+    config = run_config(run, opened.latent_shape, CLASS_COUNT)
+    drawing = OurTraining(run, opened, TrainingState.fresh(config, run, CPU), config)
+    plain = PlainTraining(drawing, sd_vae() if vae else None)
+    yield {"plain": plain.update, "online": partial(plain.update, True)}
 
 
 def b2_run(params: Params, batch_size: int = 4) -> Run:
@@ -88,27 +102,21 @@ def b2_latents(folder: Path) -> Latents:
 
 def b2(params: Params, quick: bool) -> Iterator[Row]:
     """B/2 on 4 x 32 x 32 latents, batch 4: fp32, bf16, and beside one that encodes online."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         latents, run = b2_latents(Path(folder)), b2_run(params)
+        beside = stack.enter_context(Beside(plain_training, run, latents.path, True))
+        keep_freed_memory()  # as every training on a CPU does; the plain one, beside, does not
         config = run_config(run, B2_SHAPE, CLASS_COUNT)
         state = TrainingState.fresh(config, run, CPU)
         fp32 = OurTraining(run, latents, state, config)
         bf16 = OurTraining(in_bf16(run), latents, state, config)
-        plain = PlainTraining(fp32)
-        vae = sd_vae()
-
-        def online() -> None:
-            plain.vae = vae
-            plain.update()
-            plain.vae = None
-
         rates: list[float] = []
         works: dict[str, Callable[[], Any]] = {
             "matmul": lambda: rates.append(matmul_rate()),
             "fp32": fp32.update,
-            "plain": plain.update,
+            "plain": lambda: beside.do("plain"),
             "bf16": bf16.update,
-            "online": online,
+            "online": lambda: beside.do("online"),
             "draw": lambda: [fp32.draw() for _ in range(5)],
         }
         seconds = in_turns(1 if quick else 2, **works)
@@ -125,20 +133,21 @@ def b2(params: Params, quick: bool) -> Iterator[Row]:
 
 def small(params: Params, quick: bool) -> Iterator[Row]:
     """The default's own shape: 4 blocks of width 128, 4 tokens, batch 64."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         run = params.runs["t4-short"]
         latents = latents_file(Path(folder) / "latents.h5", 5000, params.latent_shape)
         config = run_config(run, params.latent_shape, CLASS_COUNT)
         state = TrainingState.fresh(config, run, CPU)
         ours = OurTraining(run, latents, state, config)
-        plain = PlainTraining(ours)
+        beside = stack.enter_context(Beside(plain_training, run, latents.path, False))
+        keep_freed_memory()
         rates: list[float] = []
         seconds = in_turns(
             8 if quick else 40,
             warm=3,
             matmul=lambda: rates.append(matmul_rate(seconds=0.0)),
             ours=ours.update,
-            plain=plain.update,
+            plain=lambda: beside.do("plain"),
             draw=ours.draw,
         )
         shape = "t4, 4 x 8 x 8, batch 64"

@@ -1,5 +1,9 @@
 """How trainings compute: precision, what is kept for the backward pass, compilation, and no looks at the device."""
 
+import ctypes
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -209,3 +213,23 @@ def test_memory_that_is_asked_for_shrinks_with_checkpointed_activations() -> Non
     whole, spare = budget(run, config), budget(run, config, checkpoint_activations=True)
     assert whole.activation_bytes / 4 < spare.activation_bytes < whole.activation_bytes / 3  # four blocks
     assert spare.state_bytes == whole.state_bytes
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="this C library keeps no freed memory")
+def test_what_a_training_frees_is_taken_again_and_not_asked_of_the_kernel() -> None:
+    """In a process of its own, since it is for good; 100 tensors of 48 MB, which the kernel would zero page by page."""
+    code = """
+import resource, torch
+from afm_pipe.training.engine import Engine
+Engine().prepare(None, torch.device("cpu"))
+def faults(count):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(count):
+        torch.empty(12 << 20).fill_(1.0)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults(1)
+print(faults(100))
+"""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert int(done.stdout) < 12_000, "of one such tensor; left alone, of a hundred"
