@@ -44,6 +44,19 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
 
 
+def append_or_leave(path: Path, text: str) -> None:
+    """Append to a log that can be written anew from elsewhere; where the disk is full leave it as it was."""
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a", encoding="utf-8", newline="") as file:
+            file.write(text)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        if path.exists():
+            os.truncate(path, size)  # no half line
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove what processes that were killed in `atomic_path` left in `folder`, which must be this process's own."""
     for aside in folder.glob(".*.partial"):

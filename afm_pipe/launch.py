@@ -35,6 +35,10 @@ class Launch(BaseModel):
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     """So many of each training stay on disk, beside the one that is being written; an older one serves where the newest
     is damaged."""
+    keep_every_epochs: Annotated[float, Field(gt=0)] | None = None
+    """Of each run stay on disk, too, the first checkpoint after each so many epochs; left out: none."""
+    keep_best: bool = False
+    """And the first checkpoint at or after the watch's best probe so far."""
     workers: Annotated[int, Field(ge=1)] | None = None
     """Processes, of one thread each, that train the cells of tables; left out: one for each core, one on a GPU."""
     checkpoint_activations: bool = False

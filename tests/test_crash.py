@@ -132,11 +132,9 @@ def test_a_second_interrupt_ends_a_training_at_once(
     assert result() == expected
 
 
-def test_data_cut_short_in_mid_epoch_end_a_training_with_a_checkpoint(project: Path) -> None:
-    params = load_params(project / "params.yaml", [*OVERRIDES, f'runs.{RUN}.watch.policy="off"'])  # no probe reads them
-    assert wait(start(train(params, 1000))) == 0
-    expected = result()
-    shutil.rmtree(paths.WORK)
+def test_data_cut_short_in_mid_epoch_end_a_training_with_a_checkpoint(
+    project: Path, params: Params, expected: dict[str, bytes]
+) -> None:
     whole = paths.LATENTS.read_bytes()
     child = start(train(params, 1000), project / "said")
     until(lambda: rows() >= 1)

@@ -36,6 +36,7 @@ def train(params: Params, name: str, launch: Launch) -> None:
     from afm_pipe.training.curves import write_curves
     from afm_pipe.training.events import FILE, read_events, write_events
     from afm_pipe.training.loop import train as train_loop
+    from afm_pipe.training.schedules import update_at
 
     run, device = named_run(params, name), launch.torch_device()
     latents = open_latents(params)
@@ -45,6 +46,9 @@ def train(params: Params, name: str, launch: Launch) -> None:
     if start is not None:
         _require_base(start, config, paths.model(params.guided[name].base))
     keep_at = probes(run, latents.num_images, continues=start is not None)  # as a cell of a table would
+    epochs = launch.keep_every_epochs
+    every = None if epochs is None else max(update_at(run, epochs, latents.num_images), 1)
+    keeping = Keeping(launch.keep_checkpoints, every=every, best=launch.keep_best)
     work_dir = paths.WORK / name
     with joined(device) as ranks, exclusive(work_dir) if ranks.first else nullcontext() as lease:
         engine = launch.engine()
@@ -64,7 +68,7 @@ def train(params: Params, name: str, launch: Launch) -> None:
             keep_at,
             ranks,
             launch.micro_batch,
-            Keeping(launch.keep_checkpoints, own=lease.check) if lease else Keeping(),
+            keeping._replace(own=lease.check) if lease else keeping,
             engine,
         )
         if lease is None:

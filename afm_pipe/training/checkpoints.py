@@ -34,6 +34,10 @@ class Keeping(NamedTuple):
     in_background: bool = True  # where there is memory for a copy of the state
     own: Callable[[], None] = lambda: None
     """Called before a checkpoint counts; raises UserError where the training is no longer this process's."""
+    every: int | None = None
+    """Beside the latest stay the first at or after each multiple of so many updates, while the disk has room."""
+    best: bool = False
+    """And the first at or after the watch's best probe."""
 
 
 class Saveable(Protocol):
@@ -155,7 +159,8 @@ class Writer:
 
     def _write(self, state: Saveable, last: bool = False) -> None:
         try:
-            save_checkpoint(self.folder, state, self.fingerprint, self.keeping.last, self._check, shares=self.shares)
+            stay = self._staying(state)
+            save_checkpoint(self.folder, state, self.fingerprint, self.keeping.last, self._check, stay, self.shares)
             self._update, self.trouble = state.update, ""
         except _CancelledError:
             pass
@@ -167,6 +172,12 @@ class Writer:
                 self.notes.append(f"update {state.update}: no checkpoint, the training goes on. {error}")
         except Exception as error:  # raised where the training looks, `_collect`
             self._error = error
+
+    def _staying(self, state: Saveable) -> set[int]:
+        probes = state.extra.get("watch", {}).get("probes", ()) if self.keeping.best else ()
+        best = min(probes, key=lambda probe: probe["kid"], default=None)
+        present = [int(path.name.removeprefix("update-")) for path in checkpoints(self.folder)]
+        return staying([*present, state.update], self.keeping.every, best["update"] if best else None)
 
     def _check(self) -> None:
         if self._cancelled:
@@ -257,6 +268,23 @@ def _complete(aside: Path, state: Saveable, fingerprint: str) -> None:
     }
     manifest = {"fingerprint": fingerprint, "update": state.update, "seconds": state.seconds, "files": files}
     write_json(aside / "manifest.json", manifest)
+
+
+def staying(updates: Iterable[int], every: int | None, best: int | None) -> set[int]:
+    """Return which checkpoints stay beside the latest: the first at or after each multiple of `every`, and `best`.
+
+    What stays once goes on staying as more come, the best until a better one does: so at most the run's updates over
+    `every`, and two.
+    """
+    present, found, before = sorted(updates), set(), 0
+    if every is not None:
+        for update in present:
+            if update // every > before:
+                found.add(update)
+            before = update // every
+    if best is not None:
+        found |= set([update for update in present if update >= best][:1])
+    return found
 
 
 def _drop_old(folder: Path, update: int, last: int, keep: Collection[int]) -> None:

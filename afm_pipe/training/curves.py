@@ -1,11 +1,11 @@
 """Training curves: one row per stretch of updates, means over the updates in it."""
 
 import csv
-import os
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from afm_pipe.files import UNWRITABLE, atomic_path
+from afm_pipe.files import append_or_leave, atomic_path
 
 Row = dict[str, float]
 
@@ -42,14 +42,9 @@ def append_curve(path: Path, row: Row) -> None:
 
     On a full disk it is left out: the rows that count are in the checkpoints, and every start writes the file anew.
     """
-    size = path.stat().st_size
-    try:
-        with path.open("a", newline="") as file:
-            csv.DictWriter(file, list(row), lineterminator="\n").writerow(row)
-    except OSError as error:
-        if error.errno not in UNWRITABLE:
-            raise
-        os.truncate(path, size)  # no half row
+    line = io.StringIO()
+    csv.DictWriter(line, list(row), lineterminator="\n").writerow(row)
+    append_or_leave(path, line.getvalue())
 
 
 def read_curves(path: Path) -> list[Row]:

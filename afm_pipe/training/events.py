@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from afm_pipe.files import atomic_path
+from afm_pipe.files import append_or_leave, atomic_path
 
 FILE = "events.jsonl"  # in the folder of a training
 ALARMS = ("identity", "divergence", "stagnation", "collapse")  # kinds that rules fire; all others are actions
@@ -35,9 +35,11 @@ def write_events(path: Path, events: Sequence[Event]) -> None:
 
 
 def append_event(path: Path, event: Event) -> None:
-    """Append one event to a log."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(_line(event))
+    """Append one event to a log.
+
+    On a full disk it is left out: the watch remembers it, and the log is written anew at every start and at the end.
+    """
+    append_or_leave(path, _line(event))
 
 
 def read_events(path: Path) -> list[Event]:

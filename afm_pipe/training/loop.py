@@ -103,9 +103,12 @@ def train(
     with peers_needed(), looked_for() as asked, writing as writer:
         while state.update < total and not watcher.finished:
             waited = time.monotonic()
-            setting = watcher.setting()
+            setting, coming = watcher.setting(), state.update + 1
+            row_due = coming == total or coming % row_every == 0
             try:
                 parts = drawn(setting)
+                if row_due:  # the watch may look at it
+                    watcher.prepare()
             except UserError:  # the data are gone: what was trained so far is kept
                 if state.shares.size == 1:  # else the others would have to be here too
                     writer.finish(state)
@@ -117,7 +120,6 @@ def train(
             watcher.before_update()
             try:
                 state.sums += advance(parts)
-                row_due = state.update == total or state.update % row_every == 0
                 saving = ranks.any(asked.number is not None or writer.due())
                 if row_due or saving or state.update in keep_at:
                     updates.require_finite()
@@ -156,6 +158,7 @@ def train(
                 facts = f"gap {means['logit_gap']:.2f}  move {means['move_rms']:.2f}  {writer.trouble}".rstrip()
                 yield Tick(state.update, total, "updates", facts)
         notes += writer.notes
+    watcher.write_log()
     if watcher.finished:
         for update in sorted(each for each in keep_at if each >= state.update):  # what stands for the schedule's end
             _keep(work_dir, update, state, ranks)

@@ -57,10 +57,14 @@ class Watcher:
         self.averaged = Flow(state.ema, flow.form, flow.nfe)
         self.act = run.watch.policy == "act"
         self.auto = run.schedule == "auto"
-        if ranks.first:
-            write_events(work_dir / FILE, self.watch.events)
+        self.write_log()
         if self.act and self.watch.good is None:
             self._save_good()
+
+    def write_log(self) -> None:
+        """Write the log of events anew: a kill may have left half a line, a full disk none."""
+        if self.ranks.first:
+            write_events(self.work_dir / FILE, self.watch.events)
 
     @property
     def finished(self) -> bool:
@@ -71,6 +75,14 @@ class Watcher:
     def probe(self) -> Probe:
         """What measures the moving average."""
         return Probe(self.latents, self.run, next(self.state.ema.parameters()).device)
+
+    def prepare(self) -> None:
+        """Read what the probe compares with, before an update whose row may need it, so that a failure costs nothing.
+
+        Raises UserError when latents cannot be read.
+        """
+        if self.run.watch.policy != "off" or self.auto:
+            self.probe  # noqa: B018  # made by being asked for
 
     def setting(self) -> Setting:
         """Return what the next update is made with."""
