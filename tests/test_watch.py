@@ -257,7 +257,8 @@ def test_every_profile_watches() -> None:
 
 
 def test_figures_of_a_probe_are_over_those_of_the_data(discs: Path, discs_params: Params) -> None:
-    latents, run = Latents.open(discs / "data" / "latents.h5"), discs_params.runs["t4"]
+    latents, raw = Latents.open(discs / "data" / "latents.h5"), discs_params.runs["t4"].model_dump(mode="json")
+    run = Run.model_validate(laid_over(raw, {"watch": {"probe": {"updates": 150}}}))  # so that it tells classes apart
     generator = stream_generator(run.seed, "probe")
     chosen = torch.randperm(latents.num_images, generator=generator)[: run.watch.probe.samples]
     data = latents.draw(chosen, generator)
