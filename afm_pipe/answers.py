@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from afm_pipe.console import follow
+from afm_pipe.launch import Launch
 from afm_pipe.params import Params
 from afm_pipe.pipeline import known_images, named_run, run_budget
 
@@ -27,13 +28,13 @@ def summary(params: Params) -> str:
     return table_text(header, [[row[index].text for index in chosen] for row in rows])
 
 
-def plan(params: Params, name: str) -> str:
-    """Return what a run would be: its resolved params, its parameters, updates and memory."""
+def plan(params: Params, name: str, launch: Launch) -> str:
+    """Return what a run would be: its resolved params, its parameters, updates and a rank's memory."""
     import yaml
 
     from afm_pipe.training.schedules import num_updates
 
-    run, needs, manifest = named_run(params, name), run_budget(params, name), known_images(params)
+    run, needs, manifest = named_run(params, name), run_budget(params, name, launch), known_images(params)
     if manifest is not None:
         count = num_updates(run, manifest.num_images)
         updates = f"{count} of G and of D, {run.batch_size} images each, on {manifest.num_images} images"
@@ -45,9 +46,18 @@ def plan(params: Params, name: str) -> str:
         + f"\ndiscriminator  {needs.discriminator_parameters:,} parameters"
         + f"\nupdates        {updates}"
         + f"\nmemory         about {needs.memory_bytes / 2**30:.1f} GiB: {needs.state_bytes / 2**30:.2f} weights and "
-        + f"optimizers, {needs.activation_bytes / 2**30:.2f} activations, the rest torch itself"
-        + f"\ncheckpoint     {needs.checkpoint_bytes / 2**30:.2f} GiB on disk, two are kept"
+        + f"optimizers, {needs.activation_bytes / 2**30:.2f} activations, the rest torch itself{_settings(launch)}"
+        + f"\ncheckpoint     {needs.checkpoint_bytes / 2**30:.2f} GiB on disk, {launch.keep_checkpoints} are kept"
     )
+
+
+def _settings(launch: Launch) -> str:
+    """Name the launch settings that memory depends on, where they are not those of one process."""
+    found = [f"on each of {launch.ranks} ranks"] if launch.ranks > 1 else []
+    if launch.micro_batch is not None:
+        found.append(f"{launch.micro_batch} images at a time")
+    found += ["activations computed again"] * launch.checkpoint_activations + ["sharded"] * launch.shard
+    return f" ({', '.join(found)})" if found else ""
 
 
 def plan_study(params: Params, names: list[str], machine: "Machine", num_images: int | None) -> str:

@@ -103,7 +103,7 @@ def train(
     loaded = load_params(params, overrides or ())
     name = _named(loaded, run, size)
     if dry_run:
-        typer.echo(answers.plan(loaded, name))
+        typer.echo(answers.plan(loaded, name, load_launch(nproc, micro_batch)))
     else:
         pipeline.train(loaded, name, on_ranks(nproc, micro_batch))
 
@@ -349,14 +349,14 @@ def load_params(path: Path, overrides: Sequence[str] = ()) -> "Params":
     return params_file.load_params(path, overrides)
 
 
-def load_launch() -> "Launch":
+def load_launch(nproc: int | None = None, micro_batch: int | None = None) -> "Launch":
     """Return the settings of this machine."""
-    return launch.load_launch()
+    return launch.load_launch(nproc_per_node=nproc, micro_batch=micro_batch)
 
 
 def on_ranks(nproc: int | None, micro_batch: int | None = None) -> "Launch":
     """Return the launch settings with the flags of a command; where they ask for several ranks, in each of these."""
-    return launcher.on_ranks(launch.load_launch(nproc_per_node=nproc, micro_batch=micro_batch))
+    return launcher.on_ranks(load_launch(nproc, micro_batch))
 
 
 def _named(params: "Params", run: str | None, size: str | None) -> str:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from afm_pipe import paths
 from afm_pipe.errors import UserError
-from afm_pipe.launch import load_launch, machine_name
+from afm_pipe.launch import Launch, load_launch, machine_name
 from afm_pipe.params import Params
 from afm_pipe.params_file import load_params
 
@@ -106,7 +106,7 @@ def _disk(params: Params) -> Finding:
     """Compare the free disk with two checkpoints of each run; the latents check for their own room."""
     from afm_pipe.pipeline import run_budget
 
-    needed = sum(2 * run_budget(params, name).checkpoint_bytes for name in params.runs)
+    needed = sum(2 * run_budget(params, name, Launch()).checkpoint_bytes for name in params.runs)
     free = shutil.disk_usage(".").free
     found = f"{free / 2**30:.0f} GiB free, about {needed / 2**30:.1f} needed for checkpoints"
     return Finding("disk", found, free > needed, "Make room, or train fewer runs at a time and remove their work/RUN.")
@@ -117,10 +117,11 @@ def _memory(params: Params) -> list[Finding]:
     from afm_pipe.training.budget import require_memory
 
     try:
-        device = load_launch().torch_device()
+        launch = load_launch()
+        device = launch.torch_device()
     except UserError:
         return []  # the device's own line says so
-    needs = {name: run_budget(params, name) for name in params.runs}
+    needs = {name: run_budget(params, name, launch) for name in params.runs}
     largest = max(needs, key=lambda name: needs[name].memory_bytes)
     try:
         require_memory(needs[largest], largest, device)

@@ -69,6 +69,11 @@ class Launch(BaseModel):
     micro_batch: Annotated[int, Field(ge=1)] | None = None
     """Images of a batch that a device takes at once; less takes less memory; left out: the rank's whole share."""
 
+    @property
+    def ranks(self) -> int:
+        """How many there are on all machines."""
+        return (self.nproc_per_node or 1) * self.nnodes
+
     @model_validator(mode="after")
     def _check(self) -> "Launch":
         if self.nnodes > 1 and self.rendezvous is None:

@@ -26,7 +26,7 @@ def on_ranks(launch: Launch) -> Launch:
     if under_launcher():
         end_with_starter()  # which can no longer end the ranks when it is gone
         return launch
-    if (launch.nproc_per_node or 1) * launch.nnodes == 1:
+    if launch.ranks == 1:
         return launch
     raise SystemExit(run_ranks(launch, own_command()))
 

@@ -57,6 +57,20 @@ def test_dry_run_prints_params_counts_updates_and_memory(run) -> None:
         assert part in text
 
 
+def test_dry_run_counts_what_a_rank_needs_with_the_settings_at_hand(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def memory(*flags: str) -> tuple[float, str]:
+        text = run("train", "t4", "--dry-run", "--params", str(SMOKE), *flags).output
+        (line,) = [each for each in text.splitlines() if each.startswith("memory")]
+        return float(line.split(" weights and optimizers, ")[1].split()[0]), line
+
+    whole, shared = memory(), memory("--nproc-per-node", "2", "--micro-batch", "8")
+    assert "ranks" not in whole[1]
+    assert "(on each of 2 ranks, 8 images at a time)" in shared[1]
+    assert shared[0] < 0.5 * whole[0]
+    monkeypatch.setenv("AFM_CHECKPOINT_ACTIVATIONS", "1")
+    assert memory()[0] < whole[0] and "activations computed again" in memory()[1]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

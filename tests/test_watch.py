@@ -3,19 +3,22 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from afm_pipe.data.latents import Latents
+from afm_pipe.data.order import stream_generator
 from afm_pipe.errors import NotFiniteError, UserError
 from afm_pipe.models.checkpoint_format import run_config
+from afm_pipe.models.flow import Flow
 from afm_pipe.params import Params, Run, laid_over
 from afm_pipe.params_file import load_params
 from afm_pipe.training.events import FILE, Event, read_events
 from afm_pipe.training.loop import kept, train
+from afm_pipe.training.probe import Probe
 from afm_pipe.training.state import TrainingState
 
 CPU = torch.device("cpu")
@@ -251,3 +254,28 @@ def test_every_profile_watches() -> None:
     for profile in ("params.yaml", "profiles/study.yaml", "profiles/imagenet256.yaml", "profiles/smoke.yaml"):
         params = load_params(Path(__file__).parents[1] / profile)
         assert params.train.watch.policy == "warn"
+
+
+def test_figures_of_a_probe_are_over_those_of_the_data(discs: Path, discs_params: Params) -> None:
+    latents, raw = Latents.open(discs / "data" / "latents.h5"), discs_params.runs["t4"].model_dump(mode="json")
+    run = Run.model_validate(laid_over(raw, {"watch": {"probe": {"updates": 150}}}))  # so that it tells classes apart
+    generator = stream_generator(run.seed, "probe")
+    chosen = torch.randperm(latents.num_images, generator=generator)[: run.watch.probe.samples]
+    data = latents.draw(chosen, generator)
+
+    class Copies:
+        """A generator of the very latents that the probe compares with, or of others in their place."""
+
+        def __init__(self, samples: torch.Tensor) -> None:
+            self.samples = list(samples.split(run.batch_size))
+
+        def sample(self, z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return self.samples.pop(0)
+
+    probe = Probe(latents, run, CPU)
+    same = probe(cast(Flow, Copies(data)))
+    assert [same[name] for name in ("right_class", "variance", "spread")] == pytest.approx([1, 1, 1])
+    other = probe(cast(Flow, Copies(data.roll(1, 0))))
+    assert other["right_class"] < 1 and other["spread"] == pytest.approx(1)
+    one = probe(cast(Flow, Copies(data[:1].expand_as(data))))
+    assert one["variance"] < 1e-6 and one["spread"] < 1e-6

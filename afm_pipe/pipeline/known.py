@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from afm_pipe import paths
 from afm_pipe.errors import UserError
 from afm_pipe.files import read_json, sha256_file
+from afm_pipe.launch import Launch
 from afm_pipe.params import Params, Run, valid_name
 
 if TYPE_CHECKING:
@@ -46,20 +47,17 @@ def known_model(name: str) -> Path:
     return paths.model(name)
 
 
-def run_budget(
-    params: Params,
-    name: str,
-    ranks: int = 1,
-    micro_batch: int | None = None,
-    checkpoint_activations: bool = False,
-    shard: bool = False,
-) -> "Budget":
-    """Return what a rank of a run needs, counted without allocating it; before there is data, as for 1,000 classes."""
+def run_budget(params: Params, name: str, launch: Launch, ranks: int | None = None) -> "Budget":
+    """Return what a rank of a run needs, counted without allocating it; before there is data, as for 1,000 classes.
+
+    `ranks` are those that there are, or else those that `launch` asks for.
+    """
     from afm_pipe.training.budget import budget
 
     manifest = known_images(params)
     config = model_config(params, name, len(manifest.classes) if manifest else 1000)
-    return budget(named_run(params, name), config, ranks, micro_batch, checkpoint_activations, shard)
+    run, ranks, parts = named_run(params, name), ranks or launch.ranks, launch.micro_batch
+    return budget(run, config, ranks, parts, launch.checkpoint_activations, launch.shard)
 
 
 def model_config(params: Params, name: str, num_classes: int) -> "ModelConfig":

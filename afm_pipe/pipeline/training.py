@@ -51,9 +51,7 @@ def train(params: Params, name: str, launch: Launch) -> None:
     keeping = Keeping(launch.keep_checkpoints, every=every, best=launch.keep_best)
     work_dir = paths.WORK / name
     with joined(device) as ranks, exclusive(work_dir) if ranks.first else nullcontext() as lease:
-        engine = launch.engine()
-        needs = run_budget(params, name, ranks.size, launch.micro_batch, engine.checkpoint_activations, engine.shard)
-        require_memory(needs, name, device)
+        require_memory(run_budget(params, name, launch, ranks.size), name, device)
         ranks.barrier()  # nobody has taken any memory while another looks
         training = train_loop(
             run,
@@ -69,7 +67,7 @@ def train(params: Params, name: str, launch: Launch) -> None:
             ranks,
             launch.micro_batch,
             keeping._replace(own=lease.check) if lease else keeping,
-            engine,
+            launch.engine(),
         )
         if lease is None:
             follow(f"train {name}", training)
