@@ -63,16 +63,17 @@ def run_ranks(launch: Launch, command: list[str]) -> int:
     try:
         torchrun.run(torchrun.parse_args([*options(launch), sys.executable, *command]))
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            name = signal.Signals(-failure.exitcode).name
-            print(
-                f"error: Found rank {rank} ended by {name}, expected it to finish (SIGKILL may mean that memory ran "
-                "out); the other ranks were ended. The same command goes on from the newest checkpoint.",
-                file=sys.stderr,
-            )
-            return 1
-        return failure.exitcode  # the rank has said why
+        killed = {rank: -each.exitcode for rank, each in error.failures.items() if each.exitcode < 0}
+        if not killed:
+            return error.get_first_failure()[1].exitcode  # the rank has said why
+        # Of a rank that was killed the others may hear, and end because of it, before torchrun does.
+        rank = min(killed, key=lambda each: (killed[each] == signal.SIGTERM, each))
+        print(
+            f"error: Found rank {rank} ended by {signal.Signals(killed[rank]).name}, expected it to finish (SIGKILL may "
+            "mean that memory ran out); the other ranks were ended. The same command goes on from the newest checkpoint.",
+            file=sys.stderr,
+        )
+        return 1
     except SignalException:
         return INTERRUPTED if signal.SIGINT in asked else TRY_AGAIN
     return 0

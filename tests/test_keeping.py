@@ -54,9 +54,15 @@ def run_of(params: Params, **own: object) -> Run:
     return Run.model_validate(laid_over(laid_over(params.runs["t4"].model_dump(mode="json"), base), own))
 
 
-def trained(run: Run, latents: Latents, folder: Path, keeping: Keeping = Keeping()) -> TrainingState:  # noqa: B008
+def trained(
+    run: Run,
+    latents: Latents,
+    folder: Path,
+    keeping: Keeping = Keeping(),  # noqa: B008
+    checkpoint_seconds: float = 0.0,
+) -> TrainingState:
     config = run_config(run, latents.latent_shape, latents.num_classes)
-    training = train(run, config, latents, folder, "kept", CPU, 0.0, keeping=keeping)
+    training = train(run, config, latents, folder, "kept", CPU, checkpoint_seconds, keeping=keeping)
     while True:
         try:
             next(training)
@@ -96,9 +102,9 @@ def test_latents_lost_before_a_probe_leave_a_checkpoint_from_which_all_is_as_if_
     with monkeypatch.context() as patched:
         patched.setattr("afm_pipe.training.watch.Probe", lost)
         with pytest.raises(UserError, match="cut short"):
-            trained(run_of(discs_params), latents, tmp_path / "cut", Keeping(in_background=False))
+            trained(run_of(discs_params), latents, tmp_path / "cut", checkpoint_seconds=1e9)
     saved = checkpoints(tmp_path / "cut" / "checkpoints")
-    assert [path.name[-2:] for path in saved][-1] == "09", "the last update before a row that is probed"
+    assert [path.name[-2:] for path in saved] == ["09"], "the last update before a row that is probed"
     again = trained(run_of(discs_params), latents, tmp_path / "cut")
     assert again.extra == whole.extra
     for name, tensor in whole.ema.state_dict().items():

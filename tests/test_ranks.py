@@ -12,6 +12,8 @@ from typing import Any
 import psutil
 import pytest
 
+from afm_pipe.launch import Launch
+from afm_pipe.launcher import run_ranks
 from afm_pipe.sbatch import batch_script
 from tests.conftest import ROOT
 from tests.rank_worker import BATCH, UPDATES
@@ -128,6 +130,25 @@ def test_one_end_is_the_end_of_all(project: Path, killed: bool) -> None:
         for process in [trainer, *ranks]:
             if process.poll() is None if process is trainer else process.is_running():
                 process.kill()
+
+
+@pytest.mark.parametrize("order", [(1, 2), (2, 1)])
+def test_a_killed_rank_is_named_even_where_another_ended_first_because_of_it(
+    order: tuple[int, int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from torch.distributed.elastic.multiprocessing import errors
+
+    lost, killed = (errors.ProcessFailure(rank, 100 + rank, code, "") for rank, code in ((0, 1), (1, -signal.SIGKILL)))
+    lost.timestamp, killed.timestamp = order
+
+    def fail(_: object) -> None:
+        raise errors.ChildFailedError("afm-pipe", {0: lost, 1: killed})
+
+    monkeypatch.setattr("torch.distributed.run.run", fail)
+    for name in ("signal.signal", "logging.disable"):
+        monkeypatch.setattr(name, lambda *_: None)
+    assert run_ranks(Launch(nproc_per_node=2), ["-m", "afm_pipe"]) == 1
+    assert "rank 1 ended by SIGKILL" in capsys.readouterr().err
 
 
 def test_the_batch_script_is_one_that_bash_reads() -> None:
