@@ -69,8 +69,9 @@ def run_ranks(launch: Launch, command: list[str]) -> int:
         # Of a rank that was killed the others may hear, and end because of it, before torchrun does.
         rank = min(killed, key=lambda each: (killed[each] == signal.SIGTERM, each))
         print(
-            f"error: Found rank {rank} ended by {signal.Signals(killed[rank]).name}, expected it to finish (SIGKILL may "
-            "mean that memory ran out); the other ranks were ended. The same command goes on from the newest checkpoint.",
+            f"error: Found rank {rank} ended by {signal.Signals(killed[rank]).name}, expected it to finish (SIGKILL "
+            "may mean that memory ran out); the other ranks were ended. The same command goes on from the newest "
+            "checkpoint.",
             file=sys.stderr,
         )
         return 1
