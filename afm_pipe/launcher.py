@@ -10,10 +10,14 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from afm_pipe.launch import Launch
 from afm_pipe.ranks import under_launcher
 from afm_pipe.signals import INTERRUPTED, TRY_AGAIN, end_with_starter
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 SECONDS_TO_CHECKPOINT = 600
 
@@ -63,13 +67,11 @@ def run_ranks(launch: Launch, command: list[str]) -> int:
     try:
         torchrun.run(torchrun.parse_args([*options(launch), sys.executable, *command]))
     except ChildFailedError as error:
-        killed = {rank: -each.exitcode for rank, each in error.failures.items() if each.exitcode < 0}
-        if not killed:
-            return error.get_first_failure()[1].exitcode  # the rank has said why
-        # Of a rank that was killed the others may hear, and end because of it, before torchrun does.
-        rank = min(killed, key=lambda each: (killed[each] == signal.SIGTERM, each))
+        rank, failure = _cause(error)
+        if failure.exitcode > 0:
+            return failure.exitcode  # the rank has said why
         print(
-            f"error: Found rank {rank} ended by {signal.Signals(killed[rank]).name}, expected it to finish (SIGKILL "
+            f"error: Found rank {rank} ended by {signal.Signals(-failure.exitcode).name}, expected it to finish (SIGKILL "
             "may mean that memory ran out); the other ranks were ended. The same command goes on from the newest "
             "checkpoint.",
             file=sys.stderr,
@@ -78,6 +80,20 @@ def run_ranks(launch: Launch, command: list[str]) -> int:
     except SignalException:
         return INTERRUPTED if signal.SIGINT in asked else TRY_AGAIN
     return 0
+
+
+def _cause(error: "ChildFailedError") -> tuple[int, "ProcessFailure"]:
+    """Return the rank that the others' ends follow from.
+
+    Of one that is killed they may hear, and end, before torchrun does; torchrun itself ends ranks by SIGTERM.
+    """
+
+    def place(rank: int) -> tuple[int, int]:
+        code = error.failures[rank].exitcode
+        return 2 if code == -signal.SIGTERM else 1 if code > 0 else 0, error.failures[rank].timestamp
+
+    rank = min(error.failures, key=place)
+    return rank, error.failures[rank]
 
 
 def options(launch: Launch) -> list[str]:

@@ -132,23 +132,33 @@ def test_one_end_is_the_end_of_all(project: Path, killed: bool) -> None:
                 process.kill()
 
 
-@pytest.mark.parametrize("order", [(1, 2), (2, 1)])
-def test_a_killed_rank_is_named_even_where_another_ended_first_because_of_it(
-    order: tuple[int, int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("exits", "code", "said"),
+    [
+        ((1, -signal.SIGKILL), 1, "rank 1 ended by SIGKILL"),  # the other heard of it, and ended, first
+        ((-signal.SIGTERM, 1), 1, ""),  # torchrun ended the other
+        ((-signal.SIGTERM, -signal.SIGSEGV), 1, "rank 1 ended by SIGSEGV"),
+        ((2, 3), 2, ""),
+    ],
+)
+def test_the_rank_is_named_that_the_others_ended_because_of(
+    exits: tuple[int, int], code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from torch.distributed.elastic.multiprocessing import errors
 
-    lost, killed = (errors.ProcessFailure(rank, 100 + rank, code, "") for rank, code in ((0, 1), (1, -signal.SIGKILL)))
-    lost.timestamp, killed.timestamp = order
+    failures = {rank: errors.ProcessFailure(rank, 100 + rank, exits[rank], "") for rank in (0, 1)}
+    for rank, failure in failures.items():
+        failure.timestamp = rank
 
     def fail(_: object) -> None:
-        raise errors.ChildFailedError("afm-pipe", {0: lost, 1: killed})
+        raise errors.ChildFailedError("afm-pipe", failures)
 
     monkeypatch.setattr("torch.distributed.run.run", fail)
     for name in ("signal.signal", "logging.disable"):
         monkeypatch.setattr(name, lambda *_: None)
-    assert run_ranks(Launch(nproc_per_node=2), ["-m", "afm_pipe"]) == 1
-    assert "rank 1 ended by SIGKILL" in capsys.readouterr().err
+    assert run_ranks(Launch(nproc_per_node=2), ["-m", "afm_pipe"]) == code
+    written = capsys.readouterr().err
+    assert said in written and bool(written) == bool(said)
 
 
 def test_the_batch_script_is_one_that_bash_reads() -> None:
