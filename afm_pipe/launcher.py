@@ -70,10 +70,10 @@ def run_ranks(launch: Launch, command: list[str]) -> int:
         rank, failure = _cause(error)
         if failure.exitcode > 0:
             return failure.exitcode  # the rank has said why
+        name = signal.Signals(-failure.exitcode).name
         print(
-            f"error: Found rank {rank} ended by {signal.Signals(-failure.exitcode).name}, expected it to finish (SIGKILL "
-            "may mean that memory ran out); the other ranks were ended. The same command goes on from the newest "
-            "checkpoint.",
+            f"error: Found rank {rank} ended by {name}, expected it to finish (SIGKILL may mean that memory ran out); "
+            "the other ranks were ended. The same command goes on from the newest checkpoint.",
             file=sys.stderr,
         )
         return 1
