@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from afm_pipe.console import follow
+from afm_pipe.errors import UserError
 from afm_pipe.launch import Launch
 from afm_pipe.params import Params
 from afm_pipe.pipeline import known_images, named_run, run_budget
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     from afm_pipe.plan import Machine
 
 IMAGENET_IMAGES = 1_281_167  # of its training set
+DAY = 86_400  # seconds
+AS_FOR = " (as for 1,000 classes; `afm-pipe prepare` counts those there are)"
 
 
 def summary(params: Params) -> str:
@@ -42,7 +45,7 @@ def plan(params: Params, name: str, launch: Launch) -> str:
         updates = f"{run.phases[-1].until_epoch:g} epochs; `afm-pipe prepare` counts the images of one"
     return (
         yaml.safe_dump({name: run.model_dump(mode="json")}, sort_keys=False)
-        + f"\ngenerator      {needs.generator_parameters:,} parameters"
+        + f"\ngenerator      {needs.generator_parameters:,} parameters{'' if manifest else AS_FOR}"
         + f"\ndiscriminator  {needs.discriminator_parameters:,} parameters"
         + f"\nupdates        {updates}"
         + f"\nmemory         about {needs.memory_bytes / 2**30:.1f} GiB: {needs.state_bytes / 2**30:.2f} weights and "
@@ -67,13 +70,15 @@ def plan_study(params: Params, names: list[str], machine: "Machine", num_images:
     manifest = known_images(params)
     classes = len(manifest.classes) if manifest and num_images is None else 1000
     count = num_images or (manifest.num_images if manifest else IMAGENET_IMAGES)
-    return follow("plan", plan_text(params, names, machine, count, classes))
+    return follow("plan", plan_text(params, names, machine, count, classes)) + ("" if manifest else f"\nIt is{AS_FOR}.")
 
 
 def watch(params: Params, seconds: float) -> None:
     """Write a page of what is training now, again and again, until Ctrl-C."""
     from afm_pipe.reporting.watch import PAGE, watch
 
+    if not 1 <= seconds <= DAY:
+        raise UserError(f"Found --every {seconds:g}, expected 1 to {DAY:,} seconds.")
     print(f"Open {PAGE.resolve()} in a browser; Ctrl-C ends.", flush=True)
     try:
         watch(params, seconds)

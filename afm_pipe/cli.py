@@ -268,7 +268,7 @@ def plan(
     utilisation: Annotated[float, typer.Option(help="Share of the GPU's peak that is reached.")] = 0.4,
     precision: Annotated[str, typer.Option(help="fp32, tf32 or bf16.")] = "tf32",
     images: Annotated[
-        int | None, typer.Option(help="Images of the data set, before `prepare` has counted them.")
+        int | None, typer.Option(min=1, help="Images of the data set, before `prepare` has counted them.")
     ] = None,
     params: ParamsFile = paths.PARAMS,
     overrides: Overrides = None,

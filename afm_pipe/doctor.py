@@ -57,7 +57,11 @@ def _device() -> Finding:
     import torch
 
     try:
-        device = load_launch().torch_device()
+        launch = load_launch()
+    except UserError as error:
+        return Finding("launch settings", str(error), False, "Mend that setting, or leave it out.")
+    try:
+        device = launch.torch_device()
     except UserError as error:
         return Finding("device", str(error), False, "Set AFM_DEVICE to a device of this machine, or leave it out.")
     return Finding("device", f"{device}, {machine_name(device)}, {torch.get_num_threads()} threads")

@@ -126,9 +126,11 @@ def load_launch(**flags: Any) -> Launch:
     except ValidationError as error:
         problem = error.errors()[0]
         found = f" {'.'.join(map(str, problem['loc']))} = {problem['input']!r}" if problem["loc"] else "s"
+        name = str(problem["loc"][0]) if problem["loc"] else ""
+        flag = f"--{name.replace('_', '-')}" if flags.get(name) is not None else ""
+        where = f"in {flag}" if flag else f"in the environment (AFM_*) or in {LAUNCH_FILE}"
         raise UserError(
-            f"Found launch setting{found}: {problem['msg'].removeprefix('Value error, ')}. "
-            f"Mend it in the environment (AFM_*) or in {LAUNCH_FILE}."
+            f"Found launch setting{found}: {problem['msg'].removeprefix('Value error, ')}. Mend it {where}."
         ) from None
 
 

@@ -130,7 +130,7 @@ def standing(params: Params, name: str, known: dict[str, Standing] | None = None
     if holder is not None:
         left = _seconds_left(work, update, total, begun)
         return Standing(name, run, "training", f"by {holder}", seconds_left=left, **facts)
-    broke = bool(events) and events[-1].kind in FATAL and "rolled_back_to" not in events[-1].evidence
+    broke = bool(events) and _ended(events[-1])
     if broke and work is not None and (made is None or made != identity):
         return Standing(name, run, "failed", events[-1].text, **facts)
     if made is not None and made == identity:
@@ -146,6 +146,7 @@ def standing(params: Params, name: str, known: dict[str, Standing] | None = None
         return Standing(name, run, "outdated", "trained with other params, data or code", **facts)
     if made is not None:
         return Standing(name, run, "finished", "without latents here to compare it with", **facts)
+    facts |= {"rows": [], "events": [], "unread": 0, "update": 0}  # those in place are of a training elsewhere
     if num_images is None:
         return Standing(name, run, "waiting", f"for {paths.LATENTS}", **facts)
     if base is not None:
@@ -153,6 +154,12 @@ def standing(params: Params, name: str, known: dict[str, Standing] | None = None
         if of_base.state != "finished":
             return Standing(name, run, "waiting", f"for {base}, which is {of_base.state}", **facts)
     return Standing(name, run, "not begun", "", **facts)
+
+
+def _ended(event: Event) -> bool:
+    """Tell whether a training ended by an event: a loss that was no number, after which it did not go back."""
+    no_number = event.kind == "not_finite" or "not finite" in event.text
+    return event.kind in FATAL and no_number and "rolled_back_to" not in event.evidence
 
 
 def cells_line(params: Params) -> str | None:

@@ -98,6 +98,13 @@ def marks_of(run: RunRecord, images_per_epoch: int) -> list[Mark]:
     return sorted(set(marks))
 
 
+def _on(run: RunRecord, marks: list[Mark]) -> list[Mark]:
+    """Leave out what happened before a run's own curve, in the run it continues, but for where it begins."""
+    rows = run.curve.get("images", [])
+    apart = rows[1] - rows[0] if len(rows) > 1 else 0.0
+    return [mark for mark in marks if not rows or rows[0] <= mark.images + apart or rows[0] <= apart]
+
+
 def draw_panels(runs: Sequence[RunRecord], images_per_epoch: int, alone: RunRecord | None = None) -> list[Panel]:
     """Draw a panel for each known quantity that changes in any run; lines break where a value is not finite.
 
@@ -110,7 +117,7 @@ def draw_panels(runs: Sequence[RunRecord], images_per_epoch: int, alone: RunReco
             _panel(
                 quantity,
                 [
-                    Line(index, run.name, *_line(run.curve, quantity.key), marks_of(run, images_per_epoch))
+                    Line(index, run.name, *_line(run.curve, quantity.key), _on(run, marks_of(run, images_per_epoch)))
                     for index, run in drawn
                 ],
             ),

@@ -165,11 +165,15 @@ def _line(studied: Studied, row: str, mark: str, alarms: bool) -> tuple[Cell, ..
 
 
 def _alarms(cells: Sequence[StudyCell], source: str, where: str) -> Cell:
-    """Say which alarms the watch fired in how many cells; the cell's value is in how many any was fired."""
-    fired = Counter(kind for cell in cells for kind in cell.alarms)
-    text = ", ".join(f"{kind} {count} of {len(cells)}" for kind, count in sorted(fired.items()))
-    some = sum(bool(cell.alarms) for cell in cells)
-    return Cell(text or (f"none of {len(cells)}" if cells else titles.MISSING), some, source, f"alarms {where}")
+    """Say which alarms the watch fired in how many of the cells it watched; the value is in how many any was fired."""
+    watched = [cell for cell in cells if cell.events is not None]
+    if not watched:
+        return Cell(titles.MISSING, None)
+    fired = Counter(kind for cell in watched for kind in cell.alarms)
+    of = f"of {len(watched)}" + (" watched" if len(watched) < len(cells) else "")
+    text = ", ".join(f"{kind} {count} {of}" for kind, count in sorted(fired.items()))
+    some = sum(bool(cell.alarms) for cell in watched)
+    return Cell(text or f"none {of}", some, source, f"alarms {where}")
 
 
 def _phases(studied: Studied) -> Table:

@@ -17,6 +17,7 @@ from afm_pipe import paths
 from afm_pipe.errors import UserError
 from afm_pipe.files import read_json
 from afm_pipe.params import Params, StudyTable
+from afm_pipe.params.study import Axis
 from afm_pipe.reporting import titles
 from afm_pipe.reporting.table import Cell
 from afm_pipe.training.events import ALARMS
@@ -239,12 +240,27 @@ def read_pairs(params: Params) -> list[Pair]:
     ]
 
 
+def _in_order(results: StudyFile) -> StudyFile:
+    """Return a file whose axes have the order of its cells, which is the declared one; JSON sorts names."""
+
+    def ordered(axis: Axis, labels: list[str]) -> Axis:
+        seen = [label for label in dict.fromkeys(labels) if label in axis.settings]
+        names = seen + [label for label in axis.settings if label not in seen]
+        return axis.model_copy(update={"settings": {label: axis.settings[label] for label in names}})
+
+    table, cells = results.table, results.cells
+    axes = {"rows": ordered(table.rows, [cell.row for cell in cells])}
+    if table.columns is not None:
+        axes["columns"] = ordered(table.columns, [cell.column for cell in cells])
+    return results.model_copy(update={"table": table.model_copy(update=axes)})
+
+
 def _read(name: str, scope: Scope) -> Studied | None:
     path = paths.table(name) if scope == "table" else paths.STUDY / f"{name}.json"
     if not path.is_file():
         return None
     try:
-        return Studied(name, scope, path, StudyFile.model_validate(read_json(path)))
+        return Studied(name, scope, path, _in_order(StudyFile.model_validate(read_json(path))))
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "content"

@@ -132,14 +132,16 @@ def t_interval(values: Sequence[float], least_deviation: float = 0.0) -> tuple[f
 
 
 def _sides(studied: Studied, check: Check) -> list[_Sides]:
-    """Return both groups for every seed in which none of their cells is missing."""
-    found = []
+    """Return both groups for every seed in which none of their cells is missing; of alarms, none unwatched."""
+    found, of_alarms = [], check.measure.endswith(("alarms", "_alarm"))
     for seed in studied.table.seeds:
         less, than = (
             [studied.cells.get((row, column, seed)) for row, column in _places(studied, group)]
             for group in (check.less, check.than)
         )
-        complete = _Sides([c for c in less if c is not None], [c for c in than if c is not None])
+        complete = _Sides(
+            *([c for c in side if c is not None and not (of_alarms and c.events is None)] for side in (less, than))
+        )
         if complete.less and len(complete.less) == len(less) and len(complete.than) == len(than):
             found.append(complete)
     return found
@@ -210,7 +212,7 @@ def _effect(
         stand_in = f" ({count} cell{'s' * (count > 1)} without a number taken as twice the worst of the table)" * bool(
             count
         )
-        return f"distance {factor}{word}{_ends([math.exp(end) for end in bounds])} {compared}{stand_in}"
+        return f"distance {factor}{word}{_ends([math.exp(end) for end in bounds])} {compared}{_ended(sides)}{stand_in}"
     if check.measure == "alarms":
         fewer = f"{titles.number(abs(mean))} {'fewer' if lower else 'more'}" if mean else "as many"
         return f"kinds of alarms a cell {fewer}{_ends(bounds)} {compared}"
@@ -223,6 +225,13 @@ def _effect(
         for cells in ([c for side in sides for c in side.less], [c for side in sides for c in side.than])
     )
     return f"{text} ({first} against {second})"
+
+
+def _ended(sides: Sequence[_Sides]) -> str:
+    """Say how many cells of each group diverged, where any did: they may be all that a distance rests on."""
+    less, than = ([c for side in sides for c in getattr(side, group)] for group in ("less", "than"))
+    first, second = (sum(cell.diverged is not None for cell in cells) for cells in (less, than))
+    return f" ({first} of {len(less)} cells diverged against {second} of {len(than)})" if first or second else ""
 
 
 def _counted(studied: Studied, check: Check, sides: Sequence[_Sides]) -> Verdict:

@@ -56,7 +56,7 @@ def run_table(inputs: Inputs) -> Table:
     measured = range(1, 1 + len(metrics))
     caption = (
         f"Runs of this repository, {titles.number(inputs.params.evaluate.samples)} samples each. Metrics from "
-        f"{paths.metrics('RUN')}, cost from {paths.costs('RUN')}."
+        f"{paths.metrics('RUN')}, cost from {paths.costs('RUN')}; a run that continues another: its own phase alone."
     )
     return Table("runs", caption, columns, tuple(ranked(rows, columns, measured)), footer, note=interval_note(rows))
 
@@ -101,9 +101,8 @@ def cost_table(inputs: Inputs) -> Table:
         Column("peak_memory_gib", "Peak memory"),
         Column("machine", "Machine", numeric=False),
     )
-    return Table(
-        "costs", f"What training cost, from {paths.costs('RUN')}.", columns, tuple(map(_cost_row, inputs.runs))
-    )
+    caption = f"What training cost, from {paths.costs('RUN')}; a run that continues another: its own phase alone."
+    return Table("costs", caption, columns, tuple(map(_cost_row, inputs.runs)))
 
 
 def published_tables(published: dict[str, Any]) -> tuple[Table, Table]:

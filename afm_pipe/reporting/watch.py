@@ -9,7 +9,6 @@ from pathlib import Path
 from markupsafe import Markup
 
 from afm_pipe import paths
-from afm_pipe.errors import UserError
 from afm_pipe.files import atomic_path
 from afm_pipe.params import Params
 from afm_pipe.reporting import curves, titles
@@ -22,8 +21,6 @@ ALIVE = 120.0  # seconds without a row after which a training is called quiet
 
 def watch(params: Params, seconds: float, rounds: int | None = None) -> None:
     """Write the page every so many seconds, until interrupted, or so many times."""
-    if seconds < 1:
-        raise UserError(f"Found --every {seconds:g}, expected at least 1 second.")
     done = 0
     while rounds is None or done < rounds:
         with atomic_path(PAGE) as aside:
