@@ -50,7 +50,7 @@ def test_dry_run_prints_params_counts_updates_and_memory(run) -> None:
     text = run("train", "--size", "t4", "--dry-run", "--set", "train.batch_size=32", "--params", str(SMOKE)).output
     for part in (
         "batch_size: 32",
-        "generator      1,365,440 parameters",
+        "generator      1,365,440 parameters (as for 1,000 classes; `afm-pipe prepare` counts those there are)",
         "updates        0.5 epochs",
         "memory         about 0.",
     ):
@@ -98,6 +98,13 @@ def test_a_launch_setting_that_is_wrong_is_named(run, monkeypatch: pytest.Monkey
     assert "Found the device 'warp', which is not usable here" in result.stderr
     Path("launch.toml").write_text("devize = 'cpu'")
     assert "Found launch setting devize" in run("train", "t4", "--params", str(SMOKE)).stderr
+
+
+def test_a_wrong_flag_is_named_as_one_and_a_wrong_setting_as_one(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "Mend it in --micro-batch." in run("train", "t4", "--micro-batch", "0", "--params", str(SMOKE)).stderr
+    assert run("plan", "t4", "--images", "-5", "--params", str(SMOKE)).exit_code == 2
+    monkeypatch.setenv("AFM_WORKERS", "x")
+    assert "MEND  launch settings: Found launch setting workers = 'x'" in run("doctor", "--params", str(SMOKE)).output
 
 
 def test_doctor_names_what_is_missing_and_the_remedy(run) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from afm_pipe import paths, pipeline
+from afm_pipe import answers, paths, pipeline
 from afm_pipe.console import Tick
 from afm_pipe.errors import UserError
 from afm_pipe.launch import Launch
@@ -104,6 +104,10 @@ def test_watching_shows_how_far_a_training_is_and_reloads(
     assert "quiet for 10.0 min" in PAGE.read_text()
 
 
-def test_watching_too_fast_is_refused(project: Path, discs_params: Params) -> None:
-    with pytest.raises(UserError, match="--every 0.1, expected at least 1 second"):
-        watch(discs_params, 0.1, rounds=1)
+@pytest.mark.parametrize("seconds", [0.1, -1, float("nan"), float("inf")])
+def test_seconds_that_cannot_be_waited_are_refused_before_anything_is_said(
+    discs_params: Params, seconds: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match=f"--every {seconds:g}, expected 1 to 86,400 seconds"):
+        answers.watch(discs_params, seconds)
+    assert not capsys.readouterr().out

@@ -41,6 +41,11 @@ def test_a_run_is_followed_from_nothing_over_a_kill_to_its_end(project: Path, ch
     assert (begun.state, begun.phase, begun.health, begun.total) == ("not begun", "-", "-", 30)
     assert why(params, "t4")[0].endswith("dvc repro train@t4, or afm-pipe train t4 outside DVC.")
     assert status.standing(params, "g").why == "for t4, which is not begun"
+    paths.curves("t4").parent.mkdir(exist_ok=True)
+    paths.curves("t4").write_text("update,images,epoch\n10,80,1.0\n")  # such as git keeps of a training elsewhere
+    elsewhere = status.standing(params, "t4")
+    assert (elsewhere.state, elsewhere.update, elsewhere.rows, elsewhere.health) == ("not begun", 0, [], "-")
+    paths.curves("t4").unlink()
     assert "dvc repro guide@g" in why(params, "g")[0]
 
     child = os.fork()
@@ -96,7 +101,7 @@ def test_a_loss_that_is_not_finite_is_told_with_its_update_and_what_to_try(
 
 
 def event(update: int, kind: str, **more: object) -> str:
-    return json.dumps({"update": update, "images": update, "kind": kind, "text": f"a {kind}", **more}) + "\n"
+    return json.dumps({"update": update, "images": update, "kind": kind, "text": f"a {kind}"} | more) + "\n"
 
 
 def test_a_run_that_went_back_by_itself_has_not_failed(project: Path, change: Callable[..., Params]) -> None:
@@ -118,6 +123,8 @@ def test_a_run_that_went_back_by_itself_has_not_failed(project: Path, change: Ca
     log.write_text(event(20, "divergence", evidence={"loss": 1e4, "rolled_back_to": 10}))
     assert status.standing(params, "t4").state == "stopped"
     log.write_text(event(20, "divergence", evidence={"loss": 1e4}, action="given up after 3 rollbacks"))
+    assert status.standing(params, "t4").state == "stopped", "a loss that is large ends nothing"
+    log.write_text(event(20, "divergence", text="a loss that is not finite", action="given up after 3 rollbacks"))
     assert status.standing(params, "t4").state == "failed"
     log.write_text(event(20, "phase") + event(40, "phase"))
     assert status.standing(params, "t4").phase == "3"

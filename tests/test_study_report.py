@@ -93,6 +93,29 @@ def test_alarms_of_the_watch_are_shown_and_compared() -> None:
     assert verdict.difference == -2.0
 
 
+def test_trainings_that_were_not_watched_show_no_alarms_and_decide_nothing_about_them() -> None:
+    table = declared(checks=(check("alarms", {"rows": ["0.2"]}, {"rows": ["0"]}),))
+    write_study("tables/sweep.json", table, clear)
+    written = json.loads(Path("tables/sweep.json").read_text())
+    give = fired({"0": ("identity",), "0.2": ()})
+    cells = [give(each) if each["row"] == "0" and each["seed"] < 2 else each for each in written["cells"]]
+    write("tables/sweep.json", written | {"cells": cells})
+    (shown,) = sections_of(make_params(sweep=table))["study-sweep"].tables
+    column = [each.key for each in shown.columns].index("alarms")
+    assert [row[column] for row in texts(shown)] == ["identity 2 of 2 watched", "–"]
+    assert verdict_of(table).seeds == 0
+
+
+def test_rows_and_columns_stand_in_the_order_of_their_cells() -> None:
+    table = declared(rows=("5e-4", "1e-3", "2e-3"), columns=("none", "da", "cg"), checks=())
+    write_study("tables/sweep.json", table, lambda row, column, seed: 10.0)
+    written = json.loads(Path("tables/sweep.json").read_text())
+    Path("tables/sweep.json").write_text(json.dumps(written, sort_keys=True))  # as tables are written
+    shown = sections_of(make_params(sweep=table))["study-sweep"].tables[0]
+    assert [row[0].text for row in shown.rows] == ["5e-4", "1e-3", "2e-3"]
+    assert [column.key for column in shown.columns] == ["row", "none", "da", "cg"]
+
+
 def test_a_grid_shows_means_over_seeds_and_marks_divergence() -> None:
     table = declared(("0.1", "0.5"), ("0", "0.2"), checks=())
 
