@@ -19,6 +19,7 @@ from afm_pipe.launch import Launch
 from afm_pipe.params import Params
 from afm_pipe.reporting.watch import PAGE, watch
 from afm_pipe.training.checkpoints import checkpoints
+from afm_pipe.training.events import FILE, Event, append_event
 
 OFTEN = Launch(device="cpu", checkpoint_seconds=0)
 LIVE = paths.WORK / "dvclive" / "t4"
@@ -102,6 +103,10 @@ def test_watching_shows_how_far_a_training_is_and_reloads(
     os.utime(curve, (old, old))
     watch(discs_params, 2, rounds=1)
     assert "quiet for 10.0 min" in PAGE.read_text()
+    stop = Event(30, 240, "stop", "no better in the last phase", action="weights of the best probe are the result")
+    append_event(curve.parent / FILE, stop)  # as an auto schedule does before its upper bound
+    watch(discs_params, 2, rounds=1)
+    assert "<dd>epoch 4.00 of 8, finished</dd>" in PAGE.read_text()
 
 
 @pytest.mark.parametrize("seconds", [0.1, -1, float("nan"), float("inf")])

@@ -106,6 +106,22 @@ def test_trainings_that_were_not_watched_show_no_alarms_and_decide_nothing_about
     assert verdict_of(table).seeds == 0
 
 
+def test_time_of_a_training_that_cells_share_counts_once_and_of_what_they_continue_never() -> None:
+    write_study("tables/sweep.json", declared(checks=()), clear)  # two rows, three seeds, a minute each
+    written = json.loads(Path("tables/sweep.json").read_text())
+
+    def caption(**own: Callable[[Any], str]) -> str:
+        cells = [each | {key: value(each["seed"]) for key, value in own.items()} for each in written["cells"]]
+        write("tables/sweep.json", written | {"cells": cells})
+        return sections_of(make_params(sweep=declared(checks=())))["study-sweep"].tables[0].caption
+
+    assert "6 cells, 6.00 min of training" in caption()
+    assert "continues" not in caption()
+    shared = caption(training=lambda seed: f"{seed}", continues=lambda seed: "base")
+    assert "6 cells, 3.00 min of training" in shared
+    assert "Updates, units and time are those of what continues another training, alone." in shared
+
+
 def test_rows_and_columns_stand_in_the_order_of_their_cells() -> None:
     table = declared(rows=("5e-4", "1e-3", "2e-3"), columns=("none", "da", "cg"), checks=())
     write_study("tables/sweep.json", table, lambda row, column, seed: 10.0)

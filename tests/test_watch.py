@@ -177,6 +177,7 @@ def test_a_stall_puts_back_the_earlier_discriminator_that_does_best(watched: Wat
     assert event.action is not None
     trials = event.action.split("trial: ")[1].rstrip(")").split(", ")
     tried = {int(trial.split()[-1]): float(trial.split()[0]) for trial in trials}
+    assert max(tried) < event.update, "that of now is none of the earlier ones"
     assert f"D put back to update {min(tried, key=tried.__getitem__)} " in event.action
     assert whole.rows[-1]["lr"] == whole.rows[0]["lr"] / 2
     assert len(list((tmp_path / "whole" / "discriminators").glob("probe-*"))) <= 6, "bounded"
@@ -186,6 +187,19 @@ def test_a_stall_puts_back_the_earlier_discriminator_that_does_best(watched: Wat
     assert_same(watched("cut", STUCK), whole)
     for line in (tmp_path / "cut" / FILE).read_text().splitlines():
         assert set(json.loads(line)) == {"update", "images", "kind", "text", "evidence", "action"}
+
+
+def test_the_discriminator_of_a_probe_is_kept_before_another_is_put_in_its_place(
+    watched: Watched, tmp_path: Path
+) -> None:
+    whole = watched("whole", STUCK)
+    at = of_kind(tmp_path, "whole", "stagnation").update
+    assert at in whole.extra["watch"]["discriminators"]
+    until = {"watch": {"policy": "warn"}, "phases": [{"until_epoch": at * 8 / 60}]}  # which is when the stall is seen
+    trained = watched("warned", laid_over(STUCK, until))
+    assert trained.update == at
+    kept_then = load_file(tmp_path / "whole" / "discriminators" / f"probe-{at:09d}.safetensors")
+    assert all(torch.equal(tensor, kept_then[name]) for name, tensor in trained.discriminator.state_dict().items())
 
 
 def test_a_trial_leaves_no_trace_but_its_choice(watched: Watched, tmp_path: Path) -> None:

@@ -213,12 +213,14 @@ def _caption(studied: Studied, what: str) -> str:
     """Say what, how much of it was run, at what scale and at what cost."""
     cells, places = studied.results.cells, len(studied.places) * len(studied.table.seeds)
     seeds, count = len(studied.table.seeds), f"{len(cells)} cell{'s' * (len(cells) != 1)}"
-    spent = sum(cell.cost.seconds or 0 for cell in cells)
+    spent = sum({cell.training or place: cell.cost.seconds or 0 for place, cell in studied.cells.items()}.values())
+    alone = " Updates, units and time are those of what continues another training, alone."
     missing = f" {places - len(cells)} of {places} cells have not been run." if len(cells) < places else ""
     return (
         f"{studied.table.title.rstrip('.')}, {SCOPES[studied.scope]}: {what}, {seeds} seed{'s' * (seeds != 1)} a cell. "
         f"{studied.results.scale.rstrip('.')}. {count}, {titles.duration(spent)} of training on "
         f"{studied.results.machine}, from {studied.path}.{missing}"
+        f"{alone * any(cell.continues for cell in cells)}"
     )
 
 

@@ -76,6 +76,10 @@ class StudyCell(BaseModel):
     cost: CellCost
     events: tuple[CellEvent, ...] | None = None
     """Null in files from before trainings were watched."""
+    training: str | None = None
+    """Fingerprint of the training; cells that use it differently share it."""
+    continues: str | None = None
+    """Fingerprint of the training that it goes on from; that one's cost is not in `cost`."""
 
     @property
     def alarms(self) -> tuple[str, ...]:

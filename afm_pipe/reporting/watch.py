@@ -14,6 +14,8 @@ from afm_pipe.params import Params
 from afm_pipe.reporting import curves, titles
 from afm_pipe.reporting.inputs import Config, RunRecord, read_curve
 from afm_pipe.reporting.page import environment
+from afm_pipe.status import read_events
+from afm_pipe.training.events import FILE
 
 PAGE = paths.WORK / "watch.html"
 ALIVE = 120.0  # seconds without a row after which a training is called quiet
@@ -38,7 +40,9 @@ def watch_page(params: Params, seconds: float, now: float) -> str:
         if name not in params.models:
             continue  # of other params; their settings are not known
         curve = read_curve(path, f"train@{name}", may_grow=True)
-        facts.append(_fact(params, name, curve, now - path.stat().st_mtime))
+        events, _ = read_events(path.parent / FILE)
+        stopped = bool(events) and events[-1].kind == "stop"
+        facts.append(_fact(params, name, curve, now - path.stat().st_mtime, stopped))
         if curve.get("images"):
             per_epoch = round(curve["images"][-1] / curve["epoch"][-1])
             records.append(
@@ -62,11 +66,11 @@ def _newest_last() -> list[Path]:
     return sorted(paths.WORK.glob("*/*/curves.csv"), key=lambda path: path.stat().st_mtime)
 
 
-def _fact(params: Params, name: str, curve: dict[str, list[float]], age: float) -> tuple[str, str, str]:
-    """Return a run's name, how far it is, and whether it moves."""
+def _fact(params: Params, name: str, curve: dict[str, list[float]], age: float, stopped: bool) -> tuple[str, str, str]:
+    """Return a run's name, how far it is, and whether it moves; it may have `stopped` early by itself."""
     until = params.models[name].phases[-1].until_epoch
     epoch = curve["epoch"][-1] if curve.get("epoch") else 0.0
     far = f"epoch {epoch:.2f} of {until:g}"
-    if epoch >= until - 1e-6:
+    if stopped or epoch >= until - 1e-6:
         return name, far, "finished"
     return name, far, "running" if age < ALIVE else f"quiet for {titles.duration(age)}"

@@ -140,7 +140,14 @@ def write_tables(jobs: Jobs, out: Path | None = None) -> list[Path]:
     for name, of_table in jobs.by_table.items():
         results = [read_json(job.result) for job in of_table]
         cells = [
-            {"row": job.cell.row, "column": job.cell.column, "seed": job.cell.seed, **result}
+            {
+                "row": job.cell.row,
+                "column": job.cell.column,
+                "seed": job.cell.seed,
+                "training": job.training,
+                "continues": job.base_training,
+                **result,
+            }
             for job, result in zip(of_table, results, strict=True)
         ]
         table = {

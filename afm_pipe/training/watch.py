@@ -111,6 +111,7 @@ class Watcher:
         if self._probe_due() or (self.auto and self.state.update == total):
             probed = True
             self._take_probe()
+            self._keep_discriminator()  # before any other is put in its place
             alarms += alarms_of_probes(self.run, self.state.rows, self.watch.probes)
             asked |= {"stagnation", "collapse"}
         holding = set(self.watch.holding) - asked | {alarm.kind for alarm in alarms}
@@ -123,7 +124,6 @@ class Watcher:
         if probed:
             if self.auto:
                 self._move_on(total)
-            self._keep_discriminator()
             if self.act and "divergence" not in holding:
                 self._save_good()
         self._remember()
@@ -214,7 +214,8 @@ class Watcher:
 
     def _reload_discriminator(self) -> str:
         """Put D back to the earlier one with which the training gets best in a few updates."""
-        then = self.watch.discriminators[-self.run.watch.act.candidates :]
+        earlier = [update for update in self.watch.discriminators if update < self.state.update]
+        then = earlier[-self.run.watch.act.candidates :]
         if not then:
             return "no earlier D is kept, so D stays"
         found = {update: self._try(update) for update in then}
