@@ -267,6 +267,11 @@ def plan(
     gpu: Annotated[str, typer.Option(help="a100, h100, h200 or b200.")] = "h100",
     utilisation: Annotated[float, typer.Option(help="Share of the GPU's peak that is reached.")] = 0.4,
     precision: Annotated[str, typer.Option(help="fp32, tf32 or bf16.")] = "tf32",
+    micro_batch: MicroBatch = None,
+    checkpoint: Annotated[
+        bool, typer.Option("--checkpoint-activations", help="Activations are computed again instead of kept.")
+    ] = False,
+    shard: Annotated[bool, typer.Option("--shard", help="The GPUs share weights and optimizers out (FSDP2).")] = False,
     images: Annotated[
         int | None, typer.Option(min=1, help="Images of the data set, before `prepare` has counted them.")
     ] = None,
@@ -277,7 +282,8 @@ def plan(
     loaded = load_params(params, overrides or ())
     from afm_pipe.plan import machine
 
-    typer.echo(answers.plan_study(loaded, runs or [], machine(gpu, gpus, utilisation, precision), images))
+    planned = machine(gpu, gpus, utilisation, precision, micro_batch, checkpoint, shard)
+    typer.echo(answers.plan_study(loaded, runs or [], planned, images))
 
 
 @app.command(rich_help_panel=TOOL)

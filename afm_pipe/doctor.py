@@ -117,8 +117,8 @@ def _disk(params: Params) -> Finding:
 
 
 def _memory(params: Params) -> list[Finding]:
+    from afm_pipe.budget import require_memory
     from afm_pipe.pipeline import run_budget
-    from afm_pipe.training.budget import require_memory
 
     try:
         launch = load_launch()

@@ -5,32 +5,17 @@ Work is counted on the meta device from the very steps that train; nothing is co
 Legend: N batch of one device, C, H, W of latents.
 """
 
-from collections.abc import Callable, Generator, Sequence
-from functools import cache
+from collections.abc import Generator, Sequence
 from math import prod
-from typing import Any, Literal, NamedTuple, Self, cast, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
-import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
-
+from afm_pipe.budget import budget
 from afm_pipe.console import Tick, table_text
+from afm_pipe.counting import FLOAT, Work, guidance_flops, measure
 from afm_pipe.errors import UserError
-from afm_pipe.models.checkpoint_format import (
-    ModelConfig,
-    build_discriminator,
-    build_generator,
-    count_parameters,
-    run_config,
-)
-from afm_pipe.models.classifier import LatentClassifier
-from afm_pipe.models.flow import Flow
-from afm_pipe.models.sizes import SIZES
-from afm_pipe.params import Params, Run
-from afm_pipe.training.budget import D_COPIES, FLOAT, G_COPIES, RUNTIME
+from afm_pipe.models.checkpoint_format import run_config
+from afm_pipe.params import Params
 from afm_pipe.training.schedules import update_at
-from afm_pipe.training.step import Batch, PenaltyNoise, discriminator_step, generator_step
 
 Precision = Literal["fp32", "tf32", "bf16"]
 DAY = 86400.0  # seconds
@@ -62,9 +47,10 @@ GPUS = {
 NOTES = (
     "All but the parameters of G and D are estimates. FLOPs are those of matrix products, counted on the training",
     "steps; G forwards are the units of the paper's Table 12. Memory is weights, gradients, optimizers and moving",
-    "average in float32 on every device, and activations (in bf16 half of float32's) without checkpointing; disk is",
-    "two checkpoints and the model. A guided run's row is its own phase alone. Encoding, the classifier and evaluation",
-    "are left out.",
+    "average in float32, and activations (in bf16 half of float32's) of the larger step, with what --micro-batch,",
+    "--checkpoint-activations and --shard save; computing activations again is not counted as work. Disk is two",
+    "checkpoints and the model. A guided run's row is its own phase alone. Encoding, the classifier and evaluation are",
+    "left out.",
 )
 
 
@@ -75,9 +61,20 @@ class Machine(NamedTuple):
     gpus: int
     utilisation: float  # share of the peak that training reaches
     precision: Precision
+    micro_batch: int | None = None
+    checkpoint_activations: bool = False
+    shard: bool = False
 
 
-def machine(gpu: str, gpus: int, utilisation: float, precision: str) -> Machine:
+def machine(
+    gpu: str,
+    gpus: int,
+    utilisation: float,
+    precision: str,
+    micro_batch: int | None = None,
+    checkpoint_activations: bool = False,
+    shard: bool = False,
+) -> Machine:
     """Return a machine from a person's words. Raises UserError naming the one that is wrong."""
     if gpu not in GPUS:
         raise UserError(f"Found --gpu {gpu}, expected one of {', '.join(GPUS)}: take the most similar.")
@@ -87,30 +84,7 @@ def machine(gpu: str, gpus: int, utilisation: float, precision: str) -> Machine:
         raise UserError(f"Found --utilisation {utilisation:g}, expected more than 0 and at most 1.")
     if precision not in get_args(Precision):
         raise UserError(f"Found --precision {precision}, expected one of {', '.join(get_args(Precision))}.")
-    return Machine(gpu, gpus, utilisation, cast(Precision, precision))
-
-
-class Work(NamedTuple):
-    """One update of D and one of G on a batch; a multiplication and an addition are two FLOPs."""
-
-    forward_flops: float  # of G on the batch: the unit of paper Table 12
-    flops: float
-    activation_bytes: float  # kept for the backward pass, at the larger of the two steps; float32
-    parts: "Parts"  # of flops
-
-    @property
-    def units(self) -> float:
-        """The work in forward passes of G."""
-        return self.flops / self.forward_flops
-
-
-class Parts(NamedTuple):
-    """FLOPs of an update by network and direction, the steps of D and G together."""
-
-    generator_forward: float
-    generator_backward: float
-    discriminator_forward: float
-    discriminator_backward: float
+    return Machine(gpu, gpus, utilisation, cast(Precision, precision), micro_batch, checkpoint_activations, shard)
 
 
 class Plan(NamedTuple):
@@ -130,8 +104,7 @@ class Plan(NamedTuple):
 def plan_run(params: Params, name: str, num_images: int, num_classes: int, machine: Machine) -> Plan:
     """Estimate what a run needs, on a data set of so many images and classes.
 
-    Memory is that of data parallel training: everything but the batch is on every device. Raises UserError when the
-    batch is not shared evenly.
+    Memory is that of one device. Raises UserError when the batch is not shared evenly.
     """
     run = params.models[name]
     if run.batch_size % machine.gpus:
@@ -139,12 +112,10 @@ def plan_run(params: Params, name: str, num_images: int, num_classes: int, machi
             f"Found {machine.gpus} GPUs for the batch of {run.batch_size} of {name}, expected a number that divides it."
         )
     config = run_config(run, params.latent_shape, num_classes)
-    with torch.device("meta"):
-        generator, discriminator = build_generator(config), build_discriminator(config)
-    g, d = count_parameters(generator), count_parameters(discriminator)
     share = run.batch_size // machine.gpus
     of_base = params.runs[params.guided[name].base] if name in params.guided else run
-    work = measure(of_base, config, share)
+    engine = machine.micro_batch, machine.checkpoint_activations, machine.shard
+    needs, work = budget(of_base, config, machine.gpus, *engine), measure(of_base, config, share)
     flops = work.flops
     if run.phases[-1].guidance is not None and params.classifier is not None:
         flops += guidance_flops(params.classifier.size, config, share)
@@ -152,9 +123,9 @@ def plan_run(params: Params, name: str, num_images: int, num_classes: int, machi
     updates = update_at(run, run.phases[-1].until_epoch, num_images)
     if name in params.guided:
         updates -= update_at(run, run.phases[-2].until_epoch, num_images)
-    activations = work.activation_bytes / (2 if machine.precision == "bf16" else 1)
+    activations = needs.activation_bytes / (2 if machine.precision == "bf16" else 1)
     seconds = updates * work.flops / (GPUS[machine.gpu].peak(machine.precision) * machine.gpus * machine.utilisation)
-    checkpoint = FLOAT * ((G_COPIES - 1) * g + (D_COPIES - 1) * d)
+    g, d = needs.generator_parameters, needs.discriminator_parameters
     return Plan(
         name=name,
         generator_parameters=g,
@@ -162,9 +133,9 @@ def plan_run(params: Params, name: str, num_images: int, num_classes: int, machi
         work=work,
         images=updates * run.batch_size,
         updates=updates,
-        memory_bytes=FLOAT * (G_COPIES * g + D_COPIES * d) + activations + RUNTIME,
+        memory_bytes=needs.memory_bytes - needs.activation_bytes + activations,
         days=seconds / DAY,
-        checkpoint_bytes=2 * checkpoint + FLOAT * (g + d),
+        checkpoint_bytes=2 * needs.checkpoint_bytes + FLOAT * (g + d),
     )
 
 
@@ -203,7 +174,8 @@ def plan_text(
     crowded = [plan.name for plan in plans if plan.memory_bytes > gpu.memory * 1e9]
     if crowded:
         lines.append(
-            f"! More than the {gpu.memory:g} GB of one {machine.gpu}: {', '.join(crowded)}. Take more --gpus or others."
+            f"! More than the {gpu.memory:g} GB of one {machine.gpu}: {', '.join(crowded)}. Take more --gpus or others, "
+            "--micro-batch, --checkpoint-activations or --shard."
         )
     return "\n".join(lines)
 
@@ -226,107 +198,3 @@ def _row(plan: Plan, gpu: Gpu) -> list[str]:
 
 def _figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.2g}" if value < 10 else f"{value:.1f}"
-
-
-@cache
-def measure(run: Run, config: ModelConfig, batch_size: int) -> Work:
-    """Count one update of a run on a batch of `batch_size`, without guidance; shapes alone, nothing is computed.
-
-    Lazy penalties are counted by their mean over updates.
-    """
-    penalised = max(round(batch_size * run.penalty.share), 1)
-    with torch.device("meta"):
-        generator, discriminator = build_generator(config), build_discriminator(config)
-        flow, latents = Flow(generator, config.form, config.nfe), torch.empty(batch_size, *config.latent_shape)
-        times = (None, None) if config.nfe == 1 else (torch.empty(batch_size), torch.empty(batch_size))
-        batch = Batch(latents, torch.empty_like(latents), torch.zeros(batch_size, dtype=torch.int64), *times)
-        noise = PenaltyNoise(torch.empty_like(latents[:penalised]), torch.empty_like(latents[:penalised]))
-        with _Counter() as alone:
-            flow(batch.source, batch.labels, batch.s, batch.t).sum().backward()
-        with _Counter() as d_step:
-            discriminator_step(flow, discriminator, batch, noise, run)
-        with _Counter() as d_step_without:
-            discriminator_step(flow, discriminator, batch, None, run)
-        discriminator.requires_grad_(False)
-        with _Counter() as g_step:
-            generator_step(flow, discriminator, batch, 1.0, None)
-    weights = [*generator.parameters(), *discriminator.parameters()]
-    activations = max(step.kept_bytes(weights) for step in (d_step, g_step))
-
-    def mean(direction: str) -> float:  # over updates with penalties and without, both steps
-        with_, without, g = (getattr(step, direction) for step in (d_step, d_step_without, g_step))
-        return (with_ + (run.penalty.every - 1) * without) / run.penalty.every + g
-
-    of_g = 2 * alone.forward_flops, alone.backward_flops
-    parts = Parts(
-        generator_forward=alone.forward_flops * (1 if run.reuse_forward else 2),
-        generator_backward=of_g[1],
-        discriminator_forward=mean("forward_flops") - of_g[0],
-        discriminator_backward=mean("backward_flops") - of_g[1],
-    )
-    return Work(alone.forward_flops, sum(parts), activations, parts)
-
-
-@cache
-def guidance_flops(size: str, config: ModelConfig, batch_size: int) -> float:
-    """Count what the guiding classifier adds to an update: its forward pass, and the one back to its input."""
-    with torch.device("meta"):
-        classifier = LatentClassifier(SIZES[size], config.channels, config.latent_size, config.num_classes)
-        latents = torch.empty(batch_size, *config.latent_shape, requires_grad=True)
-        with _Counter() as counter:
-            logits = classifier.requires_grad_(False)(latents, torch.empty(batch_size))
-            logits.sum().backward()
-    return counter.forward_flops + counter.backward_flops
-
-
-def kept_by(work: Callable[[], object], weights: list[torch.nn.Parameter]) -> int:
-    """Return the bytes that some work keeps for its backward pass, besides `weights`."""
-    with _Counter() as counter:
-        work()
-    return counter.kept_bytes(weights)
-
-
-class _Counter(TorchDispatchMode):
-    """Count the FLOPs of matrix products and convolutions, and the bytes that are kept for backward passes.
-
-    torch's FlopCounterMode has the same formulas, but follows modules too, which fails on gradients by a leaf.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.forward_flops = self.backward_flops = 0.0
-        self._kept: dict[int, torch.UntypedStorage] = {}  # alive, so that no number is given twice
-        self._attention: dict[int, torch.UntypedStorage] = {}
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
-
-    def kept_bytes(self, weights: list[torch.nn.Parameter]) -> int:
-        """Return the bytes kept besides the weights and attention maps, which fused attention does not keep."""
-        others = self._attention.keys() | {weight.untyped_storage()._cdata for weight in weights}
-        return sum(storage.nbytes() for number, storage in self._kept.items() if number not in others)
-
-    def __enter__(self) -> Self:
-        self._hooks.__enter__()
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._hooks.__exit__(*error)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            flops = formula(*args, **(kwargs or {}), out_val=result)
-            if torch._C._current_graph_task_id() == -1:  # no backward pass is under way
-                self.forward_flops += flops
-            else:
-                self.backward_flops += flops
-        if func._overloadpacket in (torch.ops.aten._softmax, torch.ops.aten._safe_softmax):
-            self._attention[result.untyped_storage()._cdata] = result.untyped_storage()
-        return result
-
-    def _keep(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        self._kept[storage._cdata] = storage
-        return tensor

@@ -16,13 +16,14 @@ from typing import NamedTuple
 
 import torch
 
+from afm_pipe.budget import D_COPIES, G_COPIES, RUNTIME
+from afm_pipe.counting import FLOAT, block_bytes, checkpointed_bytes
 from afm_pipe.models.checkpoint_format import ModelConfig, build_discriminator, build_generator, run_config
-from afm_pipe.models.dit import FREQUENCIES, Block
+from afm_pipe.models.dit import FREQUENCIES
 from afm_pipe.models.sizes import SIZES, ModelSize
 from afm_pipe.params import Params
 from afm_pipe.params_file import load_params
-from afm_pipe.plan import DAY, FLOAT, GPUS, kept_by, latents_bytes
-from afm_pipe.training.budget import D_COPIES, G_COPIES, RUNTIME
+from afm_pipe.plan import DAY, GPUS, latents_bytes
 from afm_pipe.training.schedules import update_at
 
 IMAGES, CLASSES = 1_281_167, 1000  # of ImageNet
@@ -93,19 +94,6 @@ def forward_flops(
     return passes * size.depth * block_flops(size, tokens) + patches + times + 2 * outputs * size.width
 
 
-@cache
-def block_bytes(size: ModelSize, tokens: int, frozen: bool = False) -> int:
-    """Return the bytes that one block keeps of one image for its backward pass, counted of the block itself.
-
-    One whose weights need no gradient (`frozen`) keeps less.
-    """
-    with torch.device("meta"):
-        block = Block(size, qk_norm=False).requires_grad_(not frozen)
-        x = torch.empty(2, tokens, size.width, requires_grad=True)  # of one, a view would stand for v's copy
-        condition = torch.empty(2, size.width, requires_grad=not frozen)
-        return kept_by(lambda: block(x, condition), list(block.parameters())) // 2
-
-
 def needs(params: Params, name: str) -> Needs:
     """Derive what a run's updates need; a guided run's in its own phase."""
     run, size = params.models[name], SIZES[params.models[name].size]
@@ -129,7 +117,6 @@ def needs(params: Params, name: str) -> Needs:
 
     largest = 2 + 2 * run.penalty.share
     g_block, d_block = block_bytes(size, tokens), block_bytes(size, tokens + 1)
-    g_in, d_in = FLOAT * tokens * size.width, FLOAT * (tokens + 1) * size.width
     passes, judged = config.repeats * size.depth, size.depth * block_bytes(size, tokens + 1, frozen=True)
     return Needs(
         generator=g,
@@ -137,9 +124,7 @@ def needs(params: Params, name: str) -> Needs:
         flops=flops,
         units=flops / (run.batch_size * one_g),
         activations=max(largest * size.depth * d_block, passes * g_block + judged),
-        checkpointed=max(
-            largest * (size.depth * d_in + d_block), passes * g_in + size.depth * d_in + max(g_block, d_block)
-        ),
+        checkpointed=checkpointed_bytes(config, largest, 1),
         latents=2 * run.batch_size * 2 * 2 * prod(params.latent_shape),  # of D and of G; mean and deviation, float16
     )
 

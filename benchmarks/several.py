@@ -47,8 +47,8 @@ def ranks(params: Params, quick: bool) -> Iterator[Row]:
 
 def _balance(params: Params) -> float:
     """Return how many times less the busier of two ranks has to do, by count of FLOPs, than one rank alone."""
+    from afm_pipe.counting import measure
     from afm_pipe.models.checkpoint_format import run_config
-    from afm_pipe.plan import measure
     from benchmarks.inputs import CLASS_COUNT
     from benchmarks.training import B2_SHAPE, b2_run
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
+from afm_pipe.counting import measure
 from afm_pipe.data.latents import Latents
 from afm_pipe.models.checkpoint_format import ModelConfig, run_config
 from afm_pipe.models.flow import Flow
 from afm_pipe.params import Params, Run
 from afm_pipe.params.training import BF16_EPSILON
-from afm_pipe.plan import measure
 from afm_pipe.ranks import ALONE, Ranks
 from afm_pipe.training.batches import Batches
 from afm_pipe.training.engine import keep_freed_memory

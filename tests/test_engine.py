@@ -12,6 +12,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from afm_pipe.budget import budget
 from afm_pipe.errors import NotFiniteError
 from afm_pipe.launch import load_launch
 from afm_pipe.models.checkpoint_format import ModelConfig, run_config
@@ -21,7 +22,6 @@ from afm_pipe.models.sizes import ModelSize
 from afm_pipe.params import Run
 from afm_pipe.params.training import BF16_EPSILON
 from afm_pipe.params_file import load_params
-from afm_pipe.training.budget import budget
 from afm_pipe.training.engine import Engine
 from afm_pipe.training.losses import gradient_penalty, moved
 from afm_pipe.training.state import TrainingState

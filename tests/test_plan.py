@@ -1,19 +1,22 @@
 """The plan of a study, and profiles: what they say and what they leave as it was."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from typer.testing import CliRunner
 
+from afm_pipe.budget import budget
 from afm_pipe.cli import app
 from afm_pipe.console import follow
+from afm_pipe.counting import measure
 from afm_pipe.errors import UserError
-from afm_pipe.models.checkpoint_format import ModelConfig
+from afm_pipe.models.checkpoint_format import ModelConfig, run_config
 from afm_pipe.params import Params
 from afm_pipe.params_file import load_params
-from afm_pipe.plan import GPUS, Machine, latents_bytes, machine, measure, plan_run, plan_text
+from afm_pipe.plan import GPUS, Machine, latents_bytes, machine, plan_run, plan_text
 from afm_pipe.profiles import activate, list_profiles
 from tests.conftest import ROOT, SMOKE
 
@@ -51,7 +54,7 @@ def test_work_and_activations_grow_with_the_batch_and_the_repeats() -> None:
 
 def test_activations_are_what_a_step_keeps_and_nothing_more() -> None:
     """Kept by hand: a linear layer keeps its input, and its weight is not counted."""
-    from afm_pipe.plan import _Counter
+    from afm_pipe.counting import _Counter
 
     with torch.device("meta"):
         layer = torch.nn.Linear(32, 64)
@@ -76,6 +79,28 @@ def test_a_plan_follows_from_images_peak_and_utilisation(params: Params) -> None
     guided = plan_run(params, "b2-guided", 1_281_167, 1000, EIGHT)
     assert guided.images == pytest.approx(30 * 1_281_167, abs=256)  # its own phase
     assert guided.work.units - plan.work.units == pytest.approx(2, rel=0.1)  # B/2 forward, and back to its input
+
+
+def test_a_plan_counts_what_the_engine_saves(params: Params) -> None:
+    def memory(**engine: Any) -> float:
+        return plan_run(params, "xl2-112l", 1_281_167, 1000, EIGHT._replace(**engine)).memory_bytes
+
+    whole, spare = memory(), memory(micro_batch=8)
+    assert spare < whole / 2
+    assert memory(micro_batch=8, checkpoint_activations=True) < 0.6 * spare
+    state = 4 * (5 * 673e6 + 4 * 672e6)  # bytes of G and D, roughly
+    assert spare - memory(micro_batch=8, shard=True) == pytest.approx(state * 7 / 8, rel=0.1)
+
+
+def test_a_plan_is_what_the_training_itself_requires(params: Params) -> None:
+    run = params.runs["xl2-112l"]
+    config = run_config(run, params.latent_shape, 1000)
+    plan = plan_run(params, "xl2-112l", 1_281_167, 1000, EIGHT)
+    assert plan.memory_bytes == budget(run, config, 8).memory_bytes
+    assert budget(run, config, 8).activation_bytes == measure(run, config, 32).activation_bytes
+    plain = run_config(params.runs["xl2"], params.latent_shape, 1000)
+    # Four passes of G over its blocks keep more than the D step, the larger one otherwise.
+    assert budget(run, config, 8).activation_bytes > 1.5 * budget(run, plain, 8).activation_bytes
 
 
 def test_latents_of_imagenet_are_42_gb(params: Params) -> None:
@@ -120,6 +145,9 @@ def test_the_command_prints_the_plan(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert result.exit_code == 0, result.output
     assert "On 2 x a100 in tf32: 156 TFLOP/s each" in result.stdout
     assert "5,000 images" in result.stdout
+    spare = CliRunner().invoke(app, [*words, "--micro-batch", "4", "--checkpoint-activations", "--shard"])
+    assert spare.exit_code == 0, spare.output
+    assert spare.stdout != result.stdout
 
 
 # The profile of the paper

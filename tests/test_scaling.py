@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from afm_pipe.budget import D_COPIES, G_COPIES
+from afm_pipe.counting import guidance_flops, kept_by, measure
 from afm_pipe.models.checkpoint_format import ModelConfig, build_discriminator, build_generator, run_config
 from afm_pipe.models.dit import DiT
 from afm_pipe.models.sizes import SIZES
 from afm_pipe.params import Params
 from afm_pipe.params_file import load_params
-from afm_pipe.plan import guidance_flops, kept_by, measure
 from afm_pipe.ranks import Ranks
 from afm_pipe.scaling import CLASSES, PAGE, PROFILE, block_bytes, needs, written
-from afm_pipe.training.budget import D_COPIES, G_COPIES
 from afm_pipe.training.gradients import SharedGradients
 from tests.conftest import ROOT
 

@@ -20,6 +20,7 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
+from afm_pipe.budget import budget
 from afm_pipe.errors import UserError
 from afm_pipe.launch import Launch
 from afm_pipe.models.checkpoint_format import ModelConfig, run_config, save_model
@@ -27,7 +28,6 @@ from afm_pipe.models.classifier import LatentClassifier
 from afm_pipe.models.sizes import SIZES
 from afm_pipe.ranks import Ranks, joined, peers_needed
 from afm_pipe.training import loop
-from afm_pipe.training.budget import budget
 from afm_pipe.training.checkpoints import checkpoints, load_latest, save_checkpoint
 from afm_pipe.training.engine import Engine
 from afm_pipe.training.loop import Trained, train

@@ -13,11 +13,11 @@ from afm_pipe.params import Params, Run, valid_name
 if TYPE_CHECKING:
     import torch
 
+    from afm_pipe.budget import Budget
     from afm_pipe.data.latents import Latents
     from afm_pipe.data.manifest import Manifest
     from afm_pipe.drawing import Sampler
     from afm_pipe.models.checkpoint_format import ModelConfig
-    from afm_pipe.training.budget import Budget
 
 
 def named_run(params: Params, name: str) -> Run:
@@ -52,7 +52,7 @@ def run_budget(params: Params, name: str, launch: Launch, ranks: int | None = No
 
     `ranks` are those that there are, or else those that `launch` asks for.
     """
-    from afm_pipe.training.budget import budget
+    from afm_pipe.budget import budget
 
     manifest = known_images(params)
     config = model_config(params, name, len(manifest.classes) if manifest else 1000)

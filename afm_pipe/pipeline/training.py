@@ -27,11 +27,11 @@ def train(params: Params, name: str, launch: Launch) -> None:
 
     A guided run starts from the model of the run it continues.
     """
+    from afm_pipe.budget import require_memory
     from afm_pipe.fingerprint import training_identity
     from afm_pipe.live_log import logged
     from afm_pipe.ranks import joined
     from afm_pipe.study.cells import probes
-    from afm_pipe.training.budget import require_memory
     from afm_pipe.training.checkpoints import Keeping
     from afm_pipe.training.curves import write_curves
     from afm_pipe.training.events import FILE, read_events, write_events

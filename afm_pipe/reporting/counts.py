@@ -14,8 +14,8 @@ from afm_pipe.reporting.table import Cell, Column, Origin, Table, origins_of
 from afm_pipe.reporting.tables import published_cell
 
 if TYPE_CHECKING:
+    from afm_pipe.counting import Work
     from afm_pipe.models.checkpoint_format import ModelConfig
-    from afm_pipe.plan import Work
 
 TITLES = {"XL/2 2": "XL/2, 2 or 4 steps", "XL/2 deep": "XL/2, blocks repeated"}
 COUNTED_BATCH = 16  # work is in proportion to it; a quarter of it is penalised
@@ -121,7 +121,7 @@ def _unit_cells(work: "Work") -> tuple[Cell, ...]:
 
 def xl2_work(train: Run) -> "Work":
     """Return the work of an update of XL/2 in one step at the paper's shape, penalties as in the paper."""
-    from afm_pipe.plan import measure
+    from afm_pipe.counting import measure
 
     penalty = train.penalty.model_copy(update={"share": 0.25, "every": 1})
     own = {"size": "xl2", "nfe": 1, "form": "direct", "repeats": 1, "penalty": penalty, "reuse_forward": False}
@@ -138,8 +138,8 @@ def _paper_config(size: str, nfe: int, repeats: int) -> "ModelConfig":
 
 def _work(record: RunRecord) -> "Work | None":
     """Return the work of an update of a run; None of a model that was not trained here."""
+    from afm_pipe.counting import measure
     from afm_pipe.models.checkpoint_format import ModelConfig
-    from afm_pipe.plan import measure
 
     run: Run | None = record.settings
     described: dict[str, Any] = record.config.model

@@ -20,6 +20,7 @@ from torch import nn
 
 from afm_pipe import paths, signals
 from afm_pipe.console import Tick
+from afm_pipe.counting import guidance_flops, measure
 from afm_pipe.data.latents import Latents
 from afm_pipe.errors import NotFiniteError, UserError
 from afm_pipe.evaluation.measures import sample_suffix
@@ -40,7 +41,6 @@ from afm_pipe.models.checkpoint_format import (
 from afm_pipe.models.classifier import load_latent_classifier
 from afm_pipe.models.flow import Flow
 from afm_pipe.params import Params
-from afm_pipe.plan import guidance_flops, measure
 from afm_pipe.study.cells import Job
 from afm_pipe.training.checkpoints import Keeping
 from afm_pipe.training.events import FILE, as_json, read_events

@@ -7,15 +7,12 @@ from typing import NamedTuple
 import psutil
 import torch
 
+from afm_pipe.counting import FLOAT, checkpointed_bytes, measure
 from afm_pipe.errors import UserError
 from afm_pipe.models.checkpoint_format import ModelConfig, build_discriminator, build_generator, count_parameters
-from afm_pipe.models.flow import Flow
-from afm_pipe.models.sizes import SIZES, ModelSize
 from afm_pipe.params import Run
 from afm_pipe.training.batches import num_parts
-from afm_pipe.training.step import Batch, PenaltyNoise, discriminator_step
 
-FLOAT = 4  # bytes
 G_COPIES = 5  # weights, gradients, moving average, two moments of AdamW
 D_COPIES = 4  # the same without the moving average
 RUNTIME = 600 << 20  # bytes of an imported torch, allocator slack and small buffers
@@ -27,22 +24,13 @@ class Budget(NamedTuple):
     generator_parameters: int
     discriminator_parameters: int
     state_bytes: int  # weights, gradients, moments, moving average
-    activation_bytes: int  # kept for the backward pass of the D step, the largest moment of an update
+    activation_bytes: int  # kept for the backward pass of the larger of the two steps; float32
     checkpoint_bytes: int
 
     @property
     def memory_bytes(self) -> int:
         """Everything that is in memory at once."""
         return self.state_bytes + self.activation_bytes + RUNTIME
-
-    def with_checkpointed_activations(self, size: ModelSize, latent_size: int, images: int) -> "Budget":
-        """Return the needs when of every block only the input is kept, and the inside of one block at a time.
-
-        `images` go through D together.
-        """
-        tokens = 1 + (latent_size // size.patch) ** 2
-        inputs = FLOAT * size.depth * images * tokens * size.width
-        return self._replace(activation_bytes=min(self.activation_bytes, self.activation_bytes // size.depth + inputs))
 
     def sharded(self, ranks: int, unit: int) -> "Budget":
         """Return the needs of one of so many ranks that share the state out; `unit` parameters are gathered at once.
@@ -63,27 +51,18 @@ def budget(
     """Count the needs of one of `ranks` on the meta device: exact shapes, nothing allocated."""
     with torch.device("meta"):
         generator, discriminator = build_generator(config), build_discriminator(config)
-        shape = config.latent_shape
-        parts = ranks * num_parts(run.batch_size, ranks, micro_batch)
-        n, penalised = -(-run.batch_size // parts), -(-round(run.batch_size * run.penalty.share) // parts)
-        times = (None, None) if config.nfe == 1 else (torch.empty(n), torch.empty(n))
-        batch = Batch(torch.empty(n, *shape), torch.empty(n, *shape), torch.zeros(n, dtype=torch.int64), *times)
-        noise = PenaltyNoise(torch.empty(penalised, *shape), torch.empty(penalised, *shape))
-        kept: dict[int, int] = {}
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            kept[storage._cdata] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            discriminator_step(Flow(generator, config.form, config.nfe), discriminator, batch, noise, run)
+    parts = ranks * num_parts(run.batch_size, ranks, micro_batch)
+    n, penalised = -(-run.batch_size // parts), -(-round(run.batch_size * run.penalty.share) // parts)
+    if checkpoint_activations:
+        activations = checkpointed_bytes(config, 2 * (n + penalised), n)
+    else:
+        activations = measure(run, config, n, penalised).activation_bytes
     g, d = count_parameters(generator), count_parameters(discriminator)
     needs = Budget(
         generator_parameters=g,
         discriminator_parameters=d,
         state_bytes=FLOAT * (G_COPIES * g + D_COPIES * d),
-        activation_bytes=max(sum(kept.values()) - FLOAT * d, 0),  # weights are saved for the backward pass too
+        activation_bytes=round(activations),
         checkpoint_bytes=FLOAT * ((G_COPIES - 1) * g + (D_COPIES - 1) * d),
     )
     if shard and ranks > 1:
@@ -93,9 +72,7 @@ def budget(
             for network in (generator, discriminator)
         ]
         needs = needs.sharded(ranks, max(units + besides))
-    if not checkpoint_activations:
-        return needs
-    return needs.with_checkpointed_activations(SIZES[config.size], config.latent_size, 2 * (n + penalised))
+    return needs
 
 
 def require_memory(needs: Budget, run_name: str, device: torch.device) -> None:
