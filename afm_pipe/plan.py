@@ -174,7 +174,7 @@ def plan_text(
     crowded = [plan.name for plan in plans if plan.memory_bytes > gpu.memory * 1e9]
     if crowded:
         lines.append(
-            f"! More than the {gpu.memory:g} GB of one {machine.gpu}: {', '.join(crowded)}. Take more --gpus or others, "
+            f"! More than the {gpu.memory:g} GB of one {machine.gpu}: {', '.join(crowded)}. Take more --gpus, others, "
             "--micro-batch, --checkpoint-activations or --shard."
         )
     return "\n".join(lines)
