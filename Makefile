@@ -25,7 +25,7 @@ repro: $(INSTALLED)
 	@echo "== dvc repro: runs the stages that have changed; to resume after an interruption, run make repro again"
 	@$(ON_PATH) dvc repro
 	@$(ON_PATH) afm-pipe summary
-	@echo "== the report is $(CURDIR)/reports/index.html"
+	@echo "== the report is $(CURDIR)/results/report/index.html"
 
 test: $(INSTALLED) lint
 	@echo "== pytest"
@@ -74,4 +74,4 @@ $(INSTALLED): pyproject.toml
 	@touch $(INSTALLED)
 
 clean:
-	rm -rf data models samples reference curves events costs metrics tables reports toy work
+	rm -rf data models samples reference results/curves results/events results/costs results/metrics results/tables results/report results/rendered results/toy work

@@ -10,13 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
-from afm_pipe.console import guarded
+from afm_pipe.runtime.commands import user_command
 from benchmarks.measuring import Row
 
 CASES = ("startup", "latents", "small", "encode", "sampling", "evaluation", "b2", "ranks")
 
 
-@guarded
+@user_command
 def main(
     cases: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(CASES)}; left out, all.")] = None,
     quick: Annotated[bool, typer.Option(help="As few repeats as possible.")] = False,
@@ -27,8 +27,8 @@ def main(
     import sys
     import time
 
-    from afm_pipe.errors import UserError
-    from afm_pipe.params_file import load_params
+    from afm_pipe.params.file import load_params
+    from afm_pipe.runtime.errors import UserError
     from benchmarks.results import print_rows, write_results
 
     unknown = sorted(set(cases or ()) - set(CASES))

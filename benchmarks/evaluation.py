@@ -18,21 +18,22 @@ import torch
 import torch.nn.functional as F
 import typer
 
-from afm_pipe import paths, pipeline
-from afm_pipe.console import guarded
+from afm_pipe import pipeline
+from afm_pipe.distributed.launch import load_launch
 from afm_pipe.evaluation import reference as reference_module
 from afm_pipe.evaluation.features import FeatureNetwork
 from afm_pipe.evaluation.frechet import Statistics
 from afm_pipe.evaluation.metrics import Evaluator, evaluate_run
-from afm_pipe.launch import load_launch
 from afm_pipe.params import Params
-from afm_pipe.params_file import load_params
-from afm_pipe.sampling import stream_images
+from afm_pipe.params.file import load_params
+from afm_pipe.runtime import paths
+from afm_pipe.runtime.commands import user_command
+from afm_pipe.sampling.generate import stream_images
 
 REAL = 2_000  # real images of the untrained network: random features of their size cost as much
 
 
-@guarded
+@user_command
 def main(
     run: str,
     rounds: Annotated[int, typer.Option(help="Turns, of which the fastest count.")] = 2,

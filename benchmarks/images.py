@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from afm_pipe import paths
-from afm_pipe.data.encoding import encode_dataset
+from afm_pipe.autoencoders.encoding import encode_dataset
+from afm_pipe.autoencoders.kl import decode, encode_moments, load_autoencoder
 from afm_pipe.data.manifest import Manifest, build_manifest, load_images
-from afm_pipe.models.autoencoder import decode, encode_moments, load_autoencoder
-from afm_pipe.models.checkpoint_format import ModelConfig, build_generator
 from afm_pipe.models.flow import Flow
+from afm_pipe.models.model_files import ModelConfig, build_generator
 from afm_pipe.params import Params
-from afm_pipe.sampling import noise, stream_images, to_uint8
+from afm_pipe.runtime import paths
+from afm_pipe.sampling.generate import noise, stream_images, to_uint8
 from benchmarks.inputs import CLASS_COUNT, photographs, sd_vae
 from benchmarks.measuring import Row, in_turns, speed_row
 

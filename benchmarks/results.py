@@ -4,11 +4,11 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from afm_pipe import paths
-from afm_pipe.console import table_text
-from afm_pipe.files import atomic_path, read_json, write_json
-from afm_pipe.launch import machine_name
+from afm_pipe.distributed.launch import machine_name
 from afm_pipe.reporting.benchmarks import read_benchmarks, results_markdown
+from afm_pipe.runtime import paths
+from afm_pipe.runtime.files import atomic_path, read_json, write_json
+from afm_pipe.runtime.tables import table_text
 from benchmarks.measuring import Row
 
 

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median
 
+from afm_pipe.distributed.process_group import init_distributed
 from afm_pipe.params import Params, Run
 from benchmarks.beside import Beside, Works
 from benchmarks.measuring import Row, matmul_rate
@@ -47,8 +48,8 @@ def ranks(params: Params, quick: bool) -> Iterator[Row]:
 
 def _balance(params: Params) -> float:
     """Return how many times less the busier of two ranks has to do, by count of FLOPs, than one rank alone."""
-    from afm_pipe.counting import measure
-    from afm_pipe.models.checkpoint_format import run_config
+    from afm_pipe.models.model_files import run_config
+    from afm_pipe.planning.counting import measure
     from benchmarks.inputs import CLASS_COUNT
     from benchmarks.training import B2_SHAPE, b2_run
 
@@ -72,8 +73,7 @@ def _member(rank: int, size: int, port: int, run: Run, folder: str) -> Iterator[
     import torch
 
     from afm_pipe.data.latents import Latents
-    from afm_pipe.models.checkpoint_format import run_config
-    from afm_pipe.ranks import joined
+    from afm_pipe.models.model_files import run_config
     from afm_pipe.training.engine import keep_freed_memory
     from afm_pipe.training.state import TrainingState
     from benchmarks.inputs import CLASS_COUNT
@@ -82,7 +82,7 @@ def _member(rank: int, size: int, port: int, run: Run, folder: str) -> Iterator[
     torch.set_num_threads(1)
     keep_freed_memory()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with joined(CPU) as together:
+    with init_distributed(CPU) as together:
         latents = Latents.open(Path(folder) / "latents.h5")
         config = run_config(run, B2_SHAPE, CLASS_COUNT)
         training = OurTraining(run, latents, TrainingState.fresh(config, run, CPU), config, together)

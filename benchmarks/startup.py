@@ -54,8 +54,8 @@ def first_update() -> None:
     """Do the first update of the small default, on made-up latents."""
     import torch
 
-    from afm_pipe.models.checkpoint_format import run_config
-    from afm_pipe.params_file import load_params
+    from afm_pipe.models.model_files import run_config
+    from afm_pipe.params.file import load_params
     from afm_pipe.training.state import TrainingState
     from benchmarks.inputs import CLASS_COUNT, latents_file
     from benchmarks.training import OurTraining

@@ -50,7 +50,7 @@ class Straightforward:
         r2 = (self.discriminator(fake[:n] + epsilon * noise[1], labels[:n]) - fake_logits[:n]) / epsilon
         loss = F.softplus(-(real_logits - fake_logits)).mean()
         loss = loss + run.penalty.weight * (r1.square().mean() + r2.square().mean())
-        loss = loss + run.centring * (real_logits + fake_logits).square().mean()
+        loss = loss + run.logit_centering * (real_logits + fake_logits).square().mean()
         self.adam_d.zero_grad()
         loss.backward()
         clip(self.discriminator, None)

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from afm_pipe.counting import measure
 from afm_pipe.data.latents import Latents
-from afm_pipe.models.checkpoint_format import ModelConfig, run_config
+from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from afm_pipe.models.flow import Flow
+from afm_pipe.models.model_files import ModelConfig, run_config
+from afm_pipe.objectives.adversarial_flow.batches import Batches
 from afm_pipe.params import Params, Run
 from afm_pipe.params.training import BF16_EPSILON
-from afm_pipe.ranks import ALONE, Ranks
-from afm_pipe.training.batches import Batches
+from afm_pipe.planning.counting import measure
 from afm_pipe.training.engine import keep_freed_memory
 from afm_pipe.training.schedules import setting_at
 from afm_pipe.training.state import TrainingState
@@ -36,7 +36,14 @@ PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
 class OurTraining:
     """The very parts that `afm_pipe.training.loop` puts together, one update at a time."""
 
-    def __init__(self, run: Run, latents: Latents, state: TrainingState, config: ModelConfig, ranks: Ranks = ALONE):
+    def __init__(
+        self,
+        run: Run,
+        latents: Latents,
+        state: TrainingState,
+        config: ModelConfig,
+        ranks: ProcessGroup = SINGLE_PROCESS,
+    ):
         self.run, self.latents, self.state = run, latents, state
         self.batches = Batches(latents, run, CPU, ranks)
         self.updates = Updates(state, Flow(state.generator, config.form, config.nfe), run, ranks)

@@ -7,11 +7,11 @@ dvc repro import@NAME
 import typer
 
 from afm_pipe import pipeline
-from afm_pipe.console import guarded
-from afm_pipe.params_file import load_params
+from afm_pipe.params.file import load_params
+from afm_pipe.runtime.commands import user_command
 
 
-@guarded
+@user_command
 def main(name: str) -> None:
     pipeline.import_weights(load_params(), name)
 

@@ -7,12 +7,12 @@ dvc repro reference
 import typer
 
 from afm_pipe import pipeline
-from afm_pipe.console import guarded
-from afm_pipe.launch import load_launch
-from afm_pipe.params_file import load_params
+from afm_pipe.distributed.launch import load_launch
+from afm_pipe.params.file import load_params
+from afm_pipe.runtime.commands import user_command
 
 
-@guarded
+@user_command
 def main() -> None:
     pipeline.reference(load_params(), load_launch())
 

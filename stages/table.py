@@ -9,12 +9,12 @@ To resume, run the same command again.
 import typer
 
 from afm_pipe import pipeline
-from afm_pipe.console import guarded
-from afm_pipe.launch import load_launch
-from afm_pipe.params_file import load_params
+from afm_pipe.distributed.launch import load_launch
+from afm_pipe.params.file import load_params
+from afm_pipe.runtime.commands import user_command
 
 
-@guarded
+@user_command
 def main(table: str) -> None:
     pipeline.tables(load_params(), [table], load_launch())
 

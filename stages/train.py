@@ -9,15 +9,15 @@ To resume, run the same command again.
 import typer
 
 from afm_pipe import pipeline
-from afm_pipe.console import guarded
-from afm_pipe.launch import load_launch
-from afm_pipe.launcher import on_ranks
-from afm_pipe.params_file import load_params
+from afm_pipe.distributed.launch import load_launch
+from afm_pipe.distributed.torchrun import launch_processes
+from afm_pipe.params.file import load_params
+from afm_pipe.runtime.commands import user_command
 
 
-@guarded
+@user_command
 def main(run: str) -> None:
-    pipeline.train(load_params(), run, on_ranks(load_launch()))
+    pipeline.train(load_params(), run, launch_processes(load_launch()))
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ from hypothesis import HealthCheck, settings
 from PIL import Image
 
 from afm_pipe import pipeline
-from afm_pipe.launch import Launch
+from afm_pipe.distributed.launch import Launch
 from afm_pipe.models import dit
-from afm_pipe.models.checkpoint_format import ModelConfig, build_generator
 from afm_pipe.models.dit import time_rates
+from afm_pipe.models.model_files import ModelConfig, build_generator
 from afm_pipe.params import Params, Run
-from afm_pipe.params_file import load_params
+from afm_pipe.params.file import load_params
 
 # Fuzzing: always the same few examples, or with --hypothesis-profile fuzz (`make fuzz`) many that differ each time.
 BOUNDED: dict[str, Any] = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}

@@ -23,11 +23,12 @@ from typing import Any
 
 import torch
 
-from afm_pipe import paths, pipeline
-from afm_pipe.console import guarded
-from afm_pipe.launch import Launch, machine_name
+from afm_pipe import pipeline
+from afm_pipe.distributed.launch import Launch, machine_name
 from afm_pipe.params import Params
-from afm_pipe.params_file import load_params
+from afm_pipe.params.file import load_params
+from afm_pipe.runtime import paths
+from afm_pipe.runtime.commands import user_command
 from afm_pipe.training.checkpoints import checkpoints
 
 RUN = "t4"
@@ -46,7 +47,7 @@ WATCH = {
 OVERRIDES = (
     f"runs.{RUN}.phases={PHASES}",
     f"runs.{RUN}.size=s4",
-    *(f"runs.{RUN}.watch.{name}={value}" for name, value in WATCH.items()),
+    *(f"runs.{RUN}.monitor.{name}={value}" for name, value in WATCH.items()),
 )
 KILLS_OF_A_RUN = 5
 
@@ -64,7 +65,7 @@ def start(work: Callable[[], None], said: Path | None = None) -> int:
         os.dup2(output, 2)
         sys.stdout = sys.stderr = os.fdopen(output, "w")  # whoever forked may have others
         torch.set_num_threads(1)
-        guarded(work)()
+        user_command(work)()
         code = 0
     except SystemExit as end:
         code = int(end.code or 0)

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from afm_pipe.errors import UserError
-from afm_pipe.files import write_json
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.files import write_json
 
 CPU = torch.device("cpu")
 MORE_MEMORY, CPU_SECONDS = 400 << 20, 20  # what a refusal may take

@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from afm_pipe.models.checkpoint_format import run_config
+from afm_pipe.distributed.process_group import ProcessGroup, init_distributed
 from afm_pipe.models.classifier import LatentClassifier
-from afm_pipe.models.sizes import SIZES
+from afm_pipe.models.model_files import run_config
 from afm_pipe.params import Guidance, Phase, Run
+from afm_pipe.params.file import load_params
+from afm_pipe.params.sizes import SIZES
 from afm_pipe.params.training import Augmentation
-from afm_pipe.params_file import load_params
-from afm_pipe.ranks import Ranks, joined
 from afm_pipe.training.loop import Trained, train
 from tests.conftest import SMOKE
 
@@ -63,7 +63,7 @@ def run_of(case: str, until: int = UPDATES) -> Run:
     normalised = changes.pop("normalised", True)
     changes["gradient_normalization"] = run.gradient_normalization.model_copy(update={"enabled": normalised})
     if case != "plain":  # the watch's probe reads latents, too, on every rank the same
-        changes["watch"] = run.watch.model_copy(update={"policy": "off"})
+        changes["monitor"] = run.monitor.model_copy(update={"policy": "off"})
     phase = Phase(until_epoch=until * BATCH / IMAGES, **of_phase)
     # A quarter of twelve is three penalised images: shares of ranks and parts differ, and some have none.
     return run.model_copy(update={"size": "s4", "batch_size": BATCH, "lr": 1e-3, "phases": (phase,), **changes})
@@ -72,7 +72,7 @@ def run_of(case: str, until: int = UPDATES) -> Run:
 def train_case(
     case: str,
     folder: Path,
-    ranks: Ranks,
+    ranks: ProcessGroup,
     dtype: torch.dtype = torch.float64,
     micro_batch: int | None = None,
     until: int = UPDATES,
@@ -102,12 +102,12 @@ def outcome(trained: Trained) -> dict[str, Any]:
         for part in ("generator", "discriminator", "ema")
     }
     found = {"rows": state.rows, "weights": weights, "mean_square": state.normalizer.mean_square.item()}
-    return found | {"watch": state.extra.get("watch")}
+    return found | {"watch": state.extra.get("monitor")}
 
 
 def work(folder: Path, size: int, stage: int) -> None:
     """Train as one of `size` ranks; `stage` counts the groups of ranks from 0."""
-    with joined(CPU) as ranks:
+    with init_distributed(CPU) as ranks:
         found: dict[str, Any] = {}
         # One training that all groups go on with, each from the checkpoint of the one before.
         passed_on, _ = train_case("plain", folder / "passed on", ranks, until=10 * (stage + 1))

@@ -10,15 +10,26 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from afm_pipe import paths
 from afm_pipe.params import Params
 from afm_pipe.reporting.page import write_report
+from afm_pipe.runtime import paths
 
 COMMITTED = yaml.safe_load((Path(__file__).parents[1] / "params.yaml").read_text())
 RUNS = {"t4": {"seed": 0}, "t4-no-transport": {"transport": 0.0}}
 CLASSES = [str(digit) for digit in range(9)] + ['"><b>&nine']  # a class name is a folder's name: anything
-COLUMNS = ["update", "images", "epoch", "lr", "transport", "d_adversarial", "r1", "r2", "centring", "g_adversarial"]
-COLUMNS += ["g_transport", "logit_gap", "d_accuracy", "move_rms", "d_grad_norm", "g_grad_norm"]
+COLUMNS = [
+    "update",
+    "images",
+    "epoch",
+    "lr",
+    "transport",
+    "d_adversarial",
+    "r1",
+    "r2",
+    "logit_centering",
+    "g_adversarial",
+]
+COLUMNS += ["g_transport", "logit_gap", "d_accuracy", "transport_rms", "d_grad_norm", "g_grad_norm"]
 
 
 def make_params(**runs: dict[str, Any]) -> Params:
@@ -124,5 +135,5 @@ class Page(HTMLParser):
 
 
 def built(params: Params) -> Page:
-    write_report(params, paths.REPORTS)
-    return Page((paths.REPORTS / "index.html").read_text(encoding="utf-8"))
+    write_report(params, paths.REPORT)
+    return Page((paths.REPORT / "index.html").read_text(encoding="utf-8"))

@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 
 from afm_pipe.params import Params
-from afm_pipe.reporting import study_cells, study_checks
+from afm_pipe.reporting import study_checks
+from afm_pipe.reporting import study_trials as study_cells
 from afm_pipe.reporting.inputs import Inputs, Summary
 from afm_pipe.reporting.section import Section
 from afm_pipe.reporting.study import study_sections
@@ -66,7 +67,7 @@ def write_study(
             for column in (table["columns"] or {"settings": [""]})["settings"]:
                 place = (row, column, seed)
                 cells.append(cell(place, distance(*place), diverged(*place), accuracy(*place), units(*place)))
-    write(path, {"table": table, "scale": scale, "machine": "no machine", "protocol": {}, "cells": cells})
+    write(path, {"table": table, "scale": scale, "machine": "no machine", "protocol": {}, "trials": cells})
 
 
 def cell(

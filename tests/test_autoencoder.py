@@ -10,10 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from afm_pipe.console import follow
-from afm_pipe.errors import UserError
-from afm_pipe.files import sha256_file
-from afm_pipe.models.autoencoder import (
+from afm_pipe.autoencoders.kl import (
     CONFIG,
     WEIGHTS,
     TrainedAutoencoder,
@@ -29,6 +26,9 @@ from afm_pipe.models.autoencoder import (
     train_autoencoder,
 )
 from afm_pipe.params import Params
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.files import sha256_file
+from afm_pipe.runtime.progress import track
 
 
 def discs(count: int) -> np.ndarray:
@@ -48,7 +48,7 @@ def with_autoencoder(params: Params, **fields: object) -> Params:
 def train(params: Params, seed: int, **fields: object) -> TrainedAutoencoder:
     training = params.autoencoder.train.model_copy(update={"updates": 30, "batch_size": 16} | fields)
     changed = with_autoencoder(params, train=training).autoencoder
-    return follow("autoencoder", train_autoencoder(changed, IMAGES, seed))
+    return track("autoencoder", train_autoencoder(changed, IMAGES, seed))
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from afm_pipe.data.latents import Latents
+from afm_pipe.distributed.process_group import ProcessGroup
+from afm_pipe.objectives.adversarial_flow.batches import Batches
 from afm_pipe.params import Run
-from afm_pipe.ranks import Ranks
-from afm_pipe.training.batches import Batches
 
 CPU = torch.device("cpu")
 
@@ -39,4 +39,6 @@ def test_label_noise_does_not_depend_on_the_number_of_ranks(latents: Latents, sm
     run = noisy(smoke_run, 0.5)
     alone = Batches(latents, run, CPU).batch("discriminator", 0).labels
     for rank in (0, 1):
-        assert torch.equal(Batches(latents, run, CPU, Ranks(rank, 2)).batch("discriminator", 0).labels, alone[rank::2])
+        assert torch.equal(
+            Batches(latents, run, CPU, ProcessGroup(rank, 2)).batch("discriminator", 0).labels, alone[rank::2]
+        )

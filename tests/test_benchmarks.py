@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from afm_pipe import paths
-from afm_pipe.errors import UserError
-from afm_pipe.files import write_json
-from afm_pipe.models.checkpoint_format import run_config
-from afm_pipe.params_file import load_params
+from afm_pipe.models.model_files import run_config
+from afm_pipe.params.file import load_params
 from afm_pipe.reporting.benchmarks import benchmark_sections, read_benchmarks, results_markdown
+from afm_pipe.runtime import paths
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.files import write_json
 from afm_pipe.training.state import TrainingState
 from benchmarks.inputs import CLASS_COUNT, latents_file
 from benchmarks.measuring import Row, in_turns, speed_row

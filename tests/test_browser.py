@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from afm_pipe import paths
 from afm_pipe.reporting.page import write_report
+from afm_pipe.runtime import paths
 from tests.report_inputs import make_params, write, write_inputs
 
 pytestmark = pytest.mark.browser
@@ -45,10 +45,10 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
             stored = json.loads(paths.metrics(name).read_text())
             interval = {"fd_classifier_5k": [0.9 * value, 1.1 * value]}
             write(paths.metrics(name), stored | {"fd_classifier_5k": value, "intervals": interval})
-        write_report(params, paths.REPORTS)
+        write_report(params, paths.REPORT)
     finally:
         os.chdir(before)
-    return project / paths.REPORTS
+    return project / paths.REPORT
 
 
 class Visit:

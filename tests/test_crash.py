@@ -15,9 +15,9 @@ import pytest
 import torch
 import yaml
 
-from afm_pipe import paths
 from afm_pipe.params import Params
-from afm_pipe.params_file import load_params
+from afm_pipe.params.file import load_params
+from afm_pipe.runtime import paths
 from afm_pipe.training.checkpoints import checkpoints
 from tests.conftest import ROOT
 from tests.crash import OVERRIDES, RUN, crash, result, start, train, wait
@@ -30,11 +30,11 @@ subprocess.Popen(["/bin/sh", "-c", f"{sys.executable} stage.py; true"]).wait()
 """
 STAGE = f"""
 import torch; torch.set_num_threads(1)
-from afm_pipe.console import guarded
-from afm_pipe.params_file import load_params
+from afm_pipe.runtime.commands import user_command
+from afm_pipe.params.file import load_params
 from tests.crash import train
 open("stage.pid", "w").write(str(__import__("os").getpid()))
-guarded(train(load_params(overrides={OVERRIDES}), 1000.0))()
+user_command(train(load_params(overrides={OVERRIDES}), 1000.0))()
 """
 
 

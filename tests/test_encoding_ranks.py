@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 from diffusers import AutoencoderKL
 
-from afm_pipe.console import follow
-from afm_pipe.data import encoding, manifest
-from afm_pipe.data.encoding import encode_dataset
+from afm_pipe.autoencoders import encoding
+from afm_pipe.autoencoders.encoding import encode_dataset
+from afm_pipe.data import manifest
 from afm_pipe.data.manifest import Manifest, build_manifest
+from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from afm_pipe.params import Params
-from afm_pipe.ranks import ALONE, Ranks
+from afm_pipe.runtime.progress import track
 from tests.conftest import write_images
 from tests.forked import in_ranks
 from tests.test_latents import SHA256, changed, tiny_vae, unfinished
@@ -34,7 +35,7 @@ def params(smoke_params: Params, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def images(params: Params) -> Manifest:
-    return follow("prepare", build_manifest(params.data))
+    return track("prepare", build_manifest(params.data))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ class Encoding:
         self.given = params, images, vae, SHA256, folder / "latents.h5", folder / "work"
         self.path, self.work, self.folder, self.vae = folder / "latents.h5", folder / "work", folder, vae
 
-    def run(self, ranks: Ranks) -> None:
+    def run(self, ranks: ProcessGroup) -> None:
         passes = []
         hook = self.vae.encoder.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
         list(encode_dataset(*self.given, ranks=ranks))
@@ -64,7 +65,7 @@ class Encoding:
 @pytest.fixture(scope="module")
 def alone(params: Params, images: Manifest, vae: AutoencoderKL, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     encoding = Encoding(params, images, vae, tmp_path_factory.mktemp("alone"))
-    encoding.run(ALONE)
+    encoding.run(SINGLE_PROCESS)
     assert encoding.batches(1) == [13]
     return encoding.path.read_bytes()
 
@@ -88,7 +89,7 @@ def test_what_a_killed_rank_had_encoded_is_kept_for_any_number_of_ranks(
 ) -> None:
     real = encoding._mark
 
-    def kill(ranks: Ranks) -> None:
+    def kill(ranks: ProcessGroup) -> None:
         marked = []
 
         def mark(*arguments: object) -> None:
@@ -118,7 +119,7 @@ def test_what_a_killed_rank_had_encoded_is_kept_for_any_number_of_ranks(
 def test_a_merge_killed_halfway_is_done_again(shared: Encoding, alone: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     real = encoding._copy
 
-    def kill(ranks: Ranks) -> None:
+    def kill(ranks: ProcessGroup) -> None:
         def copy(*arguments: object) -> None:
             real(*arguments)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -128,7 +129,7 @@ def test_a_merge_killed_halfway_is_done_again(shared: Encoding, alone: bytes, mo
 
     assert in_ranks(2, shared.folder, kill)[0] == -signal.SIGKILL
     monkeypatch.setattr(encoding, "_copy", real)
-    shared.run(ALONE)
+    shared.run(SINGLE_PROCESS)
     assert shared.batches(1) == [0]
     assert shared.path.read_bytes() == alone
 
@@ -157,5 +158,5 @@ def test_the_next_batch_is_encoded_while_one_is_written_and_later_ones_are_decod
     monkeypatch.setattr(encoding, "_moments", encode)
     monkeypatch.setattr(encoding._Journal, "add", write)
     monkeypatch.setattr(manifest, "decode_image", read)
-    shared.run(ALONE)
+    shared.run(SINGLE_PROCESS)
     assert shared.path.read_bytes() == alone

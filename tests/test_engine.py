@@ -12,18 +12,18 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from afm_pipe.budget import budget
-from afm_pipe.errors import NotFiniteError
-from afm_pipe.launch import load_launch
-from afm_pipe.models.checkpoint_format import ModelConfig, run_config
+from afm_pipe.distributed.launch import load_launch
 from afm_pipe.models.discriminator import Discriminator
 from afm_pipe.models.generator import Generator
-from afm_pipe.models.sizes import ModelSize
+from afm_pipe.models.model_files import ModelConfig, run_config
+from afm_pipe.objectives.adversarial_flow.losses import gradient_penalty, moved
 from afm_pipe.params import Run
+from afm_pipe.params.file import load_params
+from afm_pipe.params.sizes import ModelSize
 from afm_pipe.params.training import BF16_EPSILON
-from afm_pipe.params_file import load_params
+from afm_pipe.planning.budget import budget
+from afm_pipe.runtime.errors import NotFiniteError
 from afm_pipe.training.engine import Engine
-from afm_pipe.training.losses import gradient_penalty, moved
 from afm_pipe.training.state import TrainingState
 from benchmarks.inputs import CLASS_COUNT, latents_file
 from benchmarks.training import CPU, OurTraining
@@ -191,11 +191,11 @@ def test_compiled_updates_agree_with_eager_ones(training, checkpoint_activations
 
 def test_launch_settings_reach_the_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    assert load_launch().engine() == Engine()
+    assert Engine.of(load_launch()) == Engine()
     for name in ("CHECKPOINT_ACTIVATIONS", "COMPILE", "EMA_ON_CPU"):
         monkeypatch.setenv(f"AFM_{name}", "true")
     monkeypatch.setenv("AFM_TF32", "false")
-    assert load_launch().engine() == Engine(True, True, False, True)
+    assert Engine.of(load_launch()) == Engine(True, True, False, True)
 
 
 def test_models_are_saved_alike_whatever_the_engine(training) -> None:

@@ -16,14 +16,15 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
 
-from afm_pipe.console import follow
-from afm_pipe.errors import UserError
 from afm_pipe.evaluation.features import FeatureNetwork, load_network
 from afm_pipe.evaluation.metrics import evaluate_run
 from afm_pipe.evaluation.nearest import Neighbours, Thumbnails, build_thumbnails, thumbnail
-from afm_pipe.evaluation.reference import Reference, build_reference
-from afm_pipe.params import Params, laid_over
-from afm_pipe.sampling import generate_images, labels_for
+from afm_pipe.evaluation.reference import build_reference
+from afm_pipe.evaluation.statistics import Reference
+from afm_pipe.params import Params, deep_merge
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.progress import track
+from afm_pipe.sampling.generate import generate_images, labels_for
 
 ROOT = Path(__file__).parents[1]
 CLASSES = ["ant", "bee", "cow"]
@@ -58,7 +59,7 @@ def params_with(**changes: Any) -> Params:
         },
     }
     raw = yaml.safe_load((ROOT / "params.yaml").read_text())
-    return Params.model_validate(laid_over(laid_over(raw, small), changes))
+    return Params.model_validate(deep_merge(deep_merge(raw, small), changes))
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def real(vae: Any) -> tuple[np.ndarray, np.ndarray]:
 @pytest.fixture(scope="module")
 def reference(real: tuple[np.ndarray, np.ndarray], vae: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reference")
-    follow("reference", build_reference(params_with(), *real, CLASSES, "digest", vae, folder))
+    track("reference", build_reference(params_with(), *real, CLASSES, "digest", vae, folder))
     return folder
 
 
@@ -96,7 +97,7 @@ def global_numpy_state() -> list[int]:
 
 def evaluate(generator: nn.Module, vae: Any, reference: Path, **changes: Any) -> dict[str, Any]:
     run = evaluate_run(params_with(**changes), generator, vae, reference, {"run": "painter"})
-    return follow("evaluate", run)[0]
+    return track("evaluate", run)[0]
 
 
 def test_reference_writes_what_it_promises(reference: Path, real: tuple[np.ndarray, np.ndarray]) -> None:
@@ -133,7 +134,7 @@ def test_reference_pictures_hold_a_class_per_row(reference: Path, real: tuple[np
 def test_reference_bytes_are_the_same_again(
     reference: Path, real: tuple[np.ndarray, np.ndarray], vae: Any, tmp_path: Path
 ) -> None:
-    follow("reference", build_reference(params_with(), *real, CLASSES, "digest", vae, tmp_path))
+    track("reference", build_reference(params_with(), *real, CLASSES, "digest", vae, tmp_path))
     for path in reference.iterdir():
         assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
 
@@ -149,9 +150,9 @@ def test_reference_refuses_images_of_another_size(
 ) -> None:
     images, labels = real
     with pytest.raises(UserError, match="data.image_size"):
-        follow("r", build_reference(params_with(), images[..., :8], labels, CLASSES, "digest", vae, tmp_path))
+        track("r", build_reference(params_with(), images[..., :8], labels, CLASSES, "digest", vae, tmp_path))
     with pytest.raises(UserError, match="labels"):
-        follow("r", build_reference(params_with(), images, labels[:-1], CLASSES, "digest", vae, tmp_path))
+        track("r", build_reference(params_with(), images, labels[:-1], CLASSES, "digest", vae, tmp_path))
 
 
 def test_missing_inception_is_told_before_anything_is_built(
@@ -211,7 +212,7 @@ def test_evaluation_is_repeatable_and_leaves_global_random_states_alone(vae: Any
 
 def test_picture_shows_samples_above_their_nearest_training_images(vae: Any, reference: Path) -> None:
     params = params_with(evaluate={"seed": REAL_SEED})
-    _, picture = follow("evaluate", evaluate_run(params, Painter(), vae, reference, {}))
+    _, picture = track("evaluate", evaluate_run(params, Painter(), vae, reference, {}))
     pixels = np.asarray(picture)
     assert pixels.shape == (2 + 4 * 18, 2 + 10 * 18)
     assert (pixels[2:18] == pixels[20:36]).all()  # copies: the nearest training image is the sample itself

@@ -10,14 +10,14 @@ from click.testing import Result
 from PIL import Image
 from typer.testing import CliRunner
 
-from afm_pipe import paths
+from afm_pipe.autoencoders.kl import load_autoencoder
 from afm_pipe.cli import app
-from afm_pipe.console import follow
 from afm_pipe.evaluation import metrics
 from afm_pipe.evaluation.reference import build_reference
-from afm_pipe.files import read_json
-from afm_pipe.models.autoencoder import load_autoencoder
-from afm_pipe.params_file import load_params
+from afm_pipe.params.file import load_params
+from afm_pipe.runtime import paths
+from afm_pipe.runtime.files import read_json
+from afm_pipe.runtime.progress import track
 from tests.test_sample_cli import project  # noqa: F401 (fixture)
 
 SAMPLES = 23  # no whole number of batches of 6, nor of 10 classes
@@ -45,7 +45,7 @@ def measured(project: Path) -> np.ndarray:  # noqa: F811
         images = np.random.default_rng(0).integers(0, 256, (60, 1, 32, 32)).astype(np.uint8)
         labels, names = np.sort(np.arange(60) % 10), [f"digit {i}" for i in range(10)]
         vae = load_autoencoder(paths.AUTOENCODER)
-        follow("reference", build_reference(params, images, labels, names, "digest", vae, paths.REFERENCE))
+        track("reference", build_reference(params, images, labels, names, "digest", vae, paths.REFERENCE))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(metrics, "generate_images", watched)
             done = afm("evaluate", "one")

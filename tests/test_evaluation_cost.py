@@ -10,17 +10,18 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from afm_pipe.console import follow
-from afm_pipe.errors import UserError
 from afm_pipe.evaluation import manifold
+from afm_pipe.evaluation.accumulate import EvalBatch, MetricAccumulator
 from afm_pipe.evaluation.features import LEGACY, SPATIAL, FeatureNetwork, load_network
 from afm_pipe.evaluation.frechet import Statistics
 from afm_pipe.evaluation.manifold import precision_recall
 from afm_pipe.evaluation.measures import inception_score, within_class_variance
 from afm_pipe.evaluation.metrics import Evaluator, evaluate_run
-from afm_pipe.evaluation.reference import Reference, build_reference
-from afm_pipe.evaluation.seen import Seen, Sighting
-from afm_pipe.files import read_json, sha256_file
+from afm_pipe.evaluation.reference import build_reference
+from afm_pipe.evaluation.statistics import Reference
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.files import read_json, sha256_file
+from afm_pipe.runtime.progress import track
 from tests.test_evaluation import CLASSES, Painter, params_with, real, reference, vae  # noqa: F401 (fixtures)
 
 DIM = 64
@@ -64,11 +65,11 @@ def test_of_a_sample_only_features_and_three_distances_are_kept() -> None:
     network = FeatureNetwork("classifier", DIM, "0" * 64, lambda x: x.flatten(1)[:, :DIM].float())
 
     def kept(samples: int) -> int:
-        seen = Seen([network], samples, 5)
+        seen = MetricAccumulator([network], samples, 5)
         for start in range(0, samples, 50):
             images = torch.randint(0, 256, (50, 3, 32, 32), dtype=torch.uint8)
             near = torch.rand(50, 3)
-            batch = Sighting(images, near, near, [network(images)])
+            batch = EvalBatch(images, near, near, [network(images)])
             seen.add(batch, torch.arange(50) % 5, pictured=start == 0)
         assert len(seen.streams[0].features) == samples
         return held(seen, set())
@@ -165,7 +166,7 @@ def test_of_networks_with_adms_statistics_only_what_is_used_is_passed_through(
     names = [LEGACY, "classifier"] if first else ["classifier", LEGACY]
     changes = {"features": names, "adm_reference": {"file": "adm.npz", "sha256": sha256_file(adm)}}
     params, folder = params_with(evaluate=changes), tmp_path / "reference"
-    follow("reference", build_reference(params, *real, CLASSES, "digest", vae, folder))
+    track("reference", build_reference(params, *real, CLASSES, "digest", vae, folder))
     rebuilt, batch = params.evaluate.samples, 20
     assert pooled.seen == (60 if first else 0) + batch + rebuilt
     assert spatial.seen == rebuilt
@@ -175,7 +176,7 @@ def test_of_networks_with_adms_statistics_only_what_is_used_is_passed_through(
     found = Evaluator(params, folder).references
     assert {each.count for each in found} == {300}
     assert [each.source for each in found].count(f"adm {sha256_file(adm)}") == 2
-    metrics, _ = follow("evaluate", evaluate_run(params, Painter(), vae, folder, {}))
+    metrics, _ = track("evaluate", evaluate_run(params, Painter(), vae, folder, {}))
     assert metrics["fid_240"] > 0 and metrics["sfid_240"] > 0 and metrics["within_class_variance_features"] > 0
 
 
@@ -197,7 +198,7 @@ def test_a_reference_of_another_adm_file_than_params_name_is_refused(
         return params_with(evaluate={"features": [LEGACY], "adm_reference": named})
 
     right, folder = sha256_file(adm), tmp_path / "reference"
-    follow("r", build_reference(params("adm.npz", None), *real, CLASSES, "digest", vae, folder))
+    track("r", build_reference(params("adm.npz", None), *real, CLASSES, "digest", vae, folder))
     for sha256 in (right, None):
         Evaluator(params("adm.npz", sha256), folder)
     with pytest.raises(

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from afm_pipe.console import follow
-from afm_pipe.errors import UserError
 from afm_pipe.evaluation.adm import adm_path, adm_references
 from afm_pipe.evaluation.features import LEGACY, SPATIAL, FeatureNetwork, load_network
 from afm_pipe.evaluation.metrics import evaluate_run
-from afm_pipe.evaluation.reference import Reference
-from afm_pipe.files import sha256_file
-from afm_pipe.image_files import PngFolder, ShuffledNpz
+from afm_pipe.evaluation.statistics import Reference
 from afm_pipe.params import AdmReference
-from afm_pipe.sampling import labels_for, stream_images
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.files import sha256_file
+from afm_pipe.runtime.progress import track
+from afm_pipe.sampling.generate import labels_for, stream_images
+from afm_pipe.sampling.image_writers import PngFolder, ShuffledNpz
 from tests.test_evaluation import Painter, evaluate, params_with, real, reference, vae  # noqa: F401 (fixtures)
 
 SCRIPT = """
@@ -65,10 +65,8 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same_numbers(
             return super().sample(x, labels)
 
     run = evaluate_run(params_with(), Counting(), vae, reference, {"run": "painter"}, work_dir=tmp_path / "work")
-    metrics, picture = follow("evaluate", run)
-    whole, whole_picture = follow(
-        "evaluate", evaluate_run(params_with(), Painter(), vae, reference, {"run": "painter"})
-    )
+    metrics, picture = track("evaluate", run)
+    whole, whole_picture = track("evaluate", evaluate_run(params_with(), Painter(), vae, reference, {"run": "painter"}))
     assert metrics == whole and picture.tobytes() == whole_picture.tobytes()
     assert sum(asked) <= 240 - 80  # what was measured before the kill was not generated again
 

@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from afm_pipe.console import follow
-from afm_pipe.errors import UserError
 from afm_pipe.evaluation.classifier import WEIGHTS, Classifier, load_classifier, save_classifier, train_classifier
 from afm_pipe.evaluation.features import (
     INCEPTION_FILE,
@@ -23,6 +21,8 @@ from afm_pipe.evaluation.features import (
 from afm_pipe.evaluation.inception import _resized
 from afm_pipe.evaluation.other_networks import dinov2_path
 from afm_pipe.params import FeatureClassifier
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.progress import track
 
 SETTINGS = FeatureClassifier(widths=(4, 8), features=6, lr=1e-2, batch_size=16, epochs=6, held_out=0.2)
 
@@ -39,7 +39,7 @@ def striped(channels: int = 1, side: int = 12, per_class: int = 40) -> tuple[np.
 
 def trained(channels: int = 1, side: int = 12, seed: int = 0) -> tuple[Classifier, float]:
     images, labels = striped(channels, side)
-    return follow("classifier", train_classifier(SETTINGS, images, labels, 3, seed))
+    return track("classifier", train_classifier(SETTINGS, images, labels, 3, seed))
 
 
 @pytest.mark.parametrize(("channels", "side"), [(1, 12), (3, 27), (1, 8)])
@@ -59,14 +59,14 @@ def test_accuracy_is_of_images_never_trained_on() -> None:
     random = np.random.default_rng(0)
     images, labels = random.integers(0, 256, (200, 1, 8, 8)).astype(np.uint8), np.arange(200) % 2
     large = SETTINGS.model_copy(update={"widths": (32, 64), "features": 64, "epochs": 60})
-    model, accuracy = follow("classifier", train_classifier(large, images, labels, 2, 0))
+    model, accuracy = track("classifier", train_classifier(large, images, labels, 2, 0))
     of_all = (model(torch.from_numpy(images)).argmax(dim=1).numpy() == labels).mean()
     assert accuracy < 0.75 < of_all  # labels mean nothing here: it learns by heart what it sees, and guesses the rest
 
 
 def test_one_image_a_class_leaves_none_to_measure_on() -> None:
     with pytest.raises(UserError, match="at least 2 of some class"):
-        follow("classifier", train_classifier(SETTINGS, np.zeros((3, 1, 8, 8), np.uint8), np.arange(3), 3, 0))
+        track("classifier", train_classifier(SETTINGS, np.zeros((3, 1, 8, 8), np.uint8), np.arange(3), 3, 0))
 
 
 def test_saved_classifier_gives_the_same_features_and_classes(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_clean_features_are_those_of_cleanfid_on_png_files(sha256: str, tmp_path
     from cleanfid.fid import get_files_features
     from cleanfid.inception_torchscript import InceptionV3W
 
-    from afm_pipe.sampling import grid
+    from afm_pipe.sampling.generate import grid
 
     images = torch.randint(0, 256, (4, 3, 20, 20), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     files = [str(tmp_path / f"{i}.png") for i in range(4)]

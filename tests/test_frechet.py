@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from afm_pipe.errors import UserError
 from afm_pipe.evaluation.frechet import Statistics, frechet_distance
-from afm_pipe.evaluation.measures import ClassSpread, kid, sample_suffix, within_class_variance
+from afm_pipe.evaluation.measures import ClassSpread, sample_suffix, within_class_variance
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.training.kernel_distance import kid
 
 
 def features(seed: int, count: int = 400, dim: int = 16) -> np.ndarray:

@@ -17,17 +17,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from afm_pipe import paths, pipeline
+from afm_pipe import pipeline
 from afm_pipe.data.images import list_images, load_image
 from afm_pipe.data.latents import CLASSES, LABELS, MOMENTS, Latents
 from afm_pipe.data.manifest import _digest, read_manifest, require_images
 from afm_pipe.data.provenance import read_provenance
-from afm_pipe.errors import UserError
+from afm_pipe.distributed.launch import Launch
 from afm_pipe.evaluation.nearest import Thumbnails, build_thumbnails, load_arrays
-from afm_pipe.files import read_json, write_json
-from afm_pipe.launch import Launch
 from afm_pipe.params import Imported, Params
-from afm_pipe.params_file import load_params
+from afm_pipe.params.file import load_params
+from afm_pipe.runtime import paths
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.files import read_json, write_json
 from tests.conftest import SMOKE
 from tests.hostile import CPU, TERABYTE, Bomb, model_folder, refused, repacked
 

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from afm_pipe.errors import UserError
 from afm_pipe.evaluation.classifier import Classifier, load_classifier, save_classifier
-from afm_pipe.files import write_json
-from afm_pipe.models.checkpoint_format import load_generator, load_tensors
 from afm_pipe.models.classifier import load_latent_classifier
+from afm_pipe.models.model_files import load_generator, load_tensors
 from afm_pipe.models.released import import_generator, read_tensors
 from afm_pipe.params import Imported
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.files import write_json
 from tests.hostile import CPU, TERABYTE, Bomb, model_folder, refused, repacked
 
 pytestmark = pytest.mark.usefixtures("nothing_is_run")

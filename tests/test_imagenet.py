@@ -17,8 +17,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from afm_pipe.console import follow
-from afm_pipe.data.encoding import encode_dataset
+from afm_pipe.autoencoders.encoding import encode_dataset
 from afm_pipe.data.latents import MOMENTS
 from afm_pipe.data.manifest import (
     Manifest,
@@ -31,8 +30,9 @@ from afm_pipe.data.manifest import (
     write_manifest,
 )
 from afm_pipe.data.tars import index_tar
-from afm_pipe.errors import UserError
 from afm_pipe.params import Data, Params
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.progress import track
 from tests.conftest import ROOT
 
 CLASSES = ("n01440764", "n01443537", "n02105855")
@@ -111,7 +111,7 @@ def layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Data]:
 
 @pytest.fixture(scope="module")
 def manifests(layouts: dict[str, Data]) -> dict[str, Manifest]:
-    return {name: follow("prepare", build_manifest(each)) for name, each in layouts.items()}
+    return {name: track("prepare", build_manifest(each)) for name, each in layouts.items()}
 
 
 def test_every_layout_gives_the_same_classes_images_and_digest(manifests: dict[str, Manifest]) -> None:
@@ -125,7 +125,7 @@ def test_every_layout_gives_the_same_classes_images_and_digest(manifests: dict[s
 def test_every_layout_gives_the_same_pixels_of_odd_files_too(
     layouts: dict[str, Data], manifests: dict[str, Manifest]
 ) -> None:
-    images = {name: follow("read", load_images(manifests[name], layouts[name])) for name in layouts}
+    images = {name: track("read", load_images(manifests[name], layouts[name])) for name in layouts}
     for each in images.values():
         np.testing.assert_array_equal(each, images["folder"])
     assert images["folder"].shape == (12, 3, SIZE, SIZE)
@@ -139,7 +139,7 @@ def test_every_layout_gives_the_same_pixels_of_odd_files_too(
 def test_images_of_a_tar_are_read_by_many_threads_at_once(layouts: dict[str, Data], manifests: dict) -> None:
     unread = UnreadImages(manifests["nested"], layouts["nested"])
     assert (len(unread), unread.shape, unread.nbytes) == (12, (12, 3, SIZE, SIZE), 12 * 3 * SIZE * SIZE)
-    whole = follow("read", load_images(manifests["folder"], layouts["folder"]))
+    whole = track("read", load_images(manifests["folder"], layouts["folder"]))
     with ThreadPoolExecutor(4) as pool:
         for found in pool.map(lambda _: unread[np.array([11, 0, 5])], range(8)):
             np.testing.assert_array_equal(found, whole[[11, 0, 5]])
@@ -148,7 +148,7 @@ def test_images_of_a_tar_are_read_by_many_threads_at_once(layouts: dict[str, Dat
 def test_nothing_is_unpacked(layouts: dict[str, Data], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copy(layouts["nested"].root, "train.tar")
-    manifest = follow("prepare", build_manifest(data("tar", Path("train.tar"))))
+    manifest = track("prepare", build_manifest(data("tar", Path("train.tar"))))
     read_images(manifest, layouts["nested"], range(12))
     assert os.listdir() == ["train.tar"]
 
@@ -179,7 +179,7 @@ def test_latents_are_the_same_and_encoding_resumes(
             encoding.close()
             assert not path.exists()
             encoding = encode_dataset(params, manifests[name], vae, "a" * 64, path, work)
-        follow("encode", encoding)
+        track("encode", encoding)
         with h5py.File(path) as file:
             moments[name] = file[MOMENTS][:]
     assert moments["folder"].shape == (12, 2, 8, 8, 8)
@@ -203,8 +203,8 @@ def test_a_tar_that_is_gone_or_changed_is_refused_by_name(layouts: dict[str, Dat
     path = tmp_path / "train.tar"
     shutil.copy(layouts["nested"].root, path)
     own = data("tar", path)
-    manifest = follow("prepare", build_manifest(own))
-    follow("require", require_images(manifest, own))
+    manifest = track("prepare", build_manifest(own))
+    track("require", require_images(manifest, own))
     content = bytearray(path.read_bytes())
     content[manifest.spans[5].offset + 30] ^= 1
     path.write_bytes(content)
@@ -212,10 +212,10 @@ def test_a_tar_that_is_gone_or_changed_is_refused_by_name(layouts: dict[str, Dat
         read_images(manifest, own, [4, 5])
     path.write_bytes(content[:4000])
     with pytest.raises(UserError, match=r"images missing under .*train\.tar"):
-        follow("require", require_images(manifest, own))
+        track("require", require_images(manifest, own))
     path.unlink()
     with pytest.raises(UserError, match="Found 12 of 12 images missing"):
-        follow("require", require_images(manifest, own))
+        track("require", require_images(manifest, own))
 
 
 JPEG = FILES[CLASSES[0]]["n01440764_0.JPEG"]
@@ -282,7 +282,7 @@ def test_a_hostile_or_damaged_tar_is_refused_and_says_why(name: str, tmp_path: P
     path = tmp_path / "hostile.tar"
     path.write_bytes(make())
     with pytest.raises(UserError, match=words):
-        follow("prepare", build_manifest(data("tar", path)))
+        track("prepare", build_manifest(data("tar", path)))
     assert os.listdir(tmp_path) == ["hostile.tar"]
 
 
@@ -291,16 +291,16 @@ def test_a_long_name_and_a_missing_archive(tmp_path: Path) -> None:
     name = f"{'a' * 120}/{'é' * 100}.JPEG"
     for kind in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
         path.write_bytes(packed([(name, JPEG)], kind))
-        assert follow("index", index_tar(path)).images == [(name, 0)]
+        assert track("index", index_tar(path)).images == [(name, 0)]
     with pytest.raises(UserError, match="Found no file .*, expected a tar archive"):
-        follow("index", index_tar(tmp_path))
+        track("index", index_tar(tmp_path))
 
 
 def test_a_class_that_is_called_train_is_a_class(tmp_path: Path) -> None:
     for name in ("bus", "train"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.jpg").write_bytes(JPEG)
-    assert follow("prepare", build_manifest(data("folder", tmp_path))).classes == ("bus", "train")
+    assert track("prepare", build_manifest(data("folder", tmp_path))).classes == ("bus", "train")
 
 
 def test_dvc_lists_every_stage_of_the_profile_without_images(tmp_path: Path) -> None:

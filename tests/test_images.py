@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from afm_pipe.data.images import decode_image, list_images, load_image
-from afm_pipe.errors import UserError
+from afm_pipe.runtime.errors import UserError
 
 RNG = np.random.default_rng(0)
 SLOPE = np.add.outer(np.arange(60), np.arange(80))[..., None] * [1, 1.5, 0.7]

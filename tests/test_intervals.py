@@ -5,11 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from afm_pipe.errors import UserError
 from afm_pipe.evaluation.frechet import Statistics, frechet_and_map, frechet_distance
 from afm_pipe.evaluation.intervals import around, frechet_error, kernel_error, wilson
 from afm_pipe.evaluation.manifold import precision_recall
-from afm_pipe.evaluation.measures import inception_score, kid, kid_of_subsets
+from afm_pipe.evaluation.measures import inception_score
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.training.kernel_distance import kid, kid_of_subsets
 
 DIM, CLASSES = 8, 4
 

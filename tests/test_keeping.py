@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from afm_pipe.data.latents import Latents
-from afm_pipe.errors import UserError
-from afm_pipe.files import append_or_leave
-from afm_pipe.launch import load_launch
-from afm_pipe.models.checkpoint_format import run_config
-from afm_pipe.params import Params, Run, laid_over
-from afm_pipe.training.checkpoints import Keeping, checkpoints, staying
+from afm_pipe.distributed.launch import load_launch
+from afm_pipe.models.model_files import run_config
+from afm_pipe.params import Params, Run, deep_merge
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.files import try_append
+from afm_pipe.training.checkpoints import RetentionPolicy, checkpoints, staying
 from afm_pipe.training.events import FILE, read_events
 from afm_pipe.training.loop import train
 from afm_pipe.training.state import TrainingState
@@ -49,16 +49,16 @@ def run_of(params: Params, **own: object) -> Run:
     base = {
         "size": "s4",
         "phases": [{"until_epoch": 5}],
-        "watch": {"settle_epochs": 0.5, "probe": {"every_epochs": 1.25}},
+        "monitor": {"settle_epochs": 0.5, "probe": {"every_epochs": 1.25}},
     }
-    return Run.model_validate(laid_over(laid_over(params.runs["t4"].model_dump(mode="json"), base), own))
+    return Run.model_validate(deep_merge(deep_merge(params.runs["t4"].model_dump(mode="json"), base), own))
 
 
 def trained(
     run: Run,
     latents: Latents,
     folder: Path,
-    keeping: Keeping = Keeping(),  # noqa: B008
+    keeping: RetentionPolicy = RetentionPolicy(),  # noqa: B008
     checkpoint_seconds: float = 0.0,
 ) -> TrainingState:
     config = run_config(run, latents.latent_shape, latents.num_classes)
@@ -74,9 +74,9 @@ def test_a_training_keeps_every_so_many_updates_and_its_best_probe(
     discs: Path, discs_params: Params, tmp_path: Path
 ) -> None:
     latents = Latents.open(discs / "data" / "latents.h5")
-    keeping = Keeping(last=1, in_background=False, every=15, best=True)
+    keeping = RetentionPolicy(last=1, in_background=False, every=15, best=True)
     state = trained(run_of(discs_params), latents, tmp_path, keeping)
-    best = min(state.extra["watch"]["probes"], key=lambda probe: probe["kid"])["update"]
+    best = min(state.extra["monitor"]["probes"], key=lambda probe: probe["kid"])["update"]
     expected = sorted({15, 30, state.update, int(best)})
     assert [int(path.name[-9:]) for path in checkpoints(tmp_path / "checkpoints")] == expected
 
@@ -100,7 +100,7 @@ def test_latents_lost_before_a_probe_leave_a_checkpoint_from_which_all_is_as_if_
         raise UserError("Found data/latents.h5 cut short")
 
     with monkeypatch.context() as patched:
-        patched.setattr("afm_pipe.training.watch.Probe", lost)
+        patched.setattr("afm_pipe.training.monitor.Probe", lost)
         with pytest.raises(UserError, match="cut short"):
             trained(run_of(discs_params), latents, tmp_path / "cut", checkpoint_seconds=1e9)
     saved = checkpoints(tmp_path / "cut" / "checkpoints")
@@ -113,17 +113,17 @@ def test_latents_lost_before_a_probe_leave_a_checkpoint_from_which_all_is_as_if_
 
 def test_a_log_on_a_full_disk_has_no_half_line(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    append_or_leave(log, "first\n")
+    try_append(log, "first\n")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
-        append_or_leave(log, "second\n")
+        try_append(log, "second\n")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     assert log.read_text() == "first\n"
-    append_or_leave(log, "second\n")
+    try_append(log, "second\n")
     assert log.read_text() == "first\nsecond\n"
 
 
@@ -131,7 +131,7 @@ def test_events_that_a_full_disk_refused_are_in_the_log_at_the_end(
     discs: Path, discs_params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     latents = Latents.open(discs / "data" / "latents.h5")
-    strict = run_of(discs_params, watch={"policy": "warn", "identity": {"move": 10.0}, "rows": 1})
+    strict = run_of(discs_params, watch={"policy": "warn", "identity": {"transport_rms": 10.0}, "rows": 1})
     opened = Path.open
 
     def full(self: Path, mode: str = "r", *arguments: object, **more: object) -> object:

@@ -15,14 +15,14 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from afm_pipe.console import follow
-from afm_pipe.data import encoding
-from afm_pipe.data.encoding import encode_dataset
+from afm_pipe.autoencoders import encoding
+from afm_pipe.autoencoders.encoding import encode_dataset
+from afm_pipe.autoencoders.kl import encode_moments
 from afm_pipe.data.latents import CLASSES, DONE, LABELS, MOMENTS, Latents
 from afm_pipe.data.manifest import Manifest, build_manifest, load_images
-from afm_pipe.errors import UserError
-from afm_pipe.models.autoencoder import encode_moments
 from afm_pipe.params import Params
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.progress import track
 from benchmarks.inputs import latents_file
 from tests.conftest import write_images
 
@@ -60,7 +60,7 @@ def params(smoke_params: Params, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def manifest(params: Params) -> Manifest:
-    return follow("prepare", build_manifest(params.data))
+    return track("prepare", build_manifest(params.data))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def vae() -> AutoencoderKL:
 @pytest.fixture(scope="module")
 def whole(params: Params, manifest: Manifest, vae: AutoencoderKL, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    follow("encode", encode_dataset(params, manifest, vae, SHA256, folder / "latents.h5", folder / "work"))
+    track("encode", encode_dataset(params, manifest, vae, SHA256, folder / "latents.h5", folder / "work"))
     assert unfinished(folder / "work") == []
     return folder / "latents.h5"
 
@@ -97,7 +97,7 @@ def in_child(work: Callable[[], None]) -> int | None:
 
 def test_moments_are_the_autoencoders(whole: Path, params: Params, manifest: Manifest, vae: AutoencoderKL) -> None:
     latents = Latents.open(whole, params, SHA256)
-    images = torch.from_numpy(follow("load", load_images(manifest, params.data)))
+    images = torch.from_numpy(track("load", load_images(manifest, params.data)))
     mean, std = encode_moments(vae, images, "fp32")
     indices = torch.tensor([20, 0, 7, 0])
     found_mean, found_std = latents.moments(indices, torch.zeros(4, dtype=torch.int64))
@@ -117,9 +117,9 @@ def test_mirrored_images_are_encoded_not_flipped_latents(
 ) -> None:
     mirrored = changed(params, "data", mirror=True)
     path = tmp_path / "latents.h5"
-    follow("encode", encode_dataset(mirrored, manifest, vae, SHA256, path, tmp_path / "work"))
+    track("encode", encode_dataset(mirrored, manifest, vae, SHA256, path, tmp_path / "work"))
     latents = Latents.open(path, mirrored, SHA256)
-    images = torch.from_numpy(follow("load", load_images(manifest, params.data)))
+    images = torch.from_numpy(track("load", load_images(manifest, params.data)))
     for mirror, side in enumerate([images, images.flip(-1)]):
         mean, _ = latents.moments(np.arange(NUM_IMAGES), np.full(NUM_IMAGES, mirror))
         torch.testing.assert_close(mean, encode_moments(vae, side, "fp32")[0], rtol=2e-3, atol=1e-4)
@@ -183,7 +183,7 @@ def test_every_forward_pass_has_the_full_batch_size(
 ) -> None:
     sizes = []
     hook = vae.encoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    follow("encode", encode_dataset(params, manifest, vae, SHA256, tmp_path / "latents.h5", tmp_path / "work"))
+    track("encode", encode_dataset(params, manifest, vae, SHA256, tmp_path / "latents.h5", tmp_path / "work"))
     hook.remove()
     assert sizes == [8, 8, 8]
 
@@ -219,7 +219,7 @@ def test_non_finite_moments_stop_the_encoding_and_name_the_image(
     vae = tiny_vae()
     vae.quant_conv.weight *= 1e9  # beyond float16
     with pytest.raises(UserError, match=r"class0/000\.png not finite"):
-        follow("encode", encode_dataset(params, manifest, vae, SHA256, tmp_path / "latents.h5", tmp_path / "work"))
+        track("encode", encode_dataset(params, manifest, vae, SHA256, tmp_path / "latents.h5", tmp_path / "work"))
     assert not (tmp_path / "latents.h5").exists()
 
 

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from afm_pipe.data import encoding
-from afm_pipe.data.encoding import _Journal, _lay_out, _mark, _pending, _Rows
+from afm_pipe.autoencoders import encoding
+from afm_pipe.autoencoders.encoding import _Journal, _lay_out, _mark, _pending, _Rows
 from afm_pipe.data.latents import CLASSES, FORMAT_VERSION, LABELS, Latents, settings
 from afm_pipe.data.manifest import Manifest
 from afm_pipe.data.order import Order
-from afm_pipe.errors import UserError
-from afm_pipe.params_file import load_params
+from afm_pipe.params.file import load_params
+from afm_pipe.runtime.errors import UserError
 from tests.conftest import ROOT
 from tests.test_latents import in_child
 

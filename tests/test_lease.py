@@ -12,22 +12,22 @@ from pathlib import Path
 
 import pytest
 
-from afm_pipe import lease
-from afm_pipe.errors import UserError
-from afm_pipe.lease import LeaseLostError, exclusive
+from afm_pipe.runtime import lease
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.lease import LeaseLostError, hold_lease
 
 INTERVAL, STALE = 0.1, 1.5
 # A process on a machine of its own: it has another identity, and its flock is not seen elsewhere.
 ELSEWHERE = f"""
 import os, socket, sys, time
 from pathlib import Path
-from afm_pipe import lease
-from afm_pipe.errors import UserError
+from afm_pipe.runtime import lease
+from afm_pipe.runtime.errors import UserError
 lease.INTERVAL, lease.STALE = {INTERVAL}, {STALE}
 lease._machine = socket.gethostname = lambda: sys.argv[1]
 lease.fcntl.flock = lambda *_: None
 try:
-    with lease.exclusive(Path("run")) as held:
+    with lease.hold_lease(Path("run")) as held:
         print("held", flush=True)
         sys.stdin.readline()
         held.check()
@@ -127,7 +127,7 @@ def test_a_clock_that_jumps_takes_nothing_from_a_holder_that_is_alive(machine: C
         patch.setattr(lease, "_time_of", lambda folder: jumping(folder) + 3600)
         patch.setattr(lease, "_machine", lambda: "node-b")
         patch.setattr(lease.fcntl, "flock", lambda *_: None)
-        with pytest.raises(UserError, match="held by process .* on node-a"), exclusive(Path("run")):
+        with pytest.raises(UserError, match="held by process .* on node-a"), hold_lease(Path("run")):
             ended.set()
     assert not ended.is_set()
     assert path.exists()
@@ -137,19 +137,19 @@ def test_on_one_machine_the_kernel_lets_go_at_once(
     machine: Callable[[str], Machine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease, "STALE", 60)
-    code = "import time; from pathlib import Path; from afm_pipe.lease import exclusive\n"
-    code += "with exclusive(Path('run')): print('held', flush=True); time.sleep(60)"
+    code = "import time; from pathlib import Path; from afm_pipe.runtime.lease import hold_lease\n"
+    code += "with hold_lease(Path('run')): print('held', flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     try:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match=f"held by process {holder.pid} on"), exclusive(Path("run")):
+        with pytest.raises(UserError, match=f"held by process {holder.pid} on"), hold_lease(Path("run")):
             pass
     finally:
         holder.kill()
         holder.communicate()
     began = time.monotonic()
-    with exclusive(Path("run")) as held:
+    with hold_lease(Path("run")) as held:
         assert time.monotonic() - began < 30
         held.check()
         held.path.write_text("{}")

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from afm_pipe import answers, paths, pipeline
-from afm_pipe.console import Tick
-from afm_pipe.errors import UserError
-from afm_pipe.launch import Launch
+from afm_pipe import pipeline
+from afm_pipe.cli import plan as answers
+from afm_pipe.distributed.launch import Launch
 from afm_pipe.params import Params
 from afm_pipe.reporting.watch import PAGE, watch
+from afm_pipe.runtime import paths
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.progress import Progress
 from afm_pipe.training.checkpoints import checkpoints
 from afm_pipe.training.events import FILE, Event, append_event
 
@@ -36,7 +38,7 @@ def project(discs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 def break_off(params: Params, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     """Train until so many rows are written, then stop as Ctrl-C does."""
 
-    def some(_: str, ticks: Generator[Tick, None, Any]) -> None:
+    def some(_: str, ticks: Generator[Progress, None, Any]) -> None:
         for _ in range(rows + 1):
             next(ticks)
         raise KeyboardInterrupt

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from afm_pipe.console import follow
 from afm_pipe.data.manifest import (
     Manifest,
     build_manifest,
@@ -18,9 +17,10 @@ from afm_pipe.data.manifest import (
     require_images,
     write_manifest,
 )
-from afm_pipe.data.sources import materialise
-from afm_pipe.errors import UserError
+from afm_pipe.data.sources import materialize
 from afm_pipe.params import Data
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.progress import track
 from tests.conftest import write_images
 
 
@@ -38,7 +38,7 @@ def folder_data(root: Path, source: str = "folder", min_images: int = 1) -> Data
 
 
 def build(data: Data) -> Manifest:
-    return follow("prepare", build_manifest(data))
+    return track("prepare", build_manifest(data))
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def data(tmp_path: Path) -> Data:
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("digits") / "images"
-    follow("materialise", materialise("mnist5k", root))
+    track("materialize", materialize("mnist5k", root))
     return root
 
 
@@ -69,11 +69,11 @@ def test_digits_are_written_as_padded_grey_squares_in_class_folders(digits: Path
 
 def test_whole_digits_are_left_alone_and_other_files_are_never_deleted(digits: Path, tmp_path: Path) -> None:
     before = (digits / "0" / "00000.png").stat().st_mtime_ns
-    follow("materialise", materialise("mnist5k", digits))
+    track("materialize", materialize("mnist5k", digits))
     assert (digits / "0" / "00000.png").stat().st_mtime_ns == before
     write_images(tmp_path / "mine", per_class=1)
     with pytest.raises(UserError, match=r"class0/000\.png, which is not one of them"):
-        follow("materialise", materialise("mnist5k", tmp_path / "mine"))
+        track("materialize", materialize("mnist5k", tmp_path / "mine"))
     assert (tmp_path / "mine" / "class0" / "000.png").exists()
 
 
@@ -81,7 +81,7 @@ def test_a_file_of_the_users_among_the_digits_is_refused(digits: Path) -> None:
     mine = digits / "0" / "mine.png"
     mine.touch()
     with pytest.raises(UserError, match=r"Found 5000 of mnist5k's 5000 .* and 0/mine\.png"):
-        follow("materialise", materialise("mnist5k", digits))
+        track("materialize", materialize("mnist5k", digits))
     mine.unlink()
 
 
@@ -89,14 +89,14 @@ def test_digits_half_deleted_are_refused(digits: Path, tmp_path: Path) -> None:
     root = shutil.copytree(digits, tmp_path / "half")
     shutil.rmtree(root / "3")
     with pytest.raises(UserError, match="Found 4500 of mnist5k's 5000 images"):
-        follow("materialise", materialise("mnist5k", root))
+        track("materialize", materialize("mnist5k", root))
 
 
 def test_digits_that_are_gone_are_written_again(digits: Path, tmp_path: Path) -> None:
     data = folder_data(digits, "mnist5k")
     manifest = build(data)
     digits.rename(tmp_path / "away")
-    follow("require", require_images(manifest, data))
+    track("require", require_images(manifest, data))
     assert read_images(manifest, data, [0, 4999]).shape == (2, 1, 32, 32)
 
 
@@ -151,7 +151,7 @@ def test_too_few_images_are_taken_for_a_mistake(data: Data) -> None:
 
 def test_batches_come_in_order_however_they_are_cut(data: Data) -> None:
     manifest = build(data)
-    whole = follow("load", load_images(manifest, data))
+    whole = track("load", load_images(manifest, data))
     assert whole.shape == (12, 1, 32, 32)
     np.testing.assert_array_equal(whole[5, 0], np.asarray(Image.open(manifest.root / manifest.paths[5])))
     batches = list(image_batches(manifest, data, [range(0, 5), range(5, 10), [11, 0]]))
@@ -165,4 +165,4 @@ def test_missing_and_changed_images_are_refused_by_name(data: Data) -> None:
         read_images(manifest, data, [0, 1])
     (root / "class1" / "002.png").unlink()
     with pytest.raises(UserError, match=r"Found 1 of 12 images missing .* class1/002\.png"):
-        follow("require", require_images(manifest, data))
+        track("require", require_images(manifest, data))

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from afm_pipe.errors import UserError
-from afm_pipe.models.checkpoint_format import (
+from afm_pipe.models.discriminator import Discriminator
+from afm_pipe.models.flow import Flow
+from afm_pipe.models.generator import Generator
+from afm_pipe.models.model_files import (
     ModelConfig,
     build_discriminator,
     build_generator,
@@ -16,13 +18,11 @@ from afm_pipe.models.checkpoint_format import (
     save_model,
     save_tensors,
 )
-from afm_pipe.models.discriminator import Discriminator
-from afm_pipe.models.flow import Flow
-from afm_pipe.models.generator import Generator
-from afm_pipe.models.sizes import ModelSize
+from afm_pipe.objectives.adversarial_flow.step import Batch, PenaltyNoise, discriminator_step, generator_step
 from afm_pipe.params import Run
+from afm_pipe.params.sizes import ModelSize
+from afm_pipe.runtime.errors import UserError
 from afm_pipe.training.state import TrainingState
-from afm_pipe.training.step import Batch, PenaltyNoise, discriminator_step, generator_step
 
 GOLDEN = Path(__file__).parent / "golden"
 SMALL = ModelSize(depth=2, width=32, heads=4, patch=2)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from afm_pipe.errors import UserError
-from afm_pipe.params_file import json_schema, load_params
+from afm_pipe.params.file import json_schema, load_params
+from afm_pipe.runtime.errors import UserError
 from tests.conftest import ROOT, SMOKE
 
 PROFILES = [ROOT / "params.yaml", *sorted((ROOT / "profiles").glob("*.yaml"))]
@@ -23,7 +23,7 @@ def test_a_run_is_the_train_section_with_its_own_fields_over_it() -> None:
     run = params.runs["t4-no-transport"]
     assert run.lr == 0.5
     assert run.penalty.weight == 9
-    assert run.penalty.share == params.train.penalty.share
+    assert run.penalty.batch_fraction == params.train.penalty.batch_fraction
     assert run.transport.start == 0
 
 
@@ -55,7 +55,7 @@ def test_transport_may_be_a_number() -> None:
         ("data.image_size=36", "expected a patch that divides the latent side 9, found t4 with patch 4"),
         ("runs.autoencoder={}", "expected another name than autoencoder"),
         ("runs={../x: {}}", "should match pattern"),
-        ("train.penalty.share=0.001", "expected penalty.share to leave at least one of 64 images"),
+        ("train.penalty.batch_fraction=0.001", "expected penalty.batch_fraction to leave at least one of 64 images"),
         ("data=3", "data: found 3"),
     ],
 )

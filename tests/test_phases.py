@@ -10,18 +10,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from afm_pipe import paths, pipeline
-from afm_pipe.console import follow
+from afm_pipe import pipeline
 from afm_pipe.data.order import ALL
-from afm_pipe.errors import UserError
-from afm_pipe.launch import Launch
-from afm_pipe.models.checkpoint_format import ModelConfig
+from afm_pipe.distributed.launch import Launch
 from afm_pipe.models.classifier import LatentClassifier, load_latent_classifier
-from afm_pipe.models.sizes import ModelSize
+from afm_pipe.models.model_files import ModelConfig
+from afm_pipe.objectives.adversarial_flow.augment import affine_view, discriminator_view
+from afm_pipe.objectives.adversarial_flow.guidance import guide_at_times, guide_to_data
 from afm_pipe.params import Affine, Augmentation, Guidance, Params, Phase, Run
-from afm_pipe.training.augment import affine_view, discriminator_view
+from afm_pipe.params.sizes import ModelSize
+from afm_pipe.runtime import paths
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.progress import track
 from afm_pipe.training.classifier import accuracy_by_level, train_latent_classifier
-from afm_pipe.training.guidance import guide_at_times, guide_to_data
 from afm_pipe.training.interventions import intervene
 from afm_pipe.training.schedules import update_at
 from afm_pipe.training.state import TrainingState
@@ -179,7 +180,7 @@ def guided(discs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project with the run t4, a classifier and the guided run g that continues t4, all trained."""
     import os
 
-    from afm_pipe.params_file import load_params
+    from afm_pipe.params.file import load_params
 
     project = tmp_path_factory.mktemp("guided") / "project"
     shutil.copytree(discs, project)
@@ -222,7 +223,7 @@ class Blobs:
 def test_classifier_learns_and_knows_more_with_less_noise(discs_params: Params, tmp_path: Path) -> None:
     settings = discs_params.classifier.model_copy(update={"batch_size": 30, "epochs": 20.0})
     training = train_latent_classifier(settings, Blobs(), 0, tmp_path, "f", torch.device("cpu"), 0.0)
-    model = follow("classifier", training).ema
+    model = track("classifier", training).ema
     accuracy = accuracy_by_level(model, Blobs(), 0, torch.device("cpu"))
     assert accuracy["accuracy_t0"] > 0.95
     assert accuracy["accuracy_t0"] >= accuracy["accuracy_t0.25"] >= accuracy["accuracy_t0.5"] > 1 / 3
@@ -231,9 +232,9 @@ def test_classifier_learns_and_knows_more_with_less_noise(discs_params: Params, 
 def test_a_classifier_killed_and_resumed_ends_with_the_same_weights(discs_params: Params, tmp_path: Path) -> None:
     settings = discs_params.classifier.model_copy(update={"batch_size": 10, "epochs": 12.0})
     cpu = torch.device("cpu")
-    whole = follow("classifier", train_latent_classifier(settings, Blobs(), 0, tmp_path / "a", "f", cpu, 0.0))
+    whole = track("classifier", train_latent_classifier(settings, Blobs(), 0, tmp_path / "a", "f", cpu, 0.0))
     next(train_latent_classifier(settings, Blobs(), 0, tmp_path / "b", "f", cpu, 0.0))  # up to its first checkpoint
-    resumed = follow("classifier", train_latent_classifier(settings, Blobs(), 0, tmp_path / "b", "f", cpu, 0.0))
+    resumed = track("classifier", train_latent_classifier(settings, Blobs(), 0, tmp_path / "b", "f", cpu, 0.0))
     for name, value in whole.ema.state_dict().items():
         assert torch.equal(resumed.ema.state_dict()[name], value)
     assert whole.rows == resumed.rows

@@ -13,7 +13,7 @@ import yaml
 
 from tests.conftest import ROOT, SMOKE
 
-MADE = {"dvc.lock", "metrics", "curves", "events", "costs", "reports", "tables"}  # what the pipeline gives to git
+MADE = {"dvc.lock", "results"}  # what the pipeline gives to git
 RUN_STAGES = ["train", "sample", "evaluate"]
 
 
@@ -69,20 +69,20 @@ def edit(folder: Path, place: str, value: object) -> None:
 
 def test_every_output_is_there_and_git_stays_clean(clone: Path) -> None:
     for name in ("t4", "t4-no-transport"):
-        metrics = json.loads((clone / "metrics" / f"{name}.json").read_text())
+        metrics = json.loads((clone / "results" / "metrics" / f"{name}.json").read_text())
         assert {"fd_classifier_200", "kid_classifier_200", "class_accuracy", "within_class_variance"} < metrics.keys()
         assert (clone / "samples" / name / "grid.png").stat().st_size > 1000
         assert (clone / "samples" / name / "interpolation.png").stat().st_size > 1000
-        assert (clone / "reports" / "runs" / f"{name}.html").stat().st_size > 10_000
-    assert "t4-no-transport" in (clone / "reports" / "index.html").read_text()
+        assert (clone / "results" / "report" / "runs" / f"{name}.html").stat().st_size > 10_000
+    assert "t4-no-transport" in (clone / "results" / "report" / "index.html").read_text()
     new = {line[3:].strip('"').split("/")[0] for line in shell(clone, "git", "status", "--porcelain").splitlines()}
     assert new <= MADE
 
 
 def test_a_table_is_in_the_report_with_a_verdict(clone: Path) -> None:
-    cells = json.loads((clone / "tables" / "transport.json").read_text())["cells"]
+    cells = json.loads((clone / "results" / "tables" / "transport.json").read_text())["trials"]
     assert [(cell["row"], cell["cost"]["updates"] > 0) for cell in cells] == [("0.2", True), ("0", True)]
-    checks = (clone / "reports" / "checks.md").read_text()
+    checks = (clone / "results" / "report" / "checks.md").read_text()
     assert "Without the transport loss samples are worse | transport | undecided" in checks  # one seed decides nothing
 
 
@@ -96,7 +96,7 @@ def test_changing_one_run_reruns_that_run_alone(clone: Path) -> None:
 
 
 def test_changing_an_inherited_default_reruns_all_that_inherit_it(clone: Path) -> None:
-    edit(clone, "train.centring", 0.02)
+    edit(clone, "train.logit_centering", 0.02)
     both = {f"{stage}@{run}" for stage in RUN_STAGES for run in ("t4", "t4-no-transport")}
     ran = repro(clone)
     assert set(ran) == {*both, "table@transport", "report"}
@@ -110,7 +110,7 @@ def test_dvc_shows_metrics_and_plots(clone: Path) -> None:
     assert files["costs/t4.json"]["data"]["updates"] > 0
     page = shell(clone, "dvc", "plots", "show", "-o", "plots").strip()
     text = (clone / page.removeprefix("file://").split("/afm-pipe/")[-1]).read_text()
-    assert all(part in text for part in ("logit_gap", "move_rms", "t4-no-transport"))
+    assert all(part in text for part in ("logit_gap", "transport_rms", "t4-no-transport"))
     assert "grid.png" in text
 
 
@@ -136,4 +136,4 @@ def test_a_typo_in_params_stops_the_first_stage(clone: Path) -> None:
         ["dvc", "repro"], cwd=clone, env=environment(clone), capture_output=True, text=True, check=False
     )
     assert done.returncode != 0
-    assert "train.centering: found an unknown field, did you mean centring?" in done.stderr
+    assert "train.centering: found an unknown field, did you mean logit_centering?" in done.stderr

@@ -8,16 +8,16 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from afm_pipe.budget import budget
 from afm_pipe.cli import app
-from afm_pipe.console import follow
-from afm_pipe.counting import measure
-from afm_pipe.errors import UserError
-from afm_pipe.models.checkpoint_format import ModelConfig, run_config
+from afm_pipe.models.model_files import ModelConfig, run_config
 from afm_pipe.params import Params
-from afm_pipe.params_file import load_params
-from afm_pipe.plan import GPUS, Machine, latents_bytes, machine, plan_run, plan_text
-from afm_pipe.profiles import activate, list_profiles
+from afm_pipe.params.file import load_params
+from afm_pipe.params.profiles import activate, list_profiles
+from afm_pipe.planning.budget import budget
+from afm_pipe.planning.counting import measure
+from afm_pipe.planning.plan import GPUS, Machine, latents_bytes, machine, plan_run, plan_text
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.progress import track
 from tests.conftest import ROOT, SMOKE
 
 IMAGENET = ROOT / "profiles" / "imagenet256.yaml"
@@ -54,7 +54,7 @@ def test_work_and_activations_grow_with_the_batch_and_the_repeats() -> None:
 
 def test_activations_are_what_a_step_keeps_and_nothing_more() -> None:
     """Kept by hand: a linear layer keeps its input, and its weight is not counted."""
-    from afm_pipe.counting import _Counter
+    from afm_pipe.planning.counting import _Counter
 
     with torch.device("meta"):
         layer = torch.nn.Linear(32, 64)
@@ -109,12 +109,12 @@ def test_latents_of_imagenet_are_42_gb(params: Params) -> None:
 
 def test_the_table_names_every_run_and_says_that_it_estimates() -> None:
     smoke = load_params(SMOKE)
-    text = follow("plan", plan_text(smoke, [], EIGHT, 5000, 10))
+    text = track("plan", plan_text(smoke, [], EIGHT, 5000, 10))
     assert all(f"  {name} " in text for name in smoke.models)
     assert "estimates" in text
     assert "--utilisation" in text
     assert "More than" not in text
-    one = follow("plan", plan_text(load_params(IMAGENET), ["b2"], EIGHT._replace(gpus=1), 1_281_167, 1000))
+    one = track("plan", plan_text(load_params(IMAGENET), ["b2"], EIGHT._replace(gpus=1), 1_281_167, 1000))
     assert "! More than the 80 GB of one h100: b2" in one
     assert "xl2" not in one
 
@@ -131,7 +131,7 @@ def test_what_cannot_be_planned_is_said(params: Params) -> None:
     with pytest.raises(UserError, match="7 GPUs for the batch of 256 of b2"):
         plan_run(params, "b2", 100, 10, EIGHT._replace(gpus=7))
     with pytest.raises(UserError, match="no run 'b3'"):
-        follow("plan", plan_text(params, ["b3"], EIGHT, 100, 10))
+        track("plan", plan_text(params, ["b3"], EIGHT, 100, 10))
 
 
 def test_peaks_are_dense_and_rise_with_lower_precision() -> None:

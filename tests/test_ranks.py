@@ -12,9 +12,9 @@ from typing import Any
 import psutil
 import pytest
 
-from afm_pipe.launch import Launch
-from afm_pipe.launcher import run_ranks
-from afm_pipe.sbatch import batch_script
+from afm_pipe.distributed.launch import Launch
+from afm_pipe.distributed.sbatch import batch_script
+from afm_pipe.distributed.torchrun import run_processes
 from tests.conftest import ROOT
 from tests.rank_worker import BATCH, UPDATES
 
@@ -156,7 +156,7 @@ def test_the_rank_is_named_that_the_others_ended_because_of(
     monkeypatch.setattr("torch.distributed.run.run", fail)
     for name in ("signal.signal", "logging.disable"):
         monkeypatch.setattr(name, lambda *_: None)
-    assert run_ranks(Launch(nproc_per_node=2), ["-m", "afm_pipe"]) == code
+    assert run_processes(Launch(nproc_per_node=2), ["-m", "afm_pipe"]) == code
     written = capsys.readouterr().err
     assert said in written and bool(written) == bool(said)
 

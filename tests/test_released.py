@@ -13,23 +13,24 @@ import torch
 import yaml
 from diffusers import AutoencoderKL
 
-from afm_pipe import paths, pipeline
-from afm_pipe.errors import UserError
-from afm_pipe.files import read_json
-from afm_pipe.models.autoencoder import save_autoencoder
-from afm_pipe.models.checkpoint_format import (
+from afm_pipe import pipeline
+from afm_pipe.autoencoders.kl import save_autoencoder
+from afm_pipe.models.exports import export
+from afm_pipe.models.model_files import (
     ModelConfig,
     build_discriminator,
     build_generator,
     load_generator,
     save_model,
 )
-from afm_pipe.models.exports import export
 from afm_pipe.models.released import Contents, import_generator, read_tensors, recognise
 from afm_pipe.params import Imported
-from afm_pipe.params_file import load_params
+from afm_pipe.params.file import load_params
 from afm_pipe.reporting.page import write_report
-from afm_pipe.sampling import generate_latents, labels_for
+from afm_pipe.runtime import paths
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.files import read_json
+from afm_pipe.sampling.generate import generate_latents, labels_for
 from tests.conftest import ROOT, SMOKE
 from tests.report_inputs import make_params, write, write_inputs, write_picture
 
@@ -339,15 +340,15 @@ def test_imported_models_are_rows_of_the_report(tmp_path: Path, monkeypatch: pyt
     write(paths.model("outside") / "config.json", config)
     for number, name in enumerate(("grid.png", "interpolation.png", "nearest.png")):
         write_picture(paths.samples("outside") / name, number)
-    write_report(params, Path("reports"))
-    rows = (tmp_path / "reports" / "runs.md").read_text()
+    write_report(params, paths.REPORT)
+    rows = (tmp_path / "results" / "report" / "runs.md").read_text()
     (row,) = (row for row in rows.splitlines() if row.startswith("| outside |"))
     assert "| b2 |" in row and "| imported |" in row
-    assert "outside" in (tmp_path / "reports" / "costs.csv").read_text()
-    assert "outside" not in (tmp_path / "reports" / "curves.svg").read_text()
+    assert "outside" in (tmp_path / "results" / "report" / "costs.csv").read_text()
+    assert "outside" not in (tmp_path / "results" / "report" / "curves.svg").read_text()
     (paths.samples("outside") / "grid.png").unlink()
     with pytest.raises(UserError, match="dvc repro sample-imported@outside"):
-        write_report(params, Path("reports"))
+        write_report(params, paths.REPORT)
 
 
 @pytest.mark.parametrize("name", ["t4", "classifier"])

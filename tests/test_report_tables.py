@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from afm_pipe import paths
-from afm_pipe.errors import UserError
-from afm_pipe.params_file import load_params
+from afm_pipe.params.file import load_params
 from afm_pipe.reporting import printing
 from afm_pipe.reporting.counts import xl2_work
+from afm_pipe.runtime import paths
+from afm_pipe.runtime.errors import UserError
 from tests.report_inputs import (
     Page,
     built,
@@ -32,7 +32,7 @@ def test_intervals_are_shown_and_overlapping_rows_are_not_told_apart(project: Pa
     cells = [row[1] for row in page.rows["table-runs tbody"]]
     assert cells == ["8.00 [7.00, 9.00]not told apart", "7.00 [6.60, 7.40]best", "20.0 [19.0, 21.0]", "6.00"]
     assert "rows whose interval overlaps the best's are not told apart from it" in page.text
-    with (paths.REPORTS / "runs.csv").open(newline="") as file:
+    with (paths.REPORT / "runs.csv").open(newline="") as file:
         row = list(csv.DictReader(file))[1]
     assert (row["fd_classifier_5k_low"], row["fd_classifier_5k_high"]) == ("6.6", "7.4")
 
@@ -42,7 +42,7 @@ def test_rows_without_intervals_are_not_ranked_and_the_caption_says_so(project: 
     write_inputs(params)
     page = built(params)
     assert not any(each.get("class", "").startswith("mark") for each in page.all("abbr"))  # type: ignore[union-attr]
-    assert "No row carries an interval" in (paths.REPORTS / "runs.md").read_text()
+    assert "No row carries an interval" in (paths.REPORT / "runs.md").read_text()
 
 
 def test_the_summary_says_what_the_lowest_is_not_told_apart_from(project: Path) -> None:
@@ -67,7 +67,7 @@ def test_latex_is_escaped_has_rules_and_says_the_sample_count(project: Path) -> 
     params = make_params()
     write_inputs(params)
     built(params)
-    text = (paths.REPORTS / "paper_one_step.tex").read_text()
+    text = (paths.REPORT / "paper_one_step.tex").read_text()
     for part in ("\\toprule", "\\midrule", "\\bottomrule", "\\label{tab:paper-one-step}", "5,000 samples"):
         assert text.count(part) >= 1
     assert text.count("{") == text.count("}")
@@ -89,7 +89,7 @@ def test_every_table_is_written_in_all_three_ways(project: Path) -> None:
     assert {"runs", "costs", "paper_one_step", "paper_architectures", "published_transport_decay"} <= names
     for name in names:
         for kind in ("md", "csv", "tex"):
-            assert (paths.REPORTS / f"{name}.{kind}").stat().st_size > 20
+            assert (paths.REPORT / f"{name}.{kind}").stat().st_size > 20
 
 
 def test_a_run_has_a_page_with_its_settings_protocol_and_events(project: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_run_has_a_page_with_its_settings_protocol_and_events(project: Path) -
     paths.events("a").parent.mkdir(exist_ok=True)
     paths.events("a").write_text(json.dumps(event) + "\n")
     index = built(params)
-    page = Page((paths.REPORTS / "runs" / "a.html").read_text())
+    page = Page((paths.REPORT / "runs" / "a.html").read_text())
     for words in ("reload_discriminator: 4.0", "stall: D reloaded <by hand> (update 12)", "a phase ends: epoch 6"):
         assert words in page.text
     assert "D reloaded from epoch 4" in page.text
@@ -108,7 +108,7 @@ def test_a_run_has_a_page_with_its_settings_protocol_and_events(project: Path) -
     assert {"../index.html", "b.html", "../../metrics/a.json"} <= {str(link["href"]) for link in page.all("a")}
     for link in page.all("a"):
         if not str(link["href"]).startswith("#"):
-            assert (paths.REPORTS / "runs" / str(link["href"])).is_file()
+            assert (paths.REPORT / "runs" / str(link["href"])).is_file()
     marks = [each for each in index.all("path") if "mark" in str(each.get("class"))]
     assert any("intervention" in str(each["class"]) for each in marks)
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from afm_pipe import paths
-from afm_pipe.errors import UserError
 from afm_pipe.reporting import curves, tables, titles
 from afm_pipe.reporting.page import write_report
 from afm_pipe.reporting.tables import setting_text
+from afm_pipe.runtime import paths
+from afm_pipe.runtime.errors import UserError
 from tests.report_inputs import (
     built,
     make_params,
@@ -28,7 +28,7 @@ def test_tables_list_exactly_the_runs_params_name(project: Path) -> None:
     assert [row[0] for row in page.rows["table-runs tbody"]] == ["b", "a"]
     assert [row[0] for row in page.rows["table-costs tbody"]] == ["b", "a"]
     assert "removed" not in page.text
-    with (paths.REPORTS / "runs.csv").open(newline="") as file:
+    with (paths.REPORT / "runs.csv").open(newline="") as file:
         assert [row["run"] for row in csv.DictReader(file)] == ["b", "a"]
 
 
@@ -41,9 +41,9 @@ def test_numbers_are_printed_short_and_stored_in_full(project: Path) -> None:
     assert row["FD-5k (classifier)"] == "8.12"
     assert row["Right class"] == "97.8 %"
     assert row["Training time"] == "2.58 min"
-    with (paths.REPORTS / "runs.csv").open(newline="") as file:
+    with (paths.REPORT / "runs.csv").open(newline="") as file:
         assert float(next(csv.DictReader(file))["fd_classifier_5k"]) == 8.1234
-    markdown = (paths.REPORTS / "runs.md").read_text()
+    markdown = (paths.REPORT / "runs.md").read_text()
     assert "| t4 | 8.12 |" in markdown
 
 
@@ -65,7 +65,7 @@ def test_each_metric_links_to_the_file_it_was_read_from(project: Path) -> None:
     assert links["metrics/t4.json: fd_classifier_5k = 8.1234"] == "../metrics/t4.json"
     assert links["reference/summary.json: fd_classifier_reconstruction = 3.14"] == "../reference/summary.json"
     for href in links.values():
-        assert (paths.REPORTS / str(href)).is_file()
+        assert (paths.REPORT / str(href)).is_file()
 
 
 def test_internal_links_have_targets_and_ids_are_unique(project: Path) -> None:
@@ -78,7 +78,7 @@ def test_internal_links_have_targets_and_ids_are_unique(project: Path) -> None:
     assert local <= set(ids)
     files = [str(link["href"]) for link in page.all("a") if not str(link["href"]).startswith(("#", "../"))]
     assert files
-    assert all((paths.REPORTS / href).is_file() for href in files)
+    assert all((paths.REPORT / href).is_file() for href in files)
 
 
 def test_page_fetches_nothing_and_describes_every_picture(project: Path) -> None:
@@ -97,7 +97,7 @@ def test_page_fetches_nothing_and_describes_every_picture(project: Path) -> None
         if tag == "svg" and attributes.get("role") == "img":
             assert "over images seen" in (attributes["aria-label"] or "")
     assert len(page.all("img")) == 2 + 3 * len(params.runs)
-    assert "url(" not in (paths.REPORTS / "index.html").read_text().split("</style>")[0]
+    assert "url(" not in (paths.REPORT / "index.html").read_text().split("</style>")[0]
 
 
 def test_summary_names_the_best_run_the_floor_and_the_scale(project: Path) -> None:
@@ -148,8 +148,8 @@ def test_missing_input_names_the_file_and_its_stage(project: Path, path: str, st
     write_inputs(params)
     Path(path).unlink()
     with pytest.raises(UserError, match=f"{path}.*dvc repro {stage}"):
-        write_report(params, paths.REPORTS)
-    assert not paths.REPORTS.exists()
+        write_report(params, paths.REPORT)
+    assert not paths.REPORT.exists()
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_damaged_input_is_a_clear_error(project: Path, path: str, content: bytes
     write_inputs(params)
     Path(path).write_bytes(content)
     with pytest.raises(UserError, match=words):
-        write_report(params, paths.REPORTS)
+        write_report(params, paths.REPORT)
 
 
 def test_same_inputs_give_the_same_bytes(project: Path) -> None:
@@ -191,7 +191,7 @@ def test_heavy_pictures_are_made_smaller(project: Path) -> None:
     for name in params.runs:
         write_picture(paths.samples(name) / "grid.png", 0, side=1300)  # noise: 5 MB each as PNG
     built(params)
-    assert (paths.REPORTS / "index.html").stat().st_size < 10 * 2**20
+    assert (paths.REPORT / "index.html").stat().st_size < 10 * 2**20
 
 
 def test_curve_breaks_where_a_run_diverged_and_missing_metrics_are_dashes(project: Path) -> None:

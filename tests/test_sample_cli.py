@@ -13,12 +13,13 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from typer.testing import CliRunner
 
-from afm_pipe import drawing, paths
+from afm_pipe.autoencoders.kl import save_autoencoder
 from afm_pipe.cli import app
-from afm_pipe.drawing import choose_classes, slerp
-from afm_pipe.errors import UserError
-from afm_pipe.models.autoencoder import save_autoencoder
-from afm_pipe.models.checkpoint_format import ModelConfig, build_discriminator, build_generator, save_model
+from afm_pipe.models.model_files import ModelConfig, build_discriminator, build_generator, save_model
+from afm_pipe.runtime import paths
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.sampling import requests as drawing
+from afm_pipe.sampling.requests import choose_classes, slerp
 from tests.conftest import SMOKE
 
 SIDE, GAP = 32, 2

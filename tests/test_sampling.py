@@ -10,11 +10,11 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
 
-from afm_pipe.errors import UserError
 from afm_pipe.models.flow import Flow
 from afm_pipe.models.generator import Generator
-from afm_pipe.models.sizes import ModelSize
-from afm_pipe.sampling import generate_images, generate_latents, grid, labels_for, noise, to_uint8
+from afm_pipe.params.sizes import ModelSize
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.sampling.generate import generate_images, generate_latents, grid, labels_for, noise, to_uint8
 
 SHAPE = (4, 8, 8)
 MICRO_BATCH = 6

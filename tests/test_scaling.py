@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from afm_pipe.budget import D_COPIES, G_COPIES
-from afm_pipe.counting import guidance_flops, kept_by, measure
-from afm_pipe.models.checkpoint_format import ModelConfig, build_discriminator, build_generator, run_config
+from afm_pipe.distributed.process_group import ProcessGroup
 from afm_pipe.models.dit import DiT
-from afm_pipe.models.sizes import SIZES
+from afm_pipe.models.model_files import ModelConfig, build_discriminator, build_generator, run_config
 from afm_pipe.params import Params
-from afm_pipe.params_file import load_params
-from afm_pipe.ranks import Ranks
-from afm_pipe.scaling import CLASSES, PAGE, PROFILE, block_bytes, needs, written
+from afm_pipe.params.file import load_params
+from afm_pipe.params.sizes import SIZES
+from afm_pipe.planning.budget import D_COPIES, G_COPIES
+from afm_pipe.planning.counting import guidance_flops, kept_by, measure
+from afm_pipe.planning.scaling import CLASSES, PAGE, PROFILE, block_bytes, needs, written
 from afm_pipe.training.gradients import SharedGradients
 from tests.conftest import ROOT
 
@@ -30,7 +30,7 @@ def params() -> Params:
 
 def test_the_tables_of_the_page_are_those_of_the_profile(params: Params) -> None:
     page = (ROOT / PAGE).read_text()
-    assert written(page, params) == page, "run `python -m afm_pipe.scaling`"
+    assert written(page, params) == page, "run `python -m afm_pipe.planning.scaling`"
 
 
 @pytest.fixture(scope="module")
@@ -120,15 +120,15 @@ class Sums(TorchDispatchMode):
 
 
 @pytest.fixture
-def of_64() -> Iterator[Ranks]:
+def of_64() -> Iterator[ProcessGroup]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=64)
-    yield Ranks(0, 64, torch.device("meta"))
+    yield ProcessGroup(0, 64, torch.device("meta"))
     dist.destroy_process_group()
 
 
-def test_64_ranks_sum_each_gradient_once_in_buckets(params: Params, of_64: Ranks) -> None:
+def test_64_ranks_sum_each_gradient_once_in_buckets(params: Params, of_64: ProcessGroup) -> None:
     run = params.runs["b2"]
     config = run_config(run, params.latent_shape, CLASSES)
     derived = needs(params, "b2")

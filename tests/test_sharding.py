@@ -20,13 +20,13 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from afm_pipe.budget import budget
-from afm_pipe.errors import UserError
-from afm_pipe.launch import Launch
-from afm_pipe.models.checkpoint_format import ModelConfig, run_config, save_model
+from afm_pipe.distributed.launch import Launch
+from afm_pipe.distributed.process_group import ProcessGroup, init_distributed, report_lost_rank
 from afm_pipe.models.classifier import LatentClassifier
-from afm_pipe.models.sizes import SIZES
-from afm_pipe.ranks import Ranks, joined, peers_needed
+from afm_pipe.models.model_files import ModelConfig, run_config, save_model
+from afm_pipe.params.sizes import SIZES
+from afm_pipe.planning.budget import budget
+from afm_pipe.runtime.errors import UserError
 from afm_pipe.training import loop
 from afm_pipe.training.checkpoints import checkpoints, load_latest, save_checkpoint
 from afm_pipe.training.engine import Engine
@@ -60,7 +60,13 @@ def config_of(case: str) -> ModelConfig:
 
 
 def train_case(
-    case: str, folder: Path, ranks: Ranks, dtype: torch.dtype, engine: Engine, micro_batch: int | None, until: int
+    case: str,
+    folder: Path,
+    ranks: ProcessGroup,
+    dtype: torch.dtype,
+    engine: Engine,
+    micro_batch: int | None,
+    until: int,
 ) -> Trained:
     torch.set_default_dtype(dtype)
     try:
@@ -78,29 +84,29 @@ def train_case(
         torch.set_default_dtype(torch.float32)
 
 
-def outcome(trained: Trained, ranks: Ranks, folder: Path) -> dict[str, Any]:
+def outcome(trained: Trained, ranks: ProcessGroup, folder: Path) -> dict[str, Any]:
     """Return what trainings are compared by, on the first rank; write the model as the stage does."""
     moments = [local(value) for value in trained.state.tensors()["optimizer_generator"].values()]
     found = {"rows": trained.state.rows, "moments": sum(value.numel() for value in moments)}
-    if ranks.first:
+    if ranks.is_main_process:
         save_model(folder / "model", trained.state.ema, trained.state.discriminator, {})
     return found
 
 
 def error_of(act: Callable[[], Any]) -> str:
     try:
-        with peers_needed():
+        with report_lost_rank():
             act()
     except UserError as error:
         return type(error).__name__
     return "none"
 
 
-def fail(folder: Path, ranks: Ranks) -> dict[str, str]:
+def fail(folder: Path, ranks: ProcessGroup) -> dict[str, str]:
     """Return what is raised where a rank cannot write, and where one is gone."""
     state = TrainingState.fresh(config_of("plain"), run_of("plain"), CPU, SHARDED, ranks)
     no_folder = folder / "a file"
-    if ranks.first:
+    if ranks.is_main_process:
         no_folder.touch()
     found = {"first": error_of(lambda: save_checkpoint(no_folder, state, "", shares=ranks))}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -108,10 +114,10 @@ def fail(folder: Path, ranks: Ranks) -> dict[str, str]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     found["second"] = error_of(lambda: save_checkpoint(folder / "full", state, "", shares=ranks))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    if ranks.first:
+    if ranks.is_main_process:
         found["left"] = str([path.name for path in (folder / "full").iterdir()])
     ranks.barrier()
-    if ranks.first:  # the other is going
+    if ranks.is_main_process:  # the other is going
         x, labels = torch.zeros(1, 4, 4, 4), torch.zeros(1, dtype=torch.int64)
         found["gone"] = error_of(lambda: [state.generator(x, labels) for _ in range(1000)])
     return found
@@ -119,7 +125,7 @@ def fail(folder: Path, ranks: Ranks) -> dict[str, str]:
 
 def work(folder: Path, group: int) -> None:
     """Train as one rank of a group; one training all groups go on with, each from the checkpoint of the one before."""
-    with joined(CPU) as ranks:
+    with init_distributed(CPU) as ranks:
         found: dict[str, Any] = {}
         if group < 2:
             for name, (case, dtype, engine, micro_batch) in CASES.items():
@@ -127,7 +133,7 @@ def work(folder: Path, group: int) -> None:
                 loop.Updates = Blind if group and name == "float32" else Updates  # type: ignore[assignment,misc]
                 found[name] = outcome(train_case(case, here, ranks, dtype, *how, UPDATES), ranks, here)
         passed = folder / ("passed on" if group else "never passed on")
-        until, engine = UPDATES * (group or len(GROUPS) - 1), SHARDED if ranks.size > 1 else Engine()
+        until, engine = UPDATES * (group or len(GROUPS) - 1), SHARDED if ranks.world_size > 1 else Engine()
         trained = train_case("plain", passed, ranks, torch.float64, engine, None, until)
         found["passed on"] = outcome(trained, ranks, passed / str(group))
         found["sharded"] = (checkpoints(passed / "checkpoints")[-1] / "shards").is_dir()
@@ -234,7 +240,7 @@ def test_a_checkpoint_with_a_damaged_shard_is_passed_over(
 
 
 def test_sharding_is_a_launch_setting_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Launch(shard=True).engine() == SHARDED
+    assert Engine.of(Launch(shard=True)) == SHARDED
     for other in ("compile", "ema_on_cpu"):
         with pytest.raises(ValidationError, match=f"expected shard or {other}, not both"):
             Launch.model_validate({"shard": True, other: True})

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from afm_pipe import paths, pipeline, status
-from afm_pipe.cli import app
-from afm_pipe.errors import NotFiniteError
-from afm_pipe.explain import FAILED, status_text, why
-from afm_pipe.launch import Launch
+from afm_pipe import pipeline
+from afm_pipe.cli import app, status
+from afm_pipe.cli.why import FAILED, status_text, why
+from afm_pipe.distributed.launch import Launch
 from afm_pipe.params import Params
+from afm_pipe.runtime import paths
+from afm_pipe.runtime.errors import NotFiniteError
 
 LAUNCH = Launch(device="cpu", checkpoint_seconds=0)
 SHORT = "runs.t4.phases=[{until_epoch: 2}]"  # 15 updates
@@ -86,7 +87,7 @@ def test_a_run_is_followed_from_nothing_over_a_kill_to_its_end(project: Path, ch
 def test_a_loss_that_is_not_finite_is_told_with_its_update_and_what_to_try(
     project: Path, change: Callable[..., Params]
 ) -> None:
-    params = change("runs.t4.penalty.weight=1.0e+300", "runs.t4.watch.policy='off'")
+    params = change("runs.t4.penalty.weight=1.0e+300", "runs.t4.monitor.policy='off'")
     with pytest.raises(NotFiniteError) as error:
         pipeline.train(params, "t4", LAUNCH)
     failed = status.standing(params, "t4")

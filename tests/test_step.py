@@ -4,14 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from afm_pipe.models.checkpoint_format import ModelConfig, build_discriminator
 from afm_pipe.models.discriminator import Discriminator
 from afm_pipe.models.flow import Flow
 from afm_pipe.models.generator import Generator
-from afm_pipe.params import Run
-from afm_pipe.training.batches import draw_times
-from afm_pipe.training.gradient_norm import GradientNormalizer
-from afm_pipe.training.losses import (
+from afm_pipe.models.model_files import ModelConfig, build_discriminator
+from afm_pipe.objectives.adversarial_flow.batches import draw_times
+from afm_pipe.objectives.adversarial_flow.losses import (
     Logits,
     discriminator_terms,
     gradient_penalty,
@@ -20,7 +18,9 @@ from afm_pipe.training.losses import (
     step_weighting,
     transport_cost,
 )
-from afm_pipe.training.step import Batch, PenaltyNoise, discriminator_step, generator_step
+from afm_pipe.objectives.adversarial_flow.normalizer import GradientNormalizer
+from afm_pipe.objectives.adversarial_flow.step import Batch, PenaltyNoise, discriminator_step, generator_step
+from afm_pipe.params import Run
 from tests.test_models import NETWORKS, golden
 
 LAMBDA_GP, LAMBDA_CP, LAMBDA_OT = 0.25, 0.01, 0.2
@@ -28,8 +28,8 @@ LAMBDA_GP, LAMBDA_CP, LAMBDA_OT = 0.25, 0.01, 0.2
 
 @pytest.fixture
 def run(smoke_run: Run) -> Run:
-    penalty = smoke_run.penalty.model_copy(update={"weight": LAMBDA_GP, "share": 0.25, "epsilon": 0.01})
-    return smoke_run.model_copy(update={"penalty": penalty, "centring": LAMBDA_CP})
+    penalty = smoke_run.penalty.model_copy(update={"weight": LAMBDA_GP, "batch_fraction": 0.25, "epsilon": 0.01})
+    return smoke_run.model_copy(update={"penalty": penalty, "logit_centering": LAMBDA_CP})
 
 
 def networks(vectors: dict[str, torch.Tensor], kind: str, dtype: torch.dtype) -> tuple[Generator, Discriminator]:
@@ -70,7 +70,7 @@ def test_one_step_equals_the_released_implementation(
     assert distance(d_step.terms.adversarial, vectors["dis/loss/dis"]) < tolerance
     assert distance(LAMBDA_GP * d_step.terms.r1, vectors["dis/loss/r1"]) < penalty_tolerance
     assert distance(LAMBDA_GP * d_step.terms.r2, vectors["dis/loss/r2"]) < penalty_tolerance
-    assert distance(LAMBDA_CP * d_step.terms.centring, vectors["dis/loss/cp"]) < tolerance
+    assert distance(LAMBDA_CP * d_step.terms.logit_centering, vectors["dis/loss/cp"]) < tolerance
     assert distance(d_step.logits.real.mean(), vectors["dis/logits/real"]) < tolerance
     assert distance(d_step.logits.fake.mean(), vectors["dis/logits/fake"]) < tolerance
     found = {name: parameter.grad for name, parameter in discriminator.named_parameters()}
@@ -115,8 +115,8 @@ def test_transport_to_adversarial_gradient_ratio_is_the_papers() -> None:
     source = torch.randn(6, 4, 2, 2, dtype=torch.float64)
     output = (source + torch.randn_like(source)).requires_grad_()
     (pull,) = torch.autograd.grad(0.3 * transport_cost(output, source), output)
-    move_rms = (output - source).square().mean().sqrt().item()
-    assert (pull.norm() / normalised.norm()).item() == pytest.approx(2 * 0.3 * move_rms, rel=1e-6)
+    transport_rms = (output - source).square().mean().sqrt().item()
+    assert (pull.norm() / normalised.norm()).item() == pytest.approx(2 * 0.3 * transport_rms, rel=1e-6)
 
 
 def test_relativistic_loss_is_log_of_one_plus_exp() -> None:
@@ -135,7 +135,7 @@ def test_gradient_penalty_of_a_linear_critic_is_its_squared_slope_along_the_nois
 
 def test_centring_pulls_the_sum_of_logits_to_zero() -> None:
     logits = Logits(torch.tensor([1.0, 2.0]), torch.tensor([3.0, -2.0]), torch.tensor([1.0]), torch.tensor([3.0]))
-    assert discriminator_terms(logits, 0.01).centring.item() == pytest.approx((16 + 0) / 2)
+    assert discriminator_terms(logits, 0.01).logit_centering.item() == pytest.approx((16 + 0) / 2)
 
 
 def test_transport_cost_is_per_element_and_divided_by_the_step() -> None:

@@ -14,13 +14,14 @@ import psutil
 import pytest
 import yaml
 
-from afm_pipe import paths, pipeline
-from afm_pipe.errors import UserError
-from afm_pipe.launch import Launch
+from afm_pipe import pipeline
+from afm_pipe.distributed.launch import Launch
 from afm_pipe.params import Params
-from afm_pipe.params_file import load_params
-from afm_pipe.study.cells import Jobs
-from afm_pipe.study.training import diverged
+from afm_pipe.params.file import load_params
+from afm_pipe.runtime import paths
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.study.runner import diverged
+from afm_pipe.study.trials import Trials
 from tests.conftest import ROOT
 
 ONE = Launch(device="cpu", workers=1)
@@ -80,15 +81,15 @@ def declare(project: Path) -> Callable[..., Params]:
 
 
 def cells(name: str) -> dict[str, dict]:
-    return {cell["row"]: cell for cell in json.loads(paths.table(name).read_text())["cells"]}
+    return {cell["row"]: cell for cell in json.loads(paths.table(name).read_text())["trials"]}
 
 
 def trainings() -> dict[str, int]:
-    return {path.parent.name: path.stat().st_mtime_ns for path in paths.CELLS.glob("*/trained.json")}
+    return {path.parent.name: path.stat().st_mtime_ns for path in paths.TRIALS.glob("*/trained.json")}
 
 
 def measurements() -> dict[str, int]:
-    return {path.name: path.stat().st_mtime_ns for path in paths.CELLS.glob("results/*.json")}
+    return {path.name: path.stat().st_mtime_ns for path in paths.TRIALS.glob("results/*.json")}
 
 
 def with_row(label: str, overrides: str) -> str:
@@ -123,15 +124,15 @@ def test_a_study_that_was_interrupted_does_only_what_is_missing(project: Path) -
     params = load_params()
     pipeline.tables(params, [], ONE)
     first, before = paths.table("transport").read_bytes(), trainings()
-    lost = Jobs(params, []).all[0]
+    lost = Trials(params, []).all[0]
     lost.result.unlink()
     shutil.rmtree(lost.folder)
     pipeline.tables(params, [], ONE)
     again = json.loads(paths.table("transport").read_text())
-    for cell in again["cells"]:
+    for cell in again["trials"]:
         cell["cost"]["seconds"] = None
     expected = json.loads(first)
-    for cell in expected["cells"]:
+    for cell in expected["trials"]:
         cell["cost"]["seconds"] = None
     assert again == expected
     assert sum(before[name] == time for name, time in trainings().items()) == 1
@@ -140,7 +141,7 @@ def test_a_study_that_was_interrupted_does_only_what_is_missing(project: Path) -
 def test_two_workers_find_what_one_finds(project: Path) -> None:
     pipeline.tables(load_params(), [], ONE)
     alone = {row: cell["probes"] for row, cell in cells("transport").items()}
-    shutil.rmtree(paths.CELLS)
+    shutil.rmtree(paths.TRIALS)
     pipeline.tables(load_params(), [], Launch(device="cpu", workers=2))
     assert {row: cell["probes"] for row, cell in cells("transport").items()} == alone
 
@@ -149,11 +150,11 @@ def long_study(project: Path) -> subprocess.Popen[bytes]:
     """Start two workers on two cells without end."""
     code = """
 from afm_pipe import pipeline
-from afm_pipe.console import guarded
-from afm_pipe.launch import Launch
-from afm_pipe.params_file import load_params
+from afm_pipe.runtime.commands import user_command
+from afm_pipe.distributed.launch import Launch
+from afm_pipe.params.file import load_params
 if __name__ == "__main__":
-    guarded(pipeline.tables)(load_params(), [], Launch(device="cpu", workers=2, checkpoint_seconds=1000))
+    user_command(pipeline.tables)(load_params(), [], Launch(device="cpu", workers=2, checkpoint_seconds=1000))
 """
     (project / "study.py").write_text(code)
     return subprocess.Popen([sys.executable, str(project / "study.py")], stderr=subprocess.DEVNULL)
@@ -173,7 +174,7 @@ def test_workers_end_with_the_process_that_started_them(declare: Callable[..., P
     declare(long=LONG)
     parent = long_study(project)
     try:
-        wait_until(lambda: len(list(paths.CELLS.glob("*/curves.csv"))) == 2)
+        wait_until(lambda: len(list(paths.TRIALS.glob("*/curves.csv"))) == 2)
         workers = workers_of(parent)
     finally:
         parent.kill()
@@ -198,19 +199,19 @@ def test_a_study_asked_to_end_writes_a_checkpoint_of_every_cell_and_goes_on(
         finally:
             parent.kill()
         assert not any(worker.is_running() for worker in workers)
-        found = [max(paths.CELLS.glob(f"{cell}/checkpoints/update-*"), default=None) for cell in names()]
+        found = [max(paths.TRIALS.glob(f"{cell}/checkpoints/update-*"), default=None) for cell in names()]
         assert all(path is not None and (path / "manifest.json").is_file() for path in found)
         before, reached = reached, [int(path.name.removeprefix("update-")) for path in found if path is not None]
         assert all(now > then for now, then in zip(reached, before, strict=True))
 
 
 def names() -> list[str]:
-    return sorted(path.parent.name for path in paths.CELLS.glob("*/curves.csv"))
+    return sorted(path.parent.name for path in paths.TRIALS.glob("*/curves.csv"))
 
 
 def lines() -> list[int]:
     """How many lines the curves of either cell have."""
-    counts = [len((paths.CELLS / name / "curves.csv").read_text().splitlines()) for name in names()]
+    counts = [len((paths.TRIALS / name / "curves.csv").read_text().splitlines()) for name in names()]
     return counts if len(counts) == 2 else [0, 0]
 
 
@@ -224,8 +225,8 @@ def wait_until(true: Callable[[], bool], seconds: float = 120) -> None:
 def test_collecting_finished_cells_needs_no_torch(project: Path) -> None:
     pipeline.tables(load_params(), [], ONE)
     code = (
-        "import sys; from afm_pipe import pipeline; from afm_pipe.launch import Launch;"
-        "from afm_pipe.params_file import load_params;"
+        "import sys; from afm_pipe import pipeline; from afm_pipe.distributed.launch import Launch;"
+        "from afm_pipe.params.file import load_params;"
         "pipeline.tables(load_params(), [], Launch(device='cpu')); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -281,7 +282,7 @@ def test_a_cell_that_is_a_run_is_trained_once(project: Path) -> None:
     (project / "params.yaml").write_text(yaml.safe_dump(raw))
     params = load_params()
     pipeline.train(params, "same", ONE)
-    job = next(job for job in Jobs(params, []).all if job.cell.row == "0.2")
+    job = next(job for job in Trials(params, []).all if job.cell.row == "0.2")
     assert job.owner == "same"
     weights = {path.name: path.stat().st_mtime_ns for path in (job.folder / "kept").iterdir()}
     pipeline.tables(params, [], ONE)

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from afm_pipe import paths
-from afm_pipe.errors import UserError
-from afm_pipe.reporting import study_cells, study_checks
+from afm_pipe.reporting import study_checks
+from afm_pipe.reporting import study_trials as study_cells
 from afm_pipe.reporting.page import write_report
 from afm_pipe.reporting.printing import csv_text
 from afm_pipe.reporting.study_published import published_table
+from afm_pipe.runtime import paths
+from afm_pipe.runtime.errors import UserError
 from tests.report_inputs import Page, write_inputs
 from tests.study_files import (
     KEY,
@@ -82,7 +83,7 @@ def test_alarms_of_the_watch_are_shown_and_compared() -> None:
     write_study("tables/sweep.json", table, clear)
     written = json.loads(Path("tables/sweep.json").read_text())
     give = fired({"0": ("identity", "identity", "stagnation"), "0.2": ()})
-    write("tables/sweep.json", written | {"cells": [give(each) for each in written["cells"]]})
+    write("results/tables/sweep.json", written | {"trials": [give(each) for each in written["trials"]]})
     (shown,) = sections_of(make_params(sweep=table))["study-sweep"].tables
     column = [each.key for each in shown.columns].index("alarms")
     assert [row[column] for row in texts(shown)] == ["identity 3 of 3, stagnation 3 of 3", "none of 3"]
@@ -98,8 +99,8 @@ def test_trainings_that_were_not_watched_show_no_alarms_and_decide_nothing_about
     write_study("tables/sweep.json", table, clear)
     written = json.loads(Path("tables/sweep.json").read_text())
     give = fired({"0": ("identity",), "0.2": ()})
-    cells = [give(each) if each["row"] == "0" and each["seed"] < 2 else each for each in written["cells"]]
-    write("tables/sweep.json", written | {"cells": cells})
+    cells = [give(each) if each["row"] == "0" and each["seed"] < 2 else each for each in written["trials"]]
+    write("results/tables/sweep.json", written | {"trials": cells})
     (shown,) = sections_of(make_params(sweep=table))["study-sweep"].tables
     column = [each.key for each in shown.columns].index("alarms")
     assert [row[column] for row in texts(shown)] == ["identity 2 of 2 watched", "–"]
@@ -111,8 +112,8 @@ def test_time_of_a_training_that_cells_share_counts_once_and_of_what_they_contin
     written = json.loads(Path("tables/sweep.json").read_text())
 
     def caption(**own: Callable[[Any], str]) -> str:
-        cells = [each | {key: value(each["seed"]) for key, value in own.items()} for each in written["cells"]]
-        write("tables/sweep.json", written | {"cells": cells})
+        cells = [each | {key: value(each["seed"]) for key, value in own.items()} for each in written["trials"]]
+        write("results/tables/sweep.json", written | {"trials": cells})
         return sections_of(make_params(sweep=declared(checks=())))["study-sweep"].tables[0].caption
 
     assert "6 cells, 6.00 min of training" in caption()
@@ -265,10 +266,10 @@ def test_the_papers_numbers_stand_as_grid_or_rows() -> None:
         (lambda file: "[", "not JSON"),
         (lambda file: "[]", "wrong content"),
         (lambda file: json.dumps(file | {"scale": None}), "wrong scale"),
-        (lambda file: json.dumps(file | {"cells": file["cells"][:1] * 2}), "cell 0, seed 0 stands there twice"),
-        (lambda file: json.dumps(file | {"cells": [file["cells"][0] | {"row": "7"}]}), "declares no cell 7, seed 0"),
+        (lambda file: json.dumps(file | {"trials": file["trials"][:1] * 2}), "cell 0, seed 0 stands there twice"),
+        (lambda file: json.dumps(file | {"trials": [file["trials"][0] | {"row": "7"}]}), "declares no cell 7, seed 0"),
         (
-            lambda file: json.dumps(file | {"cells": [file["cells"][0] | {"metrics": {KEY: float("nan")}}]}),
+            lambda file: json.dumps(file | {"trials": [file["trials"][0] | {"metrics": {KEY: float("nan")}}]}),
             "not JSON",
         ),
     ],
@@ -293,8 +294,8 @@ def test_the_page_and_its_files_hold_the_study() -> None:
     write_study("study/sweep.json", declared(paper="ot_decay"), clear)
     write_study("tables/accuracy.json", grid, lambda *at: 10.0)
     write_study("tables/table_sweep.json", declared(), clear)
-    write_report(params, paths.REPORTS)
-    page = Page((paths.REPORTS / "index.html").read_text(encoding="utf-8"))
+    write_report(params, paths.REPORT)
+    page = Page((paths.REPORT / "index.html").read_text(encoding="utf-8"))
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     assert "table-published_transport_decay" not in ids  # beside ours now
@@ -310,7 +311,7 @@ def test_the_page_and_its_files_hold_the_study() -> None:
     for name in names:
         assert page.rows[f"table-{name} tbody"]
         for suffix in ("csv", "md", "tex"):
-            assert (paths.REPORTS / f"{name}.{suffix}").is_file()
+            assert (paths.REPORT / f"{name}.{suffix}").is_file()
     assert "Supported at this scale: 'A is below B': distance 5.25 times lower" in page.text
     links = {str(link["href"]) for link in page.all("a")}
     assert {"../tables/sweep.json", "../study/sweep.json"} <= links

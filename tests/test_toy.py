@@ -11,21 +11,21 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from afm_pipe import paths
 from afm_pipe.cli import app
-from afm_pipe.console import Tick
-from afm_pipe.errors import UserError
+from afm_pipe.objectives.adversarial_flow.losses import Logits, discriminator_terms, moved
 from afm_pipe.params import Guidance, Params, Toy
-from afm_pipe.params_file import load_params
+from afm_pipe.params.file import load_params
 from afm_pipe.reporting import titles
 from afm_pipe.reporting.one_dimension import read_one_dimension
 from afm_pipe.reporting.printing import csv_text
-from afm_pipe.toy import mixture, training
-from afm_pipe.toy.networks import CODES, Mlps
-from afm_pipe.toy.study import Study, adversarial_settings, guided_setting, measure, measure_maps, run_study
-from afm_pipe.toy.training import Batch, Map, Setting, carry, train_adversarially, train_flow
-from afm_pipe.toy.writing import write_study
-from afm_pipe.training.losses import Logits, discriminator_terms, moved
+from afm_pipe.runtime import paths
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.progress import Progress
+from afm_pipe.study.toy import mixture, training
+from afm_pipe.study.toy.networks import CODES, Mlps
+from afm_pipe.study.toy.study import Study, adversarial_settings, guided_setting, measure, measure_maps, run_study
+from afm_pipe.study.toy.training import Batch, Map, Setting, carry, train_adversarially, train_flow
+from afm_pipe.study.toy.writing import write_study
 from tests.conftest import SMOKE
 
 T = TypeVar("T")
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 FILES = {"results.json", "metrics.json", "maps.csv", "guidance.csv", "maps.png", "sweep.png", "guidance.png"}
 
 
-def finished(ticks: Generator[Tick, None, T]) -> T:
+def finished(ticks: Generator[Progress, None, T]) -> T:
     while True:
         try:
             next(ticks)
@@ -154,7 +154,7 @@ def test_losses_of_seeds_at_once_are_the_pipelines_losses_of_each(toy: Toy) -> N
         logits = Logits(**{name: value[seed] for name, value in judged.items()})
         terms = discriminator_terms(logits, epsilon, torch.full((16,), 0.25))
         expected = expected + terms.adversarial + toy.penalty.weight * (terms.r1 + terms.r2)
-        expected = expected + toy.centring * terms.centring
+        expected = expected + toy.logit_centering * terms.logit_centering
     assert batch.source.shape == shape
     torch.testing.assert_close(total, expected, rtol=1e-4, atol=0)
 
@@ -293,7 +293,7 @@ def test_command_writes_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ("override", "message"),
     [
         ("toy.steps=[4, 64]", "expected steps to hold 1"),
-        ("toy.penalty.share=0.001", "at least one of 64 samples"),
+        ("toy.penalty.batch_fraction=0.001", "at least one of 64 samples"),
         ("toy.seeds=1", "toy.seeds: found 1"),
     ],
 )

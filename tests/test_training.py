@@ -15,12 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from afm_pipe import paths, pipeline
-from afm_pipe.errors import UserError
-from afm_pipe.launch import Launch
-from afm_pipe.lease import exclusive
-from afm_pipe.models.checkpoint_format import ModelConfig
+from afm_pipe import pipeline
+from afm_pipe.distributed.launch import Launch
+from afm_pipe.models.model_files import ModelConfig
 from afm_pipe.params import Params, Run
+from afm_pipe.runtime import paths
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.lease import hold_lease
 from afm_pipe.training.checkpoints import checkpoints, load_latest
 from afm_pipe.training.state import TrainingState
 
@@ -30,11 +31,11 @@ STAGE = """
 import sys, torch
 torch.set_num_threads(1)
 from afm_pipe import pipeline
-from afm_pipe.console import guarded
-from afm_pipe.launch import Launch
-from afm_pipe.params_file import load_params
+from afm_pipe.runtime.commands import user_command
+from afm_pipe.distributed.launch import Launch
+from afm_pipe.params.file import load_params
 print("ready", flush=True)
-guarded(pipeline.train)(load_params(), "t4", Launch(device="cpu", checkpoint_seconds=0))
+user_command(pipeline.train)(load_params(), "t4", Launch(device="cpu", checkpoint_seconds=0))
 """
 
 
@@ -164,7 +165,7 @@ def test_other_params_start_from_nothing(
 
 
 def test_a_second_trainer_of_the_same_run_is_refused(project: Path, discs_params: Params) -> None:
-    with exclusive(Path("work/t4")), pytest.raises(UserError, match=f"held by process {os.getpid()} on"):
+    with hold_lease(Path("work/t4")), pytest.raises(UserError, match=f"held by process {os.getpid()} on"):
         pipeline.train(discs_params, "t4", OFTEN)
 
 

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 
 from afm_pipe.data.latents import Latents
 from afm_pipe.data.order import stream_generator
-from afm_pipe.errors import NotFiniteError, UserError
-from afm_pipe.models.checkpoint_format import run_config
 from afm_pipe.models.flow import Flow
-from afm_pipe.params import Params, Run, laid_over
-from afm_pipe.params_file import load_params
+from afm_pipe.models.model_files import run_config
+from afm_pipe.params import Params, Run, deep_merge
+from afm_pipe.params.file import load_params
+from afm_pipe.runtime.errors import NotFiniteError, UserError
 from afm_pipe.training.events import FILE, Event, read_events
 from afm_pipe.training.loop import kept, train
 from afm_pipe.training.probe import Probe
@@ -33,11 +33,11 @@ def watched(discs: Path, discs_params: Params, tmp_path: Path) -> Watched:
     base = {
         "size": "s4",
         "phases": [{"until_epoch": 5}],
-        "watch": {"settle_epochs": 1.0, "probe": {"every_epochs": 1.25}},
+        "monitor": {"settle_epochs": 1.0, "probe": {"every_epochs": 1.25}},
     }
 
     def trained(folder: str, own: dict[str, Any], stop_at: int | None = None, seconds: float = 0.0) -> TrainingState:
-        run = Run.model_validate(laid_over(laid_over(discs_params.runs["t4"].model_dump(mode="json"), base), own))
+        run = Run.model_validate(deep_merge(deep_merge(discs_params.runs["t4"].model_dump(mode="json"), base), own))
         config = run_config(run, latents.latent_shape, latents.num_classes)
         # A checkpoint at every row, so that whatever stops it stops it right after one; or after so many seconds.
         training = train(run, config, latents, tmp_path / folder, "watched", CPU, seconds, keep_at=(LAST,))
@@ -78,15 +78,15 @@ def of_kind(tmp_path: Path, folder: str, kind: str) -> Event:
 
 def test_watching_changes_no_weight(watched: Watched, tmp_path: Path) -> None:
     short = {"phases": [{"until_epoch": 2.6}]}
-    warned = watched("warn", short | {"watch": {"policy": "warn"}})
-    assert [probe["update"] for probe in warned.extra["watch"]["probes"]] == [10, 20]
-    off = watched("off", short | {"watch": {"policy": "off"}})
+    warned = watched("warn", short | {"monitor": {"policy": "warn"}})
+    assert [probe["update"] for probe in warned.extra["monitor"]["probes"]] == [10, 20]
+    off = watched("off", short | {"monitor": {"policy": "off"}})
     assert same_weights(warned, off)
-    assert "watch" not in off.extra
+    assert "monitor" not in off.extra
 
 
 def test_identity_is_noticed_and_lets_the_transport_weight_go(watched: Watched, tmp_path: Path) -> None:
-    short = {"form": "residual", "phases": [{"until_epoch": 4}], "watch": {"policy": "act", "rows": 1}}
+    short = {"form": "residual", "phases": [{"until_epoch": 4}], "monitor": {"policy": "act", "rows": 1}}
     constant = watched("constant", short | {"transport": {"start": 50.0, "end": 50.0}})
     event = of_kind(tmp_path, "constant", "identity")
     assert event.evidence["move"] is not None
@@ -104,7 +104,7 @@ def test_identity_is_noticed_and_lets_the_transport_weight_go(watched: Watched, 
 # A rate at which losses are not finite within a few updates.
 NAN = {
     "phases": [{"until_epoch": 5, "lr": 1.0e6}],
-    "watch": {"policy": "act", "act": {"rollbacks": 2, "lr": 1.0e-9}, "divergence": {"spread": 0.0}},
+    "monitor": {"policy": "act", "act": {"rollbacks": 2, "lr": 1.0e-9}, "divergence": {"spread": 0.0}},
 }
 
 
@@ -138,7 +138,7 @@ def test_a_kill_before_the_first_checkpoint_after_a_rollback_changes_nothing(wat
 
 
 def test_good_checkpoints_that_are_damaged_are_not_gone_back_to(watched: Watched, tmp_path: Path) -> None:
-    calm = laid_over(NAN, {"phases": [{"until_epoch": 5, "lr": 1.0e-3}]})
+    calm = deep_merge(NAN, {"phases": [{"until_epoch": 5, "lr": 1.0e-3}]})
     with pytest.raises(InterruptedError):
         watched("bad", calm, stop_at=20)
     for path in (tmp_path / "bad" / "good").glob("*/generator.safetensors"):
@@ -156,13 +156,13 @@ def test_a_training_that_diverges_again_and_again_fails_as_it_would_have(
     watched: Watched, tmp_path: Path, policy: str, actions: list[str | None]
 ) -> None:
     with pytest.raises(NotFiniteError):
-        watched("stubborn", laid_over(NAN, {"watch": {"policy": policy, "act": {"lr": 0.9}}}))
+        watched("stubborn", deep_merge(NAN, {"monitor": {"policy": policy, "act": {"lr": 0.9}}}))
     assert [event.action for event in happened(tmp_path, "stubborn")] == actions
 
 
 # No probe is better than one before by its whole distance, so it always stands still; and D always wins.
 STUCK = {
-    "watch": {
+    "monitor": {
         "policy": "act",
         "stagnation": {"probes": 1, "improvement": 1.0, "d_accuracy": 0.0},
         "divergence": {"spread": 0.0},
@@ -194,18 +194,18 @@ def test_the_discriminator_of_a_probe_is_kept_before_another_is_put_in_its_place
 ) -> None:
     whole = watched("whole", STUCK)
     at = of_kind(tmp_path, "whole", "stagnation").update
-    assert at in whole.extra["watch"]["discriminators"]
-    until = {"watch": {"policy": "warn"}, "phases": [{"until_epoch": at * 8 / 60}]}  # which is when the stall is seen
-    trained = watched("warned", laid_over(STUCK, until))
+    assert at in whole.extra["monitor"]["discriminators"]
+    until = {"monitor": {"policy": "warn"}, "phases": [{"until_epoch": at * 8 / 60}]}  # which is when the stall is seen
+    trained = watched("warned", deep_merge(STUCK, until))
     assert trained.update == at
     kept_then = load_file(tmp_path / "whole" / "discriminators" / f"probe-{at:09d}.safetensors")
     assert all(torch.equal(tensor, kept_then[name]) for name, tensor in trained.discriminator.state_dict().items())
 
 
 def test_a_trial_leaves_no_trace_but_its_choice(watched: Watched, tmp_path: Path) -> None:
-    one = laid_over(STUCK, {"watch": {"act": {"candidates": 1}}})  # so that the choice is known before
-    short = watched("short", laid_over(one, {"watch": {"act": {"trial_epochs": 0.2}}}))
-    long = watched("long", laid_over(one, {"watch": {"act": {"trial_epochs": 0.8}}}))
+    one = deep_merge(STUCK, {"monitor": {"act": {"candidates": 1}}})  # so that the choice is known before
+    short = watched("short", deep_merge(one, {"monitor": {"act": {"trial_epochs": 0.2}}}))
+    long = watched("long", deep_merge(one, {"monitor": {"act": {"trial_epochs": 0.8}}}))
     assert same_weights(short, long)
     assert short.rows == long.rows
     assert of_kind(tmp_path, "short", "stagnation").action != of_kind(tmp_path, "long", "stagnation").action
@@ -213,13 +213,13 @@ def test_a_trial_leaves_no_trace_but_its_choice(watched: Watched, tmp_path: Path
 
 def test_a_phase_that_waits_for_a_stall_reloads_whatever_the_policy(watched: Watched, tmp_path: Path) -> None:
     phases = [{"until_epoch": 3}, {"until_epoch": 5, "reload_discriminator": "stall"}]
-    watched("early", laid_over(STUCK, {"watch": {"policy": "warn"}}))
+    watched("early", deep_merge(STUCK, {"monitor": {"policy": "warn"}}))
     assert of_kind(tmp_path, "early", "stagnation").action is None
-    watched("waits", laid_over(STUCK, {"watch": {"policy": "warn", "settle_epochs": 2.0}, "phases": phases}))
+    watched("waits", deep_merge(STUCK, {"monitor": {"policy": "warn", "settle_epochs": 2.0}, "phases": phases}))
     assert "D put back" in (of_kind(tmp_path, "waits", "stagnation").action or "")
 
 
-AUTO = {"schedule": "auto", "watch": {"stagnation": {"probes": 1, "improvement": 1.0}}}
+AUTO = {"schedule": "auto", "monitor": {"stagnation": {"probes": 1, "improvement": 1.0}}}
 
 
 def test_an_auto_schedule_goes_through_three_phases_and_delivers_its_best_probe(
@@ -233,8 +233,8 @@ def test_an_auto_schedule_goes_through_three_phases_and_delivers_its_best_probe(
     assert whole.update < 150, "stopped before its upper bound"
     first = whole.rows[0]["lr"]
     assert sorted({round(row["lr"] / first, 6) for row in whole.rows}) == [0.3, 0.8, 1.0]
-    probes = whole.extra["watch"]["probes"]
-    assert whole.extra["watch"]["best"] == min(probes, key=lambda probe: probe["kid"])["update"]
+    probes = whole.extra["monitor"]["probes"]
+    assert whole.extra["monitor"]["best"] == min(probes, key=lambda probe: probe["kid"])["update"]
     assert whole.best is not None
     assert all(torch.equal(tensor, whole.best.state_dict()[name]) for name, tensor in whole.ema.state_dict().items())
 
@@ -245,7 +245,7 @@ def test_an_auto_schedule_goes_through_three_phases_and_delivers_its_best_probe(
 
 
 def test_an_auto_schedule_ends_at_its_upper_bound_with_its_best(watched: Watched, tmp_path: Path) -> None:
-    state = watched("bound", laid_over(AUTO, {"watch": {"stagnation": {"probes": 9}}}))
+    state = watched("bound", deep_merge(AUTO, {"monitor": {"stagnation": {"probes": 9}}}))
     assert state.update == LAST
     assert "upper bound" in of_kind(tmp_path, "bound", "stop").text
     delivered = load_file(kept(tmp_path / "bound", LAST))
@@ -256,7 +256,10 @@ def test_an_auto_schedule_ends_at_its_upper_bound_with_its_best(watched: Watched
     ("overrides", "message"),
     [
         (("runs.t4.schedule=auto", "runs.t4.phases=[{until_epoch: 2}, {until_epoch: 4}]"), "one phase for schedule"),
-        (("runs.t4.watch.policy=off", "runs.t4.phases=[{until_epoch: 8, reload_discriminator: stall}]"), "warn or act"),
+        (
+            ("runs.t4.monitor.policy=off", "runs.t4.phases=[{until_epoch: 8, reload_discriminator: stall}]"),
+            "warn or act",
+        ),
     ],
 )
 def test_what_needs_a_watch_is_checked(change: Callable[..., Params], overrides: tuple[str, ...], message: str) -> None:
@@ -267,14 +270,14 @@ def test_what_needs_a_watch_is_checked(change: Callable[..., Params], overrides:
 def test_every_profile_watches() -> None:
     for profile in ("params.yaml", "profiles/study.yaml", "profiles/imagenet256.yaml", "profiles/smoke.yaml"):
         params = load_params(Path(__file__).parents[1] / profile)
-        assert params.train.watch.policy == "warn"
+        assert params.train.monitor.policy == "warn"
 
 
 def test_figures_of_a_probe_are_over_those_of_the_data(discs: Path, discs_params: Params) -> None:
     latents, raw = Latents.open(discs / "data" / "latents.h5"), discs_params.runs["t4"].model_dump(mode="json")
-    run = Run.model_validate(laid_over(raw, {"watch": {"probe": {"updates": 150}}}))  # so that it tells classes apart
+    run = Run.model_validate(deep_merge(raw, {"monitor": {"probe": {"updates": 150}}}))
     generator = stream_generator(run.seed, "probe")
-    chosen = torch.randperm(latents.num_images, generator=generator)[: run.watch.probe.samples]
+    chosen = torch.randperm(latents.num_images, generator=generator)[: run.monitor.probe.samples]
     data = latents.draw(chosen, generator)
 
     class Copies:
@@ -288,8 +291,8 @@ def test_figures_of_a_probe_are_over_those_of_the_data(discs: Path, discs_params
 
     probe = Probe(latents, run, CPU)
     same = probe(cast(Flow, Copies(data)))
-    assert [same[name] for name in ("right_class", "variance", "spread")] == pytest.approx([1, 1, 1])
+    assert [same[name] for name in ("class_accuracy", "variance", "spread")] == pytest.approx([1, 1, 1])
     other = probe(cast(Flow, Copies(data.roll(1, 0))))
-    assert other["right_class"] < 1 and other["spread"] == pytest.approx(1)
+    assert other["class_accuracy"] < 1 and other["spread"] == pytest.approx(1)
     one = probe(cast(Flow, Copies(data[:1].expand_as(data))))
     assert one["variance"] < 1e-6 and one["spread"] < 1e-6

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from afm_pipe.params import Run, laid_over
+from afm_pipe.params import Run, deep_merge
 from afm_pipe.training.curves import CLOCK, MEANS, Row
 from afm_pipe.training.rules import (
     Probed,
@@ -18,13 +18,13 @@ from afm_pipe.training.rules import (
     stopped_improving,
 )
 
-HEALTHY = {"d_adversarial": 0.5, "g_adversarial": 1.2, "d_accuracy": 0.75, "move_rms": 1.2, "output_scale": 1.0}
+HEALTHY = {"d_adversarial": 0.5, "g_adversarial": 1.2, "d_accuracy": 0.75, "transport_rms": 1.2, "output_scale": 1.0}
 
 
 @pytest.fixture
 def run(smoke_run: Run) -> Run:
     raw = smoke_run.model_dump(mode="json")
-    return Run.model_validate(laid_over(raw, {"watch": {"settle_epochs": 1.0}}))
+    return Run.model_validate(deep_merge(raw, {"monitor": {"settle_epochs": 1.0}}))
 
 
 def trace(count: int = 40, **columns: Any) -> list[Row]:
@@ -40,7 +40,7 @@ def trace(count: int = 40, **columns: Any) -> list[Row]:
 
 def probes(*kids: float, **figures: float) -> list[Probed]:
     """A probe an epoch, of a healthy training but for some figures."""
-    healthy = {"right_class": 0.9, "variance": 0.6, "spread": 0.9} | figures
+    healthy = {"class_accuracy": 0.9, "variance": 0.6, "spread": 0.9} | figures
     return [{"update": 100 * n, "epoch": float(n), "kid": kid} | healthy for n, kid in enumerate(kids, 1)]
 
 
@@ -73,12 +73,12 @@ def test_samples_that_vary_hardly_at_all_are_a_divergence(run: Run) -> None:
 
 
 def test_identity_is_a_generator_that_does_not_move(run: Run) -> None:
-    assert identity(run, trace(move_rms=0.1)) is not None
-    assert identity(run, trace(8, move_rms=0.1)) is None, "every training starts so"
-    assert identity(run, trace(move_rms=0.5)) is None
+    assert identity(run, trace(transport_rms=0.1)) is not None
+    assert identity(run, trace(8, transport_rms=0.1)) is None, "every training starts so"
+    assert identity(run, trace(transport_rms=0.5)) is None
     steps = run.model_copy(update={"nfe": 4})
-    assert identity(steps, trace(move_rms=0.2)) is None, "a quarter of the way is what one of four steps should go"
-    assert identity(steps, trace(move_rms=0.04)) is not None
+    assert identity(steps, trace(transport_rms=0.2)) is None, "a quarter of the way is what one of four steps should go"
+    assert identity(steps, trace(transport_rms=0.04)) is not None
 
 
 def test_stagnation_needs_both_no_progress_and_a_winning_discriminator(run: Run) -> None:
@@ -93,7 +93,7 @@ def test_stagnation_needs_both_no_progress_and_a_winning_discriminator(run: Run)
     assert stagnation(run, trace(50, d_accuracy=late), stuck) is not None, "what was before the window does not count"
 
 
-@pytest.mark.parametrize(("figure", "low", "enough"), [("variance", 0.1, 0.35), ("right_class", 0.2, 0.5)])
+@pytest.mark.parametrize(("figure", "low", "enough"), [("variance", 0.1, 0.35), ("class_accuracy", 0.2, 0.5)])
 def test_collapse_is_a_loss_of_variance_within_classes_or_of_classes(
     run: Run, figure: str, low: float, enough: float
 ) -> None:
@@ -121,6 +121,6 @@ def test_a_plateau_is_judged_from_the_probes_of_its_phase(run: Run) -> None:
 
 def test_thresholds_are_params(run: Run) -> None:
     raw = run.model_dump(mode="json")
-    strict = Run.model_validate(laid_over(raw, {"watch": {"identity": {"move": 1.3}}}))
+    strict = Run.model_validate(deep_merge(raw, {"monitor": {"identity": {"transport_rms": 1.3}}}))
     assert identity(strict, trace()) is not None
     assert identity(run, trace()) is None

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from afm_pipe.errors import UserError
+from afm_pipe.runtime.errors import UserError
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # by content: ImageNet has a PNG named .JPEG

@@ -6,7 +6,7 @@
     done     (N,) bool, which images are encoded: all of them in a whole file
     attributes: the provenance, each a string
 
-Written by `afm_pipe.data.encoding`. Contiguous, since random rows of a chunked layout read a hundred times slower.
+Written by `afm_pipe.autoencoders.encoding`. Contiguous: random rows of a chunked layout read a hundred times slower.
 
 Legend: N images, M mirrors (2 when mirrored ones are encoded too), K classes, B images of a batch, c, h, w of latents.
 """
@@ -29,8 +29,8 @@ from torch import Tensor
 
 from afm_pipe.data.order import ALL
 from afm_pipe.data.provenance import read_attributes
-from afm_pipe.errors import UserError
 from afm_pipe.params import Params
+from afm_pipe.runtime.errors import UserError
 
 FORMAT_VERSION = "1"
 MOMENTS, LABELS, CLASSES, DONE = "moments", "labels", "classes", "done"

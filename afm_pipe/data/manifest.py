@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from afm_pipe.console import Tick
 from afm_pipe.data.images import class_root, decode_image, list_images, read_image_file
-from afm_pipe.data.sources import BUILT_IN, materialise
+from afm_pipe.data.sources import BUILT_IN, materialize
 from afm_pipe.data.tars import Span, index_tar, read_span
-from afm_pipe.errors import UserError
-from afm_pipe.files import atomic_path, read_json
 from afm_pipe.params import Data
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.files import atomic_path, read_json
+from afm_pipe.runtime.progress import Progress
 
 FORMAT_VERSION = 1
 READ_AHEAD = 4  # batches
@@ -57,7 +57,7 @@ class Manifest:
         return len(self.paths)
 
 
-def build_manifest(data: Data) -> Generator[Tick, None, Manifest]:
+def build_manifest(data: Data) -> Generator[Progress, None, Manifest]:
     """List, count, hash and fully decode every image under data.root; return their manifest.
 
     Raises UserError on a folder or archive that is no data set (see `list_images`, `index_tar`), on fewer than
@@ -96,7 +96,7 @@ def build_manifest(data: Data) -> Generator[Tick, None, Manifest]:
             for digest, mistake in pool.map(inspect, range(start, min(start + FILES_PER_TICK, len(images)))):
                 hashes.append(digest)
                 mistakes += [mistake] if mistake else []
-            yield Tick(len(hashes), len(images), "images", f"{len(mistakes)} damaged" if mistakes else "")
+            yield Progress(len(hashes), len(images), "images", f"{len(mistakes)} damaged" if mistakes else "")
     if mistakes:
         more = f"\n  and {len(mistakes) - 10} more" if len(mistakes) > 10 else ""
         raise UserError(
@@ -166,7 +166,7 @@ def _is_sound(classes: Any, paths: Any, labels: Any, hashes: Any, spans: tuple[S
     return spans is None or all(offset >= 0 and size >= 0 for offset, size in spans)
 
 
-def require_images(manifest: Manifest, data: Data) -> Generator[Tick, None, None]:
+def require_images(manifest: Manifest, data: Data) -> Generator[Progress, None, None]:
     """See to it that the raw images are there: a built-in data set that is gone is written again.
 
     Raises UserError naming the first missing file and what to do.
@@ -174,7 +174,7 @@ def require_images(manifest: Manifest, data: Data) -> Generator[Tick, None, None
     _require_root(manifest, data)
     missing = _missing(manifest)
     if missing and data.source in BUILT_IN and len(missing) == manifest.num_images:
-        yield from materialise(data.source, manifest.root)
+        yield from materialize(data.source, manifest.root)
         missing = _missing(manifest)
     if missing:
         raise UserError(
@@ -229,7 +229,7 @@ def image_batches(
             pool.shutdown(cancel_futures=True)  # before the archive is closed
 
 
-def load_images(manifest: Manifest, data: Data) -> Generator[Tick, None, NDArray[np.uint8]]:
+def load_images(manifest: Manifest, data: Data) -> Generator[Progress, None, NDArray[np.uint8]]:
     """Read all images into memory, cropped: (N, C, S, S) uint8. For data sets that fit; see `image_batches`."""
     yield from require_images(manifest, data)
     total = manifest.num_images
@@ -237,7 +237,7 @@ def load_images(manifest: Manifest, data: Data) -> Generator[Tick, None, NDArray
     batches = [range(start, min(start + FILES_PER_TICK, total)) for start in range(0, total, FILES_PER_TICK)]
     for indices, batch in zip(batches, image_batches(manifest, data, batches), strict=True):
         images[indices.start : indices.stop] = batch
-        yield Tick(indices.stop, total, "images")
+        yield Progress(indices.stop, total, "images")
     return images
 
 

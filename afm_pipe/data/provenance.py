@@ -4,7 +4,7 @@ from pathlib import Path
 
 import h5py
 
-from afm_pipe.errors import UserError
+from afm_pipe.runtime.errors import UserError
 
 
 def read_provenance(path: Path) -> dict[str, str]:

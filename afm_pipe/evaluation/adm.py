@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from afm_pipe.errors import UserError
 from afm_pipe.evaluation.nearest import load_arrays
 from afm_pipe.evaluation.networks import LEGACY, SPATIAL, FeatureNetwork
-from afm_pipe.evaluation.reference import OWN, Reference
-from afm_pipe.files import sha256_file
+from afm_pipe.evaluation.statistics import OWN, Reference
 from afm_pipe.params import AdmReference
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.files import sha256_file
 
 ADM = "adm"  # the source of such statistics, before the hash of their file
 ARRAYS = ("mu", "sigma", "mu_s", "sigma_s", "arr_0")

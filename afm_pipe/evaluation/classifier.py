@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from afm_pipe.console import Tick
-from afm_pipe.errors import UserError
-from afm_pipe.files import atomic_path, read_json, write_json
-from afm_pipe.models.checkpoint_format import load_tensors, require_fit
+from afm_pipe.models.model_files import load_tensors, require_fit
 from afm_pipe.params import FeatureClassifier
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.files import atomic_path, read_json, write_json
+from afm_pipe.runtime.progress import Progress
 
 WEIGHTS, CONFIG = "classifier.safetensors", "classifier.json"
 POOLED = 4  # side of the map handed to the linear layers, whatever the image's side
@@ -50,7 +50,7 @@ def train_classifier(
     num_classes: int,
     seed: int,
     device: torch.device = CPU,
-) -> Generator[Tick, None, tuple[Classifier, float]]:
+) -> Generator[Progress, None, tuple[Classifier, float]]:
     """Train on images (N, C, H, W) uint8 and labels (N,); return the classifier and its accuracy on the held-out share.
 
     Adam, its rate falling linearly to 0, on images shifted at random. Deterministic in `seed` on one thread.
@@ -74,7 +74,7 @@ def train_classifier(
             optimizer.step()
             schedule.step()
             done += 1
-            yield Tick(done, total, "classifier updates")
+            yield Progress(done, total, "classifier updates")
     model.eval()
     return model, _accuracy(model, images, labels, held_out, params.batch_size, device)
 

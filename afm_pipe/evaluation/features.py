@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from afm_pipe.errors import UserError
 from afm_pipe.evaluation.classifier import CONFIG, WEIGHTS, load_classifier
 from afm_pipe.evaluation.inception import inception
 from afm_pipe.evaluation.networks import LEGACY, NAMES, SPATIAL, FeatureNetwork, Names
 from afm_pipe.evaluation.other_networks import dinov2, efficientnet
-from afm_pipe.files import sha256_file, sha256_files
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.files import sha256_file, sha256_files
 
 INCEPTION_FILE = "inception-2015-12-05.pt"
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"

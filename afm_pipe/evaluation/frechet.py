@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from afm_pipe.errors import UserError
+from afm_pipe.runtime.errors import UserError
 
 Array = NDArray[np.float64]
 

@@ -16,8 +16,8 @@ from cleanfid.inception_torchscript import InceptionV3W
 from cleanfid.resize import build_resizer
 from torch import Tensor
 
-from afm_pipe.errors import UserError
 from afm_pipe.evaluation.networks import LEGACY, SPATIAL, FeatureNetwork
+from afm_pipe.runtime.errors import UserError
 
 DIM, SIDE = 2048, 299
 MAP, CHANNELS = 17, 7  # ADM's sFID: the first seven channels of mixed_6/conv, 17 x 17

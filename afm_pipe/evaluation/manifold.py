@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from afm_pipe.errors import UserError
+from afm_pipe.runtime.errors import UserError
 
 NEIGHBOURS = 3  # k of Kynkaanniemi et al. 2019
 MAX_REAL = 10_000  # real images, as in ADM's reference batch

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from afm_pipe.console import Tick
-from afm_pipe.dealing import dealt
-from afm_pipe.errors import UserError
+from afm_pipe.distributed.mapping import map_across_ranks
+from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from afm_pipe.evaluation.accumulate import EvalBatch, MetricAccumulator
 from afm_pipe.evaluation.adm import require_reference
 from afm_pipe.evaluation.features import LEGACY, NAMES, SPATIAL, load_networks
 from afm_pipe.evaluation.intervals import wilson
@@ -29,13 +29,14 @@ from afm_pipe.evaluation.measures import (
 )
 from afm_pipe.evaluation.nearest import Neighbours, Thumbnails, thumbnail
 from afm_pipe.evaluation.networks import RESIZE
-from afm_pipe.evaluation.reference import SUMMARY, THUMBNAILS, Reference, spread_evenly
-from afm_pipe.evaluation.seen import Seen, Sighting
-from afm_pipe.files import read_json
+from afm_pipe.evaluation.reference import SUMMARY, THUMBNAILS, spread_evenly
+from afm_pipe.evaluation.statistics import Reference
 from afm_pipe.models.flow import Flow
 from afm_pipe.params import Params
-from afm_pipe.ranks import ALONE, Ranks
-from afm_pipe.sampling import UINT8_RULE, generate_images, grid, labels_for, micro_batches
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.files import read_json
+from afm_pipe.runtime.progress import Progress
+from afm_pipe.sampling.generate import UINT8_RULE, generate_images, grid, labels_for, micro_batches
 
 NEAREST_SAMPLES, NEAREST_SHOWN = 10, 3  # in the picture of nearest training images
 CPU = torch.device("cpu")
@@ -76,8 +77,8 @@ def evaluate_run(
     evaluator: Evaluator | None = None,
     work_dir: Path | None = None,
     checkpoint_seconds: float = 60.0,
-    ranks: Ranks = ALONE,
-) -> Generator[Tick, None, tuple[dict[str, Any], Image.Image]]:
+    ranks: ProcessGroup = SINGLE_PROCESS,
+) -> Generator[Progress, None, tuple[dict[str, Any], Image.Image]]:
     """Measure a generator; return its metrics and a picture of samples above their nearest training images.
 
     Per network of evaluate.features the Frechet and the kernel distance to the real images, and precision and recall,
@@ -104,34 +105,34 @@ def evaluate_run(
     """
     protocol = params.evaluate
     tools = evaluator or Evaluator(params, reference_dir, device)
-    seen = Seen(tools.networks, protocol.samples, tools.num_classes)
+    seen = MetricAccumulator(tools.networks, protocol.samples, tools.num_classes)
     if work_dir is not None:
         seen.restore(work_dir)
-    ranks.gather(seen.done)  # tells the others where to go on
+    ranks.all_gather(seen.done)  # tells the others where to go on
     saved = time.monotonic()
     for indices, labels, batch in _sightings(params, generator, vae, tools, device, ranks, seen.done):
         seen.add(batch, labels, pictured=indices.start < NEAREST_SAMPLES)
         if work_dir is not None and time.monotonic() - saved >= checkpoint_seconds:
             seen.save(work_dir)
             saved = time.monotonic()
-        yield Tick(indices.stop, protocol.samples, "samples")
+        yield Progress(indices.stop, protocol.samples, "samples")
     metrics = _numbers(tools, seen, params, device)
     metrics["protocol"] = provenance | _protocol(tools, params, device)
     return metrics, _picture(torch.cat(seen.pictured), torch.cat(seen.found), tools.thumbnails)
 
 
 def assist(
-    params: Params, generator: Flow, vae: Any, evaluator: Evaluator, ranks: Ranks, device: torch.device = CPU
+    params: Params, generator: Flow, vae: Any, evaluator: Evaluator, ranks: ProcessGroup, device: torch.device = CPU
 ) -> None:
     """Measure this rank's share of the samples for the first rank, which evaluates."""
-    done = ranks.gather(0)[0]
+    done = ranks.all_gather(0)[0]
     for _ in _sightings(params, generator, vae, evaluator, device, ranks, done):
         pass
 
 
 def _sightings(
-    params: Params, generator: Flow, vae: Any, tools: Evaluator, device: torch.device, ranks: Ranks, done: int
-) -> Iterator[tuple[range, Tensor, Sighting]]:
+    params: Params, generator: Flow, vae: Any, tools: Evaluator, device: torch.device, ranks: ProcessGroup, done: int
+) -> Iterator[tuple[range, Tensor, EvalBatch]]:
     """Yield what is measured of the samples from `done` on, in order, on the first rank: indices, labels, batch."""
     protocol, size = params.evaluate, params.sample.micro_batch
 
@@ -145,13 +146,13 @@ def _sightings(
         near = tools.neighbours.nearest(small, NEAREST_SHOWN)  # (B, 3) each
         return [small, *near, *(network(images) for network in tools.networks)]
 
-    for indices, (small, near, which, *features) in dealt(
+    for indices, (small, near, which, *features) in map_across_ranks(
         micro_batches(range(done, protocol.samples), size), measured, ranks
     ):
-        yield indices, labels_for(indices, tools.num_classes), Sighting(small, near, which, features)
+        yield indices, labels_for(indices, tools.num_classes), EvalBatch(small, near, which, features)
 
 
-def _numbers(tools: Evaluator, seen: Seen, params: Params, device: torch.device) -> dict[str, Any]:
+def _numbers(tools: Evaluator, seen: MetricAccumulator, params: Params, device: torch.device) -> dict[str, Any]:
     protocol = params.evaluate
     suffix, labels = sample_suffix(protocol.samples), labels_for(range(protocol.samples), tools.num_classes).numpy()
     metrics: dict[str, Any] = {}

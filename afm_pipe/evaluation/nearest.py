@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from afm_pipe.errors import UserError
+from afm_pipe.runtime.errors import UserError
 
 SIDE = 32  # pixels of a thumbnail, at most
 COPY_QUANTILE = 0.001  # share of new real images that would be taken for copies

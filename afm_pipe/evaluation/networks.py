@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from afm_pipe.errors import UserError
+from afm_pipe.runtime.errors import UserError
 
 LEGACY, SPATIAL = "inception_legacy_tensorflow", "inception_spatial"
 

@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from afm_pipe.errors import UserError
-from afm_pipe.files import sha256_file
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.files import sha256_file
 
 EFFICIENTNET_SIDE, EFFICIENTNET_DIM = 224, 1280
 DINOV2_FILE, DINOV2_MODEL, DINOV2_SIDE = "dinov2_vitl14.safetensors", "vit_large_patch14_dinov2", 224

@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from afm_pipe.errors import UserError
-from afm_pipe.files import read_json
-from afm_pipe.models.checkpoint_format import ModelConfig, load_exactly, load_tensors, require_fit
 from afm_pipe.models.dit import DiT, TimestepEmbedder, linear
-from afm_pipe.models.sizes import SIZES, ModelSize
+from afm_pipe.models.model_files import ModelConfig, load_exactly, load_tensors, require_fit
+from afm_pipe.params.sizes import SIZES, ModelSize
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.files import read_json
 
 
 class LatentClassifier(DiT):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from afm_pipe.models.flow import Flow
 from afm_pipe.models.generator import Generator, Times
-from afm_pipe.models.sizes import ModelSize
+from afm_pipe.params.sizes import ModelSize
 
 
 class AFMTransformer(ModelMixin, ConfigMixin):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from afm_pipe.models.dit import DiT, LabelEmbedder, TimestepEmbedder, linear
-from afm_pipe.models.sizes import ModelSize
+from afm_pipe.params.sizes import ModelSize
 
 
 class Discriminator(DiT):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from afm_pipe.models.sizes import ModelSize
+from afm_pipe.params.sizes import ModelSize
 
 FREQUENCIES = 256  # length of the sinusoidal time code
 TIME_SCALE = 1000.0  # times in [0, 1] are multiplied by this before the code (paper section 3)

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from afm_pipe.errors import UserError
-from afm_pipe.files import atomic_path, read_json, sha256_file, write_json
-from afm_pipe.models.checkpoint_format import ModelConfig, build_generator, load_config, load_tensors, require_fit
+from afm_pipe.models.model_files import ModelConfig, build_generator, load_config, load_tensors, require_fit
 from afm_pipe.models.released import METADATA, describe
-from afm_pipe.models.sizes import SIZES
+from afm_pipe.params.sizes import SIZES
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.files import atomic_path, read_json, sha256_file, write_json
 
 PACKAGE = Path(__file__).parent.parent
 TRAVELLING = ("errors.py", *(f"models/{name}.py" for name in ("sizes", "dit", "generator", "flow")))

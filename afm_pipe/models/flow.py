@@ -5,8 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from afm_pipe.errors import UserError
 from afm_pipe.models.generator import Generator
+from afm_pipe.runtime.errors import UserError
 
 
 class Flow(nn.Module):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from afm_pipe.models.dit import DiT, LabelEmbedder, TimestepEmbedder, linear, modulate
-from afm_pipe.models.sizes import ModelSize
+from afm_pipe.params.sizes import ModelSize
 
 Times = Literal["none", "source", "both"]
 

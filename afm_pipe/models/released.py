@@ -17,12 +17,12 @@ from pydantic import ValidationError
 from safetensors import safe_open
 from torch import Tensor
 
-from afm_pipe.errors import UserError
-from afm_pipe.files import atomic_path, read_text, sha256_file, write_json
-from afm_pipe.models.checkpoint_format import ModelConfig, build_generator, count_parameters, misfits, save_tensors
-from afm_pipe.models.sizes import SIZES
+from afm_pipe.models.model_files import ModelConfig, build_generator, count_parameters, misfits, save_tensors
 from afm_pipe.models.tensor_files import ASIDE, check_file, check_pickled, check_plain, check_safetensors
 from afm_pipe.params import Imported
+from afm_pipe.params.sizes import SIZES
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.files import atomic_path, read_text, sha256_file, write_json
 
 PICKLED, SAFE = (".pth", ".pt", ".bin", ".ckpt"), ".safetensors"
 LARGEST_NAMES = 16 << 20  # bytes of a file of class names

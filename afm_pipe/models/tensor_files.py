@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from afm_pipe.errors import UserError
+from afm_pipe.runtime.errors import UserError
 
 LARGEST_FILE = 32 << 30  # bytes; the optimizer of the largest size, in fp32, has 6
 LARGEST_HEADER = 16 << 20  # bytes; that of the largest size has 0.1

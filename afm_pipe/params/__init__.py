@@ -9,7 +9,6 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field, ValidationError, model_validator
 
-from afm_pipe.models.sizes import SIZES
 from afm_pipe.params.base import NAME, RunName, Section, Seed
 from afm_pipe.params.images import (
     AdmReference,
@@ -24,6 +23,7 @@ from afm_pipe.params.images import (
     Reference,
     Sample,
 )
+from afm_pipe.params.sizes import SIZES
 from afm_pipe.params.study import Axis, Check, Group, Place, Study, StudyTable, TableName
 from afm_pipe.params.toy import Toy, ToyGuidance
 from afm_pipe.params.training import (
@@ -72,7 +72,7 @@ __all__ = [
     "Toy",
     "ToyGuidance",
     "Transport",
-    "laid_over",
+    "deep_merge",
     "valid_name",
 ]
 
@@ -80,7 +80,7 @@ RESERVED_NAMES = {
     "autoencoder",
     "classifier",
     "encode",
-    "cells",
+    "trials",
     "dvclive",
     "watch.html",
 }  # not runs, in models/ or work/
@@ -118,7 +118,7 @@ class Params(Section):
         train = {"seed": raw["seed"], **raw["train"]} if "seed" in raw else raw["train"]
         runs = raw.get("runs")
         if isinstance(runs, dict):
-            runs = {name: laid_over(train, run) if isinstance(run, dict) else run for name, run in runs.items()}
+            runs = {name: deep_merge(train, run) if isinstance(run, dict) else run for name, run in runs.items()}
         return raw | {"train": train, "runs": runs}
 
     @property
@@ -216,13 +216,13 @@ class Params(Section):
     def _cell(self, table: StudyTable, place: Place) -> "Cell":
         own = self.study.base
         for overrides in place.overrides:
-            own = laid_over(own, overrides)
+            own = deep_merge(own, overrides)
         own = dict(own)
         then, steps = own.pop("then", None), own.pop("steps", None)
         if steps is not None and (type(steps) is not int or not 1 <= steps <= 1024):
             raise ValueError(f"steps: expected a number from 1 to 1024, found {steps!r:.40}")
         train = self.train.model_dump(mode="json")
-        base = Run.model_validate(laid_over(train, own))
+        base = Run.model_validate(deep_merge(train, own))
         run = base
         if then is not None:
             run = base.model_copy(update={"phases": (*base.phases, Phase.model_validate(then))})
@@ -256,10 +256,10 @@ def valid_name(name: str) -> bool:
     return re.fullmatch(NAME, name) is not None
 
 
-def laid_over(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+def deep_merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """Return `base` with `own` laid over it: mappings merge field by field, all else (lists too) is replaced."""
     merged = dict(base)
     for key, value in own.items():
         below = base.get(key)
-        merged[key] = laid_over(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+        merged[key] = deep_merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
     return merged

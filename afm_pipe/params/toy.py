@@ -41,7 +41,7 @@ class Toy(Section):
     ema: Ema
     penalty: Penalty
     """Weight 0.01 on the whole batch in the paper."""
-    centring: NotNegative
+    logit_centering: NotNegative
     transport: Positive
     """lambda_ot of the adversarial flow models, constant."""
     steps: Annotated[tuple[Count, ...], Field(strict=False, min_length=1)]
@@ -56,8 +56,9 @@ class Toy(Section):
     def _check(self) -> "Toy":
         if 1 not in self.steps:
             raise ValueError(f"expected steps to hold 1, which the GAN is compared with, found {list(self.steps)}")
-        if round(self.batch_size * self.penalty.share) < 1:
+        if round(self.batch_size * self.penalty.batch_fraction) < 1:
             raise ValueError(
-                f"expected penalty.share to leave at least one of {self.batch_size} samples, found {self.penalty.share}"
+                f"expected penalty.batch_fraction to leave at least one of {self.batch_size} samples, "
+                f"found {self.penalty.batch_fraction}"
             )
         return self

@@ -4,9 +4,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from afm_pipe.models.sizes import SIZES
 from afm_pipe.params.base import Count, Epochs, Fraction, NotNegative, NotNegativeCount, Positive, Section, Seed
-from afm_pipe.params.watching import Watch
+from afm_pipe.params.monitor import Monitor
+from afm_pipe.params.sizes import SIZES
 
 BF16_EPSILON = 0.05
 """Smallest step of the penalties' finite difference in bf16. Measured on discriminators of the default: at 0.01
@@ -28,7 +28,7 @@ class Penalty(Section):
 
     weight: NotNegative
     """lambda_gp, of each."""
-    share: Annotated[float, Field(gt=0, le=1)]
+    batch_fraction: Annotated[float, Field(gt=0, le=1)]
     """Share of the batch they are computed on."""
     epsilon: Positive
     """Step of the finite difference."""
@@ -115,6 +115,8 @@ class Run(Section):
     """One training, complete: the `train` section with a run's own fields laid over it."""
 
     seed: Seed
+    objective: Literal["adversarial_flow"]
+    """What is optimized."""
     size: Literal[tuple(SIZES)]  # type: ignore[valid-type]  # pydantic reads the names from the table
     nfe: Annotated[int, Field(ge=1, le=1024)] | Literal["any"]
     """Steps from noise to data that G is trained for; any: every pair of times."""
@@ -143,15 +145,15 @@ class Run(Section):
     weight_decay: NotNegative
     ema: Ema
     penalty: LazyPenalty
-    centring: NotNegative
-    """lambda_cp, weight of the logit centring."""
+    logit_centering: NotNegative
+    """lambda_cp, weight of the logit logit_centering."""
     transport: Transport
     gradient_normalization: GradientNormalization
     schedule: Literal["fixed", "auto"]
     """fixed: the phases as they are; auto: one phase, whose until_epoch is an upper bound, and the watch decides when
     the paper's phases 2 and 3 begin and when to stop."""
     phases: Annotated[tuple[Phase, ...], Field(strict=False, min_length=1)]
-    watch: Watch
+    monitor: Monitor
 
     _number = field_validator("transport", mode="before")(lambda value: _constant_transport(value))
 
@@ -172,7 +174,7 @@ class Run(Section):
                     f"found {phase.reload_discriminator:g}"
                 )
         waits = any(phase.reload_discriminator == "stall" for phase in self.phases)
-        if waits and self.watch.policy == "off":
+        if waits and self.monitor.policy == "off":
             raise ValueError("expected watch.policy warn or act, since a phase reloads D on a stall; found off")
         if self.schedule == "auto" and len(self.phases) > 1:
             raise ValueError(
@@ -183,9 +185,10 @@ class Run(Section):
                 f"expected penalty.epsilon to be at least {BF16_EPSILON} with precision bf16, whose rounding is as "
                 f"large as what smaller steps change, found {self.penalty.epsilon}"
             )
-        if round(self.batch_size * self.penalty.share) < 1:
+        if round(self.batch_size * self.penalty.batch_fraction) < 1:
             raise ValueError(
-                f"expected penalty.share to leave at least one of {self.batch_size} images, found {self.penalty.share}"
+                f"expected penalty.batch_fraction to leave at least one of {self.batch_size} images, "
+                f"found {self.penalty.batch_fraction}"
             )
         return self
 

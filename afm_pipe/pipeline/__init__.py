@@ -3,8 +3,8 @@
 The scripts in stages/ (what DVC runs) and the commands of `afm-pipe` are two doors to these functions.
 """
 
+from afm_pipe.pipeline.find import count_images, load_sampler, model_config, named_run, open_latents, run_budget
 from afm_pipe.pipeline.images import autoencoder, classifier, encode, prepare, reference
-from afm_pipe.pipeline.known import known_images, load_sampler, model_config, named_run, open_latents, run_budget
 from afm_pipe.pipeline.results import report, tables, toy
 from afm_pipe.pipeline.runs import evaluate, export, export_samples, import_weights, sample
 from afm_pipe.pipeline.training import train
@@ -17,7 +17,7 @@ __all__ = [
     "export",
     "export_samples",
     "import_weights",
-    "known_images",
+    "count_images",
     "load_sampler",
     "model_config",
     "named_run",

@@ -4,13 +4,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from afm_pipe import paths
-from afm_pipe.console import follow
-from afm_pipe.files import atomic_path, write_json
-from afm_pipe.launch import Launch
-from afm_pipe.lease import exclusive
+from afm_pipe.distributed.launch import Launch
 from afm_pipe.params import Params
-from afm_pipe.pipeline.known import open_latents
+from afm_pipe.pipeline.find import open_latents
+from afm_pipe.runtime import paths
+from afm_pipe.runtime.files import atomic_path, write_json
+from afm_pipe.runtime.lease import hold_lease
+from afm_pipe.runtime.progress import track
 
 IN_MEMORY = 4 << 30  # bytes; data sets of more pixels are read as they are needed
 
@@ -18,72 +18,74 @@ IN_MEMORY = 4 << 30  # bytes; data sets of more pixels are read as they are need
 def prepare(params: Params) -> None:
     """Check, count and hash the images, and write their manifest; a built-in data set is written out first."""
     from afm_pipe.data.manifest import build_manifest, write_manifest
-    from afm_pipe.data.sources import BUILT_IN, materialise
+    from afm_pipe.data.sources import BUILT_IN, materialize
 
     root = Path(params.data.root)
     if params.data.source in BUILT_IN:
-        follow("materialise", materialise(params.data.source, root))
-    manifest = follow("prepare", build_manifest(params.data))
+        track("materialize", materialize(params.data.source, root))
+    manifest = track("prepare", build_manifest(params.data))
     write_manifest(paths.MANIFEST, manifest)
     print(f"{manifest.num_images} images of {len(manifest.classes)} classes under {manifest.root}.")
 
 
 def autoencoder(params: Params, launch: Launch) -> None:
     """Fetch the pretrained autoencoder, or train a small one on the images."""
+    from afm_pipe.autoencoders.kl import fetch_pretrained, save_autoencoder, train_autoencoder
     from afm_pipe.data.manifest import load_images, read_manifest
-    from afm_pipe.models.autoencoder import fetch_pretrained, save_autoencoder, train_autoencoder
 
     with atomic_path(paths.AUTOENCODER) as folder:
         if params.autoencoder.pretrained is not None:
             fetch_pretrained(params, folder)
             return
-        images = follow("read images", load_images(read_manifest(paths.MANIFEST), params.data))
+        images = track("read images", load_images(read_manifest(paths.MANIFEST), params.data))
         training = train_autoencoder(params.autoencoder, images, params.seed, launch.torch_device())
-        trained = follow("autoencoder", training)
+        trained = track("autoencoder", training)
         save_autoencoder(trained.autoencoder, folder)
         write_json(folder / "training.json", {"reconstruction_mse": trained.reconstruction_mse})
 
 
 def encode(params: Params, launch: Launch) -> None:
     """Encode every image to its latent moments, from where an interrupted encoding stopped."""
-    from afm_pipe.data.encoding import encode_dataset
+    from afm_pipe.autoencoders.encoding import encode_dataset
+    from afm_pipe.autoencoders.kl import autoencoder_sha256, load_autoencoder
     from afm_pipe.data.manifest import read_manifest
-    from afm_pipe.models.autoencoder import autoencoder_sha256, load_autoencoder
-    from afm_pipe.ranks import joined
+    from afm_pipe.distributed.process_group import init_distributed
 
     device = launch.torch_device()
     vae, identity = load_autoencoder(paths.AUTOENCODER, device), autoencoder_sha256(paths.AUTOENCODER)
     manifest, work_dir = read_manifest(paths.MANIFEST), paths.WORK / "encode"
-    with joined(device) as ranks:
-        follow("encode", encode_dataset(params, manifest, vae, identity, paths.LATENTS, work_dir, device, ranks))
+    with init_distributed(device) as ranks:
+        track("encode", encode_dataset(params, manifest, vae, identity, paths.LATENTS, work_dir, device, ranks))
 
 
 def reference(params: Params, launch: Launch) -> None:
     """Measure the real images: the statistics that samples are held against."""
+    from afm_pipe.autoencoders.kl import load_autoencoder
     from afm_pipe.data.manifest import UnreadImages, load_images, read_manifest, require_images
     from afm_pipe.evaluation.reference import build_reference
-    from afm_pipe.models.autoencoder import load_autoencoder
 
     device, manifest = launch.torch_device(), read_manifest(paths.MANIFEST)
     vae = load_autoencoder(paths.AUTOENCODER, device)
     images: Any = UnreadImages(manifest, params.data)
     if images.nbytes < IN_MEMORY:
-        images = follow("read images", load_images(manifest, params.data))
+        images = track("read images", load_images(manifest, params.data))
     else:
-        follow("look for images", require_images(manifest, params.data))
+        track("look for images", require_images(manifest, params.data))
     with atomic_path(paths.REFERENCE) as folder:
         building = build_reference(
             params, images, manifest.labels, manifest.classes, manifest.digest, vae, folder, device
         )
-        follow("reference", building)
+        track("reference", building)
 
 
 def classifier(params: Params, launch: Launch) -> None:
     """Train the classifier that guides, from where an interrupted training stopped; without one in params, say so."""
-    from afm_pipe.fingerprint import TRAINING_SOURCES, fingerprint
-    from afm_pipe.models.checkpoint_format import save_tensors
-    from afm_pipe.ranks import env_rank, joined
-    from afm_pipe.training.checkpoints import Keeping
+    from afm_pipe.distributed.process_group import init_distributed
+    from afm_pipe.models.model_files import save_tensors
+    from afm_pipe.params.versions import versions
+    from afm_pipe.runtime.environment import env_rank
+    from afm_pipe.runtime.identity import fingerprint
+    from afm_pipe.training.checkpoints import RetentionPolicy
     from afm_pipe.training.classifier import accuracy_by_level, train_latent_classifier
 
     settings, device = params.classifier, launch.torch_device()
@@ -95,9 +97,9 @@ def classifier(params: Params, launch: Launch) -> None:
         return
     latents = open_latents(params)
     described = {"classifier": settings.model_dump(), "seed": params.seed}
-    identity = fingerprint(described, {"latents": latents.fingerprint()}, TRAINING_SOURCES)
+    identity = fingerprint(described, {"latents": latents.fingerprint()}, versions("data", "objective"))
     work_dir = paths.WORK / "classifier"
-    with joined(device) as ranks, exclusive(work_dir) if ranks.first else nullcontext() as lease:
+    with init_distributed(device) as ranks, hold_lease(work_dir) if ranks.is_main_process else nullcontext() as lease:
         training = train_latent_classifier(
             settings,
             latents,
@@ -108,9 +110,9 @@ def classifier(params: Params, launch: Launch) -> None:
             launch.checkpoint_seconds,
             ranks,
             launch.micro_batch,
-            Keeping(launch.keep_checkpoints, own=lease.check) if lease else Keeping(),
+            RetentionPolicy(launch.keep_checkpoints, own=lease.check) if lease else RetentionPolicy(),
         )
-        trained = follow("classifier", training)
+        trained = track("classifier", training)
         if lease is None:
             return
         lease.check()

@@ -5,20 +5,20 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from afm_pipe import paths
-from afm_pipe.console import Tick, follow
-from afm_pipe.errors import UserError
-from afm_pipe.files import atomic_path, read_json, sha256_file, write_json
-from afm_pipe.launch import Launch
-from afm_pipe.lease import exclusive
+from afm_pipe.distributed.launch import Launch
 from afm_pipe.params import RESERVED_NAMES, Imported, Params, valid_name
-from afm_pipe.pipeline.known import known_model, load_sampler
+from afm_pipe.pipeline.find import find_model, load_sampler
+from afm_pipe.runtime import paths
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.files import atomic_path, read_json, sha256_file, write_json
+from afm_pipe.runtime.lease import hold_lease
+from afm_pipe.runtime.progress import Progress, track
 
 if TYPE_CHECKING:
     import torch
 
-    from afm_pipe.drawing import Request, Sampler
-    from afm_pipe.ranks import Ranks
+    from afm_pipe.distributed.process_group import ProcessGroup
+    from afm_pipe.sampling.requests import Request, Sampler
 
 
 def import_weights(params: Params, name: str, settings: Imported | None = None) -> None:
@@ -41,63 +41,63 @@ def export(name: str, kind: str, out: Path) -> None:
     """Write a model for others: released, safetensors or diffusers."""
     from afm_pipe.models.exports import export as write_export
 
-    write_export(known_model(name), paths.AUTOENCODER, kind, out)
+    write_export(find_model(name), paths.AUTOENCODER, kind, out)
     print(f"{out}: {name} as {kind}.")
 
 
 def export_samples(params: Params, name: str, launch: Launch, out: Path) -> None:
     """Write the samples that evaluation measures as one npz in shuffled order, for ADM's evaluator."""
-    from afm_pipe.image_files import ShuffledNpz
-    from afm_pipe.ranks import joined
-    from afm_pipe.sampling import labels_for
+    from afm_pipe.distributed.process_group import init_distributed
+    from afm_pipe.sampling.generate import labels_for
+    from afm_pipe.sampling.image_writers import ShuffledNpz
 
     if out.suffix != ".npz" or out.is_dir():
         raise UserError(f"Found --out {out}, expected the name of a file that ends in .npz.")
     sampler, settings = load_sampler(params, name, launch.torch_device()), params.evaluate
     labels = labels_for(range(settings.samples), len(sampler.class_names)).tolist()
 
-    def write(path: Path) -> Generator[Tick, None, None]:
+    def write(path: Path) -> Generator[Progress, None, None]:
         file = ShuffledNpz(path, labels, settings.seed)
         try:
             for indices, _, images in _measured_images(params, sampler, ranks):
                 file.add(images)
-                yield Tick(indices.stop, settings.samples, "samples")
+                yield Progress(indices.stop, settings.samples, "samples")
             file.finish()
         finally:
             file.close()
 
-    with joined(sampler.device) as ranks:
-        if not ranks.first:
+    with init_distributed(sampler.device) as ranks:
+        if not ranks.is_main_process:
             _compute(_measured_images(params, sampler, ranks))
             return
         with atomic_path(out) as aside:
-            follow(f"export {name}", write(aside))
+            track(f"export {name}", write(aside))
     print(f"{out}: {settings.samples} samples of {name}, shuffled, for ADM's evaluator.")
 
 
 def sample(params: Params, name: str, launch: Launch, request: "Request | None" = None) -> None:
     """Draw a model's grid (the first classes in rows, the same seeds for every model) and strips from seed to seed, or
     what `request` asks for."""
-    from afm_pipe.drawing import assist, check_request, draw
-    from afm_pipe.ranks import joined
+    from afm_pipe.distributed.process_group import init_distributed
+    from afm_pipe.sampling.requests import assist, check_request, draw
 
     settings = params.sample
     if request:
         check_request(request)
     sampler = load_sampler(params, name, launch.torch_device())
-    with joined(sampler.device) as ranks:
+    with init_distributed(sampler.device) as ranks:
         if request:
             asked = sampler, request, settings.seed, settings.per_class, settings.classes, ranks
-            if ranks.first:
-                print(follow(f"sample {name}", draw(*asked)).words())
+            if ranks.is_main_process:
+                print(track(f"sample {name}", draw(*asked)).words())
             else:
                 assist(*asked)
             return
-        if ranks.first:
+        if ranks.is_main_process:
             _draw_grids(params, name, sampler)
-        if settings.keep_images and ranks.first:
+        if settings.keep_images and ranks.is_main_process:
             with atomic_path(paths.samples(name) / "images") as folder:
-                follow(f"keep images of {name}", _keep_images(params, sampler, folder, ranks))
+                track(f"keep images of {name}", _keep_images(params, sampler, folder, ranks))
         elif settings.keep_images:
             _compute(_measured_images(params, sampler, ranks))
 
@@ -105,8 +105,8 @@ def sample(params: Params, name: str, launch: Launch, request: "Request | None" 
 def _draw_grids(params: Params, name: str, sampler: "Sampler") -> None:
     import torch
 
-    from afm_pipe.drawing import draw_interpolation
-    from afm_pipe.sampling import generate_images, grid
+    from afm_pipe.sampling.generate import generate_images, grid
+    from afm_pipe.sampling.requests import draw_interpolation
 
     settings = params.sample
     rows = min(settings.classes, len(sampler.class_names))
@@ -127,21 +127,23 @@ def _draw_grids(params: Params, name: str, sampler: "Sampler") -> None:
         draw_interpolation(sampler, settings.seed, rows).save(aside, format="png")
 
 
-def _keep_images(params: Params, sampler: "Sampler", folder: Path, ranks: "Ranks") -> Generator[Tick, None, None]:
+def _keep_images(
+    params: Params, sampler: "Sampler", folder: Path, ranks: "ProcessGroup"
+) -> Generator[Progress, None, None]:
     """Write the very images that evaluation measures as PNG files by index."""
-    from afm_pipe.image_files import PngFolder
+    from afm_pipe.sampling.image_writers import PngFolder
 
     files = PngFolder(folder)
     for indices, _, images in _measured_images(params, sampler, ranks):
         files.add(images)
-        yield Tick(indices.stop, params.evaluate.samples, "images")
+        yield Progress(indices.stop, params.evaluate.samples, "images")
 
 
 def _measured_images(
-    params: Params, sampler: "Sampler", ranks: "Ranks"
+    params: Params, sampler: "Sampler", ranks: "ProcessGroup"
 ) -> "Iterator[tuple[range, torch.Tensor, torch.Tensor]]":
     """Yield the samples that evaluation measures, on the first rank."""
-    from afm_pipe.sampling import stream_images
+    from afm_pipe.sampling.generate import stream_images
 
     settings, classes = params.evaluate, len(sampler.class_names)
     return stream_images(
@@ -157,10 +159,11 @@ def _compute(samples: "Iterator[object]") -> None:
 
 def evaluate(params: Params, name: str, launch: Launch) -> None:
     """Measure a run's samples against the reference."""
+    from afm_pipe.autoencoders.kl import autoencoder_sha256
+    from afm_pipe.distributed.process_group import init_distributed
     from afm_pipe.evaluation.metrics import Evaluator, assist, evaluate_run
-    from afm_pipe.fingerprint import fingerprint
-    from afm_pipe.models.autoencoder import autoencoder_sha256
-    from afm_pipe.ranks import joined
+    from afm_pipe.params.versions import versions
+    from afm_pipe.runtime.identity import fingerprint
 
     device = launch.torch_device()
     generator, vae, shape, *_ = load_sampler(params, name, device)
@@ -186,13 +189,13 @@ def evaluate(params: Params, name: str, launch: Launch) -> None:
     }
     hashes = {reference.name: reference.sha256 for reference in tools.references}
     hashes |= {"thumbnails": sha256_file(paths.REFERENCE / "thumbnails.npz")}
-    identity = fingerprint(measured, hashes, ("evaluation", "sampling.py", "models"))
+    identity = fingerprint(measured, hashes, versions("sampling", "evaluation"))
     work_dir = paths.WORK / name / "evaluate"
-    with joined(device) as ranks:
-        if not ranks.first:
+    with init_distributed(device) as ranks:
+        if not ranks.is_main_process:
             assist(params, generator, vae, tools, ranks, device)
             return
-        with exclusive(work_dir):
+        with hold_lease(work_dir):
             run = evaluate_run(
                 params,
                 generator,
@@ -205,7 +208,7 @@ def evaluate(params: Params, name: str, launch: Launch) -> None:
                 checkpoint_seconds=launch.checkpoint_seconds,
                 ranks=ranks,
             )
-            metrics, nearest = follow(f"evaluate {name}", run)
+            metrics, nearest = track(f"evaluate {name}", run)
     write_json(paths.metrics(name), metrics)
     shutil.rmtree(work_dir / identity, ignore_errors=True)
     with atomic_path(paths.samples(name) / "nearest.png") as aside:

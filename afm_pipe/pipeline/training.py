@@ -5,20 +5,20 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from afm_pipe import paths
-from afm_pipe.console import follow
-from afm_pipe.errors import NotFiniteError, UserError
-from afm_pipe.files import atomic_path, read_json, sha256_file, write_json
-from afm_pipe.launch import Launch, machine_name
-from afm_pipe.lease import exclusive
+from afm_pipe.distributed.launch import Launch, machine_name
 from afm_pipe.params import Params, Run
-from afm_pipe.pipeline.known import model_config, named_run, open_latents, run_budget
-from afm_pipe.status import FATAL
+from afm_pipe.pipeline.find import model_config, named_run, open_latents, run_budget
+from afm_pipe.runtime import paths
+from afm_pipe.runtime.errors import NotFiniteError, UserError
+from afm_pipe.runtime.files import atomic_path, read_json, sha256_file, write_json
+from afm_pipe.runtime.lease import hold_lease
+from afm_pipe.runtime.progress import track
+from afm_pipe.training.events import FATAL
 
 if TYPE_CHECKING:
     import torch
 
-    from afm_pipe.models.checkpoint_format import ModelConfig
+    from afm_pipe.models.model_files import ModelConfig
     from afm_pipe.training.state import Start, TrainingState
 
 
@@ -27,14 +27,15 @@ def train(params: Params, name: str, launch: Launch) -> None:
 
     A guided run starts from the model of the run it continues.
     """
-    from afm_pipe.budget import require_memory
-    from afm_pipe.fingerprint import training_identity
-    from afm_pipe.live_log import logged
-    from afm_pipe.ranks import joined
-    from afm_pipe.study.cells import probes
-    from afm_pipe.training.checkpoints import Keeping
+    from afm_pipe.distributed.process_group import init_distributed
+    from afm_pipe.params.versions import run_identity
+    from afm_pipe.planning.budget import require_memory
+    from afm_pipe.study.trials import probes
+    from afm_pipe.training.checkpoints import RetentionPolicy
     from afm_pipe.training.curves import write_curves
+    from afm_pipe.training.engine import Engine
     from afm_pipe.training.events import FILE, read_events, write_events
+    from afm_pipe.training.live_log import logged
     from afm_pipe.training.loop import train as train_loop
     from afm_pipe.training.schedules import update_at
 
@@ -42,16 +43,16 @@ def train(params: Params, name: str, launch: Launch) -> None:
     latents = open_latents(params)
     config = model_config(params, name, len(latents.classes))
     start, guide, origins = _origin(params, name, run, device)
-    identity = training_identity(run, params.latent_shape, latents.fingerprint(), origins)
+    identity = run_identity(run, params.latent_shape, latents.fingerprint(), origins)
     if start is not None:
         _require_base(start, config, paths.model(params.guided[name].base))
     keep_at = probes(run, latents.num_images, continues=start is not None)  # as a cell of a table would
     epochs = launch.keep_every_epochs
     every = None if epochs is None else max(update_at(run, epochs, latents.num_images), 1)
-    keeping = Keeping(launch.keep_checkpoints, every=every, best=launch.keep_best)
+    keeping = RetentionPolicy(launch.keep_checkpoints, every=every, best=launch.keep_best)
     work_dir = paths.WORK / name
-    with joined(device) as ranks, exclusive(work_dir) if ranks.first else nullcontext() as lease:
-        require_memory(run_budget(params, name, launch, ranks.size), name, device)
+    with init_distributed(device) as ranks, hold_lease(work_dir) if ranks.is_main_process else nullcontext() as lease:
+        require_memory(run_budget(params, name, launch, ranks.world_size), name, device)
         ranks.barrier()  # nobody has taken any memory while another looks
         training = train_loop(
             run,
@@ -67,14 +68,14 @@ def train(params: Params, name: str, launch: Launch) -> None:
             ranks,
             launch.micro_batch,
             keeping._replace(own=lease.check) if lease else keeping,
-            launch.engine(),
+            Engine.of(launch),
         )
         if lease is None:
-            follow(f"train {name}", training)
+            track(f"train {name}", training)
             return
         live = logged(training, work_dir / identity / "curves.csv", paths.WORK / "dvclive" / name)
         try:
-            trained = follow(f"train {name}", live)
+            trained = track(f"train {name}", live)
         except NotFiniteError as error:
             _write_down(work_dir / identity, error, run.batch_size)
             raise
@@ -95,7 +96,7 @@ def train(params: Params, name: str, launch: Launch) -> None:
         write_curves(paths.curves(name), trained.state.rows)
         write_events(paths.events(name), read_events(work_dir / identity / FILE))
         own_updates = trained.state.update - (start.update if start else 0)
-        write_json(paths.costs(name), _cost(trained.state, own_updates, run.batch_size, device, ranks.size))
+        write_json(paths.costs(name), _cost(trained.state, own_updates, run.batch_size, device, ranks.world_size))
 
 
 def _write_down(folder: Path, error: NotFiniteError, batch_size: int) -> None:
@@ -112,8 +113,8 @@ def _origin(
     params: Params, name: str, run: Run, device: "torch.device"
 ) -> tuple["Start | None", "torch.nn.Module | None", dict[str, str]]:
     """Return what a run begins from and is guided by, if anything, and the hashes of those."""
-    from afm_pipe.models.checkpoint_format import load_tensors
     from afm_pipe.models.classifier import load_latent_classifier
+    from afm_pipe.models.model_files import load_tensors
     from afm_pipe.training.state import Start
 
     files, start, guide = {}, None, None
@@ -135,7 +136,7 @@ def _require_base(start: "Start", config: "ModelConfig", folder: Path) -> None:
     """Raise UserError where a run's base is another network than the run's own."""
     import torch
 
-    from afm_pipe.models.checkpoint_format import build_discriminator, build_generator, require_fit
+    from afm_pipe.models.model_files import build_discriminator, build_generator, require_fit
 
     with torch.device("meta"):
         require_fit(build_generator(config), start.generator, folder / "generator.safetensors")
@@ -143,7 +144,7 @@ def _require_base(start: "Start", config: "ModelConfig", folder: Path) -> None:
 
 
 def _write_model(name: str, state: "TrainingState", description: dict[str, Any]) -> None:
-    from afm_pipe.models.checkpoint_format import save_model
+    from afm_pipe.models.model_files import save_model
 
     with atomic_path(paths.model(name)) as folder:
         save_model(folder, state.ema, state.discriminator, description)

@@ -2,13 +2,13 @@
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from afm_pipe import paths
-from afm_pipe.errors import UserError
-from afm_pipe.files import read_json
 from afm_pipe.reporting.printing import markdown
 from afm_pipe.reporting.section import Section
 from afm_pipe.reporting.table import Cell, Column, Table
 from afm_pipe.reporting.titles import number
+from afm_pipe.runtime import paths
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.files import read_json
 
 SOURCE = str(paths.BENCHMARKS)
 PROFILED = ": where"  # ends the case of a row that is an operator's share of an update

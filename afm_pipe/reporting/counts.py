@@ -14,8 +14,8 @@ from afm_pipe.reporting.table import Cell, Column, Origin, Table, origins_of
 from afm_pipe.reporting.tables import published_cell
 
 if TYPE_CHECKING:
-    from afm_pipe.counting import Work
-    from afm_pipe.models.checkpoint_format import ModelConfig
+    from afm_pipe.models.model_files import ModelConfig
+    from afm_pipe.planning.counting import Work
 
 TITLES = {"XL/2 2": "XL/2, 2 or 4 steps", "XL/2 deep": "XL/2, blocks repeated"}
 COUNTED_BATCH = 16  # work is in proportion to it; a quarter of it is penalised
@@ -38,7 +38,7 @@ def count_tables(inputs: Inputs) -> tuple[Table, Table]:
 
 
 def _architectures(inputs: Inputs) -> Table:
-    from afm_pipe.models.sizes import SIZES
+    from afm_pipe.params.sizes import SIZES
 
     columns = (
         Column("model", "Model", numeric=False),
@@ -106,7 +106,7 @@ def _compute(inputs: Inputs) -> Table:
 def _parameters(size: str, nfe: int, repeats: int) -> tuple[int, int]:
     import torch
 
-    from afm_pipe.models.checkpoint_format import build_discriminator, build_generator, count_parameters
+    from afm_pipe.models.model_files import build_discriminator, build_generator, count_parameters
 
     config = _paper_config(size, nfe, repeats)
     with torch.device("meta"):
@@ -121,15 +121,15 @@ def _unit_cells(work: "Work") -> tuple[Cell, ...]:
 
 def xl2_work(train: Run) -> "Work":
     """Return the work of an update of XL/2 in one step at the paper's shape, penalties as in the paper."""
-    from afm_pipe.counting import measure
+    from afm_pipe.planning.counting import measure
 
-    penalty = train.penalty.model_copy(update={"share": 0.25, "every": 1})
+    penalty = train.penalty.model_copy(update={"batch_fraction": 0.25, "every": 1})
     own = {"size": "xl2", "nfe": 1, "form": "direct", "repeats": 1, "penalty": penalty, "reuse_forward": False}
     return measure(train.model_copy(update=own), _paper_config("xl2", 1, 1), COUNTED_BATCH)
 
 
 def _paper_config(size: str, nfe: int, repeats: int) -> "ModelConfig":
-    from afm_pipe.models.checkpoint_format import ModelConfig
+    from afm_pipe.models.model_files import ModelConfig
 
     shape = {"channels": 4, "latent_size": 32, "num_classes": 1000}
     form = {"nfe": nfe, "form": "direct" if nfe == 1 else "residual", "repeats": repeats, "qk_norm": False}
@@ -138,8 +138,8 @@ def _paper_config(size: str, nfe: int, repeats: int) -> "ModelConfig":
 
 def _work(record: RunRecord) -> "Work | None":
     """Return the work of an update of a run; None of a model that was not trained here."""
-    from afm_pipe.counting import measure
-    from afm_pipe.models.checkpoint_format import ModelConfig
+    from afm_pipe.models.model_files import ModelConfig
+    from afm_pipe.planning.counting import measure
 
     run: Run | None = record.settings
     described: dict[str, Any] = record.config.model

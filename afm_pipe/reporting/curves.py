@@ -51,18 +51,23 @@ class Panel(NamedTuple):
 QUANTITIES = (
     Quantity("logit_gap", "Logit gap", "Mean D(x) − D(G(z)): how far the discriminator tells real from generated"),
     Quantity("d_accuracy", "Discriminator's accuracy", "Share of pairs with D(x) > D(G(z)); one half: it cannot tell"),
-    Quantity("move_rms", "Way from noise", "rms(G(z) − z): 0 would be a generator that returns its noise"),
+    Quantity("transport_rms", "Way from noise", "rms(G(z) − z): 0 would be a generator that returns its noise"),
     Quantity("d_adversarial", "Discriminator's adversarial loss", "softplus(−(D(x) − D(G(z)))); 0.69: undecided"),
     Quantity("g_adversarial", "Generator's adversarial loss", "softplus(−(D(G(z)) − D(x)))"),
     Quantity("g_transport", "Transport loss", "Mean squared way from noise to sample"),
     Quantity("transport", "Transport weight", "λ_ot as scheduled"),
     Quantity("r1", "R1 penalty", "Squared slope of D at real latents, log scale", log=True),
     Quantity("r2", "R2 penalty", "Squared slope of D at generated latents, log scale", log=True),
-    Quantity("centring", "Logit centring", "Mean (D(x) + D(G(z)))², log scale", log=True),
+    Quantity("logit_centering", "Logit logit_centering", "Mean (D(x) + D(G(z)))², log scale", log=True),
     Quantity("output_scale", "Size of samples", "rms(G(z)) over rms(x): far above 1, the training diverges"),
-    Quantity("g_adversarial_push", "Adversarial gradient at G's output", "Norm, as D gives it, log scale", log=True),
     Quantity(
-        "g_transport_push", "Transport gradient at G's output", "Norm, with guidance's if any, log scale", log=True
+        "g_adv_output_grad_norm", "Adversarial gradient at G's output", "Norm, as D gives it, log scale", log=True
+    ),
+    Quantity(
+        "g_transport_output_grad_norm",
+        "Transport gradient at G's output",
+        "Norm, with guidance's if any, log scale",
+        log=True,
     ),
     Quantity("d_grad_norm", "Discriminator's gradient norm", "Log scale", log=True),
     Quantity("g_grad_norm", "Generator's gradient norm", "Log scale", log=True),

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from afm_pipe import paths
 from afm_pipe.reporting import pictures
 from afm_pipe.reporting.inputs import Inputs, RunRecord, stage_of
 from afm_pipe.reporting.pictures import Picture
+from afm_pipe.runtime import paths
 
 PICTURE_BYTES = 6 * 2**20  # of all pictures on the page, before base64 adds a third: it stays under 10 MiB
 SIDE_BY_SIDE = 2  # seeds of each class, the first of the grid

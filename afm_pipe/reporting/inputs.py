@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from afm_pipe import paths
-from afm_pipe.errors import UserError
-from afm_pipe.files import read_json, read_text
 from afm_pipe.params import Params, Run
+from afm_pipe.runtime import paths
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.files import read_json, read_text
 
 LARGEST_LOG = 1 << 28  # bytes of curves or events; a run has at most some thousand rows
 LARGEST_NUMBER = 1e300

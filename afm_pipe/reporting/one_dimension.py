@@ -5,11 +5,11 @@ from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-from afm_pipe import paths
 from afm_pipe.reporting import pictures, titles
 from afm_pipe.reporting.inputs import typed
 from afm_pipe.reporting.pictures import Picture
 from afm_pipe.reporting.tables import Cell, Column, Table
+from afm_pipe.runtime import paths
 
 MAX_BYTES = 400_000  # of one figure inside the page
 RESULTS = paths.TOY / "results.json"

@@ -7,7 +7,6 @@ parameters of the real modules, 12 the work of the real steps (counts.py). Only 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from afm_pipe import paths
 from afm_pipe.params import Params
 from afm_pipe.reporting import titles
 from afm_pipe.reporting.counts import count_tables
@@ -16,6 +15,7 @@ from afm_pipe.reporting.ranking import interval_note, metric_cell, ranked
 from afm_pipe.reporting.section import Section
 from afm_pipe.reporting.table import Cell, Column, Table, origins_of
 from afm_pipe.reporting.tables import published_cell, published_tables
+from afm_pipe.runtime import paths
 
 PAPER_METRICS = ("fid", "sfid", "is", "precision", "recall")
 SAME = {"is": "inception_score"}  # what the paper's `is` is called in our metrics files

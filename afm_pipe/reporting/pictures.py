@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
-from afm_pipe.errors import UserError
 from afm_pipe.reporting.inputs import needed
+from afm_pipe.runtime.errors import UserError
 
 SIDES = (2048, 1536, 1024, 768, 512, 256)  # tried in turn for a picture that is too heavy
 

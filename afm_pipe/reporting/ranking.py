@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 
-from afm_pipe import paths
 from afm_pipe.reporting import titles
 from afm_pipe.reporting.inputs import RunRecord
 from afm_pipe.reporting.table import Cell, Column
+from afm_pipe.runtime import paths
 
 Row = tuple[Cell, ...]
 NO_INTERVALS = (

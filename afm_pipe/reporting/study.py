@@ -8,15 +8,15 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from afm_pipe import paths
 from afm_pipe.reporting import titles
 from afm_pipe.reporting.inputs import Inputs
 from afm_pipe.reporting.plots import Point, error_bars, heat_map
 from afm_pipe.reporting.section import Figure, Section
-from afm_pipe.reporting.study_cells import ACCURACY, SCOPES, Pair, Spread, Studied, StudyCell, read_pairs
 from afm_pipe.reporting.study_checks import RULE, Verdict, checks_table, decide
 from afm_pipe.reporting.study_published import published_table
+from afm_pipe.reporting.study_trials import ACCURACY, SCOPES, Pair, Spread, Studied, StudyCell, read_pairs
 from afm_pipe.reporting.table import Cell, Column, Table
+from afm_pipe.runtime import paths
 
 ONLY = "°"  # marks what only the study has
 DIVERGED = (

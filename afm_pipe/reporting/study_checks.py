@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 
 from afm_pipe.params import Check, Group, StudyTable
 from afm_pipe.reporting import titles
-from afm_pipe.reporting.study_cells import ACCURACY, SCOPES, Pair, Studied, StudyCell
+from afm_pipe.reporting.study_trials import ACCURACY, SCOPES, Pair, Studied, StudyCell
 from afm_pipe.reporting.table import Cell, Column, Table
 from afm_pipe.training.events import ALARMS
 

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from afm_pipe.errors import UserError
 from afm_pipe.reporting.table import Cell, Column, Table
 from afm_pipe.reporting.tables import published_cell
+from afm_pipe.runtime.errors import UserError
 
 _WHAT = {
     "ot_gp_grid": "Table 1: B/2, one step, 20 epochs, FID-50k, mean and spread of two runs; λ_ot 0 diverges for every "

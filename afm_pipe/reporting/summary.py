@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from afm_pipe import paths
 from afm_pipe.reporting import titles
 from afm_pipe.reporting.inputs import Inputs, RunRecord
 from afm_pipe.reporting.ranking import overlap
+from afm_pipe.runtime import paths
 
 
 class Fact(NamedTuple):

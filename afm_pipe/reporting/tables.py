@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from afm_pipe import paths
 from afm_pipe.params import Run
 from afm_pipe.reporting import titles
 from afm_pipe.reporting.inputs import Inputs, RunRecord
 from afm_pipe.reporting.ranking import interval_note, metric_cell, ranked
 from afm_pipe.reporting.table import Cell, Column, Table
+from afm_pipe.runtime import paths
 
 _SETTINGS = {
     "size": "Size",

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from afm_pipe import paths
-from afm_pipe.files import atomic_path
 from afm_pipe.params import Params
 from afm_pipe.reporting import curves, titles
 from afm_pipe.reporting.inputs import Config, RunRecord, read_curve
 from afm_pipe.reporting.page import environment
-from afm_pipe.status import read_events
+from afm_pipe.reporting.status import read_events
+from afm_pipe.runtime import paths
+from afm_pipe.runtime.files import atomic_path
 from afm_pipe.training.events import FILE
 
 PAGE = paths.WORK / "watch.html"

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple, Protocol
 import psutil
 from torch import Tensor
 
-from afm_pipe.errors import UnwritableError, UserError
-from afm_pipe.files import atomic_path, read_json, remove_leftovers, sha256_file, write_json
-from afm_pipe.models.checkpoint_format import load_tensors, save_tensors
-from afm_pipe.ranks import ALONE, Ranks
+from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from afm_pipe.models.model_files import load_tensors, save_tensors
+from afm_pipe.runtime.errors import UnwritableError, UserError
+from afm_pipe.runtime.files import atomic_path, read_json, remove_leftovers, sha256_file, write_json
 from afm_pipe.training.curves import Row, read_curves, write_curves
 from afm_pipe.training.sharding import names_in, read_shards, write_shards
 
@@ -27,7 +27,7 @@ BESIDES = ("curves.csv", "extra.json")  # the parts of tensors
 SHARDS = "shards"
 
 
-class Keeping(NamedTuple):
+class RetentionPolicy(NamedTuple):
     """How checkpoints are written and kept, which never changes a number."""
 
     last: int = 2  # the latest, and one in case the latest is damaged
@@ -104,9 +104,9 @@ class Writer:
         folder: Path,
         fingerprint: str,
         seconds: float,
-        keeping: Keeping,
+        keeping: RetentionPolicy,
         active: bool = True,
-        shares: Ranks = ALONE,
+        shares: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         self.folder, self.fingerprint, self.seconds, self.keeping = folder, fingerprint, seconds, keeping
         self.active, self.shares = active, shares
@@ -118,7 +118,7 @@ class Writer:
         self._cancelled = False
 
     def __enter__(self) -> "Writer":
-        if self.active and self.shares.first:
+        if self.active and self.shares.is_main_process:
             remove_leftovers(self.folder)
         return self
 
@@ -141,7 +141,7 @@ class Writer:
         self._collect()
         if not self.active:
             return
-        in_background = self.keeping.in_background and self.shares.size == 1
+        in_background = self.keeping.in_background and self.shares.world_size == 1
         if in_background and _bytes(state) < 0.8 * psutil.virtual_memory().available:
             self._thread = threading.Thread(target=self._write, args=(Snapshot.of(state),), daemon=True)
             self._thread.start()
@@ -174,7 +174,7 @@ class Writer:
             self._error = error
 
     def _staying(self, state: Saveable) -> set[int]:
-        probes = state.extra.get("watch", {}).get("probes", ()) if self.keeping.best else ()
+        probes = state.extra.get("monitor", {}).get("probes", ()) if self.keeping.best else ()
         best = min(probes, key=lambda probe: probe["kid"], default=None)
         present = [int(path.name.removeprefix("update-")) for path in checkpoints(self.folder)]
         return staying([*present, state.update], self.keeping.every, best["update"] if best else None)
@@ -200,7 +200,7 @@ def save_checkpoint(
     last: int = 2,
     check: Callable[[], None] = lambda: None,
     keep: Collection[int] = (),
-    shares: Ranks = ALONE,
+    shares: ProcessGroup = SINGLE_PROCESS,
 ) -> None:
     """Write a checkpoint of `state` under `folder`; drop those of later updates and all but the newest `last`.
 
@@ -209,7 +209,7 @@ def save_checkpoint(
     `check` is called between the parts, and may raise. Where the disk has no room for one more, older ones go first,
     except the newest. Of a state that is sharded over `shares` all ranks call, and all raise when one fails.
     """
-    if shares.size > 1:
+    if shares.world_size > 1:
         _save_sharded(folder, state, fingerprint, lambda: _drop_old(folder, state.update, last, keep), check, shares)
         return
     _make_room(folder, _bytes(state))
@@ -229,7 +229,7 @@ def _save_sharded(
     fingerprint: str,
     drop: Callable[[], None],
     check: Callable[[], None],
-    shares: Ranks,
+    shares: ProcessGroup,
 ) -> None:
     written = folder / f".update-{state.update:09d}.shards.partial"  # beside, since all ranks must know its name
 
@@ -249,11 +249,11 @@ def _save_sharded(
         drop()
 
     try:
-        shares.on_first_or_none(begin)
+        shares.run_on_main(begin)
         write_shards(written, state.tensors())
-        shares.on_first_or_none(end)
+        shares.run_on_main(end)
     finally:
-        if shares.first:
+        if shares.is_main_process:
             shutil.rmtree(written, ignore_errors=True)
 
 

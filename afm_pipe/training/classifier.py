@@ -14,21 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from afm_pipe.console import Tick
 from afm_pipe.data.latents import Latents
 from afm_pipe.data.order import Order, stream_generator
-from afm_pipe.models.checkpoint_format import load_exactly
+from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from afm_pipe.models.classifier import LatentClassifier
-from afm_pipe.models.sizes import SIZES
+from afm_pipe.models.model_files import load_exactly
+from afm_pipe.objectives.adversarial_flow.augment import affine_view
+from afm_pipe.objectives.adversarial_flow.batches import num_micro_batches, require_images
+from afm_pipe.objectives.adversarial_flow.losses import interpolate
 from afm_pipe.params import Classifier
-from afm_pipe.ranks import ALONE, Ranks
-from afm_pipe.signals import Stopped, looked_for
-from afm_pipe.training.augment import affine_view
-from afm_pipe.training.batches import num_parts, require_images
-from afm_pipe.training.checkpoints import Keeping, Writer, load_latest
+from afm_pipe.params.sizes import SIZES
+from afm_pipe.runtime.progress import Progress
+from afm_pipe.runtime.signals import Stopped, shutdown_requested
+from afm_pipe.training.checkpoints import RetentionPolicy, Writer, load_latest
 from afm_pipe.training.curves import Row
 from afm_pipe.training.gradients import SharedGradients
-from afm_pipe.training.losses import interpolate
 from afm_pipe.training.schedules import ema_decay_at
 from afm_pipe.training.sharding import unfilled
 from afm_pipe.training.state import CLOCKS, load_optimizer, optimizer_tensors
@@ -78,10 +78,10 @@ def train_latent_classifier(
     fingerprint: str,
     device: torch.device,
     checkpoint_seconds: float,
-    ranks: Ranks = ALONE,
+    ranks: ProcessGroup = SINGLE_PROCESS,
     micro_batch: int | None = None,
-    keeping: Keeping = Keeping(),  # noqa: B008  # an immutable value
-) -> Generator[Tick, None, ClassifierState]:
+    keeping: RetentionPolicy = RetentionPolicy(),  # noqa: B008  # an immutable value
+) -> Generator[Progress, None, ClassifierState]:
     """Train the classifier to its end, from its newest checkpoint under `work_dir` if there is one.
 
     Several `ranks` share every batch, each in parts of `micro_batch` images, as in `train`.
@@ -91,11 +91,14 @@ def train_latent_classifier(
     total = -(-round(params.epochs * latents.num_images) // params.batch_size)
     require_images(ranks, params.batch_size)
     gradients = SharedGradients(state.model, ranks)
-    order, num = Order(latents.num_images, seed, "classifier"), num_parts(params.batch_size, ranks.size, micro_batch)
-    writing = Writer(work_dir / "checkpoints", fingerprint, checkpoint_seconds, keeping, active=ranks.first)
-    with looked_for() as asked, writing as writer:
+    order, num = (
+        Order(latents.num_images, seed, "classifier"),
+        num_micro_batches(params.batch_size, ranks.world_size, micro_batch),
+    )
+    writing = Writer(work_dir / "checkpoints", fingerprint, checkpoint_seconds, keeping, active=ranks.is_main_process)
+    with shutdown_requested() as asked, writing as writer:
         while state.update < total:
-            noisy, t, labels = _batch(params, latents, order, seed, state.update, ranks.own, device)
+            noisy, t, labels = _batch(params, latents, order, seed, state.update, ranks.shard, device)
             loss = torch.zeros((), device=device)
             for part in range(num):
                 with gradients.last_part(part == num - 1):
@@ -110,7 +113,7 @@ def train_latent_classifier(
                 torch._foreach_lerp_(
                     averages, list(state.model.parameters()), 1 - ema_decay_at(params.ema, state.update)
                 )
-            state.losses += ranks.sum_(loss)
+            state.losses += ranks.all_reduce(loss)
             state.update += 1
             ended = state.update == total
             row_due = ended or state.update % UPDATES_PER_ROW == 0
@@ -128,7 +131,7 @@ def train_latent_classifier(
                 if stop and not ended:
                     raise Stopped(asked.number or signal.SIGTERM)
             if row_due:
-                yield Tick(state.update, total, "updates", f"cross entropy {state.rows[-1]['cross_entropy']:.3f}")
+                yield Progress(state.update, total, "updates", f"cross entropy {state.rows[-1]['cross_entropy']:.3f}")
     return state
 
 

@@ -5,7 +5,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from afm_pipe.files import append_or_leave, atomic_path
+from afm_pipe.runtime.files import atomic_path, try_append
 
 Row = dict[str, float]
 
@@ -14,17 +14,17 @@ MEANS = (
     "d_adversarial",
     "r1",
     "r2",
-    "centring",
+    "logit_centering",
     "logit_gap",  # mean D(x) - D(G(z))
     "d_accuracy",  # share of pairs with D(x) > D(G(z))
     "d_grad_norm",
     "g_adversarial",
     "g_transport",
     "g_guidance",  # weighted, unlike the others
-    "move_rms",  # rms(G(z) - z)
+    "transport_rms",  # rms(G(z) - z)
     "output_scale",  # rms(G(z)) over rms(x)
-    "g_adversarial_push",  # norm of the adversarial gradient at G's output, before it is normalised
-    "g_transport_push",  # of the transport's there, with guidance's
+    "g_adv_output_grad_norm",  # norm of the adversarial gradient at G's output, before it is normalised
+    "g_transport_output_grad_norm",  # of the transport's there, with guidance's
     "g_grad_norm",
 )
 
@@ -44,7 +44,7 @@ def append_curve(path: Path, row: Row) -> None:
     """
     line = io.StringIO()
     csv.DictWriter(line, list(row), lineterminator="\n").writerow(row)
-    append_or_leave(path, line.getvalue())
+    try_append(path, line.getvalue())
 
 
 def read_curves(path: Path) -> list[Row]:

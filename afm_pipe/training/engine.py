@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from afm_pipe.distributed.launch import Launch
 from afm_pipe.models.dit import DiT
 from afm_pipe.params import Run
 
@@ -30,6 +31,11 @@ class Engine(NamedTuple):
     """Keep G's moving average in the machine's memory instead of the device's."""
     shard: bool = False
     """Of G, D, their optimizers and the moving average keep on each rank its share alone (`sharding.py`)."""
+
+    @classmethod
+    def of(cls, launch: Launch) -> "Engine":
+        """Return the engine that launch settings ask for."""
+        return cls(launch.checkpoint_activations, launch.compile, launch.tf32, launch.ema_on_cpu, launch.shard)
 
     def prepare(self, run: Run, device: torch.device, *networks: DiT) -> None:
         """Have networks that a run trains on a device compute this way."""

@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from afm_pipe.files import append_or_leave, atomic_path
+from afm_pipe.runtime.files import atomic_path, try_append
 
 FILE = "events.jsonl"  # in the folder of a training
+FATAL = ("divergence", "not_finite")  # kinds that end a training, where it did not go back
 ALARMS = ("identity", "divergence", "stagnation", "collapse")  # kinds that rules fire; all others are actions
 
 
@@ -39,7 +40,7 @@ def append_event(path: Path, event: Event) -> None:
 
     On a full disk it is left out: the watch remembers it, and the log is written anew at every start and at the end.
     """
-    append_or_leave(path, _line(event))
+    try_append(path, _line(event))
 
 
 def read_events(path: Path) -> list[Event]:

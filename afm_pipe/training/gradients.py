@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from afm_pipe.ranks import Ranks
+from afm_pipe.distributed.process_group import ProcessGroup
 
 BUCKET_BYTES = 64 << 20  # large enough to be sent at full speed, small enough to leave before the backward pass ends
 
@@ -35,12 +35,12 @@ class SharedGradients:
     each; G and D take part in each other's losses, and a batch may come in parts.
     """
 
-    def __init__(self, module: nn.Module, ranks: Ranks) -> None:
+    def __init__(self, module: nn.Module, ranks: ProcessGroup) -> None:
         self.module, self.ranks = module, ranks
         self._buckets: list[Bucket] = []
         self._used: set[Tensor] = set()
         self._sending, self._next = False, 0
-        if ranks.size > 1:
+        if ranks.world_size > 1:
             parameters = [p for p in module.parameters() if p.requires_grad]
             self._buckets = [Bucket(group) for group in _grouped(reversed(parameters))]
             for bucket in self._buckets:
@@ -88,7 +88,7 @@ class SharedGradients:
     def _send(self, until: int) -> None:
         """Begin the sums of the buckets before `until`: on every rank in the same order."""
         for bucket in self._buckets[self._next : until]:
-            bucket.work = self.ranks.begin_sum_(bucket.buffer)
+            bucket.work = self.ranks.begin_all_reduce(bucket.buffer)
         self._next = max(self._next, until)
 
 

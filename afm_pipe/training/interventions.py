@@ -8,17 +8,19 @@ from pathlib import Path
 
 from torch import Tensor
 
-from afm_pipe.errors import UserError
-from afm_pipe.files import atomic_path
-from afm_pipe.models.checkpoint_format import load_exactly, load_tensors, save_tensors
+from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from afm_pipe.models.model_files import load_exactly, load_tensors, save_tensors
 from afm_pipe.params import Run
-from afm_pipe.ranks import ALONE, Ranks
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.files import atomic_path
 from afm_pipe.training.schedules import update_at
 from afm_pipe.training.sharding import placed, whole
 from afm_pipe.training.state import TrainingState
 
 
-def intervene(run: Run, state: TrainingState, num_images: int, folder: Path, ranks: Ranks = ALONE) -> list[str]:
+def intervene(
+    run: Run, state: TrainingState, num_images: int, folder: Path, ranks: ProcessGroup = SINGLE_PROCESS
+) -> list[str]:
     """Do what is due before the update `state.update`; return a line for each thing done.
 
     D's weights are kept under `folder` at the epochs that a later phase puts D back to; all ranks must see its files.
@@ -32,7 +34,7 @@ def intervene(run: Run, state: TrainingState, num_images: int, folder: Path, ran
             path = folder / f"update-{then:09d}.safetensors"
             if state.update == then:
                 tensors = whole(state.discriminator.state_dict(), ranks)
-                if ranks.first:
+                if ranks.is_main_process:
                     with atomic_path(path) as aside:
                         save_tensors(aside, tensors)
                 ranks.barrier()

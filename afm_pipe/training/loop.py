@@ -9,25 +9,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from afm_pipe.console import Tick
 from afm_pipe.data.latents import Latents
-from afm_pipe.errors import NotFiniteError, UserError
-from afm_pipe.files import atomic_path, remove_leftovers
-from afm_pipe.models.checkpoint_format import ModelConfig, save_tensors
+from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup, report_lost_rank
 from afm_pipe.models.flow import Flow
+from afm_pipe.models.model_files import ModelConfig, save_tensors
+from afm_pipe.objectives.adversarial_flow.batches import Batches, Part
 from afm_pipe.params import Run
-from afm_pipe.ranks import ALONE, Ranks, peers_needed
-from afm_pipe.signals import Stopped, looked_for
-from afm_pipe.training.batches import Batches, Part
-from afm_pipe.training.checkpoints import Keeping, Writer, load_latest
+from afm_pipe.runtime.errors import NotFiniteError, UserError
+from afm_pipe.runtime.files import atomic_path, remove_leftovers
+from afm_pipe.runtime.progress import Progress
+from afm_pipe.runtime.signals import Stopped, shutdown_requested
+from afm_pipe.training.checkpoints import RetentionPolicy, Writer, load_latest
 from afm_pipe.training.curves import CLOCK, MEANS, append_curve, write_curves
 from afm_pipe.training.engine import Engine
 from afm_pipe.training.interventions import intervene
+from afm_pipe.training.monitor import TrainingMonitor
 from afm_pipe.training.schedules import Setting, num_updates
 from afm_pipe.training.sharding import whole
 from afm_pipe.training.state import Start, TrainingState
 from afm_pipe.training.update import Updates
-from afm_pipe.training.watch import Watcher
 
 ROWS = 1000  # at the most, in the curves of a run; rows are at least 10 updates apart
 
@@ -50,11 +50,11 @@ def train(
     start: Start | None = None,
     classifier: nn.Module | None = None,
     keep_at: Collection[int] = (),
-    ranks: Ranks = ALONE,
+    ranks: ProcessGroup = SINGLE_PROCESS,
     micro_batch: int | None = None,
-    keeping: Keeping = Keeping(),  # noqa: B008  # an immutable value
+    keeping: RetentionPolicy = RetentionPolicy(),  # noqa: B008  # an immutable value
     engine: Engine = Engine(),  # noqa: B008  # an immutable value
-) -> Generator[Tick, None, Trained]:
+) -> Generator[Progress, None, Trained]:
     """Train a run to its end, from its newest checkpoint under `work_dir`, else from `start`, else from nothing.
 
     `classifier` is needed by phases with guidance. After the updates in `keep_at` G's moving average is kept, as
@@ -71,7 +71,7 @@ def train(
         state.begin_from(start)
     notes = load_latest(work_dir / "checkpoints", state, fingerprint)
     _require_same_update(ranks, state.update)
-    if ranks.first:
+    if ranks.is_main_process:
         for folder in (work_dir, *work_dir.glob("*/")):
             remove_leftovers(folder)
         write_curves(work_dir / "curves.csv", state.rows)
@@ -96,11 +96,11 @@ def train(
             updates.abandon()
             raise
 
-    watcher = Watcher(run, state, flow, latents, work_dir, fingerprint, try_update, ranks)
-    yield Tick(state.update, total, "updates")
-    folder, active = work_dir / "checkpoints", ranks.first or state.shares.size > 1
+    watcher = TrainingMonitor(run, state, flow, latents, work_dir, fingerprint, try_update, ranks)
+    yield Progress(state.update, total, "updates")
+    folder, active = work_dir / "checkpoints", ranks.is_main_process or state.shares.world_size > 1
     writing = Writer(folder, fingerprint, checkpoint_seconds, keeping, active, state.shares)
-    with peers_needed(), looked_for() as asked, writing as writer:
+    with report_lost_rank(), shutdown_requested() as asked, writing as writer:
         while state.update < total and not watcher.finished:
             waited = time.monotonic()
             setting, coming = watcher.setting(), state.update + 1
@@ -110,7 +110,7 @@ def train(
                 if row_due:  # the watch may look at it
                     watcher.prepare()
             except UserError:  # the data are gone: what was trained so far is kept
-                if state.shares.size == 1:  # else the others would have to be here too
+                if state.shares.world_size == 1:  # else the others would have to be here too
                     writer.finish(state)
                 raise
             state.seconds["data_wait"] += time.monotonic() - waited
@@ -136,7 +136,7 @@ def train(
                 seen = state.update * run.batch_size
                 clock = (state.update, seen, seen / latents.num_images, setting.lr, setting.transport)
                 state.rows.append(dict(zip(CLOCK, clock, strict=True)) | means)
-                if ranks.first:
+                if ranks.is_main_process:
                     append_curve(work_dir / "curves.csv", state.rows[-1])
                 state.sums.zero_()
                 if watcher.after_row(total):
@@ -155,14 +155,14 @@ def train(
                 if stop and not ended:
                     raise Stopped(asked.number or signal.SIGTERM)
             if row_due:
-                facts = f"gap {means['logit_gap']:.2f}  move {means['move_rms']:.2f}  {writer.trouble}".rstrip()
-                yield Tick(state.update, total, "updates", facts)
+                facts = f"gap {means['logit_gap']:.2f}  move {means['transport_rms']:.2f}  {writer.trouble}".rstrip()
+                yield Progress(state.update, total, "updates", facts)
         notes += writer.notes
     watcher.write_log()
     if watcher.finished:
         for update in sorted(each for each in keep_at if each >= state.update):  # what stands for the schedule's end
             _keep(work_dir, update, state, ranks)
-    if state.shares.size > 1:
+    if state.shares.world_size > 1:
         state.gather(config)
     return Trained(state, notes)
 
@@ -172,16 +172,16 @@ def kept(work_dir: Path, update: int) -> Path:
     return work_dir / "kept" / f"update-{update:09d}.safetensors"
 
 
-def _keep(work_dir: Path, update: int, state: TrainingState, ranks: Ranks) -> None:
+def _keep(work_dir: Path, update: int, state: TrainingState, ranks: ProcessGroup) -> None:
     tensors = whole(state.ema.state_dict(), ranks)
-    if ranks.first:
+    if ranks.is_main_process:
         with atomic_path(kept(work_dir, update)) as aside:
             save_tensors(aside, tensors)
 
 
-def _require_same_update(ranks: Ranks, update: int) -> None:
+def _require_same_update(ranks: ProcessGroup, update: int) -> None:
     """Raise UserError when ranks found checkpoints of different updates."""
-    found = ranks.gather(update)
+    found = ranks.all_gather(update)
     if len(set(found)) > 1:
         raise UserError(
             f"Found the ranks at updates {', '.join(map(str, found))}, expected one for all: put work/ where every "

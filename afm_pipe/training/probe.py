@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from afm_pipe.data.latents import Latents
 from afm_pipe.data.order import Order, stream_generator
-from afm_pipe.evaluation.measures import kid
 from afm_pipe.models.flow import Flow
 from afm_pipe.params import Run
+from afm_pipe.training.kernel_distance import kid
 from afm_pipe.training.rules import Probed
 
 FEATURES = 64
@@ -33,7 +33,7 @@ class Probe:
         self.run, self.device = run, device
         self.body, self.head = _trained(latents, run, device)
         generator = stream_generator(run.seed, "probe")
-        chosen = torch.randperm(latents.num_images, generator=generator)[: run.watch.probe.samples]
+        chosen = torch.randperm(latents.num_images, generator=generator)[: run.monitor.probe.samples]
         self.labels = torch.as_tensor(latents.labels)[chosen]  # (N,)
         real = latents.draw(chosen, generator)  # (N, C, H, W)
         self.noise = torch.randn(real.shape, generator=generator)
@@ -49,12 +49,12 @@ class Probe:
         parts = zip(self.noise.split(self.run.batch_size), self.labels.split(self.run.batch_size), strict=True)
         samples = torch.cat([flow.sample(z.to(self.device), c.to(self.device)).cpu().to(self.dtype) for z, c in parts])
         if not samples.isfinite().all():
-            return {"kid": WORST, "right_class": 0.0, "variance": 0.0, "spread": 0.0}
+            return {"kid": WORST, "class_accuracy": 0.0, "variance": 0.0, "spread": 0.0}
         features, classes = self._seen(samples)
         distance = kid(self.real_features.numpy(), features.numpy(), 1, len(features), self.run.seed)
         return {
             "kid": distance if math.isfinite(distance) else WORST,
-            "right_class": self._right(classes) / self.real_right,
+            "class_accuracy": self._right(classes) / self.real_right,
             "variance": _within(features, self.labels) / self.real_within,
             "spread": float(samples.var(0).mean()) / self.real_spread,
         }
@@ -72,7 +72,7 @@ class Probe:
 
 def _trained(latents: Latents, run: Run, device: torch.device) -> tuple[nn.Module, nn.Module]:
     """Train the network that probes see with to tell classes apart, on the CPU: it is tiny."""
-    channels, updates = latents.latent_shape[0], run.watch.probe.updates
+    channels, updates = latents.latent_shape[0], run.monitor.probe.updates
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         side = min(latents.latent_shape[1], SIDE)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from afm_pipe.params import Run
 from afm_pipe.training.curves import Row
 
-Probed = dict[str, float]  # update, epoch, kid, right_class, variance, spread
+Probed = dict[str, float]  # update, epoch, kid, class_accuracy, variance, spread
 
 
 class Alarm(NamedTuple):
@@ -34,7 +34,7 @@ def alarms_of_probes(run: Run, rows: Sequence[Row], probes: Sequence[Probed]) ->
 
 def divergence(run: Run, rows: Sequence[Row]) -> Alarm | None:
     """Losses are not finite or explode, or samples are much larger than data."""
-    limits = run.watch.divergence
+    limits = run.monitor.divergence
     seen = _means(run, rows, "d_adversarial", "g_adversarial", "output_scale")
     if seen is None:
         return None
@@ -45,14 +45,14 @@ def divergence(run: Run, rows: Sequence[Row]) -> Alarm | None:
         return None
     if loss > limits.loss:
         return Alarm("divergence", f"an adversarial loss of {loss:.3g}, above {limits.loss:g}", seen)
-    if scale > limits.scale:
-        return Alarm("divergence", f"samples {scale:.3g} times as large as data, above {limits.scale:g}", seen)
+    if scale > limits.output_scale:
+        return Alarm("divergence", f"samples {scale:.3g} times as large as data, above {limits.output_scale:g}", seen)
     return None
 
 
 def spread_lost(run: Run, probes: Sequence[Probed]) -> Alarm | None:
     """Samples vary hardly at all, over all classes."""
-    last, limit = probes[-1], run.watch.divergence.spread
+    last, limit = probes[-1], run.monitor.divergence.spread
     if _settled(run, last) and last["spread"] < limit:
         text = f"samples vary {last['spread']:.3g} times as much as data, below {limit:g}"
         return Alarm("divergence", text, {"spread": last["spread"]})
@@ -61,20 +61,20 @@ def spread_lost(run: Run, probes: Sequence[Probed]) -> Alarm | None:
 
 def identity(run: Run, rows: Sequence[Row]) -> Alarm | None:
     """G returns nearly what it is given."""
-    seen = _means(run, rows, "move_rms")
+    seen = _means(run, rows, "transport_rms")
     if seen is None or not _settled(run, rows[-1]):
         return None
     steps = 3 if run.nfe == "any" else run.nfe  # the root mean square of s - t over pairs of times is a third
-    move = seen["move_rms"] * steps
-    if move < run.watch.identity.move:
-        text = f"G moves its noise by {move:.3g} of its size, below {run.watch.identity.move:g}"
+    move = seen["transport_rms"] * steps
+    if move < run.monitor.identity.transport_rms:
+        text = f"G moves its noise by {move:.3g} of its size, below {run.monitor.identity.transport_rms:g}"
         return Alarm("identity", text, {"move": move, "transport": rows[-1]["transport"]})
     return None
 
 
 def stagnation(run: Run, rows: Sequence[Row], probes: Sequence[Probed]) -> Alarm | None:
     """Quality stops improving while D wins."""
-    limits = run.watch.stagnation
+    limits = run.monitor.stagnation
     if not stopped_improving(run, probes):
         return None
     since = probes[-limits.probes - 1]["update"]
@@ -89,23 +89,23 @@ def stagnation(run: Run, rows: Sequence[Row], probes: Sequence[Probed]) -> Alarm
 
 def collapse(run: Run, probes: Sequence[Probed]) -> Alarm | None:
     """Samples of a class are too much alike, or those of different classes are; at several probes in a row."""
-    limits = run.watch.collapse
+    limits = run.monitor.collapse
     last = probes[-limits.probes :]
     if len(last) < limits.probes or not _settled(run, last[0]):
         return None
-    seen = {name: max(probe[name] for probe in last) for name in ("variance", "right_class")}
+    seen = {name: max(probe[name] for probe in last) for name in ("variance", "class_accuracy")}
     if seen["variance"] < limits.variance:
         text = f"samples of a class vary {seen['variance']:.3g} times as much as data, below {limits.variance:g}"
         return Alarm("collapse", text, seen)
-    if seen["right_class"] < limits.right_class:
-        share = f"{seen['right_class']:.3g} times as often as data, below {limits.right_class:g}"
+    if seen["class_accuracy"] < limits.class_accuracy:
+        share = f"{seen['class_accuracy']:.3g} times as often as data, below {limits.class_accuracy:g}"
         return Alarm("collapse", f"samples look like the class asked for {share}", seen)
     return None
 
 
 def stopped_improving(run: Run, probes: Sequence[Probed], since: int = 0) -> bool:
     """Tell whether none of the last probes is clearly better than the best before them; all taken after `since`."""
-    limits = run.watch.stagnation
+    limits = run.monitor.stagnation
     before, last = probes[: -limits.probes], probes[-limits.probes :]
     if not before or not _settled(run, before[-1]) or last[0]["update"] <= since:
         return False
@@ -114,12 +114,12 @@ def stopped_improving(run: Run, probes: Sequence[Probed], since: int = 0) -> boo
 
 
 def _settled(run: Run, at: Row) -> bool:
-    return at["epoch"] >= run.watch.settle_epochs
+    return at["epoch"] >= run.monitor.settle_epochs
 
 
 def _means(run: Run, rows: Sequence[Row], *names: str) -> dict[str, float] | None:
     """Return the means of some columns over the last rows, None while there are too few."""
-    last = rows[-run.watch.rows :]
-    if len(last) < run.watch.rows:
+    last = rows[-run.monitor.rows :]
+    if len(last) < run.monitor.rows:
         return None
     return {name: sum(row[name] for row in last) / len(last) for name in names}

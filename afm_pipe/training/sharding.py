@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from afm_pipe.errors import UnwritableError
-from afm_pipe.ranks import Ranks
+from afm_pipe.distributed.process_group import ProcessGroup
+from afm_pipe.runtime.errors import UnwritableError
 
 if TYPE_CHECKING:
     from afm_pipe.models.dit import DiT
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 Parts = dict[str, dict[str, Tensor]]  # tensors by part of a state and name
 
 
-def shard(network: "DiT", ranks: Ranks) -> None:
+def shard(network: "DiT", ranks: ProcessGroup) -> None:
     """Leave on each rank its share of a network that all hold alike, on the ranks' device."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     # Nothing here changes an output in place, which is what torch warns of.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    mesh = init_device_mesh(ranks.device.type, (ranks.size,))
+    mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
     for module in (*network.blocks, network):
         # The network's own parameters go after its forward pass too: passes without a backward one follow each other.
         unit = fully_shard(module, mesh=mesh, reshard_after_forward=True)
@@ -41,7 +41,7 @@ def shard(network: "DiT", ranks: Ranks) -> None:
         unit.set_force_sum_reduction_for_comms(True)  # else NCCL's own way to divide, which gloo does not have
 
 
-def whole(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+def whole(tensors: Mapping[str, Tensor], ranks: ProcessGroup) -> dict[str, Tensor]:
     """Return tensors whole on the first rank, and none on the others; all must call where they are sharded.
 
     Sharded ones are gathered one by one, into the machine's memory.
@@ -49,7 +49,7 @@ def whole(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
     found = {}
     for name, tensor in tensors.items():
         full = full_tensor(tensor)
-        if ranks.first:
+        if ranks.is_main_process:
             found[name] = full if full is tensor else full.cpu()
     return found
 

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from afm_pipe.models.checkpoint_format import ModelConfig, build_discriminator, build_generator, load_exactly
+from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from afm_pipe.models.discriminator import Discriminator
 from afm_pipe.models.generator import Generator
+from afm_pipe.models.model_files import ModelConfig, build_discriminator, build_generator, load_exactly
+from afm_pipe.objectives.adversarial_flow.normalizer import GradientNormalizer
 from afm_pipe.params import Run
-from afm_pipe.ranks import ALONE, Ranks
 from afm_pipe.training.curves import MEANS, Row
 from afm_pipe.training.engine import Engine, ema_device
-from afm_pipe.training.gradient_norm import GradientNormalizer
 from afm_pipe.training.sharding import placed, shard, unfilled, whole
 
 CLOCKS = ("training", "data_wait", "saving")  # the latter two are parts of the first
@@ -42,7 +42,7 @@ class TrainingState:
     normalizer: GradientNormalizer
     best: Generator | None  # the moving average at the best probe, where an auto schedule keeps it
     sums: Tensor  # of the figures in MEANS since the last row, so that a checkpoint may fall between rows
-    shares: Ranks = ALONE  # that networks, optimizers and averages are shared out over
+    shares: ProcessGroup = SINGLE_PROCESS  # that networks, optimizers and averages are shared out over
     update: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CLOCKS, 0.0))  # over all sittings
     rows: list[Row] = field(default_factory=list)  # of the training curves so far
@@ -55,22 +55,22 @@ class TrainingState:
         run: Run,
         device: torch.device,
         engine: Engine = Engine(),  # noqa: B008  # an immutable value
-        ranks: Ranks = ALONE,
+        ranks: ProcessGroup = SINGLE_PROCESS,
     ) -> "TrainingState":
         """Return the state before the first update; initial weights depend on run.seed alone.
 
         Where the engine shards, it is shared out over `ranks`; each has G and D whole in the machine's memory before.
         """
-        shares = ranks if engine.shard else ALONE
+        shares = ranks if engine.shard else SINGLE_PROCESS
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(run.seed)
             generator, discriminator = build_generator(config), build_discriminator(config)
-        if shares.size == 1:
+        if shares.world_size == 1:
             generator, discriminator = generator.to(device), discriminator.to(device)
         ema = copy.deepcopy(generator).requires_grad_(False)
         best = copy.deepcopy(ema) if run.schedule == "auto" else None
         engine.prepare(run, device, generator, discriminator)
-        if shares.size > 1:
+        if shares.world_size > 1:
             for network in (generator, discriminator, ema, *(() if best is None else (best,))):
                 shard(network, shares)
         else:
@@ -132,7 +132,7 @@ class TrainingState:
         """
         for part, build in (("discriminator", build_discriminator), ("ema", build_generator)):
             tensors = whole(getattr(self, part).state_dict(), self.shares)
-            if self.shares.first:
+            if self.shares.is_main_process:
                 with torch.device("meta"):
                     network = build(config)
                 network.load_state_dict(tensors, assign=True)

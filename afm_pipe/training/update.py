@@ -11,22 +11,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from afm_pipe.errors import NotFiniteError
+from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from afm_pipe.models.flow import Flow
-from afm_pipe.params import Run
-from afm_pipe.ranks import ALONE, Ranks
-from afm_pipe.training.batches import Part
-from afm_pipe.training.gradients import SharedGradients
-from afm_pipe.training.losses import GeneratorTerms
-from afm_pipe.training.schedules import Setting, ema_decay_at
-from afm_pipe.training.sharding import full_tensor, local
-from afm_pipe.training.state import TrainingState
-from afm_pipe.training.step import (
+from afm_pipe.objectives.adversarial_flow.batches import Part
+from afm_pipe.objectives.adversarial_flow.losses import GeneratorTerms
+from afm_pipe.objectives.adversarial_flow.step import (
     OutputGradients,
     discriminator_step,
     generator_total,
     output_gradients,
 )
+from afm_pipe.params import Run
+from afm_pipe.runtime.errors import NotFiniteError
+from afm_pipe.training.gradients import SharedGradients
+from afm_pipe.training.schedules import Setting, ema_decay_at
+from afm_pipe.training.sharding import full_tensor, local
+from afm_pipe.training.state import TrainingState
 
 NEVER = 2**31 - 1
 
@@ -34,10 +34,10 @@ NEVER = 2**31 - 1
 class Updates:
     """Updates a state from batches, the same on every rank."""
 
-    def __init__(self, state: TrainingState, flow: Flow, run: Run, ranks: Ranks) -> None:
+    def __init__(self, state: TrainingState, flow: Flow, run: Run, ranks: ProcessGroup) -> None:
         self.state, self.flow, self.run, self.ranks = state, flow, run, ranks
         # Sharded networks sum their gradients themselves, in every backward pass: whole ones would not fit.
-        adding = ranks if state.shares.size == 1 else ALONE
+        adding = ranks if state.shares.world_size == 1 else SINGLE_PROCESS
         self.d_gradients = SharedGradients(state.discriminator, adding)
         self.g_gradients = SharedGradients(state.generator, adding)
         device = next(state.generator.parameters()).device
@@ -122,7 +122,7 @@ class Updates:
 
     def _summed(self, figures: Sequence[Tensor]) -> Tensor:
         """Return figures of the whole batch from those of this rank's parts."""
-        return self.ranks.sum_(figures[0] if len(figures) == 1 else torch.stack([*figures]).sum(0))
+        return self.ranks.all_reduce(figures[0] if len(figures) == 1 else torch.stack([*figures]).sum(0))
 
     def _apply(self, which: str, total: Tensor, lr: float, clip: float | None) -> Tensor:
         """Step one optimizer with the gradients at hand and clear them; return their norm before any clipping."""

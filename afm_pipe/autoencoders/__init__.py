@@ -1,0 +1,1 @@
+"""Autoencoders: the seam to a latent space."""

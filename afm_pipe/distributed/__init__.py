@@ -1,0 +1,1 @@
+"""Processes that work together: how they start, and how they share work."""

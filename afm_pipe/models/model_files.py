@@ -1,0 +1,164 @@
+"""A trained model on disk: models/RUN/ with generator.safetensors, discriminator.safetensors and config.json.
+
+The folder is all that anything that samples needs. Weights carry the released key names.
+"""
+
+import errno
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from afm_pipe.models.discriminator import Discriminator
+from afm_pipe.models.flow import Flow
+from afm_pipe.models.generator import Generator, Times
+from afm_pipe.models.tensor_files import check_safetensors
+from afm_pipe.params import Run
+from afm_pipe.params.sizes import SIZES
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.files import read_json, write_json
+
+
+class ModelConfig(BaseModel):
+    """What a model is, as config.json says under "model": its shape, its form, and the steps it was trained for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    size: str
+    channels: Annotated[int, Field(ge=1, le=4096)]
+    latent_size: Annotated[int, Field(ge=1, le=4096)]
+    num_classes: Annotated[int, Field(ge=1, le=10**7)]
+    nfe: Annotated[int, Field(ge=1, le=1024)] | Literal["any"] = 1
+    form: Literal["direct", "residual"] = "direct"
+    repeats: Literal[1, 2, 4] = 1
+    qk_norm: bool = False
+    condition_on_source: bool = False
+
+    @property
+    def times(self) -> Times:
+        """Which times the generator is told."""
+        return "none" if self.nfe == 1 else "both" if self.nfe == "any" else "source"
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a latent."""
+        return self.channels, self.latent_size, self.latent_size
+
+
+def build_generator(config: ModelConfig) -> Generator:
+    """Build the generator a config describes, with fresh weights on the current default device."""
+    shape = SIZES[config.size], config.channels, config.latent_size, config.num_classes
+    return Generator(*shape, times=config.times, repeats=config.repeats, qk_norm=config.qk_norm)
+
+
+def build_discriminator(config: ModelConfig) -> Discriminator:
+    """Build the discriminator a config describes; it is told the target time when there are several steps."""
+    shape = SIZES[config.size], config.channels, config.latent_size, config.num_classes
+    timed, sees_source = config.nfe != 1, config.condition_on_source
+    return Discriminator(*shape, timed=timed, qk_norm=config.qk_norm, sees_source=sees_source)
+
+
+def run_config(run: Run, latent_shape: tuple[int, int, int], num_classes: int) -> ModelConfig:
+    """Return the model that a run trains, on latents of a shape and so many classes."""
+    channels, latent_size, _ = latent_shape
+    names = ("size", "nfe", "form", "repeats", "qk_norm", "condition_on_source")
+    own = {name: getattr(run, name) for name in names}
+    return ModelConfig(channels=channels, latent_size=latent_size, num_classes=num_classes, **own)
+
+
+def save_model(folder: Path, generator: nn.Module, discriminator: nn.Module, config: dict[str, Any]) -> None:
+    """Write a model folder: `config` holds the model's shape under "model" and where it comes from beside it."""
+    folder.mkdir(parents=True)
+    save_tensors(folder / "generator.safetensors", generator.state_dict())
+    save_tensors(folder / "discriminator.safetensors", discriminator.state_dict())
+    counts = {
+        "generator_parameters": count_parameters(generator),
+        "discriminator_parameters": count_parameters(discriminator),
+    }
+    write_json(folder / "config.json", config | counts)
+
+
+def load_generator(folder: Path, device: torch.device) -> Flow:
+    """Load the generator of a model folder, in evaluation mode. Raises UserError naming what does not fit."""
+    config, path = load_config(folder), folder / "generator.safetensors"
+    tensors = load_tensors(path)
+    with torch.device("meta"):  # before memory is taken for what the config says
+        require_fit(build_generator(config), tensors, path)
+    generator = build_generator(config)
+    load_exactly(generator, tensors, path)
+    return Flow(generator.to(device).eval().requires_grad_(False), config.form, config.nfe)
+
+
+def load_config(folder: Path) -> ModelConfig:
+    """Read what a model folder says the model is. Raises UserError when it says nothing sensible."""
+    config = read_json(folder / "config.json")
+    try:
+        model = ModelConfig.model_validate(config["model"])
+        if model.size not in SIZES:
+            raise ValueError(f"unknown size {model.size}")
+        if model.latent_size % SIZES[model.size].patch:
+            raise ValueError(f"latent_size {model.latent_size} is no multiple of patch {SIZES[model.size].patch}")
+    except (ValueError, TypeError, KeyError) as error:
+        reason = f"{error}"[:300]
+        raise UserError(f"Found {folder / 'config.json'} that describes no model ({reason}): train it again.") from None
+    return model
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write named tensors as safetensors, from whatever device they are on. Raises OSError when there is no room."""
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # which hides the number of the system's error
+        raise OSError(errno.ENOSPC, str(error)) from None
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file onto the CPU. Raises UserError when it is absent or damaged."""
+    try:
+        check_safetensors(path)
+        return load_file(path)
+    except Exception as error:  # an unknown dtype is a KeyError
+        raise UserError(f"Found {path} missing or damaged ({error}): run the stage that writes it again.") from None
+
+
+def load_exactly(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Load tensors whose names and shapes are exactly the module's. Raises UserError naming the first that are not."""
+    require_fit(module, tensors, path)
+    module.load_state_dict(tensors)
+
+
+def require_fit(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Raise UserError naming the first tensors whose names or shapes are not the module's."""
+    problems = misfits(module, tensors)
+    if problems:
+        raise UserError(
+            f"Found weights in {path} that do not fit the model its config names: {'; '.join(problems[:5])}"
+            f"{' and more' if len(problems) > 5 else ''}. Take the folder's own config.json, or train again."
+        )
+
+
+def misfits(module: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
+    """Return, in words, which tensors are missing, too many, or of another shape or kind than the module's; sorted."""
+    expected = module.state_dict()
+    problems = [f"missing {name}" for name in expected.keys() - tensors.keys()]
+    problems += [f"unexpected {name}" for name in tensors.keys() - expected.keys()]
+    problems += [
+        f"{name} of shape {tuple(tensors[name].shape)}, expected {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in tensors and tensors[name].shape != value.shape
+    ]
+    problems += [
+        f"{name} of {str(tensors[name].dtype).removeprefix('torch.')}, expected floating point"
+        for name, value in expected.items()
+        if name in tensors and value.is_floating_point() and not tensors[name].is_floating_point()
+    ]
+    return sorted(problems)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Return the number of parameters as the paper counts them: the fixed position embedding is one."""
+    return sum(tensor.numel() for tensor in module.state_dict().values())

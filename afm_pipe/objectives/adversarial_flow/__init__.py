@@ -1,0 +1,1 @@
+"""Adversarial flow models (paper section 3)."""

@@ -1,0 +1,71 @@
+"""Flow-based classifier guidance: a classifier's gradient on G's output, at noise levels it was trained for."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from afm_pipe.data.order import ALL
+from afm_pipe.objectives.adversarial_flow.losses import interpolate
+from afm_pipe.params import Guidance
+
+
+class GuideToData(NamedTuple):
+    """The loss scale * CE(C(interp(output, z', t'), t'), labels) of one step (paper section 3)."""
+
+    classifier: nn.Module
+    scale: float
+    labels: Tensor  # (N,)
+    z: Tensor  # (N, C, H, W)
+    t: Tensor  # (N,)
+
+    def __call__(self, output: Tensor) -> Tensor:
+        """Return the loss of G's output (N, C, H, W)."""
+        noisy = interpolate(output, self.z, self.t)
+        return self.scale * F.cross_entropy(self.classifier(noisy, self.t), self.labels)
+
+
+class GuideAtTimes(NamedTuple):
+    """The loss of several steps: where G goes to a chosen time, C sees its output as it is.
+
+    The mean is over the whole batch, so that a guided sample weighs the same whatever the others' times are.
+    """
+
+    classifier: nn.Module
+    scale: float
+    labels: Tensor  # (N,)
+    t: Tensor  # (N,), target times
+    chosen: Tensor  # (N,) bool
+
+    def __call__(self, output: Tensor) -> Tensor:
+        """Return the loss of G's output (N, C, H, W)."""
+        losses = F.cross_entropy(self.classifier(output, self.t), self.labels, reduction="none")
+        return self.scale * (losses * self.chosen).mean()
+
+
+def guide_to_data(
+    classifier: nn.Module,
+    guidance: Guidance,
+    labels: Tensor,
+    shape: tuple[int, ...],
+    generator: torch.Generator,
+    own: slice = ALL,
+) -> GuideToData:
+    """Draw z', fresh noise of `shape` (N, C, H, W), and t' ~ U(low, high) for the guidance of one step.
+
+    Of a batch of that shape, `own` says which images are wanted; `labels` are theirs.
+    """
+    assert guidance.t is not None
+    low, high = guidance.t
+    z = torch.randn(shape, generator=generator)[own].to(labels.device)
+    t = (low + (high - low) * torch.rand(shape[0], generator=generator))[own].to(labels.device)
+    return GuideToData(classifier, guidance.scale, labels, z, t)
+
+
+def guide_at_times(classifier: nn.Module, guidance: Guidance, labels: Tensor, t: Tensor) -> GuideAtTimes:
+    """Return the guidance of several steps: where the target time t (N,) is one of guidance.at."""
+    assert guidance.at is not None
+    times = torch.tensor(guidance.at, device=t.device)
+    chosen = ((t[:, None] - times).abs() < 1e-6).any(dim=1)  # (N,)
+    return GuideAtTimes(classifier, guidance.scale, labels, t, chosen)

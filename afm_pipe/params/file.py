@@ -1,0 +1,214 @@
+"""Read params.yaml: parse, override, validate, and say in plain words what is wrong with it."""
+
+import difflib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from afm_pipe.params import Imported, Params
+from afm_pipe.runtime import paths
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.files import read_text
+
+LARGEST, DEEPEST = 1 << 18, 32  # bytes, and nested levels; a params file is written by hand
+SHOWN = 20  # mistakes, and three times as many characters of a value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without anchors, which can make a small file large, without a key given twice, and not too deep."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.depth > DEEPEST:
+            raise yaml.YAMLError(
+                f"found more than {DEEPEST} nested levels in line {self.peek_event().start_mark.line + 1}"
+            )
+        self.depth += 1
+        try:
+            return self._compose(parent, index)
+        finally:
+            self.depth -= 1
+
+    def _compose(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(
+                f"found an alias in line {self.peek_event().start_mark.line + 1}, expected plain values"
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.YAMLError(f"found a key that is no word in line {key.start_mark.line + 1}")
+            if key.value in seen:
+                raise yaml.YAMLError(f"found {key.value} twice, again in line {key.start_mark.line + 1}")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def load_params(path: Path = paths.PARAMS, overrides: Iterable[str] = ()) -> Params:
+    """Load a params file with `dotted.path=value` overrides laid over it.
+
+    Raises UserError with the dotted path, the value found and what was expected, for everything that is wrong.
+    """
+    raw = _parse(path)
+    for override in overrides:
+        _override(raw, override)
+    try:
+        return Params.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(_in_words(path, raw, error)) from None
+
+
+def imported(told: dict[str, Any]) -> Imported:
+    """Return the settings of an import from the options of a command. Raises UserError naming the one that is wrong."""
+    try:
+        return Imported.model_validate(told)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        option = next(part for part in problem["loc"] if part in told)
+        raise UserError(f"Found --{option} {told[str(option)]}: {problem['msg']}.") from None
+
+
+def json_schema() -> str:
+    """Return the JSON schema of params.yaml, for editors; in a run every field may be left out."""
+    schema = Params.model_json_schema()
+    run = json.loads(json.dumps(schema["$defs"]["Run"]))
+    run.pop("required")
+    schema["$defs"]["RunOverrides"] = run
+    schema["properties"]["runs"]["patternProperties"] = {
+        pattern: {"$ref": "#/$defs/RunOverrides"} for pattern in schema["properties"]["runs"]["patternProperties"]
+    }
+    schema["$defs"]["Run"]["required"].remove("seed")  # the file's own seed stands in
+    number_too = {"anyOf": [{"$ref": "#/$defs/Transport"}, {"type": "number", "minimum": 0}]}
+    for name in ("Run", "RunOverrides"):
+        schema["$defs"][name]["properties"]["transport"] = number_too
+    schema["$defs"]["Phase"]["properties"]["transport"] = number_too
+    return json.dumps(schema, indent=1, sort_keys=True) + "\n"
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.load(read_text(path, LARGEST), _Loader)  # a SafeLoader
+    except FileNotFoundError:
+        raise UserError(f"Found no {path} in {Path.cwd()}: run this in the project's root.") from None
+    except UserError:
+        raise
+    except Exception as error:  # PyYAML leaves a date of month 13, a number of 5,000 digits and more to Python
+        raise UserError(f"Found {path}, which is not plain YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"Found {path} holding {type(raw).__name__}, expected sections such as data, train and runs.")
+    return raw
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise UserError(f"Found the override {override!r}, expected PATH=VALUE such as train.batch_size=64.")
+    try:
+        value = yaml.load(text[: LARGEST + 1], _Loader)
+    except Exception:  # as above
+        raise UserError(f"Found the override {override!r}, whose value is not YAML.") from None
+    *parents, last = dotted.split(".")
+    here: Any = raw
+    for step in parents:
+        here = (
+            here[int(step)]
+            if isinstance(here, list) and _is_place(step, here)
+            else (here.setdefault(step, {}) if isinstance(here, dict) else None)
+        )
+    if isinstance(here, dict):
+        here[last] = value
+    elif isinstance(here, list) and _is_place(last, here):
+        here[int(last)] = value
+    else:
+        raise UserError(f"Found the override {override!r}, but params has no place {dotted}.")
+
+
+def _is_place(text: str, values: list[Any]) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 9 and int(text) < len(values)
+
+
+def _in_words(path: Path, raw: dict[str, Any], error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors(include_url=False):
+        place = list(problem["loc"])
+        while problem["type"] != "missing" and not _stands_in(raw, place):
+            place.pop()  # pydantic's own names for the branches of a union
+        field = list(problem["loc"][:3])  # a run, a field of it
+        if field[:1] == ["runs"] and len(field) == 3 and field[2] != "[key]" and not _stands_in(raw, field):
+            continue  # inherited from train, where it is reported already
+        lines.append(f"  {_one_in_words(place, problem)}")
+    lines = list(dict.fromkeys(lines))
+    more = f"\n  and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
+    return f"Found {len(lines)} mistake{'s' * (len(lines) != 1)} in {path}:\n" + "\n".join(lines[:SHOWN]) + more
+
+
+def _one_in_words(place: list[Any], problem: Any) -> str:
+    dotted = ".".join(map(str, place))
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(place[-1]), _fields_at(place[:-1]), n=1)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(_fields_at(place[:-1]))}"
+        return f"{dotted}: found an unknown field, {hint}"
+    if problem["type"] == "missing":
+        return f"{dotted}: found nothing, expected a value"
+    expected = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{dotted}: {expected}" if dotted else expected
+    expected = expected.replace("Input should be", "expected").replace("String should", "expected text that should")
+    found = problem["input"]
+    note = ""
+    if isinstance(found, str) and _is_number(found):
+        note = f"; YAML reads {found} as text: write {float(found):.1e}"
+    return f"{dotted}: found {_short(found)}, {expected}{note}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 3 * SHOWN else f"{text[: 3 * SHOWN]}..."
+
+
+def _stands_in(raw: Any, place: list[Any]) -> bool:
+    for part in place:
+        if isinstance(raw, dict) and part in raw or isinstance(raw, list) and isinstance(part, int) and part < len(raw):
+            raw = raw[part]
+        else:
+            return False
+    return True
+
+
+def _fields_at(place: list[Any]) -> list[str]:
+    """Return the field names of the section at a place in the file."""
+    section: Any = Params
+    for part in place:
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            fields = {field.alias or name: field for name, field in section.model_fields.items()}
+            if part not in fields:
+                return []
+            annotation = fields[part].annotation
+            section = annotation if get_origin(annotation) is dict else _section_in(annotation)
+        elif get_origin(section) is dict:
+            section = get_args(section)[1]
+    if not (isinstance(section, type) and issubclass(section, BaseModel)):
+        return []
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
+def _section_in(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for found in map(_section_in, get_args(annotation)) if found), None)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,67 @@
+"""Profiles: whole params files with one schema. One of them is made the active params.yaml, the old one is kept."""
+
+import re
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from afm_pipe.params.file import load_params
+from afm_pipe.runtime import paths
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.files import atomic_path
+
+SCHEMA = re.compile(r"\A(# yaml-language-server: \$schema=)\S*", re.ASCII)
+
+
+class Profile(NamedTuple):
+    """A params file under profiles/ and what its first comment says of it."""
+
+    name: str
+    path: Path
+    words: str
+
+
+class Switch(NamedTuple):
+    """What making a profile active did."""
+
+    changed: bool
+    kept: Path | None  # where the old params.yaml is now
+
+
+def list_profiles(folder: Path = paths.PROFILES) -> list[Profile]:
+    """List the profiles by name."""
+    return [Profile(path.stem, path, _first_comment(path)) for path in sorted(folder.glob("*.yaml"))]
+
+
+def activate(name: str, folder: Path = paths.PROFILES, active: Path = paths.PARAMS) -> Switch:
+    """Make a profile the active params file, and keep the old one beside it under a name that is free.
+
+    Nothing is done when it is active already. Raises UserError for an unknown or an invalid profile.
+    """
+    profiles = {profile.name: profile for profile in list_profiles(folder)}
+    if name not in profiles:
+        raise UserError(f"Found no profile {name!r} in {folder}, expected one of {', '.join(profiles) or 'none'}.")
+    load_params(profiles[name].path)
+    text = SCHEMA.sub(rf"\g<1>{paths.SCHEMA}", profiles[name].path.read_text())  # it lies beside params.yaml
+    if active.is_file() and active.read_text() == text:
+        return Switch(False, None)
+    kept = _keep(active, name) if active.exists() else None
+    with atomic_path(active) as aside:
+        aside.write_text(text)
+    return Switch(True, kept)
+
+
+def _keep(active: Path, name: str) -> Path:
+    """Copy a file to ACTIVE.before-NAME.yaml, or with a number where there is one."""
+    kept, number = active.with_name(f"{active.stem}.before-{name}.yaml"), 1
+    while kept.exists():
+        number += 1
+        kept = active.with_name(f"{active.stem}.before-{name}.{number}.yaml")
+    with atomic_path(kept) as aside:
+        shutil.copyfile(active, aside)
+    return kept
+
+
+def _first_comment(path: Path) -> str:
+    comments = (line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#"))
+    return next((comment for comment in comments if not comment.startswith("yaml-language-server:")), "")

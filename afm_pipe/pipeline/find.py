@@ -1,0 +1,105 @@
+"""What the stages look up: a run by its name, its model, its data, what it needs."""
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from afm_pipe.distributed.launch import Launch
+from afm_pipe.params import Params, Run, valid_name
+from afm_pipe.runtime import paths
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.files import read_json, sha256_file
+
+if TYPE_CHECKING:
+    import torch
+
+    from afm_pipe.data.latents import Latents
+    from afm_pipe.data.manifest import Manifest
+    from afm_pipe.models.model_files import ModelConfig
+    from afm_pipe.planning.budget import Budget
+    from afm_pipe.sampling.requests import Sampler
+
+
+def named_run(params: Params, name: str) -> Run:
+    """Return a run by name, guided ones resolved. Raises UserError naming those there are."""
+    if name not in params.models:
+        raise UserError(f"Found no run {name!r} in params, expected one of {', '.join(params.models)}.")
+    return params.models[name]
+
+
+def count_images(params: Params) -> "Manifest | None":
+    """Return the manifest of the images params name, if `prepare` has made it; another profile's is not taken."""
+    from afm_pipe.data.manifest import read_manifest
+
+    if not paths.MANIFEST.exists():
+        return None
+    manifest = read_manifest(paths.MANIFEST)
+    return manifest if Path(params.data.root) in (manifest.root, manifest.root.parent) else None
+
+
+def find_model(name: str) -> Path:
+    """Return the folder of a model. Raises UserError for a name that no model can have, such as one with a slash."""
+    if not valid_name(name):
+        raise UserError(
+            f"Found the model's name {name[:80]!r}, expected at most 64 small letters, digits, dots, dashes and "
+            "underlines: name a folder in models/."
+        )
+    return paths.model(name)
+
+
+def run_budget(params: Params, name: str, launch: Launch, ranks: int | None = None) -> "Budget":
+    """Return what a rank of a run needs, counted without allocating it; before there is data, as for 1,000 classes.
+
+    `ranks` are those that there are, or else those that `launch` asks for.
+    """
+    from afm_pipe.planning.budget import budget
+
+    manifest = count_images(params)
+    config = model_config(params, name, len(manifest.classes) if manifest else 1000)
+    run, ranks, parts = named_run(params, name), ranks or launch.ranks, launch.micro_batch
+    return budget(run, config, ranks, parts, launch.checkpoint_activations, launch.shard)
+
+
+def model_config(params: Params, name: str, num_classes: int) -> "ModelConfig":
+    from afm_pipe.models.model_files import run_config
+
+    return run_config(params.models[name], params.latent_shape, num_classes)
+
+
+def open_latents(params: Params) -> "Latents":
+    from afm_pipe.data.latents import Latents
+
+    if not paths.AUTOENCODER_WEIGHTS.is_file():
+        raise UserError(f"Found no {paths.AUTOENCODER_WEIGHTS}: run `dvc repro autoencoder`.")
+    return Latents.open(paths.LATENTS, params, sha256_file(paths.AUTOENCODER_WEIGHTS))
+
+
+def load_sampler(params: Params, name: str, device: "torch.device") -> "Sampler":
+    """Return a model ready to draw from. Raises UserError when the autoencoder is not that of its latents."""
+    from afm_pipe.autoencoders.kl import load_autoencoder
+    from afm_pipe.models.model_files import load_config, load_generator
+    from afm_pipe.sampling.requests import Sampler
+
+    folder = find_model(name)
+    generator, described = load_generator(folder, device), read_json(folder / "config.json")
+    config, vae = load_config(folder), load_autoencoder(paths.AUTOENCODER, device)
+    found = (vae.config.latent_channels, vae.config.scaling_factor)
+    factor, names = described.get("scaling_factor"), described.get("classes")
+    if not _describes(factor, names, config.num_classes):
+        raise UserError(
+            f"Found {folder / 'config.json'} without {config.num_classes} class names or with a scaling factor that is "
+            "no number: train or import it again."
+        )
+    expected = (config.channels, factor or found[1])
+    if found[0] != expected[0] or not math.isclose(found[1], expected[1], rel_tol=1e-6):
+        raise UserError(
+            f"Found {paths.AUTOENCODER} with {found[0]} latent channels and scaling factor {found[1]:g}, expected "
+            f"{expected[0]} and {expected[1]:g}, on which {folder} was trained: put that autoencoder there."
+        )
+    return Sampler(generator, vae, config.latent_shape, names, params.sample.micro_batch, device)
+
+
+def _describes(factor: object, names: object, num_classes: int) -> bool:
+    if not isinstance(names, list) or len(names) != num_classes or not all(isinstance(name, str) for name in names):
+        return False
+    return factor is None or (isinstance(factor, int | float) and math.isfinite(factor) and factor > 0)

@@ -1,0 +1,1 @@
+"""What every room rests on: files, leases, signals, progress, errors, paths, identity."""

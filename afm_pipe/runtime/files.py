@@ -1,0 +1,133 @@
+"""Whole files or none: atomic writes and hashes."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from afm_pipe.runtime.errors import UnwritableError, UserError
+
+LARGEST_JSON = 1 << 30  # bytes; the manifest of ImageNet has about 150 million
+UNWRITABLE = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path`; what was written there (a file or a folder) replaces `path` when the block succeeds.
+
+    On any error what was written is removed and `path` keeps its old content. The file and its folder are synced
+    before and after the rename, so a power cut leaves either the old content or the new. Raises UnwritableError when
+    the disk is full or not writable.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    _remove(aside)
+    try:
+        yield aside
+        _sync_tree(aside)
+        if path.is_dir():
+            _remove(path)  # rename replaces a file, but not a folder that has content
+        os.replace(aside, path)
+        _sync(path.parent)
+    except BaseException as error:
+        _remove(aside)
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            raise UnwritableError(
+                f"Found no way to write {path} ({error.strerror}): make room there, or mend its permissions, "
+                "and run the same command again. What was there before is unharmed."
+            ) from None
+        raise
+
+
+def try_append(path: Path, text: str) -> None:
+    """Append to a log that can be written anew from elsewhere; where the disk is full leave it as it was."""
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a", encoding="utf-8", newline="") as file:
+            file.write(text)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        if path.exists():
+            os.truncate(path, size)  # no half line
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what processes that were killed in `atomic_path` left in `folder`, which must be this process's own."""
+    for aside in folder.glob(".*.partial"):
+        _remove(aside)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON with sorted keys, atomically; NaN is refused (it is not JSON)."""
+    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    with atomic_path(path) as aside:
+        aside.write_text(text)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises UserError naming the file when it is absent, too large, or is not JSON."""
+    try:
+        return json.loads(read_text(path, LARGEST_JSON), parse_constant=_refuse)
+    except FileNotFoundError:
+        raise UserError(f"Found no {path}: run the stage that writes it, or `dvc repro`.") from None
+    except UserError:
+        raise
+    except (ValueError, RecursionError, OSError) as error:  # a number of 5,000 digits is a ValueError
+        raise UserError(f"Found {path}, which is not JSON ({error}): delete it and run its stage again.") from None
+
+
+def read_text(path: Path, most: int) -> str:
+    """Read a text file in UTF-8. Raises UserError for one of more than `most` bytes, or a pipe or device; OSError."""
+    size = path.stat().st_size
+    if not path.is_file():
+        raise UserError(f"Found {path}, which is a folder, a pipe or a device; expected a plain file.")
+    if size > most:
+        raise UserError(f"Found {path} of {size:,} bytes, expected at most {most:,}: it is something else.")
+    with path.open("rb") as file:
+        return file.read(size + 1).decode()  # and no more, should it grow
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
+def sha256_file(path: Path) -> str:
+    """Return the hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_files(paths: Iterable[Path]) -> str:
+    """Return one hex sha256 over the names and bytes of several files, in the order given."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(f"{path.name}\0{sha256_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_tree(path: Path) -> None:
+    if path.is_dir():
+        for child in path.iterdir():
+            _sync_tree(child)
+    _sync(path)
