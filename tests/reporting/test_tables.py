@@ -105,7 +105,8 @@ def test_a_run_has_a_page_with_its_settings_protocol_and_events(project: Path) -
         assert words in page.text
     assert "D reloaded from epoch 4" in page.text
     assert "1000" in page.text  # the seed, of the protocol
-    assert {"../index.html", "b.html", "../../../results/metrics/a.json"} <= {str(link["href"]) for link in page.all("a")}
+    links = {str(link["href"]) for link in page.all("a")}
+    assert {"../index.html", "b.html", "../../../results/metrics/a.json"} <= links
     for link in page.all("a"):
         if not str(link["href"]).startswith("#"):
             assert (paths.REPORT / "runs" / str(link["href"])).is_file()
