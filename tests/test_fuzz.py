@@ -23,7 +23,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from afm_pipe.cli import status
 from afm_pipe.data.images import decode_image
 from afm_pipe.data.latents import CLASSES, DONE, LABELS, MOMENTS, Latents
 from afm_pipe.data.manifest import Manifest, _digest, read_manifest, write_manifest
@@ -37,6 +36,8 @@ from afm_pipe.params.file import load_params
 from afm_pipe.reporting.inputs import Cost, _read_events, read_curve, typed
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import read_json
+from afm_pipe.training.curves import scan_curves
+from afm_pipe.training.events import scan_events
 from tests.conftest import SMOKE
 
 SECONDS, WAITED = 20, 300  # of the processor, and in all, for one example: more is a hang, however busy the machine
@@ -195,8 +196,8 @@ LOADERS: list[tuple[str, bytes, Callable[[Path], Any]]] = [
     ("curves.csv", CURVES, lambda path: read_curve(path, "train@x")),
     ("growing.csv", CURVES, lambda path: read_curve(path, "train@x", may_grow=True)),
     ("events.jsonl", EVENTS, lambda path: _read_events(path, "train@x")),
-    ("status.csv", CURVES, status.read_rows),
-    ("status.jsonl", EVENTS, status.read_events),
+    ("scanned.csv", CURVES, scan_curves),
+    ("scanned.jsonl", EVENTS, scan_events),
     ("x.tar", archive(), lambda path: list(index_tar(path))),
     *((f"x.{kind}", image(kind), decode) for kind in ("png", "jpeg", "webp", "bmp")),
     ("x.yaml", SMOKE.read_bytes(), load_params),
