@@ -156,9 +156,15 @@ def test_missing_input_names_the_file_and_its_stage(project: Path, path: str, st
     ("path", "content", "words"),
     [
         ("results/costs/t4.json", b'{"machine": "x"}', "results/costs/t4.json with a wrong device"),
-        ("results/curves/t4.csv", b"update,images\n1,many\n", "'many' in results/curves/t4.csv, line 2, column images"),
+        (
+            "results/curves/t4.csv",
+            b"update,images\n1,many\n",
+            "t4.csv with 1 damaged line, the first is line 2",
+        ),
         ("results/curves/t4.csv", b"update,images\n", "no rows"),
-        ("results/metrics/t4.json", b'{"fid_5k": 3.0}', "without numbers or their protocol"),
+        ("results/metrics/t4.json", b'{"fid_5k": 3.0}', "results/metrics/t4.json with a wrong protocol"),
+        ("results/metrics/t4.json", b'{"protocol": {}}', "it has no numbers"),
+        ("results/metrics/t4.json", b'{"fid_5k": 1e999, "protocol": {}}', "fid_5k is not finite"),
         ("samples/t4/grid.png", b"\x89PNG\r\n\x1a\n cut short", "no whole PNG"),
     ],
 )

@@ -59,7 +59,7 @@ def test_damaged_intervals_are_a_clear_error(project: Path, intervals: Any) -> N
     params = make_params()
     write_inputs(params)
     write(paths.metrics("t4"), json.loads(paths.metrics("t4").read_text()) | {"intervals": intervals})
-    with pytest.raises(UserError, match="intervals that are no pairs of numbers"):
+    with pytest.raises(UserError, match="with a wrong intervals"):
         built(params)
 
 
@@ -119,7 +119,7 @@ def test_damaged_events_name_their_line(project: Path) -> None:
     write_inputs(params)
     paths.events("t4").parent.mkdir(exist_ok=True)
     paths.events("t4").write_text("{}\n")
-    with pytest.raises(UserError, match=r"events/t4.jsonl, line 1, expected update, images, kind and text"):
+    with pytest.raises(UserError, match="t4.jsonl with 1 damaged line, the first is line 1"):
         built(params)
 
 
