@@ -88,7 +88,7 @@ def plain_training(run: Run, latents: Path, vae: bool) -> Iterator[Works]:
     opened = Latents.open(latents)
     config = run_config(run, opened.latent_shape, CLASS_COUNT)
     drawing = OurTraining(run, opened, TrainingState.fresh(config, run, CPU), config)
-    plain = PlainTraining(drawing, sd_vae() if vae else None)
+    plain = PlainTraining(drawing, sd_vae().model if vae else None)
     yield {"plain": plain.update, "online": partial(plain.update, True)}
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from afm_pipe.data.provenance import read_provenance
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -27,7 +28,6 @@ from afm_pipe.cli import status
 from afm_pipe.data.images import decode_image
 from afm_pipe.data.latents import CLASSES, DONE, LABELS, MOMENTS, Latents
 from afm_pipe.data.manifest import Manifest, _digest, read_manifest, write_manifest
-from afm_pipe.data.provenance import read_provenance
 from afm_pipe.data.tars import index_tar
 from afm_pipe.evaluation.nearest import Thumbnails, build_thumbnails
 from afm_pipe.models.model_files import load_config, load_tensors

@@ -1,4 +1,4 @@
-"""Autoencoders: the seam to any latent space. A kind is a module here and a class in `afm_pipe/params/autoencoders.py`."""
+"""Autoencoders: the seam to any latent space. A kind is a module here, with its params in `params/autoencoders.py`."""
 
 from importlib import import_module
 from pathlib import Path

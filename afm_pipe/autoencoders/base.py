@@ -62,15 +62,15 @@ class Autoencoder(ABC):
 
     @torch.no_grad()
     def encode(self, images: Tensor, precision: Literal["fp32", "bf16"] = "fp32") -> Tensor:
-        """Encode `images` (B, C, H, W) uint8 to what a latents file stores of them: (B, e, h, w) float32.
+        """Encode `images` (B, C, H, W) uint8 to (B, e, h, w) float32, before normalization.
 
-        That is the mean and the standard deviation of a stochastic kind's latents, before normalization, or the latents.
+        That is the mean and the standard deviation of a stochastic kind, the latents of a deterministic one.
         """
         with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
             return self._encode(self.spec.to_pixels(images.to(self.device))).float()
 
     def sample(self, encoded: Tensor, noise: Tensor) -> Tensor:
-        """Draw normalized latents (B, c, h, w) from `encoded` (B, e, h, w); of `noise` only stochastic kinds take any."""
+        """Draw normalized latents (B, c, h, w) from `encoded` (B, e, h, w), with `noise` if stochastic."""
         if self.spec.stochastic:
             mean, std = encoded.chunk(2, dim=1)
             encoded = mean + std * noise.to(mean.device)

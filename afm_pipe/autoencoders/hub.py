@@ -5,10 +5,11 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
 
 CONFIG = "config.json"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+WEIGHTS = paths.AUTOENCODER_WEIGHTS.name
 
 
 def download(name: str) -> Path:

@@ -99,7 +99,7 @@ def _weights(params: Params) -> list[Finding]:
             findings.append(Finding("DINOv2", str(dinov2_path(params.evaluate.dinov2_sha256))))
         except UserError as error:
             findings.append(Finding("DINOv2", "missing or another", False, str(error)))
-    pretrained = params.autoencoder.pretrained
+    pretrained = getattr(params.autoencoder, "pretrained", None)
     if pretrained is not None:
         place = "a local folder" if Path(pretrained).is_dir() else "no local folder, so a name on the hub"
         findings.append(Finding("autoencoder", f"{pretrained}, {place}"))

@@ -45,9 +45,9 @@ class Latents:
         with other settings than params say; the message says which.
         """
         found = read_contents(path)
-        normalization = [None if each is None else torch.from_numpy(each) for each in (found.mean, found.deviation)]
+        mean, deviation = (None if each is None else torch.from_numpy(each) for each in (found.mean, found.deviation))
         factor = float(found.provenance["scaling_factor"])
-        spec = LatentSpec(found.latent_shape, found.stochastic, factor, *normalization)
+        spec = LatentSpec(found.latent_shape, found.stochastic, factor, mean, deviation)
         latents = cls(path, spec, found.labels, found.classes, found.provenance, found.num_mirrors, found.offset)
         if params is not None:
             latents._check(params)

@@ -1,8 +1,8 @@
 """Format of the latents file: how it is laid out, and what a reader checks before it believes it.
 
     moments    (N, M, 2c, h, w) float16: mean and standard deviation, before normalization (stochastic autoencoders)
-    latents    (N, M, c, h, w) float16: the latents, before normalization (deterministic autoencoders, in place of moments)
-    mean       (c, h, w) float32, and deviation: normalization per element, of autoencoders that have one
+    latents    (N, M, c, h, w) float16: in place of moments, the latents before normalization (deterministic ones)
+    mean       (c, h, w) float32, like deviation: normalization per element, where the autoencoder has one
     labels     (N,) int64
     classes    (K,) class names
     done       (N,) bool, which images are encoded: all of them in a complete file
@@ -20,7 +20,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import h5py
 import numpy as np
@@ -173,9 +173,7 @@ def _read(file: h5py.File, path: Path) -> Contents:
         _check_stored(file[name], kind, path, size)
     rows, labels, classes, done = file[rows_name], file[LABELS][:], file[CLASSES][:], file[DONE][:]
     stochastic = rows_name == MOMENTS
-    if (
-        rows.dtype != "<f2" or rows.ndim != 5 or rows.shape[1] not in (1, 2) or (stochastic and rows.shape[2] % 2)
-    ):
+    if rows.dtype != "<f2" or rows.ndim != 5 or rows.shape[1] not in (1, 2) or (stochastic and rows.shape[2] % 2):
         channels = "2 x channels" if stochastic else "channels"
         raise UserError(
             f"Found {rows_name} of {rows.dtype} and shape {rows.shape} in {path}, expected float16 of "
