@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from afm_pipe.data.provenance import read_provenance
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -26,7 +25,8 @@ from safetensors.torch import save_file
 
 from afm_pipe.cli import status
 from afm_pipe.data.images import decode_image
-from afm_pipe.data.latents import CLASSES, DONE, LABELS, MOMENTS, Latents
+from afm_pipe.data.latents import Latents
+from afm_pipe.data.latents_format import CLASSES, DONE, LABELS, MOMENTS, read_provenance
 from afm_pipe.data.manifest import Manifest, _digest, read_manifest, write_manifest
 from afm_pipe.data.tars import index_tar
 from afm_pipe.evaluation.nearest import Thumbnails, build_thumbnails
