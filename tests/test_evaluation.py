@@ -238,7 +238,7 @@ def test_samples_of_another_size_are_refused(reference: Path) -> None:
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     other = AutoencoderKL(in_channels=1, out_channels=1, block_out_channels=(8, 16), norm_num_groups=8, **blocks)
     with pytest.raises(UserError, match=r"Found samples of shape \[1, 8, 8\], expected \[1, 16, 16\]"):
-        evaluate(Painter(), other, reference)
+        evaluate(Painter(), KLAutoencoder(other, 8), reference)
 
 
 def test_latents_that_are_not_finite_are_refused(vae: Any, reference: Path) -> None:
