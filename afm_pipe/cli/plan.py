@@ -18,7 +18,7 @@ def dry_run_text(params: Params, name: str, launch: Launch) -> str:
     """Return a run's resolved params, its number of parameters and updates, and the memory of one process."""
     import yaml
 
-    from afm_pipe.training.schedules import num_updates
+    from afm_pipe.objectives.schedules import num_updates
 
     run, needs, manifest = named_run(params, name), run_budget(params, name, launch), count_images(params)
     if manifest is not None:
