@@ -88,8 +88,9 @@ def _weights(params: Params) -> list[Finding]:
     settings, needed = params.evaluate, dict[str, Callable[[], Path]]()
     if any(name.startswith("inception") for name in settings.features):
         needed["Inception"] = inception_path
-    if settings.adm_reference is not None:
-        needed["ADM's statistics"] = lambda: adm_path(settings.adm_reference)[0]
+    adm = settings.adm_reference
+    if adm is not None:
+        needed["ADM's statistics"] = lambda: adm_path(adm)[0]
     if "dinov2" in settings.features:
         needed["DINOv2"] = lambda: dinov2_path(settings.dinov2_sha256)
     findings = []

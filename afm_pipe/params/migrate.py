@@ -1,6 +1,7 @@
 """Rewrite a params file of version 0.1 in place: keys are renamed and added, comments and layout stay."""
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -28,7 +29,7 @@ def migrate(path: Path) -> tuple[list[OldKey], Path | None]:
 
 
 def _edited(text: str, keys: list[OldKey]) -> str:
-    root = yaml.compose(text, Loader)
+    root: Any = yaml.compose(text, Loader)
     edits = []  # start, end, replacement
     for key in keys:
         *parents, name = key.path
@@ -45,7 +46,7 @@ def _edited(text: str, keys: list[OldKey]) -> str:
     return text
 
 
-def _value_at(node: yaml.Node, path: list[str | int]) -> yaml.Node:
+def _value_at(node: Any, path: list[str | int]) -> Any:
     for part in path:
         if isinstance(node, yaml.SequenceNode):
             node = node.value[part]
