@@ -2,10 +2,10 @@
 
     python -m tests.parity FOLDER
 
-Every `step_*.npz` and `traj_*.npz` in the folder is checked: sizes are read from the tensors, the form and the number of
-steps from the networks and times, the depth repeats from the name (`deep2`, `deep4`). A line a file; the exit code is
-that of a miss (1) or of no file (2). The updates are those of `AdversarialFlow.update`, stepped by the trainer's own
-`Learner`, in float64.
+Every `step_*.npz` and `traj_*.npz` in the folder is checked: sizes are read from the tensors, the form and the number
+of steps from the networks and times, the depth repeats from the name (`deep2`, `deep4`). It prints a line a file; the
+exit code is 1 on a miss and 2 where there is no file. The updates are those of `AdversarialFlow.update`, stepped by the
+trainer's own `Learner`, in float64.
 """
 
 import re
@@ -40,8 +40,8 @@ PROFILE = Path(__file__).parents[1] / "profiles" / "smoke.yaml"
 HEAD_WIDTH = 8  # of the vectors' networks
 PENALIZED = 2  # of the batch
 STEP, TRAJECTORY, TRAJECTORY_WITH_TIMES = 1e-9, 1e-6, 5e-5
-"""Tolerances: of a step's losses and gradients, relative; of the end of a trajectory, over the distance moved (more where
-there are times: the released time code is float32, whose last bits differ between processors)."""
+"""Tolerances: of a step's losses and gradients, relative; of the end of a trajectory, over the distance moved (more
+where there are times: the released time code is float32, whose last bits differ between processors)."""
 
 Vectors = Mapping[str, Tensor]
 
@@ -61,7 +61,8 @@ class Finding:
 
     def __str__(self) -> str:
         verdict = "equal" if self.passed else "MISS "
-        return f"{verdict}  {self.name:<24} largest difference {self.worst:.1e} (rule {self.tolerance:.0e}) in {self.where}"
+        difference = f"largest difference {self.worst:.1e} (rule {self.tolerance:.0e})"
+        return f"{verdict}  {self.name:<24} {difference} in {self.where}"
 
 
 class Recorder(Learner):
@@ -132,9 +133,7 @@ class Released:
     def run(self, **changes: Any) -> Run:
         """Return the settings of the vectors (shared by all of them) as a run's."""
         base = load_params(PROFILE).runs["t4"]
-        penalty = base.penalty.model_copy(
-            update={"weight": 0.25, "batch_fraction": 0.25, "epsilon": 0.01, "every": 1}
-        )
+        penalty = base.penalty.model_copy(update={"weight": 0.25, "batch_fraction": 0.25, "epsilon": 0.01, "every": 1})
         ema = base.ema.model_copy(update={"decay": 0.99, "warmup": False})
         normalization = base.gradient_normalization.model_copy(update={"enabled": True, "decay": 0.9})
         settings = {
@@ -214,7 +213,9 @@ def check_trajectory(name: str, vectors: Vectors) -> Finding:
     for update in range(steps // 2):
         d, g = f"{2 * update}/", f"{2 * update + 1}/"
         views = [_view(vectors, prefix) for prefix in (d, g)]
-        part = Part(released.batch(d), released.batch(g), released.noise(d), *views, _guide(vectors, g, classifier), Share())
+        part = Part(
+            released.batch(d), released.batch(g), released.noise(d), *views, _guide(vectors, g, classifier), Share()
+        )
         weight = cosine(0.2, 0.01, 2 * update + 1, 20)
         rates = {"generator": run.lr, "discriminator": run.lr}
         objective.update(learner, [part], Hyperparameters(rates, {"transport": weight}))
