@@ -260,9 +260,9 @@ def test_report_shows_three_figures_and_the_numbers_of_the_file(project: Path) -
     assert section is not None
     results: dict[str, Any] = json.loads((paths.TOY / "results.json").read_text())
     assert [drawing.image.source for drawing in section.pictures] == [
-        "toy/maps.png",
-        "toy/sweep.png",
-        "toy/guidance.png",
+        "results/toy/maps.png",
+        "results/toy/sweep.png",
+        "results/toy/guidance.png",
     ]
     assert all(len(drawing.image.alt) > 100 for drawing in section.pictures)
     rows = list(csv.DictReader(csv_text(section.table).splitlines()))
@@ -275,7 +275,7 @@ def test_report_shows_three_figures_and_the_numbers_of_the_file(project: Path) -
 def test_report_without_the_study_has_no_section_and_a_damaged_one_is_an_error(project: Path) -> None:
     path = paths.TOY / "results.json"
     path.write_text('{"maps": {}}')
-    with pytest.raises(UserError, match=r"toy/results.json with a wrong guidance.*dvc repro --force toy"):
+    with pytest.raises(UserError, match=r"results/toy/results.json with a wrong guidance.*dvc repro --force toy"):
         read_one_dimension()
     path.unlink()
     assert read_one_dimension() is None
