@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from afm_pipe.params import Params
     from afm_pipe.params import file as params_file
 else:  # imported by the command that needs them: --help needs none
-    answers, launch, launcher, params_file, pipeline = (
-        Lazy(f"afm_pipe.{name}") for name in ("answers", "launch", "launcher", "params_file", "pipeline")
-    )
+    answers, launch = Lazy("afm_pipe.cli.plan"), Lazy("afm_pipe.distributed.launch")
+    launcher = Lazy("afm_pipe.distributed.torchrun")
+    params_file, pipeline = Lazy("afm_pipe.params.file"), Lazy("afm_pipe.pipeline")
 
 app = typer.Typer(
     help="Adversarial Flow Models as one declarative pipeline. `dvc repro` runs all stages; these run one.",
