@@ -11,7 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from afm_pipe.autoencoders import load_autoencoder
-from afm_pipe.cli import app
+from afm_pipe.cli.app import app
 from afm_pipe.evaluation import metrics
 from afm_pipe.evaluation.reference import build_reference
 from afm_pipe.params.file import load_params

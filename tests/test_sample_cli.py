@@ -14,7 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from afm_pipe.autoencoders.kl import KLAutoencoder
-from afm_pipe.cli import app
+from afm_pipe.cli.app import app
 from afm_pipe.models.model_files import ModelConfig, build_discriminator, build_generator, save_model
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError

@@ -56,7 +56,7 @@ def run_budget(params: Params, name: str, launch: Launch, ranks: int | None = No
 
     manifest = count_images(params)
     config = model_config(params, name, len(manifest.classes) if manifest else 1000)
-    run, ranks, parts = named_run(params, name), ranks or launch.ranks, launch.micro_batch
+    run, ranks, parts = named_run(params, name), ranks or launch.world_size, launch.micro_batch
     return budget(run, config, ranks, parts, launch.checkpoint_activations, launch.shard)
 
 
