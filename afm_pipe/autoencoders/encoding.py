@@ -77,7 +77,7 @@ def encode_dataset(
         "image_count": str(manifest.num_images),
         "manifest_digest": manifest.digest,
     }
-    partial = work_dir / f"latents.{fingerprint(provenance, {}, versions('data', 'autoencoder'))}.h5"
+    partial = work_dir / f"latents.{fingerprint(provenance, {}, versions('encode'))}.h5"
     try:
         with hold_lease(work_dir) if ranks.is_main_process else nullcontext():
             if ranks.is_main_process:

@@ -90,7 +90,7 @@ def classifier(params: Params, launch: Launch) -> None:
         return
     latents = open_latents(params)
     described = {"classifier": settings.model_dump(), "seed": params.seed}
-    identity = fingerprint(described, {"latents": latents.fingerprint()}, versions("data", "objective"))
+    identity = fingerprint(described, {"latents": latents.fingerprint()}, versions("classifier"))
     objective = ClassifierTraining(settings, params.seed, latents.latent_shape, len(latents.classes))
     work_dir, seconds = paths.WORK / "classifier", launch.checkpoint_seconds
     with init_distributed(device) as group, hold_lease(work_dir) if group.is_main_process else nullcontext() as lease:

@@ -188,7 +188,7 @@ def evaluate(params: Params, name: str, launch: Launch) -> None:
     }
     hashes = {reference.name: reference.sha256 for reference in tools.references}
     hashes |= {"thumbnails": sha256_file(paths.REFERENCE / "thumbnails.npz")}
-    identity = fingerprint(measured, hashes, versions("sampling", "evaluation"))
+    identity = fingerprint(measured, hashes, versions("evaluate"))
     work_dir = paths.WORK / name / "evaluate"
     with init_distributed(device) as ranks:
         if not ranks.is_main_process:

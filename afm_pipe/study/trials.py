@@ -115,7 +115,7 @@ class Trials:
             "evaluate": self.params.evaluate.model_dump(mode="json"),
             "micro_batch": self.params.sample.micro_batch,
         }
-        measurement = fingerprint(settings, self._measured_with, versions("sampling", "evaluation", "tables"))
+        measurement = fingerprint(settings, self._measured_with, versions("table"))
         return Trial(cell, training, measurement, base, self._owner(cell.run), base and self._owner(cell.base))
 
     def _training(self, run: Run, origins: dict[str, str]) -> str:
