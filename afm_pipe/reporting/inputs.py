@@ -134,8 +134,8 @@ def read_inputs(params: Params) -> Inputs:
 
 
 def needed(path: Path, stage: str) -> Path:
-    """Return `path`. Raises UserError naming the stage that writes it when there is no such file."""
-    if not path.is_file():
+    """Return `path`. Raises UserError naming the stage that writes it when it is missing."""
+    if not path.exists():
         raise UserError(f"Found no {path}, expected what stage {stage} writes: run `dvc repro {stage}`.")
     return path
 
@@ -199,8 +199,9 @@ def _undamaged(scan: Callable[[Path], tuple[list[Line], list[int]]], path: Path,
 
 
 def _reconstruction_mse(params: Params) -> float | None:
-    if params.autoencoder.pretrained is not None:
+    path = needed(paths.AUTOENCODER, "autoencoder") / "training.json"
+    if not path.exists():
         return None  # nothing was trained, so nothing was measured while training
-    stored = read_json(needed(paths.AUTOENCODER / "training.json", "autoencoder"))
+    stored = read_json(path)
     value = stored.get("reconstruction_mse") if isinstance(stored, dict) else None
     return float(value) if is_number(value) else None

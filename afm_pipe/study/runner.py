@@ -12,15 +12,14 @@ import signal
 from collections.abc import Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 import torch
 from torch import nn
 
-from afm_pipe.autoencoders.kl import load_autoencoder
+from afm_pipe.autoencoders import load_autoencoder
 from afm_pipe.data.latents import Latents
-from afm_pipe.distributed.launch import machine_name
 from afm_pipe.evaluation.measures import sample_suffix
 from afm_pipe.evaluation.metrics import Evaluator, evaluate_run
 from afm_pipe.evaluation.networks import NAMES
@@ -40,15 +39,15 @@ from afm_pipe.runtime import paths, signals
 from afm_pipe.runtime.errors import NotFiniteError, UserError
 from afm_pipe.runtime.files import read_json, sha256_file, write_json
 from afm_pipe.runtime.lease import hold_lease
-from afm_pipe.runtime.progress import Progress
+from afm_pipe.runtime.progress import Progress, finish
 from afm_pipe.study.trials import Trial, Units
 from afm_pipe.training.checkpoints import RetentionPolicy
+from afm_pipe.training.cost import training_cost
 from afm_pipe.training.events import as_json
 from afm_pipe.training.state import Start
 from afm_pipe.training.store import RunStore
 from afm_pipe.training.trainer import Runtime, Task, Trainer
 
-T = TypeVar("T")
 TRAINED = "trained.json"  # in a cell's folder, once its training is over
 
 
@@ -114,7 +113,7 @@ class Worker:
     @cached_property
     def autoencoder(self) -> Any:
         """What decodes samples."""
-        return load_autoencoder(paths.AUTOENCODER, self.device)
+        return load_autoencoder(self.params, paths.AUTOENCODER, self.device)
 
     def run(self, group: Sequence[Trial]) -> None:
         """Train the one training of a group of cells, and measure each of them."""
@@ -135,21 +134,15 @@ class Worker:
             retention = RetentionPolicy(own=lease.check)
             trainer = Trainer(task, Runtime(job.folder, self.device, self.checkpoint_seconds, retention=retention))
             try:
-                state = _finish(trainer.train()).state
-                updates, seconds, not_finite = state.update, round(state.seconds["training"], 1), None
+                state = finish(trainer.train()).state
+                updates, seconds, not_finite = state.update, state.seconds["training"], None
                 save_tensors(job.folder / "discriminator.safetensors", state.networks["discriminator"].state_dict())
             except NotFiniteError as error:
                 updates, seconds, not_finite = error.update, None, error.update
             lease.check()
             updates -= start.update if start else 0
-            cost = {
-                "machine": machine_name(self.device),
-                "threads": torch.get_num_threads(),
-                "seconds": seconds,
-                "updates": updates,
-                "images": updates * run.batch_size,
-                "units": self.units(self.params, job.cell.base, run, config),
-            }
+            cost = training_cost(updates, run.batch_size, seconds, self.device)
+            cost["units"] = self.units(self.params, job.cell.base, run, config)
             events = as_json(trainer.store.read_events())
             trained = {"cost": cost, "not_finite": not_finite, "events": events}
             write_json(record, trained)
@@ -199,7 +192,7 @@ class Worker:
             self.device,
             evaluator=self.evaluator,
         )
-        metrics, _ = _finish(measuring)
+        metrics, _ = finish(measuring)
         return metrics
 
     def _origin(self, job: Trial) -> tuple[Start | None, nn.Module | None]:
@@ -247,15 +240,6 @@ def _by_training(jobs: Sequence[Trial]) -> list[list[Trial]]:
 
 def _label(job: Trial) -> str:
     return " x ".join(filter(None, (job.cell.row, job.cell.column))) + f", seed {job.cell.seed}"
-
-
-def _finish(ticks: Generator[Progress, None, T]) -> T:
-    """Drive a generator to its end, saying nothing of its progress."""
-    while True:
-        try:
-            next(ticks)
-        except StopIteration as end:
-            return end.value
 
 
 _worker: Worker  # of a process of the pool

@@ -140,13 +140,13 @@ def test_published_numbers_stand_in_their_own_tables_only(project: Path) -> None
         ("results/costs/t4.json", "train@t4"),
         ("samples/t4/grid.png", "sample@t4"),
         ("reference/summary.json", "reference"),
-        ("models/autoencoder/training.json", "autoencoder"),
+        ("models/autoencoder", "autoencoder"),
     ],
 )
 def test_missing_input_names_the_file_and_its_stage(project: Path, path: str, stage: str) -> None:
     params = make_params()
     write_inputs(params)
-    Path(path).unlink()
+    Path(path).rename("elsewhere")
     with pytest.raises(UserError, match=f"{path}.*dvc repro {stage}"):
         write_report(params, paths.REPORT, paths.RENDERED)
     assert not paths.REPORT.exists()
