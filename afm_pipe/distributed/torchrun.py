@@ -1,8 +1,8 @@
 """Run a command on several processes through torch.distributed.run.
 
 `afm-pipe train xl2 --nproc-per-node 8`, AFM_NPROC_PER_NODE=8 and `nproc_per_node = 8` in launch.toml do what
-`torchrun --nproc-per-node 8 -m afm_pipe train xl2` does, and print one message for a failure instead of one per process,
-return meaningful exit codes, and forward a scheduler's signals to the processes.
+`torchrun --nproc-per-node 8 -m afm_pipe train xl2` does. Besides, they print one message for a failure instead of one
+per process, return meaningful exit codes, and forward a scheduler's signals to the processes.
 """
 
 import os

@@ -26,18 +26,19 @@ class Progress(NamedTuple):
 
 def track(title: str, work: Generator[Progress, None, T]) -> T:
     """Run a generator to its end, showing progress and time left; return what it returns."""
-    show = _silent if env_rank() > 0 else _live if sys.stderr.isatty() else _plain
-    with show(title) as render:
-        while True:
-            try:
-                render(next(work))
-            except StopIteration as end:
-                return end.value
+    if env_rank() > 0:
+        return finish(work)
+    with (_live if sys.stderr.isatty() else _plain)(title) as render:
+        return finish(work, render)
 
 
-@contextmanager
-def _silent(title: str) -> Iterator[Callable[[Progress], None]]:
-    yield lambda progress: None
+def finish(work: Generator[Progress, None, T], render: Callable[[Progress], None] = lambda progress: None) -> T:
+    """Run a generator to its end, silently by default; return what it returns."""
+    while True:
+        try:
+            render(next(work))
+        except StopIteration as end:
+            return end.value
 
 
 @contextmanager
