@@ -107,8 +107,8 @@ def code_notice(recorded: Iterable[tuple[str, Any]]) -> str | None:
     if changed:
         listed = "; ".join(f"{_names(names)} ({what})" for what, names in sorted(changed.items()))
         lines.append(
-            f"Made by other source code than today's under an equal version: {listed}. If it changes numbers, raise the "
-            "version in afm_pipe/params/versions.yaml."
+            f"Made by other source code than today's under an equal version: {listed}. If it changes numbers, raise "
+            "the version in afm_pipe/params/versions.yaml."
         )
     if unknown:
         lines.append(f"Made by code that was not recorded: {_names(unknown)}.")

@@ -7,6 +7,7 @@ from typing import Any
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.params import Params
 from afm_pipe.pipeline.find import open_latents
+from afm_pipe.pipeline.notices import begin_work
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.files import atomic_path, sha256_file, write_json
 from afm_pipe.runtime.lease import hold_lease
@@ -95,6 +96,7 @@ def classifier(params: Params, launch: Launch) -> None:
     work_dir, seconds = paths.WORK / "classifier", launch.checkpoint_seconds
     with init_distributed(device) as group, hold_lease(work_dir) if group.is_main_process else nullcontext() as lease:
         retention = RetentionPolicy(launch.keep_checkpoints, own=lease.check) if lease else RetentionPolicy()
+        code = begin_work(work_dir / identity, "classifier") if lease else {}
         runtime = Runtime(work_dir / identity, device, seconds, group, launch.micro_batch, retention)
         trained = track("classifier", Trainer(Task(objective, latents, identity), runtime).train())
         if lease is None:
@@ -106,4 +108,5 @@ def classifier(params: Params, launch: Launch) -> None:
         with atomic_path(paths.CLASSIFIER) as folder:
             folder.mkdir()
             save_tensors(folder / "classifier.safetensors", trained.state.ema.state_dict())
-            write_json(folder / "config.json", described | shape | {"num_classes": len(latents.classes)} | accuracy)
+            described |= shape | {"num_classes": len(latents.classes), "provenance": {"code": code}} | accuracy
+            write_json(folder / "config.json", described)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.params import RESERVED_NAMES, Imported, Params, valid_name
 from afm_pipe.pipeline.find import find_model, load_sampler
+from afm_pipe.pipeline.notices import begin_work
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import atomic_path, read_json, sha256_file, write_json
@@ -195,6 +196,7 @@ def evaluate(params: Params, name: str, launch: Launch) -> None:
             assist(params, generator, vae, tools, ranks, device)
             return
         with hold_lease(work_dir):
+            provenance["code"] = begin_work(work_dir / identity, "evaluate")
             run = evaluate_run(
                 params,
                 generator,

@@ -16,6 +16,7 @@ TRIALS = WORK / "trials"  # every trial of the study, by fingerprint
 RESULTS = Path("results")  # all that the pipeline measured
 TOY = RESULTS / "toy"  # the 1-D toy experiment: results.json, its maps as CSV, its figures
 STUDY = RESULTS / "study"  # the larger study's tables, kept in git
+OLD_TRIALS = WORK / "cells"  # of version 0.1
 REPORT = RESULTS / "report"  # the page
 RENDERED = RESULTS / "rendered"  # the tables as CSV, Markdown and LaTeX
 BENCHMARKS = Path("benchmarks/results.json")  # how fast the project is beside plain code: written by `make bench`
