@@ -184,11 +184,10 @@ def code_line(params: Params) -> str | None:
 
 def _recorded_code(params: Params) -> Iterator[tuple[str, Any]]:
     """Yield the names of results with the code they record."""
-    for name in (*params.names, "classifier"):
-        model, cost, metrics = (
-            _json(path) for path in (paths.model(name) / "config.json", paths.costs(name), paths.metrics(name))
-        )
-        if name not in params.imported and (model or cost) is not None and _at(model, "classifier") != "null":
+    for name in params.names:
+        files = paths.model(name) / "config.json", paths.costs(name), paths.metrics(name)
+        model, cost, metrics = map(_json, files)
+        if name in params.models and (model is not None or cost is not None):
             yield name, _at(model, "provenance", "code") if model is not None else _at(cost, "code")
         if metrics is not None:
             yield name, _at(metrics, "protocol", "code")
