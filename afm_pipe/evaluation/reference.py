@@ -21,7 +21,8 @@ from afm_pipe.params import Params
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import write_json
 from afm_pipe.runtime.progress import Progress
-from afm_pipe.sampling.generate import grid, noise, to_uint8
+from afm_pipe.sampling.image_writers import grid, to_uint8
+from afm_pipe.sampling.sampler import seeded_noise
 
 SUMMARY, THUMBNAILS = "summary.json", "thumbnails.npz"
 MAX_FEATURES = 50_000  # kept for KID; mean and covariance are of all images
@@ -148,7 +149,7 @@ def _rows(images: np.ndarray, rows: np.ndarray) -> Tensor:
 def _reconstructed(params: Params, vae: Any, images: np.ndarray, rows: np.ndarray, device: torch.device) -> Tensor:
     """Return images (B, C, H, W) uint8 as the autoencoder gives them back, through a sample of the posterior."""
     mean, std = encode_moments(vae, _rows(images, rows).to(device), params.encode.precision)
-    drawn = noise(params.seed, [int(row) for row in rows], params.latent_shape).to(device)
+    drawn = seeded_noise(params.seed, [int(row) for row in rows], params.latent_shape).to(device)
     latents = sample_latent(mean, std, drawn, vae.config.scaling_factor)
     return to_uint8(decode(vae, latents)).cpu()
 
