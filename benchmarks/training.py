@@ -9,19 +9,19 @@ from statistics import median
 from typing import Any
 
 import torch
+from afm_pipe.training.update import Updates
 
 from afm_pipe.data.latents import Latents
 from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from afm_pipe.models.flow import Flow
 from afm_pipe.models.model_files import ModelConfig, run_config
 from afm_pipe.objectives.adversarial_flow.batches import Batches
+from afm_pipe.objectives.schedules import setting_at
 from afm_pipe.params import Params, Run
 from afm_pipe.params.training import BF16_EPSILON
 from afm_pipe.planning.counting import measure
 from afm_pipe.training.engine import keep_freed_memory
-from afm_pipe.training.schedules import setting_at
 from afm_pipe.training.state import TrainingState
-from afm_pipe.training.update import Updates
 from benchmarks.beside import Beside, Works
 from benchmarks.inputs import CLASS_COUNT, latents_file, sd_vae
 from benchmarks.measuring import Row, in_turns, matmul_rate, speed_row

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from afm_pipe.training.gradients import SharedGradients
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -19,7 +20,6 @@ from afm_pipe.params.sizes import SIZES
 from afm_pipe.planning.budget import D_COPIES, G_COPIES
 from afm_pipe.planning.counting import guidance_flops, kept_by, measure
 from afm_pipe.planning.scaling import CLASSES, PAGE, PROFILE, block_bytes, needs, written
-from afm_pipe.training.gradients import SharedGradients
 from tests.conftest import ROOT
 
 

@@ -35,7 +35,7 @@ def plan(params: Params, name: str, launch: Launch) -> str:
     """Return what a run would be: its resolved params, its parameters, updates and a rank's memory."""
     import yaml
 
-    from afm_pipe.training.schedules import num_updates
+    from afm_pipe.objectives.schedules import num_updates
 
     run, needs, manifest = named_run(params, name), run_budget(params, name, launch), count_images(params)
     if manifest is not None:

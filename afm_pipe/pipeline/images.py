@@ -79,14 +79,15 @@ def reference(params: Params, launch: Launch) -> None:
 
 
 def classifier(params: Params, launch: Launch) -> None:
-    """Train the classifier that guides, from where an interrupted training stopped; without one in params, say so."""
+    """Train the classifier that guides, from where an interrupted session stopped; without one in params, say so."""
     from afm_pipe.distributed.process_group import init_distributed
     from afm_pipe.models.model_files import save_tensors
+    from afm_pipe.objectives.latent_classifier import ClassifierTraining, accuracy_by_level
     from afm_pipe.params.versions import versions
     from afm_pipe.runtime.environment import env_rank
     from afm_pipe.runtime.identity import fingerprint
     from afm_pipe.training.checkpoints import RetentionPolicy
-    from afm_pipe.training.classifier import accuracy_by_level, train_latent_classifier
+    from afm_pipe.training.trainer import Runtime, Task, Trainer
 
     settings, device = params.classifier, launch.torch_device()
     if settings is None:
@@ -98,28 +99,19 @@ def classifier(params: Params, launch: Launch) -> None:
     latents = open_latents(params)
     described = {"classifier": settings.model_dump(), "seed": params.seed}
     identity = fingerprint(described, {"latents": latents.fingerprint()}, versions("data", "objective"))
-    work_dir = paths.WORK / "classifier"
-    with init_distributed(device) as ranks, hold_lease(work_dir) if ranks.is_main_process else nullcontext() as lease:
-        training = train_latent_classifier(
-            settings,
-            latents,
-            params.seed,
-            work_dir / identity,
-            identity,
-            device,
-            launch.checkpoint_seconds,
-            ranks,
-            launch.micro_batch,
-            RetentionPolicy(launch.keep_checkpoints, own=lease.check) if lease else RetentionPolicy(),
-        )
-        trained = track("classifier", training)
+    objective = ClassifierTraining(settings, params.seed, latents.latent_shape, len(latents.classes))
+    work_dir, seconds = paths.WORK / "classifier", launch.checkpoint_seconds
+    with init_distributed(device) as group, hold_lease(work_dir) if group.is_main_process else nullcontext() as lease:
+        retention = RetentionPolicy(launch.keep_checkpoints, own=lease.check) if lease else RetentionPolicy()
+        runtime = Runtime(work_dir / identity, device, seconds, group, launch.micro_batch, retention)
+        trained = track("classifier", Trainer(Task(objective, latents, identity), runtime).train())
         if lease is None:
             return
         lease.check()
         channels, latent_size, _ = latents.latent_shape
         shape = {"size": settings.size, "channels": channels, "latent_size": latent_size}
-        accuracy = accuracy_by_level(trained.ema, latents, params.seed, device)
+        accuracy = accuracy_by_level(trained.state.ema, latents, params.seed, device)
         with atomic_path(paths.CLASSIFIER) as folder:
             folder.mkdir()
-            save_tensors(folder / "classifier.safetensors", trained.ema.state_dict())
+            save_tensors(folder / "classifier.safetensors", trained.state.ema.state_dict())
             write_json(folder / "config.json", described | shape | {"num_classes": len(latents.classes)} | accuracy)

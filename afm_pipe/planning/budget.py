@@ -8,7 +8,7 @@ import psutil
 import torch
 
 from afm_pipe.models.model_files import ModelConfig, build_discriminator, build_generator, count_parameters
-from afm_pipe.objectives.adversarial_flow.batches import num_micro_batches
+from afm_pipe.objectives.base import num_micro_batches
 from afm_pipe.params import Run
 from afm_pipe.planning.counting import FLOAT, checkpointed_bytes, measure
 from afm_pipe.runtime.errors import UserError

@@ -3,7 +3,8 @@
 Shapes alone: nothing is computed, nothing allocated, and no data is needed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple, Self
 
@@ -14,9 +15,9 @@ from torch.utils.flop_counter import flop_registry
 
 from afm_pipe.models.classifier import LatentClassifier
 from afm_pipe.models.dit import Block
-from afm_pipe.models.flow import Flow
-from afm_pipe.models.model_files import ModelConfig, build_discriminator, build_generator
-from afm_pipe.objectives.adversarial_flow.step import Batch, PenaltyNoise, discriminator_step, generator_step
+from afm_pipe.models.model_files import ModelConfig
+from afm_pipe.objectives import build_objective
+from afm_pipe.objectives.base import Hyperparameters, Objective
 from afm_pipe.params import Params, Run
 from afm_pipe.params.sizes import SIZES, ModelSize
 
@@ -46,45 +47,80 @@ class Parts(NamedTuple):
     discriminator_backward: float
 
 
+class Step(NamedTuple):
+    """What one optimizer step of an update takes, from the step before it."""
+
+    network: str  # that is stepped
+    forward_flops: float
+    backward_flops: float
+    kept_bytes: int  # for the backward pass, at the most
+
+
+class _CountingLearner:
+    """Counts the steps of an objective's update, on the meta device."""
+
+    def __init__(self, networks: Mapping[str, torch.nn.Module], buffers: Mapping[str, Tensor]) -> None:
+        self.networks, self.buffers, self.steps = networks, buffers, list[Step]()
+        self.weights = [weight for network in networks.values() for weight in network.parameters()]
+        self.counter = _Counter()
+
+    def module(self, name: str) -> torch.nn.Module:
+        return self.networks[name]
+
+    def accumulate(self, name: str, last: bool) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def sum(self, figures: Sequence[Tensor]) -> Tensor:
+        return torch.stack([*figures]).sum(0)
+
+    def step(self, name: str, loss: Tensor, hyperparameters: Hyperparameters) -> Tensor:
+        counter = self.counter
+        kept = counter.kept_bytes(self.weights)
+        self.steps.append(Step(name, counter.forward_flops, counter.backward_flops, kept))
+        counter.reset()
+        self.networks[name].zero_grad(set_to_none=True)
+        return torch.zeros(())
+
+
+def count_update(objective: Objective, batch: Any) -> list[Step]:
+    """Return what each step of one update takes on a micro-batch of `objective.example_batch`."""
+    with torch.device("meta"):
+        networks = objective.build_networks()
+        learner = _CountingLearner(networks, objective.build_buffers(torch.device("meta")))
+        with learner.counter:
+            objective.update(learner, [batch], objective.hyperparameters(0, 1))
+    return learner.steps
+
+
 @cache
-def measure(run: Run, config: ModelConfig, batch_size: int, penalised: int | None = None) -> Work:
+def measure(run: Run, config: ModelConfig, batch_size: int, penalized: int | None = None) -> Work:
     """Count one update of a run on a batch of `batch_size`, without guidance; shapes alone, nothing is computed.
 
-    D's penalties are taken on `penalised` images, left out on the run's share; lazy ones are counted by their mean
+    D's penalties are taken on `penalized` images, left out on the run's share; lazy ones are counted by their mean
     over updates.
     """
-    if penalised is None:
-        penalised = max(round(batch_size * run.penalty.batch_fraction), 1)
+    objective = build_objective(run, config)
     with torch.device("meta"):
-        generator, discriminator = build_generator(config), build_discriminator(config)
-        flow, latents = Flow(generator, config.form, config.nfe), torch.empty(batch_size, *config.latent_shape)
-        times = (None, None) if config.nfe == 1 else (torch.empty(batch_size), torch.empty(batch_size))
-        batch = Batch(latents, torch.empty_like(latents), torch.zeros(batch_size, dtype=torch.int64), *times)
-        noise = PenaltyNoise(torch.empty_like(latents[:penalised]), torch.empty_like(latents[:penalised]))
+        networks = objective.build_networks()
         with _Counter() as alone:
-            flow(batch.source, batch.labels, batch.s, batch.t).sum().backward()
-        with _Counter() as d_step:
-            discriminator_step(flow, discriminator, batch, noise, run)
-        with _Counter() as d_step_without:
-            discriminator_step(flow, discriminator, batch, None, run)
-        discriminator.requires_grad_(False)
-        with _Counter() as g_step:
-            generator_step(flow, discriminator, batch, 1.0, None)
-    weights = [*generator.parameters(), *discriminator.parameters()]
-    activations = max(step.kept_bytes(weights) for step in (d_step, g_step))
+            objective.example_forward(networks, batch_size).sum().backward()
+        batch = objective.example_batch(batch_size, penalized)
+        steps = count_update(objective, batch)
+        d_step, g_step = steps
+        d_step_without = count_update(objective, batch._replace(noise=None))[0]
 
     def mean(direction: str) -> float:  # over updates with penalties and without, both steps
         with_, without, g = (getattr(step, direction) for step in (d_step, d_step_without, g_step))
         return (with_ + (run.penalty.every - 1) * without) / run.penalty.every + g
 
-    of_g = 2 * alone.forward_flops, alone.backward_flops
+    forwards = 1 if run.reuse_forward else 2
     parts = Parts(
-        generator_forward=alone.forward_flops * (1 if run.reuse_forward else 2),
-        generator_backward=of_g[1],
-        discriminator_forward=mean("forward_flops") - of_g[0],
-        discriminator_backward=mean("backward_flops") - of_g[1],
+        generator_forward=alone.forward_flops * forwards,
+        generator_backward=alone.backward_flops,
+        discriminator_forward=mean("forward_flops") - forwards * alone.forward_flops,
+        discriminator_backward=mean("backward_flops") - alone.backward_flops,
     )
-    return Work(alone.forward_flops, sum(parts), activations, parts)
+    return Work(alone.forward_flops, sum(parts), max(step.kept_bytes for step in steps), parts)
 
 
 @cache
@@ -141,10 +177,14 @@ class _Counter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self.reset()
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
+
+    def reset(self) -> None:
+        """Count from nothing."""
         self.forward_flops = self.backward_flops = 0.0
         self._kept: dict[int, torch.UntypedStorage] = {}  # alive, so that no number is given twice
         self._attention: dict[int, torch.UntypedStorage] = {}
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
 
     def kept_bytes(self, weights: list[torch.nn.Parameter]) -> int:
         """Return the bytes kept besides the weights and attention maps, which fused attention does not keep."""

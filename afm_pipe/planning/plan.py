@@ -10,13 +10,13 @@ from math import prod
 from typing import Literal, NamedTuple, cast, get_args
 
 from afm_pipe.models.model_files import run_config
+from afm_pipe.objectives.schedules import update_at
 from afm_pipe.params import Params
 from afm_pipe.planning.budget import budget
 from afm_pipe.planning.counting import FLOAT, Work, guidance_flops, measure
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.progress import Progress
 from afm_pipe.runtime.tables import table_text
-from afm_pipe.training.schedules import update_at
 
 Precision = Literal["fp32", "tf32", "bf16"]
 DAY = 86400.0  # seconds

@@ -18,13 +18,13 @@ import torch
 
 from afm_pipe.models.dit import FREQUENCIES
 from afm_pipe.models.model_files import ModelConfig, build_discriminator, build_generator, run_config
+from afm_pipe.objectives.schedules import update_at
 from afm_pipe.params import Params
 from afm_pipe.params.file import load_params
 from afm_pipe.params.sizes import SIZES, ModelSize
 from afm_pipe.planning.budget import D_COPIES, G_COPIES, RUNTIME
 from afm_pipe.planning.counting import FLOAT, block_bytes, checkpointed_bytes
 from afm_pipe.planning.plan import DAY, GPUS, latents_bytes
-from afm_pipe.training.schedules import update_at
 
 IMAGES, CLASSES = 1_281_167, 1000  # of ImageNet
 PAGE, PROFILE = Path("docs/scaling.md"), Path("profiles/imagenet256.yaml")

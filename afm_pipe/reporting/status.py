@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from afm_pipe.data.provenance import read_provenance
+from afm_pipe.objectives.schedules import num_updates, update_at
 from afm_pipe.params import Params, Run
 from afm_pipe.params.versions import run_identity
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import read_text, sha256_file
 from afm_pipe.training.events import FATAL
-from afm_pipe.training.schedules import num_updates, update_at
 
 LARGEST_LOG, LARGEST_SMALL = 1 << 28, 1 << 24  # bytes; a run has at most some thousand rows
 FRESH = 30.0  # seconds after its last touch in which a lease counts as held

@@ -34,6 +34,7 @@ from afm_pipe.models.model_files import (
     run_config,
     save_tensors,
 )
+from afm_pipe.objectives import build_objective
 from afm_pipe.params import Params
 from afm_pipe.runtime import paths, signals
 from afm_pipe.runtime.errors import NotFiniteError, UserError
@@ -42,9 +43,10 @@ from afm_pipe.runtime.lease import hold_lease
 from afm_pipe.runtime.progress import Progress
 from afm_pipe.study.trials import Trial, Units
 from afm_pipe.training.checkpoints import RetentionPolicy
-from afm_pipe.training.events import FILE, as_json, read_events
-from afm_pipe.training.loop import kept, train
+from afm_pipe.training.events import as_json
 from afm_pipe.training.state import Start
+from afm_pipe.training.store import RunStore
+from afm_pipe.training.trainer import Runtime, Task, Trainer
 
 T = TypeVar("T")
 TRAINED = "trained.json"  # in a cell's folder, once its training is over
@@ -128,23 +130,14 @@ class Worker:
             if record.is_file():
                 return read_json(record)
             config, (start, guide) = self._config(job), self._origin(job)
-            training = train(
-                run,
-                config,
-                self.latents,
-                job.folder,
-                job.training,
-                self.device,
-                self.checkpoint_seconds,
-                start,
-                guide,
-                job.probes(self.latents.num_images),
-                keeping=RetentionPolicy(own=lease.check),
-            )
+            objective = build_objective(run, config, guide)
+            task = Task(objective, self.latents, job.training, start, job.probes(self.latents.num_images))
+            retention = RetentionPolicy(own=lease.check)
+            trainer = Trainer(task, Runtime(job.folder, self.device, self.checkpoint_seconds, retention=retention))
             try:
-                state = _finish(training).state
+                state = _finish(trainer.train()).state
                 updates, seconds, not_finite = state.update, round(state.seconds["training"], 1), None
-                save_tensors(job.folder / "discriminator.safetensors", state.discriminator.state_dict())
+                save_tensors(job.folder / "discriminator.safetensors", state.networks["discriminator"].state_dict())
             except NotFiniteError as error:
                 updates, seconds, not_finite = error.update, None, error.update
             lease.check()
@@ -157,7 +150,7 @@ class Worker:
                 "images": updates * run.batch_size,
                 "units": self.units(self.params, job.cell.base, run, config),
             }
-            events = as_json(read_events(job.folder / FILE))
+            events = as_json(trainer.store.read_events())
             trained = {"cost": cost, "not_finite": not_finite, "events": events}
             write_json(record, trained)
             if job.owner is None:
@@ -169,7 +162,7 @@ class Worker:
         measured: list[dict[str, Any]] = []
         protocol: dict[str, Any] = {}
         for update, phase in job.probes(self.latents.num_images).items():
-            if not kept(job.folder, update).is_file():
+            if not RunStore(job.folder).kept(update).is_file():
                 break  # it diverged before
             metrics = self._metrics(job, update)
             protocol, intervals = metrics.pop("protocol"), metrics.pop("intervals")
@@ -191,7 +184,7 @@ class Worker:
         }
 
     def _metrics(self, job: Trial, update: int) -> dict[str, Any]:
-        config, weights = self._config(job), kept(job.folder, update)
+        config, weights = self._config(job), RunStore(job.folder).kept(update)
         generator = build_generator(config)
         load_exactly(generator, load_tensors(weights), weights)
         generator = generator.to(self.device).eval().requires_grad_(False)
@@ -218,8 +211,9 @@ class Worker:
         if read_json(base.folder / TRAINED)["not_finite"] is not None:
             raise UserError(f"Found the base of the cell {_label(job)} diverged, expected one to continue: change it.")
         update = max(base.probes(self.latents.num_images))
-        tensors = load_tensors(kept(base.folder, update)), load_tensors(base.folder / "discriminator.safetensors")
-        return Start(*tensors, update), guide
+        generator = RunStore(base.folder).load_kept(update)
+        discriminator = load_tensors(base.folder / "discriminator.safetensors")
+        return Start({"generator": generator, "discriminator": discriminator}, update), guide
 
     def _config(self, job: Trial) -> ModelConfig:
         return run_config(job.cell.run, self.params.latent_shape, self.latents.num_classes)

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from afm_pipe.data.provenance import read_provenance
+from afm_pipe.objectives.schedules import num_updates, update_at
 from afm_pipe.params import Cell, Params, Run
 from afm_pipe.params.versions import run_identity, versions
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import read_json, sha256_file, write_json
 from afm_pipe.runtime.identity import fingerprint
-from afm_pipe.training.schedules import num_updates, update_at
 
 
 class Units(Protocol):

@@ -1,19 +1,9 @@
-"""What holds at which moment of a run: its phase, learning rate and transport weight. Time is images seen by G."""
+"""What holds at which moment of a run. Time is images seen by G."""
 
 from bisect import bisect_right
 from math import ceil, cos, pi
-from typing import NamedTuple
 
 from afm_pipe.params import Ema, Phase, Run
-
-
-class Setting(NamedTuple):
-    """What one update is made with."""
-
-    phase: Phase
-    lr: float
-    lr_discriminator: float
-    transport: float
 
 
 def num_updates(run: Run, num_images: int) -> int:
@@ -26,20 +16,10 @@ def update_at(run: Run, epoch: float, num_images: int) -> int:
     return ceil(round(epoch * num_images) / run.batch_size)
 
 
-def setting_at(run: Run, update: int, num_images: int) -> Setting:
-    """Return the setting of an update (counted from 0) on a data set of `num_images` images."""
+def phase_at(run: Run, update: int, num_images: int) -> Phase:
+    """Return the phase of an update (counted from 0) on a data set of `num_images` images."""
     ends = [update_at(run, phase.until_epoch, num_images) for phase in run.phases]
-    index = min(bisect_right(ends, update), len(ends) - 1)
-    phase = run.phases[index]
-    transport = phase.transport or run.transport
-    decay_updates = round(transport.decay_epochs * num_images / run.batch_size)
-    lr = phase.lr or run.lr
-    return Setting(
-        phase=phase,
-        lr=lr,
-        lr_discriminator=phase.lr_discriminator or lr,
-        transport=cosine(transport.start, transport.end, update, decay_updates),
-    )
+    return run.phases[min(bisect_right(ends, update), len(ends) - 1)]
 
 
 def cosine(start: float, end: float, update: float, updates: int) -> float:
