@@ -6,31 +6,32 @@ python -m tests.objectives.pinned      rewrites the pins; raise the version in a
 import json
 import sys
 import tempfile
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from afm_pipe.data.latents import Latents
 from afm_pipe.models.classifier import LatentClassifier
 from afm_pipe.models.model_files import run_config
+from afm_pipe.objectives import build_objective
+from afm_pipe.objectives.base import Objective
+from afm_pipe.objectives.latent_classifier import ClassifierTraining
 from afm_pipe.params import Classifier, Run, deep_merge
 from afm_pipe.params.file import load_params
 from afm_pipe.params.sizes import SIZES
 from afm_pipe.params.versions import versions
-from afm_pipe.training.classifier import ClassifierState, train_latent_classifier
-from afm_pipe.training.loop import Trained, train
-from afm_pipe.training.state import Start
+from afm_pipe.training.state import Start, TrainingState
+from afm_pipe.training.trainer import Runtime, Task, Trainer
 from tests.conftest import ROOT, SMOKE
 
 FILE = ROOT / "tests" / "golden" / "pins.json"
 TOLERANCE = 1e-9  # relative; processors differ in the last bits
-CPU = torch.device("cpu")
 IMAGES, BATCH, UPDATES = 64, 8, 4
 END = UPDATES * BATCH / IMAGES  # in epochs
-Result = TypeVar("Result")
 Pins = dict[str, dict[str, Any]]
 
 # Every field that shapes numbers, so that the pins do not depend on a profile.
@@ -116,17 +117,24 @@ class MemoryLatents:
         return self.x[indices[own]] + 0.1 * noise[own]
 
 
-def train_run(settings: Mapping[str, Any], folder: Path, start: Start | None = None) -> Trained:
-    """Train a run through the function that production calls."""
+def train(objective: Objective, start: Start | None = None) -> TrainingState:
+    """Train through the function that production calls."""
+    with tempfile.TemporaryDirectory() as folder:
+        task = Task(objective, cast(Latents, MemoryLatents()), "pinned", start)
+        training = Trainer(task, Runtime(Path(folder), checkpoint_seconds=1e9)).train()
+        while True:
+            try:
+                next(training)
+            except StopIteration as end:
+                return end.value.state
+
+
+def train_run(settings: Mapping[str, Any], start: Start | None = None) -> TrainingState:
+    """Train the run of a case."""
     complete = load_params(SMOKE).train.model_dump(mode="json")
-    run, latents = Run.model_validate(deep_merge(deep_merge(complete, RUN), dict(settings))), MemoryLatents()
-    config = run_config(run, latents.latent_shape, latents.num_classes)
-    return finish(train(run, config, latents, folder, "pinned", CPU, 1e9, start, guide()))
-
-
-def train_classifier(folder: Path) -> ClassifierState:
-    settings = Classifier.model_validate(CLASSIFIER)
-    return finish(train_latent_classifier(settings, MemoryLatents(), 3, folder, "pinned", CPU, 1e9))
+    run = Run.model_validate(deep_merge(deep_merge(complete, RUN), dict(settings)))
+    config = run_config(run, MemoryLatents.latent_shape, MemoryLatents.num_classes)
+    return train(build_objective(run, config, guide()), start)
 
 
 def guide() -> LatentClassifier:
@@ -139,42 +147,28 @@ def guide() -> LatentClassifier:
     return classifier
 
 
-def finish(training: Generator[Any, None, Result]) -> Result:
-    while True:
-        try:
-            next(training)
-        except StopIteration as end:
-            return end.value
-
-
 def measure() -> Pins:
     """Train all cases and return their figures by case and part."""
     torch.set_default_dtype(torch.float64)
     try:
-        with tempfile.TemporaryDirectory() as name:
-            folder, found = Path(name), {}
-            for case, settings in CASES.items():
-                trained = train_run(settings, folder / case)
-                found[case] = figures_of_run(trained)
-                if case == "one_step":
-                    base = trained.state
-            start = Start(base.ema.state_dict(), base.discriminator.state_dict(), base.update)
-            found["continued"] = figures_of_run(train_run(CONTINUED, folder / "continued", start))
-            state = train_classifier(folder / "classifier")
-            found["classifier"] = {
-                "model": figures_of(state.model),
-                "ema": figures_of(state.ema),
-                "row": state.rows[-1],
-            }
-            return found
+        states = {case: train_run(settings) for case, settings in CASES.items()}
+        base = states["one_step"]
+        networks = {"generator": base.ema, "discriminator": base.networks["discriminator"]}
+        start = Start({name: network.state_dict() for name, network in networks.items()}, base.update)
+        states["continued"] = train_run(CONTINUED, start)
+        settings = Classifier.model_validate(CLASSIFIER)
+        shape, classes = MemoryLatents.latent_shape, MemoryLatents.num_classes
+        states["classifier"] = train(ClassifierTraining(settings, 3, shape, classes))
+        return {case: figures(state) for case, state in states.items()}
     finally:
         torch.set_default_dtype(torch.float32)
 
 
-def figures_of_run(trained: Trained) -> dict[str, Any]:
-    state = trained.state
-    parts = {part: figures_of(getattr(state, part)) for part in ("generator", "discriminator", "ema")}
-    return parts | {"normalizer": state.normalizer.mean_square.item(), "row": state.rows[-1]}
+def figures(state: TrainingState) -> dict[str, Any]:
+    """Return what is pinned of a finished run."""
+    modules = {name: figures_of(module) for name, module in state.modules.items()}
+    buffers = {name: buffer.tolist() for name, buffer in state.buffers.items()}
+    return modules | {"buffers": buffers, "row": state.rows[-1]}
 
 
 def figures_of(module: nn.Module) -> dict[str, list[float]]:
