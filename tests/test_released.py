@@ -259,8 +259,8 @@ def test_an_import_never_replaces_a_trained_model(project: Path) -> None:
     torch.save(state(FORMS["1nfe"]), "x.pth")
     trained("precious", FORMS["1nfe"])
     for name, words in [
-        ("t4", "expected one that no run has"),
-        ("../x", "small letters"),
+        ("t4", "expected lowercase letters"),
+        ("../x", "lowercase letters"),
         ("precious", "not imported"),
     ]:
         with pytest.raises(UserError, match=words):
