@@ -34,7 +34,7 @@ from afm_pipe.params import Params
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import read_json
 from afm_pipe.runtime.progress import Progress
-from afm_pipe.sampling.image_writers import UINT8_RULE, grid
+from afm_pipe.sampling.image_writers import grid
 from afm_pipe.sampling.sampler import Sampler, balanced_labels
 
 NEAREST_SAMPLES, NEAREST_SHOWN = 10, 3  # in the picture of nearest training images
@@ -165,7 +165,7 @@ class Evaluator:
             "noise": "sample i from its own generator seeded with seed + i",
             "label_mode": "balanced: sample i is of class i modulo the number of classes",
             "micro_batch": sampler.micro_batch,
-            "uint8_rule": UINT8_RULE,
+            "uint8_rule": "round",
             "decode_precision": "fp32",
             "feature_precision": "fp32",
             "statistics_precision": "fp64",

@@ -90,7 +90,6 @@ def _draw(params: Params, name: str, launch: Launch, requests: "list[Request]") 
 
 def evaluate(params: Params, name: str, launch: Launch) -> None:
     """Measure a run's samples against the reference."""
-    from afm_pipe.autoencoders.kl import autoencoder_sha256
     from afm_pipe.distributed.process_group import init_distributed
     from afm_pipe.evaluation.evaluator import Evaluator
     from afm_pipe.params.versions import versions
@@ -110,7 +109,7 @@ def evaluate(params: Params, name: str, launch: Launch) -> None:
             "weights": "EMA",
             "images_seen": read_json(paths.model(name) / "config.json")["images_seen"],
             "generator_sha256": sha256_file(paths.model(name) / "generator.safetensors"),
-            "autoencoder_sha256": autoencoder_sha256(paths.AUTOENCODER),
+            "autoencoder_sha256": sha256_file(paths.AUTOENCODER_WEIGHTS),
         }
         evaluator = Evaluator(params, paths.REFERENCE, device)
         measured = {
@@ -121,7 +120,7 @@ def evaluate(params: Params, name: str, launch: Launch) -> None:
         }
         hashes = {reference.name: reference.sha256 for reference in evaluator.references}
         hashes |= {"thumbnails": sha256_file(paths.REFERENCE / "thumbnails.npz")}
-        identity = fingerprint(measured, hashes, versions("sampling", "evaluation"))
+        identity = fingerprint(measured, hashes, versions("evaluate"))
         work_dir = paths.WORK / name / "evaluate"
         with hold_lease(work_dir) if group.is_main_process else nullcontext():
             run = evaluator.evaluate(sampler, provenance, work_dir / identity, launch.checkpoint_seconds)

@@ -14,13 +14,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-UINT8_RULE = "round"  # as DiT and SiT do; the paper's released code truncates
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Quantize images in [-1, 1] by rounding, to what a PNG file of them stores."""
-    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
 
 def grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
     """Lay out uint8 images (N, C, H, W) row by row on white, `gap` pixels apart; C is 1 or 3."""

@@ -7,17 +7,15 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from afm_pipe.autoencoders.kl import decode
+from afm_pipe.autoencoders.base import Autoencoder
 from afm_pipe.distributed.mapping import map_across_ranks
 from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from afm_pipe.models.flow import Flow
 from afm_pipe.runtime.errors import UserError
-from afm_pipe.sampling.image_writers import to_uint8
 
 LATENCY_RUNS, LATENCY_SECONDS = 5, 10.0  # timed passes: five, or fewer where they take longer than this
 CPU = torch.device("cpu")
@@ -60,7 +58,7 @@ class Sampler:
     """
 
     generator: Flow
-    autoencoder: Any
+    autoencoder: Autoencoder
     latent_shape: tuple[int, int, int]
     class_names: Sequence[str]
     micro_batch: int
@@ -154,7 +152,7 @@ class Sampler:
 
     @torch.inference_mode()
     def _decode(self, latents: Tensor) -> Tensor:
-        images = decode(self.autoencoder, latents)
+        images = self.autoencoder.decode(latents)
         if not images.isfinite().all():
             raise UserError("Found non-finite decoded images, expected finite values: train the autoencoder again.")
-        return to_uint8(images)
+        return self.autoencoder.spec.to_uint8(images)

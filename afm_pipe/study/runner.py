@@ -12,15 +12,14 @@ import signal
 from collections.abc import Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 import torch
 from torch import nn
 
-from afm_pipe.autoencoders.kl import load_autoencoder
+from afm_pipe.autoencoders import load_autoencoder
 from afm_pipe.data.latents import Latents
-from afm_pipe.distributed.launch import machine_name
 from afm_pipe.evaluation.evaluator import Evaluator
 from afm_pipe.evaluation.measures import sample_suffix
 from afm_pipe.evaluation.networks import NAMES
@@ -40,16 +39,16 @@ from afm_pipe.runtime import paths, signals
 from afm_pipe.runtime.errors import NotFiniteError, UserError
 from afm_pipe.runtime.files import read_json, sha256_file, write_json
 from afm_pipe.runtime.lease import hold_lease
-from afm_pipe.runtime.progress import Progress
+from afm_pipe.runtime.progress import Progress, finish
 from afm_pipe.sampling.sampler import Sampler
 from afm_pipe.study.trials import Trial, Units
 from afm_pipe.training.checkpoints import RetentionPolicy
+from afm_pipe.training.cost import training_cost
 from afm_pipe.training.events import as_json
 from afm_pipe.training.state import Start
 from afm_pipe.training.store import RunStore
 from afm_pipe.training.trainer import Runtime, Task, Trainer
 
-T = TypeVar("T")
 TRAINED = "trained.json"  # in a cell's folder, once its training is over
 
 
@@ -115,7 +114,7 @@ class Worker:
     @cached_property
     def autoencoder(self) -> Any:
         """What decodes samples."""
-        return load_autoencoder(paths.AUTOENCODER, self.device)
+        return load_autoencoder(self.params, paths.AUTOENCODER, self.device)
 
     def run(self, group: Sequence[Trial]) -> None:
         """Train the one training of a group of cells, and measure each of them."""
@@ -136,21 +135,15 @@ class Worker:
             retention = RetentionPolicy(own=lease.check)
             trainer = Trainer(task, Runtime(job.folder, self.device, self.checkpoint_seconds, retention=retention))
             try:
-                state = _finish(trainer.train()).state
-                updates, seconds, not_finite = state.update, round(state.seconds["training"], 1), None
+                state = finish(trainer.train()).state
+                updates, seconds, not_finite = state.update, state.seconds["training"], None
                 save_tensors(job.folder / "discriminator.safetensors", state.networks["discriminator"].state_dict())
             except NotFiniteError as error:
                 updates, seconds, not_finite = error.update, None, error.update
             lease.check()
             updates -= start.update if start else 0
-            cost = {
-                "machine": machine_name(self.device),
-                "threads": torch.get_num_threads(),
-                "seconds": seconds,
-                "updates": updates,
-                "images": updates * run.batch_size,
-                "units": self.units(self.params, job.cell.base, run, config),
-            }
+            cost = training_cost(updates, run.batch_size, seconds, self.device)
+            cost["units"] = self.units(self.params, job.cell.base, run, config)
             events = as_json(trainer.store.read_events())
             trained = {"cost": cost, "not_finite": not_finite, "events": events}
             write_json(record, trained)
@@ -193,7 +186,7 @@ class Worker:
         told = {"weights": "EMA", "autoencoder_sha256": sha256_file(paths.AUTOENCODER_WEIGHTS)}
         shape, size = self.params.latent_shape, self.params.sample.micro_batch
         sampler = Sampler(flow, self.autoencoder, shape, self.latents.classes, size, self.device)
-        result = _finish(self.evaluator.evaluate(sampler, told))
+        result = finish(self.evaluator.evaluate(sampler, told))
         assert result is not None, "a single process is the main process"
         return result[0]
 
@@ -242,15 +235,6 @@ def _by_training(jobs: Sequence[Trial]) -> list[list[Trial]]:
 
 def _label(job: Trial) -> str:
     return " x ".join(filter(None, (job.cell.row, job.cell.column))) + f", seed {job.cell.seed}"
-
-
-def _finish(ticks: Generator[Progress, None, T]) -> T:
-    """Drive a generator to its end, saying nothing of its progress."""
-    while True:
-        try:
-            next(ticks)
-        except StopIteration as end:
-            return end.value
 
 
 _worker: Worker  # of a process of the pool

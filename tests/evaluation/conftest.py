@@ -8,10 +8,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
+from afm_pipe.autoencoders.kl import KLAutoencoder
 from afm_pipe.evaluation.reference import build_reference
 from afm_pipe.runtime.progress import track
 from afm_pipe.sampling.sampler import balanced_labels
-from tests.evaluation.painter import CLASSES, REAL_SEED, Painter, params_with, sampler_of
+from tests.evaluation.painter import CLASSES, REAL_SEED, SHAPE, Painter, params_with, sampler_of
 
 
 @pytest.fixture(scope="session")
@@ -19,11 +20,11 @@ def vae() -> Any:
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        vae: Any = AutoencoderKL(
+        model = AutoencoderKL(
             in_channels=1, out_channels=1, block_out_channels=(8, 16, 32), norm_num_groups=8, **blocks
         )
-    vae.decoder.conv_out.weight.data *= 4  # untrained, it paints in faint greys
-    return vae.eval()
+    model.decoder.conv_out.weight.data *= 4  # untrained, it paints in faint grays
+    return KLAutoencoder(model, SHAPE[1] * 4)
 
 
 @pytest.fixture(scope="session")

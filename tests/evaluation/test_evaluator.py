@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
+from afm_pipe.autoencoders.kl import KLAutoencoder
 from afm_pipe.evaluation.evaluator import Evaluator
 from afm_pipe.evaluation.features import FeatureNetwork, load_network
 from afm_pipe.evaluation.nearest import Neighbors, Thumbnails, build_thumbnails, thumbnail
@@ -169,7 +170,7 @@ def test_samples_of_another_size_are_refused(reference: Path) -> None:
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     other = AutoencoderKL(in_channels=1, out_channels=1, block_out_channels=(8, 16), norm_num_groups=8, **blocks)
     with pytest.raises(UserError, match=r"Found samples of shape \[1, 8, 8\], expected \[1, 16, 16\]"):
-        evaluate(Painter(), other, reference)
+        evaluate(Painter(), KLAutoencoder(other, 8), reference)
 
 
 def test_non_finite_latents_are_refused(vae: Any, reference: Path) -> None:

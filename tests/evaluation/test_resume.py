@@ -27,7 +27,7 @@ from tests.evaluation.painter import Painter, evaluate, params_with, sampler_of
 SCRIPT = """
 import sys, time, torch
 from pathlib import Path
-from diffusers import AutoencoderKL
+from afm_pipe.autoencoders.kl import KLAutoencoder
 from afm_pipe.evaluation.evaluator import Evaluator
 from tests.evaluation.painter import Painter, params_with, sampler_of
 
@@ -36,7 +36,7 @@ class Slow(Painter):
         time.sleep(0.2)
         return super().sample(x, labels)
 
-vae = AutoencoderKL.from_pretrained(sys.argv[1], low_cpu_mem_usage=False).eval()
+vae = KLAutoencoder.load(params_with(), Path(sys.argv[1]))
 run = Evaluator(params_with(), Path(sys.argv[2])).evaluate(sampler_of(Slow(), vae), {}, Path(sys.argv[3]), 0)
 for tick in run:
     print(tick.done, flush=True)
@@ -48,7 +48,7 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same_numbers(
     reference: Path,
     tmp_path: Path,
 ) -> None:
-    vae.save_pretrained(tmp_path / "vae")
+    vae.save(tmp_path / "vae")
     words = [sys.executable, "-c", SCRIPT, str(tmp_path / "vae"), str(reference), str(tmp_path / "work")]
     child = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert child.stdout is not None

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from afm_pipe.cli import app
+from afm_pipe.cli.app import app
 from tests.conftest import ROOT, SMOKE
 
 COMMANDS = ["prepare", "autoencoder", "encode", "reference", "train", "sample", "evaluate", "report", "doctor", "toy"]
@@ -33,7 +33,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_help_groups_the_commands_and_gives_an_example_of_each(run) -> None:
     text = run("--help").output
-    assert all(group in text for group in ("Data stages", "Run stages", "Tools"))
+    assert all(group in text for group in ("Pipeline: data", "Pipeline: runs", "Look", "Models", "Params", "Machine"))
     for command in COMMANDS:
         assert f"afm-pipe {command}" in " ".join(run(command, "--help").output.split())
 
@@ -50,25 +50,25 @@ def test_dry_run_prints_params_counts_updates_and_memory(run) -> None:
     text = run("train", "--size", "t4", "--dry-run", "--set", "train.batch_size=32", "--params", str(SMOKE)).output
     for part in (
         "batch_size: 32",
-        "generator      1,365,440 parameters (as for 1,000 classes; `afm-pipe prepare` counts those there are)",
+        "generator      1,365,440 parameters (assuming 1,000 classes; `afm-pipe prepare` counts them)",
         "updates        0.5 epochs",
         "memory         about 0.",
     ):
         assert part in text
 
 
-def test_dry_run_counts_what_a_rank_needs_with_the_settings_at_hand(run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dry_run_counts_the_memory_of_one_process_under_launch_settings(run, monkeypatch: pytest.MonkeyPatch) -> None:
     def memory(*flags: str) -> tuple[float, str]:
         text = run("train", "t4", "--dry-run", "--params", str(SMOKE), *flags).output
         (line,) = [each for each in text.splitlines() if each.startswith("memory")]
         return float(line.split(" weights and optimizers, ")[1].split()[0]), line
 
     whole, shared = memory(), memory("--nproc-per-node", "2", "--micro-batch", "8")
-    assert "ranks" not in whole[1]
-    assert "(on each of 2 ranks, 8 images at a time)" in shared[1]
+    assert "processes" not in whole[1]
+    assert "(on each of 2 processes, micro-batches of 8)" in shared[1]
     assert shared[0] < 0.5 * whole[0]
     monkeypatch.setenv("AFM_CHECKPOINT_ACTIVATIONS", "1")
-    assert memory()[0] < whole[0] and "activations computed again" in memory()[1]
+    assert memory()[0] < whole[0] and "activations recomputed" in memory()[1]
 
 
 @pytest.mark.parametrize(
@@ -101,10 +101,10 @@ def test_a_launch_setting_that_is_wrong_is_named(run, monkeypatch: pytest.Monkey
 
 
 def test_a_wrong_flag_is_named_as_one_and_a_wrong_setting_as_one(run, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "Mend it in --micro-batch." in run("train", "t4", "--micro-batch", "0", "--params", str(SMOKE)).stderr
+    assert "Fix --micro-batch." in run("train", "t4", "--micro-batch", "0", "--params", str(SMOKE)).stderr
     assert run("plan", "t4", "--images", "-5", "--params", str(SMOKE)).exit_code == 2
     monkeypatch.setenv("AFM_WORKERS", "x")
-    assert "MEND  launch settings: Found launch setting workers = 'x'" in run("doctor", "--params", str(SMOKE)).output
+    assert "FIX  launch settings: Found launch setting workers = 'x'" in run("doctor", "--params", str(SMOKE)).output
 
 
 def test_doctor_names_what_is_missing_and_the_remedy(run) -> None:
@@ -115,8 +115,8 @@ def test_doctor_names_what_is_missing_and_the_remedy(run) -> None:
     Path("params.yaml").write_text(text.replace("source: mnist5k", "source: folder"))
     result = run("doctor")
     assert result.exit_code == 1
-    assert "MEND  data: data/images is missing" in result.output
-    assert "MEND  Inception: missing or another" in result.output
+    assert "FIX  data: data/images is missing" in result.output
+    assert "FIX  Inception: missing or another file" in result.output
     assert "inception-2015-12-05.pt" in result.output
 
 
@@ -126,12 +126,12 @@ def test_doctor_tells_which_weights_of_the_evaluation_are_there(run, monkeypatch
     text = text.replace("adm_reference: null", "adm_reference: {file: adm.npz, sha256: null}")
     Path("params.yaml").write_text(text)
     missing = run("doctor").output
-    assert "MEND  ADM's statistics: missing or another" in missing and "Found no adm.npz" in missing
-    assert "MEND  DINOv2: missing or another" in missing and "Found no dinov2_vitl14.safetensors" in missing
+    assert "FIX  ADM's statistics: missing or another file" in missing and "Found no adm.npz" in missing
+    assert "FIX  DINOv2: missing or another file" in missing and "Found no dinov2_vitl14.safetensors" in missing
     Path("adm.npz").write_bytes(b"statistics")
     Path("dinov2_vitl14.safetensors").write_bytes(b"weights")
     unknown, sha256 = run("doctor").output, hashlib.sha256(b"weights").hexdigest()
-    assert "ok    ADM's statistics: adm.npz" in unknown
-    assert "MEND  DINOv2" in unknown and sha256 in unknown
+    assert "ok   ADM's statistics: adm.npz" in unknown
+    assert "FIX  DINOv2" in unknown and sha256 in unknown
     Path("params.yaml").write_text(text.replace("dinov2_sha256: null", f"dinov2_sha256: {sha256}"))
-    assert "ok    DINOv2: dinov2_vitl14.safetensors" in run("doctor").output
+    assert "ok   DINOv2: dinov2_vitl14.safetensors" in run("doctor").output

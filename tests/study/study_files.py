@@ -15,6 +15,7 @@ from afm_pipe.reporting.section import Section
 from afm_pipe.reporting.study import study_sections
 from afm_pipe.reporting.study_checks import Verdict
 from afm_pipe.reporting.table import Table
+from afm_pipe.runtime import paths
 from tests.report_inputs import COMMITTED, RUNS
 
 PUBLISHED = yaml.safe_load((Path(study_cells.__file__).parent / "published.yaml").read_text(encoding="utf-8"))
@@ -52,7 +53,7 @@ def make_params(**tables: dict[str, Any]) -> Params:
 
 
 def write_study(
-    path: str,
+    name: str,
     table: dict[str, Any],
     distance: Number,
     scale: str = "Made up.",
@@ -67,7 +68,7 @@ def write_study(
             for column in (table["columns"] or {"settings": [""]})["settings"]:
                 place = (row, column, seed)
                 cells.append(cell(place, distance(*place), diverged(*place), accuracy(*place), units(*place)))
-    write(path, {"table": table, "scale": scale, "machine": "no machine", "protocol": {}, "trials": cells})
+    write(name, {"table": table, "scale": scale, "machine": "no machine", "protocol": {}, "trials": cells})
 
 
 def cell(
@@ -97,9 +98,11 @@ def cell(
     }
 
 
-def write(path: str, value: Any) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(value))
+def write(name: str, value: Any) -> None:
+    """Write a JSON file under results/."""
+    path = paths.RESULTS / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
 
 
 def sections_of(params: Params) -> dict[str, Section]:

@@ -7,7 +7,7 @@ import pytest
 
 from afm_pipe.reporting import study_checks
 from afm_pipe.reporting import study_trials as study_cells
-from tests.study_files import (
+from tests.study.study_files import (
     check,
     clear,
     declared,
@@ -177,17 +177,17 @@ def test_units_are_compared_exactly_with_one_seed_too(cheap: float, outcome: str
 
 def test_seeds_with_missing_cells_take_no_part() -> None:
     write_study("tables/sweep.json", declared(), clear)
-    stored = json.loads(Path("tables/sweep.json").read_text())
+    stored = json.loads(Path("results/tables/sweep.json").read_text())
     kept = [each for each in stored["trials"] if each["seed"] != 1 or each["row"] != "0"]
-    write("results/tables/sweep.json", stored | {"trials": kept})
+    write("tables/sweep.json", stored | {"trials": kept})
     assert verdict_of(declared()).seeds == 2
     section = sections_of(make_params(sweep=declared()))["study-sweep"]
     assert "1 of 6 cells have not been run" in section.tables[0].caption
     both = declared(checks=(check("distance", {"rows": ["0.2", "0"]}, {"rows": ["0"]}),))
     kept = [each for each in stored["trials"] if each["seed"] != 1 or each["row"] != "0.2"]
-    write("results/tables/sweep.json", stored | {"trials": kept, "table": both})
+    write("tables/sweep.json", stored | {"trials": kept, "table": both})
     assert verdict_of(both).seeds == 2
-    write("results/tables/sweep.json", stored | {"trials": [each for each in kept if each["row"] != "0"]})
+    write("tables/sweep.json", stored | {"trials": [each for each in kept if each["row"] != "0"]})
     verdict = verdict_of(declared())
     assert verdict.outcome == "not run"
     assert verdict.sentence == "Not run: 'A is below B'."

@@ -41,7 +41,7 @@ def test_transport_may_be_a_number() -> None:
     ("override", "words"),
     [
         ("train.batchsize=4", "train.batchsize: found an unknown field, did you mean batch_size?"),
-        ("runs.t4.penalty.shar=1", "runs.t4.penalty.shar: found an unknown field, did you mean share?"),
+        ("runs.t4.penalty.wieght=1", "runs.t4.penalty.wieght: found an unknown field, did you mean weight?"),
         ("nonsense.x=1", "nonsense: found an unknown field, expected one of seed, data"),
         ("train.lr=1e-3", "train.lr: found '1e-3', expected a valid number; YAML reads 1e-3 as text: write 1.0e-03"),
         ("train.batch_size=many", "train.batch_size: found 'many', expected a valid integer"),

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from afm_pipe.cli import app
-from afm_pipe.objectives.adversarial_flow.losses import Logits, discriminator_terms, moved
+from afm_pipe.cli.app import app
+from afm_pipe.objectives.adversarial_flow.losses import gradient_penalty, logit_centering, moved, relativistic
 from afm_pipe.params import Guidance, Params, Toy
 from afm_pipe.params.file import load_params
 from afm_pipe.reporting import titles
@@ -151,10 +151,11 @@ def test_losses_of_seeds_at_once_are_the_pipelines_losses_of_each(toy: Toy) -> N
         "fake_moved": training._judge(g, critic, moved(fake[:, :16], noise[1], epsilon), batch.t[:, :16], batch.labels),
     }
     for seed in range(toy.seeds):
-        logits = Logits(**{name: value[seed] for name, value in judged.items()})
-        terms = discriminator_terms(logits, epsilon, torch.full((16,), 0.25))
-        expected = expected + terms.adversarial + toy.penalty.weight * (terms.r1 + terms.r2)
-        expected = expected + toy.logit_centering * terms.logit_centering
+        real, fake, real_moved, fake_moved = (value[seed] for value in judged.values())
+        w = torch.full((16,), 0.25)
+        penalty = gradient_penalty(real, real_moved, epsilon, w) + gradient_penalty(fake, fake_moved, epsilon, w)
+        expected = expected + relativistic(real, fake) + toy.penalty.weight * penalty
+        expected = expected + toy.logit_centering * logit_centering(real, fake)
     assert batch.source.shape == shape
     torch.testing.assert_close(total, expected, rtol=1e-4, atol=0)
 
@@ -260,9 +261,9 @@ def test_report_shows_three_figures_and_the_numbers_of_the_file(project: Path) -
     assert section is not None
     results: dict[str, Any] = json.loads((paths.TOY / "results.json").read_text())
     assert [drawing.image.source for drawing in section.pictures] == [
-        "toy/maps.png",
-        "toy/sweep.png",
-        "toy/guidance.png",
+        "results/toy/maps.png",
+        "results/toy/sweep.png",
+        "results/toy/guidance.png",
     ]
     assert all(len(drawing.image.alt) > 100 for drawing in section.pictures)
     rows = list(csv.DictReader(csv_text(section.table).splitlines()))
@@ -275,7 +276,7 @@ def test_report_shows_three_figures_and_the_numbers_of_the_file(project: Path) -
 def test_report_without_the_study_has_no_section_and_a_damaged_one_is_an_error(project: Path) -> None:
     path = paths.TOY / "results.json"
     path.write_text('{"maps": {}}')
-    with pytest.raises(UserError, match=r"toy/results.json with a wrong guidance.*dvc repro --force toy"):
+    with pytest.raises(UserError, match=r"results/toy/results.json with a wrong guidance.*dvc repro --force toy"):
         read_one_dimension()
     path.unlink()
     assert read_one_dimension() is None

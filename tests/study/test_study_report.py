@@ -18,7 +18,7 @@ from afm_pipe.reporting.study_published import published_table
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
 from tests.report_inputs import Page, write_inputs
-from tests.study_files import (
+from tests.study.study_files import (
     KEY,
     PUBLISHED,
     check,
@@ -65,7 +65,7 @@ def test_a_sweep_shows_spread_divergence_and_cost() -> None:
     (figure,) = section.figures
     assert "0.2: 51.0 [50.0, 52.0]" in figure.svg
     assert "from the lowest seed to the highest" in figure.caption
-    assert figure.source == "tables/sweep.json"
+    assert figure.source == "results/tables/sweep.json"
 
 
 def fired(kinds: dict[str, tuple[str, ...]]) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -81,9 +81,9 @@ def fired(kinds: dict[str, tuple[str, ...]]) -> Callable[[dict[str, Any]], dict[
 def test_alarms_of_the_watch_are_shown_and_compared() -> None:
     table = declared(checks=(check("alarms", {"rows": ["0.2"]}, {"rows": ["0"]}),))
     write_study("tables/sweep.json", table, clear)
-    written = json.loads(Path("tables/sweep.json").read_text())
+    written = json.loads(Path("results/tables/sweep.json").read_text())
     give = fired({"0": ("identity", "identity", "stagnation"), "0.2": ()})
-    write("results/tables/sweep.json", written | {"trials": [give(each) for each in written["trials"]]})
+    write("tables/sweep.json", written | {"trials": [give(each) for each in written["trials"]]})
     (shown,) = sections_of(make_params(sweep=table))["study-sweep"].tables
     column = [each.key for each in shown.columns].index("alarms")
     assert [row[column] for row in texts(shown)] == ["identity 3 of 3, stagnation 3 of 3", "none of 3"]
@@ -97,10 +97,10 @@ def test_alarms_of_the_watch_are_shown_and_compared() -> None:
 def test_trainings_that_were_not_watched_show_no_alarms_and_decide_nothing_about_them() -> None:
     table = declared(checks=(check("alarms", {"rows": ["0.2"]}, {"rows": ["0"]}),))
     write_study("tables/sweep.json", table, clear)
-    written = json.loads(Path("tables/sweep.json").read_text())
+    written = json.loads(Path("results/tables/sweep.json").read_text())
     give = fired({"0": ("identity",), "0.2": ()})
     cells = [give(each) if each["row"] == "0" and each["seed"] < 2 else each for each in written["trials"]]
-    write("results/tables/sweep.json", written | {"trials": cells})
+    write("tables/sweep.json", written | {"trials": cells})
     (shown,) = sections_of(make_params(sweep=table))["study-sweep"].tables
     column = [each.key for each in shown.columns].index("alarms")
     assert [row[column] for row in texts(shown)] == ["identity 2 of 2 watched", "–"]
@@ -109,11 +109,11 @@ def test_trainings_that_were_not_watched_show_no_alarms_and_decide_nothing_about
 
 def test_time_of_a_training_that_cells_share_counts_once_and_of_what_they_continue_never() -> None:
     write_study("tables/sweep.json", declared(checks=()), clear)  # two rows, three seeds, a minute each
-    written = json.loads(Path("tables/sweep.json").read_text())
+    written = json.loads(Path("results/tables/sweep.json").read_text())
 
     def caption(**own: Callable[[Any], str]) -> str:
         cells = [each | {key: value(each["seed"]) for key, value in own.items()} for each in written["trials"]]
-        write("results/tables/sweep.json", written | {"trials": cells})
+        write("tables/sweep.json", written | {"trials": cells})
         return sections_of(make_params(sweep=declared(checks=())))["study-sweep"].tables[0].caption
 
     assert "6 cells, 6.00 min of training" in caption()
@@ -126,8 +126,8 @@ def test_time_of_a_training_that_cells_share_counts_once_and_of_what_they_contin
 def test_rows_and_columns_stand_in_the_order_of_their_cells() -> None:
     table = declared(rows=("5e-4", "1e-3", "2e-3"), columns=("none", "da", "cg"), checks=())
     write_study("tables/sweep.json", table, lambda row, column, seed: 10.0)
-    written = json.loads(Path("tables/sweep.json").read_text())
-    Path("tables/sweep.json").write_text(json.dumps(written, sort_keys=True))  # as tables are written
+    written = json.loads(Path("results/tables/sweep.json").read_text())
+    Path("results/tables/sweep.json").write_text(json.dumps(written, sort_keys=True))  # as tables are written
     shown = sections_of(make_params(sweep=table))["study-sweep"].tables[0]
     assert [row[0].text for row in shown.rows] == ["5e-4", "1e-3", "2e-3"]
     assert [column.key for column in shown.columns] == ["row", "none", "da", "cg"]
@@ -194,7 +194,7 @@ def test_study_and_own_run_stand_side_by_side_and_what_only_the_study_has_is_mar
     line = next(csv.DictReader(csv_text(checks).splitlines()))
     assert (line["verdict"], line["seeds"], line["scale"]) == ("supported", "3", "Large.")
     assert float(line["difference_low"]) < float(line["difference"]) < float(line["difference_high"]) < 0
-    assert {cell.source for cell in checks.rows[0]} == {"", "study/sweep.json"}
+    assert {cell.source for cell in checks.rows[0]} == {"", "results/study/sweep.json"}
 
 
 def test_a_claim_the_study_cannot_decide_is_taken_from_the_own_run() -> None:
@@ -212,7 +212,7 @@ def test_a_claim_the_study_cannot_decide_is_taken_from_the_own_run() -> None:
 
 def test_a_table_that_was_not_run_says_how_to_run_it() -> None:
     found = sections_of(make_params(sweep=declared(paper="ot_decay")))
-    assert "Found no tables/sweep.json" in found["study-sweep"].warning
+    assert "Found no results/tables/sweep.json" in found["study-sweep"].warning
     assert "dvc repro table@sweep" in found["study-sweep"].warning
     assert found["study-sweep"].tables == ()
     assert [table.name for table in found["study-sweep"].published] == ["paper_table_sweep"]
@@ -220,7 +220,7 @@ def test_a_table_that_was_not_run_says_how_to_run_it() -> None:
     write_study("study/sweep.json", declared(), clear)
     section = sections_of(make_params(sweep=declared()))["study-sweep"]
     assert [table.name for table in section.tables] == ["study_sweep"]
-    assert "Found no tables/sweep.json" in section.warning
+    assert "Found no results/tables/sweep.json" in section.warning
     assert sections_of(make_params()) == {}
 
 
@@ -275,14 +275,14 @@ def test_the_papers_numbers_stand_as_grid_or_rows() -> None:
     ],
 )
 def test_a_damaged_file_is_a_clear_error(scope: str, damage: Callable[[Any], str], words: str) -> None:
-    path = Path(scope, "sweep.json")
-    write_study(str(path), declared(), clear)
+    path = paths.RESULTS / scope / "sweep.json"
+    write_study(f"{scope}/sweep.json", declared(), clear)
     path.write_text(damage(json.loads(path.read_text())))
     with pytest.raises(UserError, match=words) as found:
         sections_of(make_params(sweep=declared()))
     assert str(path) in str(found.value)
     if words != "not JSON":
-        remedy = "dvc repro --force table@sweep" if scope == "tables" else "git checkout study/sweep.json"
+        remedy = "dvc repro --force table@sweep" if scope == "tables" else "git checkout results/study/sweep.json"
         assert remedy in str(found.value)
 
 
@@ -313,8 +313,9 @@ def test_the_page_and_its_files_hold_the_study() -> None:
         for suffix in ("csv", "md", "tex"):
             assert (paths.REPORT / f"{name}.{suffix}").is_file()
     assert "Supported at this scale: 'A is below B': distance 5.25 times lower" in page.text
-    links = {str(link["href"]) for link in page.all("a")}
-    assert {"../tables/sweep.json", "../study/sweep.json"} <= links
+    links = [str(link["href"]) for link in page.all("a")]
+    for source in (paths.table("sweep"), paths.STUDY / "sweep.json"):
+        assert any(link.endswith(f"../{source}") for link in links)
 
 
 def test_the_study_is_reported_without_torch() -> None:

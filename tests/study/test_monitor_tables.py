@@ -4,7 +4,7 @@ from pathlib import Path
 
 from afm_pipe.params.file import load_params
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_the_study_watches_ten_healthy_trainings_and_provokes_failures_on_three_seeds() -> None:
