@@ -245,7 +245,7 @@ def _begin_worker(
     parent: int, stopping: Any, params: Params, device: torch.device, checkpoint_seconds: float, units: Units
 ) -> None:
     global _worker, _stopping
-    signals.ignore()
+    signals.ignore_signals()
     signals.stop_with([psutil.Process(parent)])  # nobody would take this process's work
     torch.set_num_threads(1)
     _worker, _stopping = Worker(params, device, checkpoint_seconds, units), stopping
