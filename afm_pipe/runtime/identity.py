@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def fingerprint(settings: Any, inputs: Mapping[str, str], versions: Mapping[str, int]) -> str:
-    """Return 16 hex digits over settings (as JSON), named hashes of inputs, and declared versions of the code."""
+    """Return 16 hex digits that hash settings (as JSON), named hashes of inputs, and declared versions of the code."""
     content = json.dumps([settings, dict(inputs), dict(versions)], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
