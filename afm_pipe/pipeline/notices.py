@@ -1,12 +1,11 @@
 """What a stage says, in a line each, of what it finds beside its own work."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from afm_pipe.params.versions import Stage, begun_with, code_notice
-from afm_pipe.runtime import paths
 from afm_pipe.runtime.environment import env_rank
 from afm_pipe.runtime.files import read_json
 
@@ -16,12 +15,9 @@ def begin_work(folder: Path, stage: Stage) -> dict[str, str]:
 
     Says which state of other identities lies beside it, and whether its own was begun with other source code.
     """
-    siblings = [path.name for path in folder.parent.glob("*/") if re.fullmatch("[0-9a-f]{16}", path.name)]
-    if siblings and not folder.exists():
-        print(
-            f"Not resumed: {', '.join(sorted(siblings))} in {folder.parent}, of other params, data or versions. Remove "
-            "what you no longer need."
-        )
+    siblings = [path for path in folder.parent.glob("*/") if re.fullmatch("[0-9a-f]{16}", path.name)]
+    if not folder.exists():
+        notice_unused(siblings)
     code = begun_with(folder, stage)
     notice_code([(str(folder), code)])
     return code
@@ -41,7 +37,8 @@ def notice_code(recorded: Iterable[tuple[str, Any]]) -> None:
         print(line)
 
 
-def notice_old_trials() -> None:
-    """Say that trials of version 0.1 are there: they are neither reused nor removed."""
-    if paths.OLD_TRIALS.is_dir():
-        print(f"Not reused: {paths.OLD_TRIALS}, the trials of version 0.1. Remove it when you no longer need it.")
+def notice_unused(others: Sequence[Path]) -> None:
+    """Say which unfinished work is of another identity, or of version 0.1: it is neither resumed nor removed."""
+    if others and env_rank() == 0:
+        names = ", ".join(str(path) for path in sorted(others))
+        print(f"Not resumed: {names}, of other params, data or versions. Remove what you no longer need.")

@@ -9,7 +9,6 @@ from afm_pipe.params.versions import PARTS, ROOMS, code, code_notice, declared
 from tests.conftest import ROOT
 
 
-
 def test_results_of_todays_code_and_of_other_versions_are_no_news() -> None:
     older = {part: f"v{version - 1} 00000000" for part, version in declared().items()}
     assert code_notice([("t4", code("train")), ("t4", code("evaluate")), ("b2", older)]) is None
