@@ -13,10 +13,9 @@ from afm_pipe.cli.status import status_text
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.params import Params
 from afm_pipe.params.versions import code, declared
-from afm_pipe.reporting.page import write_report
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.files import write_json
-from tests.report_inputs import make_params, write_inputs
+from tests.reporting.report_inputs import make_params, write_inputs
 
 LAUNCH = Launch(device="cpu", checkpoint_seconds=0)
 SHORT = "runs.t4.phases=[{until_epoch: 2}]"  # 15 updates
@@ -104,12 +103,10 @@ def test_the_page_says_it_in_one_line(project: Path) -> None:
     params = make_params()
     write_inputs(params)
     metrics = json.loads(paths.metrics("t4").read_text())
-    for other, said in ((False, []), (True, ["t4 (evaluation 00000000"])):
-        metrics["protocol"]["code"] = code("evaluate") | ({"evaluation": OTHER} if other else {})
+    for other, said in ((code("evaluate")["evaluation"], []), (OTHER, ["t4 (evaluation 00000000"])):
+        metrics["protocol"]["code"] = code("evaluate") | {"evaluation": other}
         write_json(paths.metrics("t4"), metrics)
-        write_report(params, project / "report")
-        page = (project / "report" / "index.html").read_text()
-        lines = [line for line in page.splitlines() if NOTICE.split("'")[0] in line]
+        pipeline.report(params)
+        lines = [line for line in (paths.REPORT / "index.html").read_text().splitlines() if "other source code" in line]
         assert len(lines) == len(said)
         assert all(text in line for text, line in zip(said, lines, strict=True))
-        shutil.rmtree(project / "report")
