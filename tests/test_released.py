@@ -30,7 +30,7 @@ from afm_pipe.reporting.page import write_report
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import read_json
-from afm_pipe.sampling.generate import generate_latents, labels_for
+from afm_pipe.sampling.sampler import Sampler, balanced_labels
 from tests.conftest import ROOT, SMOKE
 from tests.reporting.report_inputs import make_params, write, write_inputs, write_picture
 
@@ -100,7 +100,7 @@ def trained(name: str, config: ModelConfig) -> dict[str, torch.Tensor]:
 
 def latents(model: Path, steps: int | None = None) -> torch.Tensor:
     generator, indices = load_generator(model, CPU), range(5)
-    return generate_latents(generator, 3, indices, labels_for(indices, 10), (4, 8, 8), 5, CPU, steps)
+    return Sampler(generator, None, (4, 8, 8), (), 5).latents(indices, balanced_labels(indices, 10), 3, steps)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -259,8 +259,8 @@ def test_an_import_never_replaces_a_trained_model(project: Path) -> None:
     torch.save(state(FORMS["1nfe"]), "x.pth")
     trained("precious", FORMS["1nfe"])
     for name, words in [
-        ("t4", "expected one that no run has"),
-        ("../x", "small letters"),
+        ("t4", "expected lowercase letters"),
+        ("../x", "lowercase letters"),
         ("precious", "not imported"),
     ]:
         with pytest.raises(UserError, match=words):

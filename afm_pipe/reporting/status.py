@@ -8,6 +8,7 @@ import json
 import math
 import socket
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ import psutil
 from afm_pipe.data.latents_format import provenance_fingerprint, read_provenance
 from afm_pipe.objectives.schedules import num_updates, update_at
 from afm_pipe.params import Params, Run
-from afm_pipe.params.versions import run_identity
+from afm_pipe.params.versions import code_notice, run_identity
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import read_text, sha256_file
@@ -158,6 +159,28 @@ def trials_line(params: Params) -> str | None:
     missing = [trial for trial in trials if not trial.result.is_file()]
     begun = sum((trial.folder / "curves.csv").is_file() for trial in missing)
     return f"{what}: {len(trials) - len(missing)} of {len(trials)} measured" + (f", {begun} begun" * (begun > 0))
+
+
+def code_line(params: Params) -> str | None:
+    """Return a line on the results made by other source code than today's under an equal version, if there are any."""
+    return code_notice(_recorded_code(params))
+
+
+def _recorded_code(params: Params) -> Iterator[tuple[str, Any]]:
+    """Yield the names of results with the code they record."""
+    for name in params.names:
+        config, costs, metrics = paths.model(name) / "config.json", paths.costs(name), paths.metrics(name)
+        if name in params.models and _stored(config):
+            yield name, _stored(config, "provenance", "code")
+        elif name in params.models and _stored(costs):
+            yield name, _stored(costs, "code")
+        if _stored(metrics):
+            yield name, _stored(metrics, "protocol", "code")
+    for name in params.tables:
+        for path in (paths.table(name), paths.STUDY / f"{name}.json"):
+            trials = _stored(path, "trials")
+            for trial in trials if isinstance(trials, list) else ():
+                yield f"table {name}", trial.get("code") if isinstance(trial, dict) else None
 
 
 def holder_of(folder: Path) -> str | None:

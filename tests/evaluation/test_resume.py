@@ -12,44 +12,45 @@ import pytest
 import torch
 
 from afm_pipe.evaluation.adm import adm_path, adm_references
+from afm_pipe.evaluation.evaluator import Evaluator
 from afm_pipe.evaluation.features import LEGACY, SPATIAL, FeatureNetwork, load_network
-from afm_pipe.evaluation.metrics import evaluate_run
 from afm_pipe.evaluation.statistics import Reference
 from afm_pipe.params import AdmReference
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import sha256_file
 from afm_pipe.runtime.progress import track
-from afm_pipe.sampling.generate import labels_for, stream_images
-from afm_pipe.sampling.image_writers import PngFolder, ShuffledNpz
-from tests.test_evaluation import Painter, evaluate, params_with, real, reference, vae  # noqa: F401 (fixtures)
+from afm_pipe.sampling.image_writers import NpzWriter, PngWriter
+from afm_pipe.sampling.sampler import balanced_labels
+from tests.conftest import ROOT
+from tests.evaluation.painter import Painter, evaluate, params_with, sampler_of
 
 SCRIPT = """
 import sys, time, torch
 from pathlib import Path
 from afm_pipe.autoencoders.kl import KLAutoencoder
-from afm_pipe.evaluation.metrics import evaluate_run
-from tests.test_evaluation import Painter, params_with
+from afm_pipe.evaluation.evaluator import Evaluator
+from tests.evaluation.painter import Painter, params_with, sampler_of
 
 class Slow(Painter):
-    def sample(self, x, labels):
+    def sample(self, x, labels, steps):
         time.sleep(0.2)
         return super().sample(x, labels)
 
 vae = KLAutoencoder.load(params_with(), Path(sys.argv[1]))
-run = evaluate_run(params_with(), Slow(), vae, Path(sys.argv[2]), {}, work_dir=Path(sys.argv[3]), checkpoint_seconds=0)
+run = Evaluator(params_with(), Path(sys.argv[2])).evaluate(sampler_of(Slow(), vae), {}, Path(sys.argv[3]), 0)
 for tick in run:
     print(tick.done, flush=True)
 """
 
 
 def test_a_killed_evaluation_goes_on_and_gives_the_same_numbers(
-    vae: Any,  # noqa: F811
-    reference: Path,  # noqa: F811
+    vae: Any,
+    reference: Path,
     tmp_path: Path,
 ) -> None:
     vae.save(tmp_path / "vae")
     words = [sys.executable, "-c", SCRIPT, str(tmp_path / "vae"), str(reference), str(tmp_path / "work")]
-    child = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    child = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert child.stdout is not None
     for line in child.stdout:
         if int(line) >= 80:
@@ -60,18 +61,19 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same_numbers(
     asked = []
 
     class Counting(Painter):
-        def sample(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        def sample(self, x: torch.Tensor, labels: torch.Tensor, steps: int | None = None) -> torch.Tensor:
             asked.append(len(x))
             return super().sample(x, labels)
 
-    run = evaluate_run(params_with(), Counting(), vae, reference, {"run": "painter"}, work_dir=tmp_path / "work")
-    metrics, picture = track("evaluate", run)
-    whole, whole_picture = track("evaluate", evaluate_run(params_with(), Painter(), vae, reference, {"run": "painter"}))
-    assert metrics == whole and picture.tobytes() == whole_picture.tobytes()
+    evaluator = Evaluator(params_with(), reference)
+    resumed = track("evaluate", evaluator.evaluate(sampler_of(Counting(), vae), {}, tmp_path / "work"))
+    whole = track("evaluate", evaluator.evaluate(sampler_of(Painter(), vae), {}))
+    assert resumed is not None and whole is not None
+    assert resumed[0] == whole[0] and resumed[1].tobytes() == whole[1].tobytes()
     assert sum(asked) <= 240 - 80  # what was measured before the kill was not generated again
 
 
-def test_intervals_stand_beside_every_distance_and_share(vae: Any, reference: Path) -> None:  # noqa: F811
+def test_intervals_stand_beside_every_distance_and_share(vae: Any, reference: Path) -> None:
     metrics = evaluate(Painter(spread=0.7), vae, reference)
     keys = ("fd_classifier_240", "kid_classifier_240", "precision_classifier_240", "recall_classifier_240")
     assert metrics["intervals"].keys() == {*keys, "class_accuracy"}
@@ -81,26 +83,26 @@ def test_intervals_stand_beside_every_distance_and_share(vae: Any, reference: Pa
     assert metrics["protocol"]["reference"] == {"classifier": "training images"}
 
 
-def test_a_narrow_generator_is_precise_and_recalls_little(vae: Any, reference: Path) -> None:  # noqa: F811
+def test_a_narrow_generator_is_precise_and_recalls_little(vae: Any, reference: Path) -> None:
     narrow, right = (evaluate(Painter(spread=spread), vae, reference) for spread in (0.05, 0.5))
     assert narrow["recall_classifier_240"] < 0.5 * right["recall_classifier_240"]
     assert right["precision_classifier_240"] > 0.6
 
 
 def test_our_distances_are_clean_fids_on_a_folder_of_the_same_images(
-    vae: Any,  # noqa: F811
-    reference: Path,  # noqa: F811
-    real: tuple[np.ndarray, np.ndarray],  # noqa: F811
+    vae: Any,
+    reference: Path,
+    real: tuple[np.ndarray, np.ndarray],
     tmp_path: Path,
 ) -> None:
     """Its folder of PNG files against our stream: quantisation, features and formula at once."""
     from cleanfid import fid
 
     folders = tmp_path / "samples", tmp_path / "real"
-    files = PngFolder(folders[0])
-    for _, _, images in stream_images(Painter(spread=0.8), vae, params_with(), 2000, 240, 3):
+    files = PngWriter(folders[0])
+    for images in sampler_of(Painter(spread=0.8), vae).stream(balanced_labels(range(240), 3), 2000):
         files.add(images)
-    PngFolder(folders[1]).add(torch.from_numpy(real[0]))
+    PngWriter(folders[1]).add(torch.from_numpy(real[0]))
     network = load_network("classifier", reference)
 
     def extract(batch: torch.Tensor) -> torch.Tensor:  # (B, 3, H, W) in [0, 255]
@@ -121,13 +123,12 @@ def test_our_distances_are_clean_fids_on_a_folder_of_the_same_images(
 
 def test_the_npz_for_adms_evaluator_is_shuffled_with_its_labels(tmp_path: Path) -> None:
     images = torch.arange(60, dtype=torch.uint8).view(60, 1, 1, 1).expand(60, 1, 4, 4)
-    labels = labels_for(range(60), 7).tolist()
+    labels = balanced_labels(range(60), 7)
     for name in ("a", "b"):
-        file = ShuffledNpz(tmp_path / f"{name}.npz", labels, seed=5)
+        file = NpzWriter(tmp_path / f"{name}.npz", labels, shuffle_seed=5)
         for batch in images.split(25):
             file.add(batch)
         file.finish()
-        file.close()
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     with np.load(tmp_path / "a.npz", allow_pickle=False) as found:
         pixels, order = found["arr_0"], found["arr_0"][:, 0, 0, 0]

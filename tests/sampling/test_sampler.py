@@ -16,7 +16,8 @@ from afm_pipe.models.generator import Generator
 from afm_pipe.params import LatentSpec
 from afm_pipe.params.sizes import ModelSize
 from afm_pipe.runtime.errors import UserError
-from afm_pipe.sampling.generate import generate_images, generate_latents, grid, labels_for, noise
+from afm_pipe.sampling.image_writers import grid
+from afm_pipe.sampling.sampler import Sampler, balanced_labels, seeded_noise
 
 SHAPE = (4, 8, 8)
 MICRO_BATCH = 6
@@ -41,27 +42,35 @@ def vae() -> Any:
     return KLAutoencoder(model, SHAPE[1] * 4)
 
 
+def sampler_of(generator: nn.Module, vae: Any = None) -> Sampler:
+    return Sampler(generator, vae, SHAPE, [str(i) for i in range(CLASSES)], MICRO_BATCH)  # type: ignore[arg-type]
+
+
 def images_of(generator: nn.Module, vae: Any, indices: list[int], seed: int = 3) -> Tensor:
-    return generate_images(generator, vae, seed, indices, labels_for(indices, CLASSES), SHAPE, MICRO_BATCH)
+    return sampler_of(generator, vae).images(indices, balanced_labels(indices, CLASSES), seed)
+
+
+def latents_of(generator: nn.Module, indices: list[int], seed: int = 3) -> Tensor:
+    return sampler_of(generator).latents(indices, balanced_labels(indices, CLASSES), seed)
 
 
 def test_noise_of_an_index_depends_on_seed_plus_index_alone() -> None:
-    drawn = noise(10, [4, 0, 7], SHAPE)
+    drawn = seeded_noise(10, [4, 0, 7], SHAPE)
     assert drawn.shape == (3, *SHAPE) and drawn.dtype == torch.float32
     assert torch.equal(drawn[1], torch.randn(SHAPE, generator=torch.Generator().manual_seed(10)))
-    assert torch.equal(drawn[2], noise(17, [0], SHAPE)[0])
+    assert torch.equal(drawn[2], seeded_noise(17, [0], SHAPE)[0])
     assert not torch.equal(drawn[0], drawn[1])
 
 
 def test_noise_leaves_the_global_random_state_alone() -> None:
     before = torch.get_rng_state()
-    noise(0, range(3), SHAPE)
+    seeded_noise(0, range(3), SHAPE)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_labels_take_classes_in_turn() -> None:
-    assert labels_for(range(7), 3).tolist() == [0, 1, 2, 0, 1, 2, 0]
-    assert labels_for([5], 3).dtype == torch.int64
+    assert balanced_labels(range(7), 3).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert balanced_labels([5], 3).dtype == torch.int64
 
 
 @pytest.mark.parametrize(
@@ -79,42 +88,47 @@ def test_an_image_does_not_depend_on_what_is_generated_beside_it(
     generator: nn.Module, vae: Any, chunks: list[list[int]]
 ) -> None:
     whole = images_of(generator, vae, list(range(24)))
-    latents = generate_latents(generator, 3, range(24), labels_for(range(24), CLASSES), SHAPE, MICRO_BATCH)
+    latents = latents_of(generator, list(range(24)))
     for chunk in chunks:
-        labels = labels_for(chunk, CLASSES)
         assert torch.equal(images_of(generator, vae, chunk), whole[chunk])
-        assert torch.equal(generate_latents(generator, 3, chunk, labels, SHAPE, MICRO_BATCH), latents[chunk])
+        assert torch.equal(latents_of(generator, chunk), latents[chunk])
 
 
 def test_a_sample_always_sits_in_the_same_place_of_a_batch_of_the_same_size() -> None:
     class Placed(nn.Module):
         """Exaggerates what rounding may do: its output depends on the place in the batch and the batch's size."""
 
-        def sample(self, x: Tensor, labels: Tensor) -> Tensor:
+        def sample(self, x: Tensor, labels: Tensor, steps: int | None) -> Tensor:
             return x + torch.arange(len(x)).view(-1, 1, 1, 1) + 100 * len(x)
 
-    def latents(indices: list[int]) -> Tensor:
-        return generate_latents(Placed(), 0, indices, labels_for(indices, CLASSES), SHAPE, MICRO_BATCH)
-
-    whole = latents(list(range(15)))
+    whole = latents_of(Placed(), list(range(15)))
     for indices in ([14, 3, 4, 13, 0], [7], [5, 5, 11]):
-        assert torch.equal(latents(indices), whole[indices])
+        assert torch.equal(latents_of(Placed(), indices), whole[indices])
 
 
 def test_one_index_may_be_asked_for_in_several_classes(generator: nn.Module, vae: Any) -> None:
-    both = generate_latents(generator, 0, [2, 2], torch.tensor([0, 1]), SHAPE, MICRO_BATCH)
+    sampler = sampler_of(generator, vae)
+    both = sampler.latents([2, 2], torch.tensor([0, 1]), 0)
     for i in range(2):
-        alone = generate_latents(generator, 0, [2], torch.tensor([i]), SHAPE, MICRO_BATCH)
+        alone = sampler.latents([2], torch.tensor([i]), 0)
         assert torch.equal(both[i], alone[0])
     assert not torch.equal(both[0], both[1])
 
 
 def test_a_latent_is_the_generator_of_noise_and_label(generator: nn.Module) -> None:
     indices = list(range(MICRO_BATCH))
-    labels = labels_for(indices, CLASSES)
+    labels = balanced_labels(indices, CLASSES)
     with torch.no_grad():
-        expected = generator(noise(5, indices, SHAPE), labels)
-    assert torch.equal(generate_latents(generator, 5, indices, labels, SHAPE, MICRO_BATCH), expected)
+        expected = generator(seeded_noise(5, indices, SHAPE), labels)
+    assert torch.equal(latents_of(generator, indices, seed=5), expected)
+
+
+def test_given_noises_are_used_in_turn(generator: nn.Module) -> None:
+    noises, indices = seeded_noise(5, range(3), SHAPE), list(range(7))
+    labels = balanced_labels(indices, CLASSES)
+    with torch.no_grad():
+        expected = torch.cat([generator(noises[[i % 3]], labels[[i]]) for i in indices])
+    torch.testing.assert_close(sampler_of(generator).latents(indices, labels, noises), expected)
 
 
 def test_seeds_and_indices_change_the_image(generator: nn.Module, vae: Any) -> None:
@@ -124,18 +138,15 @@ def test_seeds_and_indices_change_the_image(generator: nn.Module, vae: Any) -> N
 
 
 def test_no_samples_are_no_images(generator: nn.Module) -> None:
-    assert generate_latents(generator, 0, [], torch.empty(0, dtype=torch.int64), SHAPE, MICRO_BATCH).shape == (
-        0,
-        *SHAPE,
-    )
+    assert latents_of(generator, []).shape == (0, *SHAPE)
 
 
 def test_latents_that_are_not_finite_are_refused_by_index(vae: Any) -> None:
     class Diverged(nn.Module):
-        def sample(self, x: Tensor, labels: Tensor) -> Tensor:
+        def sample(self, x: Tensor, labels: Tensor, steps: int | None) -> Tensor:
             return torch.where(labels.view(-1, 1, 1, 1) == 3, torch.nan, x)
 
-    with pytest.raises(UserError, match="sample 8, seed 3"):
+    with pytest.raises(UserError, match="sample 8"):
         images_of(Diverged(), vae, [6, 7, 8, 9])
     assert len(images_of(Diverged(), vae, [5, 6, 7])) == 3
 

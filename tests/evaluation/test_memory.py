@@ -12,17 +12,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from afm_pipe.evaluation import manifold
 from afm_pipe.evaluation.accumulate import EvalBatch, MetricAccumulator
+from afm_pipe.evaluation.evaluator import Evaluator
 from afm_pipe.evaluation.features import LEGACY, SPATIAL, FeatureNetwork, load_network
 from afm_pipe.evaluation.frechet import Statistics
 from afm_pipe.evaluation.manifold import precision_recall
 from afm_pipe.evaluation.measures import inception_score, within_class_variance
-from afm_pipe.evaluation.metrics import Evaluator, evaluate_run
 from afm_pipe.evaluation.reference import build_reference
 from afm_pipe.evaluation.statistics import Reference
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import read_json, sha256_file
 from afm_pipe.runtime.progress import track
-from tests.test_evaluation import CLASSES, Painter, params_with, real, reference, vae  # noqa: F401 (fixtures)
+from tests.evaluation.painter import CLASSES, Painter, params_with, sampler_of
 
 DIM = 64
 DISTANCES = 3 * 4  # bytes of a sample's distances to its nearest training images
@@ -142,8 +142,8 @@ def write_adm(path: Path, seed: int) -> None:
 @pytest.mark.parametrize("first", [True, False])
 def test_of_networks_with_adms_statistics_only_what_is_used_is_passed_through(
     first: bool,
-    real: tuple[np.ndarray, np.ndarray],  # noqa: F811
-    vae: Any,  # noqa: F811
+    real: tuple[np.ndarray, np.ndarray],
+    vae: Any,
     tmp_path: Path,
     adm: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -161,7 +161,7 @@ def test_of_networks_with_adms_statistics_only_what_is_used_is_passed_through(
         return [network for name in names for network in found[name]()]
 
     monkeypatch.setattr("afm_pipe.evaluation.reference.load_networks", load)
-    monkeypatch.setattr("afm_pipe.evaluation.metrics.load_networks", load)
+    monkeypatch.setattr("afm_pipe.evaluation.evaluator.load_networks", load)
     monkeypatch.setattr("afm_pipe.evaluation.reference.MAX_FEATURES", 60)
     names = [LEGACY, "classifier"] if first else ["classifier", LEGACY]
     changes = {"features": names, "adm_reference": {"file": "adm.npz", "sha256": sha256_file(adm)}}
@@ -173,16 +173,19 @@ def test_of_networks_with_adms_statistics_only_what_is_used_is_passed_through(
     summary = read_json(folder / "summary.json")
     assert summary["fid_reconstruction"] > 0 and summary["within_class_variance"] > 0
 
-    found = Evaluator(params, folder).references
+    evaluator = Evaluator(params, folder)
+    found = evaluator.references
     assert {each.count for each in found} == {300}
     assert [each.source for each in found].count(f"adm {sha256_file(adm)}") == 2
-    metrics, _ = track("evaluate", evaluate_run(params, Painter(), vae, folder, {}))
+    result = track("evaluate", evaluator.evaluate(sampler_of(Painter(), vae), {}))
+    assert result is not None
+    metrics = result[0]
     assert metrics["fid_240"] > 0 and metrics["sfid_240"] > 0 and metrics["within_class_variance_features"] > 0
 
 
 def test_a_reference_of_another_adm_file_than_params_name_is_refused(
-    vae: Any,  # noqa: F811
-    real: tuple[np.ndarray, np.ndarray],  # noqa: F811
+    vae: Any,
+    real: tuple[np.ndarray, np.ndarray],
     tmp_path: Path,
     adm: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -191,7 +194,7 @@ def test_a_reference_of_another_adm_file_than_params_name_is_refused(
         return [FeatureNetwork(name, 5, "1" * 64, Counting()) for name in (LEGACY, SPATIAL)]
 
     monkeypatch.setattr("afm_pipe.evaluation.reference.load_networks", load)
-    monkeypatch.setattr("afm_pipe.evaluation.metrics.load_networks", load)
+    monkeypatch.setattr("afm_pipe.evaluation.evaluator.load_networks", load)
 
     def params(file: str | None, sha256: str | None) -> Any:
         named = {"file": file, "sha256": sha256} if file else None

@@ -12,13 +12,13 @@ from typer.testing import CliRunner
 
 from afm_pipe.autoencoders import load_autoencoder
 from afm_pipe.cli.app import app
-from afm_pipe.evaluation import metrics
 from afm_pipe.evaluation.reference import build_reference
 from afm_pipe.params.file import load_params
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.files import read_json
 from afm_pipe.runtime.progress import track
-from tests.test_sample_cli import project  # noqa: F401 (fixture)
+from afm_pipe.sampling.sampler import Sampler
+from tests.sampling.test_requests import project  # noqa: F401 (fixture)
 
 SAMPLES = 23  # no whole number of batches of 6, nor of 10 classes
 OVERRIDES = (f"evaluate.samples={SAMPLES}", "reference.classifier.epochs=1", "reference.thumbnails=40")
@@ -32,7 +32,7 @@ def afm(*words: str) -> Result:
 @pytest.fixture(scope="module")
 def measured(project: Path) -> np.ndarray:  # noqa: F811
     """The images (N, H, W) that `afm-pipe evaluate one` handed to its networks."""
-    before, seen, generate = Path.cwd(), [], metrics.generate_images
+    before, seen, generate = Path.cwd(), [], Sampler.images
 
     def watched(*args: Any) -> Any:
         images = generate(*args)
@@ -47,7 +47,7 @@ def measured(project: Path) -> np.ndarray:  # noqa: F811
         vae = load_autoencoder(params, paths.AUTOENCODER)
         track("reference", build_reference(params, images, labels, names, "digest", vae, paths.REFERENCE))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(metrics, "generate_images", watched)
+            patch.setattr(Sampler, "images", watched)
             done = afm("evaluate", "one")
         assert done.exit_code == 0, done.output
         assert read_json(paths.metrics("one"))["protocol"]["samples"] == SAMPLES

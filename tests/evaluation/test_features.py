@@ -190,7 +190,7 @@ def test_clean_features_are_those_of_cleanfid_on_png_files(sha256: str, tmp_path
     from cleanfid.fid import get_files_features
     from cleanfid.inception_torchscript import InceptionV3W
 
-    from afm_pipe.sampling.generate import grid
+    from afm_pipe.sampling.image_writers import grid
 
     images = torch.randint(0, 256, (4, 3, 20, 20), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     files = [str(tmp_path / f"{i}.png") for i in range(4)]

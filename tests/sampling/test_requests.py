@@ -18,8 +18,8 @@ from afm_pipe.cli.app import app
 from afm_pipe.models.model_files import ModelConfig, build_discriminator, build_generator, save_model
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
-from afm_pipe.sampling import requests as drawing
-from afm_pipe.sampling.requests import choose_classes, slerp
+from afm_pipe.sampling.requests import choose_classes
+from afm_pipe.sampling.sampler import Sampler, slerp
 from tests.conftest import SMOKE
 
 SIDE, GAP = 32, 2
@@ -155,7 +155,7 @@ def test_a_generator_of_any_number_of_steps_takes_as_many_as_asked(run: Run, tmp
 def test_a_request_that_makes_no_sense_is_explained_and_draws_nothing(
     run: Run, tmp_path: Path, words: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(drawing, "measure_latency", lambda *_: pytest.fail("it sampled"))
+    monkeypatch.setattr(Sampler, "latency", lambda *_: pytest.fail("it sampled"))
     done = run(*words)
     assert done.exit_code == 1
     assert message in done.stderr
@@ -175,9 +175,9 @@ def test_what_was_there_stays_when_drawing_fails(run: Run, tmp_path: Path, monke
     (tmp_path / "a.npz").write_text("precious")
 
     def fail(*_: Any) -> Any:
-        raise UserError("Found a latent that is not finite.")
+        raise UserError("Found a non-finite latent.")
 
-    monkeypatch.setattr(drawing, "generate_images", fail)
+    monkeypatch.setattr(Sampler, "images", fail)
     assert run("one", "--count", "9", "--npz", "OUT/a.npz", "--grid", "OUT/a.png", "--images", "OUT/a").exit_code == 1
     assert (tmp_path / "a.npz").read_text() == "precious"
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]

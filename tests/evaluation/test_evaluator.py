@@ -11,94 +11,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from diffusers import AutoencoderKL
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from afm_pipe.autoencoders.kl import KLAutoencoder
+from afm_pipe.evaluation.evaluator import Evaluator
 from afm_pipe.evaluation.features import FeatureNetwork, load_network
-from afm_pipe.evaluation.metrics import evaluate_run
-from afm_pipe.evaluation.nearest import Neighbours, Thumbnails, build_thumbnails, thumbnail
+from afm_pipe.evaluation.nearest import Neighbors, Thumbnails, build_thumbnails, thumbnail
 from afm_pipe.evaluation.reference import build_reference
 from afm_pipe.evaluation.statistics import Reference
-from afm_pipe.params import Params, deep_merge
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.progress import track
-from afm_pipe.sampling.generate import generate_images, labels_for
-
-ROOT = Path(__file__).parents[1]
-CLASSES = ["ant", "bee", "cow"]
-REAL_SEED = 1000
-SHAPE = (4, 4, 4)
-
-
-class Painter(nn.Module):
-    """Paints class prototypes, varied by its noise."""
-
-    def __init__(self, spread: float = 0.5, shift: int = 0) -> None:
-        super().__init__()
-        self.prototypes = 2 * torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0))
-        self.spread, self.shift = spread, shift
-
-    def sample(self, x: Tensor, labels: Tensor) -> Tensor:
-        return self.prototypes[(labels + self.shift) % 3] + self.spread * x
-
-
-def params_with(**changes: Any) -> Params:
-    small = {
-        "data": {"image_size": 16, "min_images": 1},
-        "reference": {"classifier": {"widths": [8, 16], "features": 8, "epochs": 8, "lr": 5e-3}, "thumbnails": 200},
-        "sample": {"per_class": 4, "classes": 3, "micro_batch": 20},
-        "evaluate": {
-            "samples": 240,
-            "seed": 2000,
-            "features": ["classifier"],
-            "kid_subsets": 10,
-            "kid_subset_size": 100,
-            "adm_reference": None,
-        },
-    }
-    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
-    return Params.model_validate(deep_merge(deep_merge(raw, small), changes))
-
-
-@pytest.fixture(scope="module")
-def vae() -> Any:
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoencoderKL(
-            in_channels=1, out_channels=1, block_out_channels=(8, 16, 32), norm_num_groups=8, **blocks
-        )
-    model.decoder.conv_out.weight.data *= 4  # untrained, it paints in faint greys
-    return KLAutoencoder(model, SHAPE[1] * 4)
-
-
-@pytest.fixture(scope="module")
-def real(vae: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Real images (300, 1, 16, 16), sorted by class as a data set is, and their labels."""
-    indices = sorted(range(300), key=lambda i: i % 3)
-    labels = labels_for(indices, 3)
-    images = generate_images(Painter(), vae, REAL_SEED, indices, labels, SHAPE, 20)
-    return images.numpy(), labels.numpy()
-
-
-@pytest.fixture(scope="module")
-def reference(real: tuple[np.ndarray, np.ndarray], vae: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("reference")
-    track("reference", build_reference(params_with(), *real, CLASSES, "digest", vae, folder))
-    return folder
+from tests.evaluation.painter import CLASSES, REAL_SEED, Painter, evaluate, params_with, sampler_of
 
 
 def global_numpy_state() -> list[int]:
     state: Any = np.random.get_state()
     return [*state[1], state[2]]
-
-
-def evaluate(generator: nn.Module, vae: Any, reference: Path, **changes: Any) -> dict[str, Any]:
-    run = evaluate_run(params_with(**changes), generator, vae, reference, {"run": "painter"})
-    return track("evaluate", run)[0]
 
 
 def test_reference_writes_what_it_promises(reference: Path, real: tuple[np.ndarray, np.ndarray]) -> None:
@@ -213,7 +143,9 @@ def test_evaluation_is_repeatable_and_leaves_global_random_states_alone(vae: Any
 
 def test_picture_shows_samples_above_their_nearest_training_images(vae: Any, reference: Path) -> None:
     params = params_with(evaluate={"seed": REAL_SEED})
-    _, picture = track("evaluate", evaluate_run(params, Painter(), vae, reference, {}))
+    result = track("evaluate", Evaluator(params, reference).evaluate(sampler_of(Painter(), vae), {}))
+    assert result is not None
+    picture = result[1]
     pixels = np.asarray(picture)
     assert pixels.shape == (2 + 4 * 18, 2 + 10 * 18)
     assert (pixels[2:18] == pixels[20:36]).all()  # copies: the nearest training image is the sample itself
@@ -241,8 +173,8 @@ def test_samples_of_another_size_are_refused(reference: Path) -> None:
         evaluate(Painter(), KLAutoencoder(other, 8), reference)
 
 
-def test_latents_that_are_not_finite_are_refused(vae: Any, reference: Path) -> None:
-    with pytest.raises(UserError, match="not finite"):
+def test_non_finite_latents_are_refused(vae: Any, reference: Path) -> None:
+    with pytest.raises(UserError, match="non-finite latent"):
         evaluate(Painter(spread=float("nan")), vae, reference)
 
 
@@ -282,7 +214,7 @@ def test_nearest_images_equal_a_search_of_every_pair() -> None:
     random = np.random.default_rng(0)
     training, images = (random.integers(0, 256, (count, 3, 8, 8)).astype(np.uint8) for count in (50, 7))
     images[2] = training[31]
-    distances, indices = Neighbours(torch.from_numpy(training)).nearest(torch.from_numpy(images), 3)
+    distances, indices = Neighbors(torch.from_numpy(training)).nearest(torch.from_numpy(images), 3)
     apart = (images[:, None] / 255 - training[None] / 255).reshape(7, 50, -1)
     every = np.linalg.norm(apart, axis=2)
     assert (indices.numpy() == every.argsort(axis=1)[:, :3]).all()
@@ -310,7 +242,7 @@ def test_near_copies_are_told_from_means_and_from_new_images() -> None:
     images = some_images(300)
     training, new = images[:200], images[200:]
     thumbnails = build_thumbnails(training, np.zeros(200, np.int64))
-    search = Neighbours(training)
+    search = Neighbors(training)
     near_copies = training + torch.randint(0, 20, training.shape, dtype=torch.uint8)
     means = (training[:100].float() + training[100:].float()).div(2).to(torch.uint8)
     shares = [thumbnails.copied(search.nearest(other, 3)[0]).mean() for other in (training, near_copies, means, new)]
