@@ -56,6 +56,20 @@ def try_append(path: Path, text: str) -> None:
             os.truncate(path, size)  # no half line
 
 
+def complete_lines(path: Path, most: int = 1 << 28) -> list[str]:
+    """Return the lines of a log, without a last one that is being written.
+
+    A file that is missing, unreadable, not a plain file or of more than `most` bytes has none.
+    """
+    try:
+        if not path.is_file() or path.stat().st_size > most:
+            return []
+        text = path.read_bytes().decode(errors="replace")
+    except OSError:
+        return []
+    return text.split("\n")[:-1]
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove temporary files that killed processes left in `folder`, which no other process may be writing."""
     for aside in folder.glob(".*.partial"):
