@@ -5,8 +5,9 @@ from pathlib import Path
 
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.params import Params
+from afm_pipe.pipeline.notices import notice_code, notice_unused
 from afm_pipe.runtime import paths
-from afm_pipe.runtime.files import atomic_path
+from afm_pipe.runtime.files import atomic_path, read_json
 from afm_pipe.runtime.progress import track
 
 
@@ -14,7 +15,10 @@ def tables(params: Params, names: Sequence[str], launch: Launch, out: Path | Non
     """Train and measure the missing cells of some tables, or of all, and write the tables, to `out` if it is given."""
     from afm_pipe.study.trials import Trials, write_tables
 
+    notice_unused([paths.OLD_TRIALS] if paths.OLD_TRIALS.is_dir() else [])
     jobs = Trials(params, names)
+    done = [job.result for job in jobs.all if job.result.is_file()]
+    notice_code((f"trials of {', '.join(jobs.by_table)}", read_json(result).get("code")) for result in done)
     if not all(job.result.is_file() for job in jobs.all):
         from afm_pipe.planning.counting import update_units
         from afm_pipe.study.runner import run_jobs

@@ -35,6 +35,7 @@ from afm_pipe.models.model_files import (
 )
 from afm_pipe.objectives import build_objective
 from afm_pipe.params import Params
+from afm_pipe.params.versions import begun_with, code
 from afm_pipe.runtime import paths, signals
 from afm_pipe.runtime.errors import NotFiniteError, UserError
 from afm_pipe.runtime.files import read_json, sha256_file, write_json
@@ -129,6 +130,7 @@ class Worker:
         with hold_lease(job.folder if job.owner is None else job.folder.parent) as lease:
             if record.is_file():
                 return read_json(record)
+            begun = begun_with(job.folder, "train")
             config, (start, guide) = self._config(job), self._origin(job)
             objective = build_objective(run, config, guide)
             task = Task(objective, self.latents, job.training, start, job.probes(self.latents.num_images))
@@ -145,7 +147,7 @@ class Worker:
             cost = training_cost(updates, run.batch_size, seconds, self.device)
             cost["units"] = self.units(self.params, job.cell.base, run, config)
             events = as_json(trainer.store.read_events())
-            trained = {"cost": cost, "not_finite": not_finite, "events": events}
+            trained = {"cost": cost, "code": begun, "not_finite": not_finite, "events": events}
             write_json(record, trained)
             if job.owner is None:
                 shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
@@ -173,6 +175,7 @@ class Worker:
             "metrics": measured[-1]["metrics"] if finite else {},
             "intervals": measured[-1]["intervals"] if finite else {},
             "cost": trained["cost"],
+            "code": code("table") | trained["code"],
             "events": trained["events"],
             "protocol": protocol,
         }
