@@ -1,4 +1,4 @@
-"""Which checkpoints stay, which logs survive a full disk, and that data lost under the probe lose nothing trained."""
+"""Which checkpoints are retained, which logs survive a full disk, and data lost before a probe."""
 
 import errno
 import os
@@ -8,29 +8,29 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from afm_pipe.training.loop import train
 
 from afm_pipe.data.latents import Latents
 from afm_pipe.distributed.launch import load_launch
 from afm_pipe.models.model_files import run_config
+from afm_pipe.objectives import build_objective
 from afm_pipe.params import Params, Run, deep_merge
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import try_append
-from afm_pipe.training.checkpoints import RetentionPolicy, checkpoints, staying
-from afm_pipe.training.events import FILE, read_events
+from afm_pipe.training.checkpoints import RetentionPolicy, retained
+from afm_pipe.training.events import FILE
 from afm_pipe.training.state import TrainingState
-
-CPU = torch.device("cpu")
+from afm_pipe.training.store import RunStore
+from afm_pipe.training.trainer import Runtime, Task, Trainer
+from tests.training.running import assert_same, train, updates_of
 
 
 def survivors(saved: list[int], every: int | None, best: Callable[[int], int | None], last: int = 1) -> list[int]:
-    """What is left of checkpoints written one after the other."""
+    """Return the checkpoints left after those of `saved` were written one by one."""
     present: list[int] = []
     for update in saved:
         present.append(update)
-        stay = staying(present, every, best(update))
-        present = [each for each in present if each in stay or each in present[-last:]]
+        kept = retained(present, every, best(update))
+        present = [each for each in present if each in kept or each in present[-last:]]
     return present
 
 
@@ -45,43 +45,41 @@ def test_the_checkpoint_of_the_best_probe_stays_until_a_better_one_comes() -> No
     assert survivors([40, 90, 130, 160, 190], None, lambda update: 85 if update < 150 else 155) == [160, 190]
 
 
-def run_of(params: Params, **own: object) -> Run:
-    base = {
-        "size": "s4",
-        "phases": [{"until_epoch": 5}],
-        "monitor": {"settle_epochs": 0.5, "probe": {"every_epochs": 1.25}},
-    }
-    return Run.model_validate(deep_merge(deep_merge(params.runs["t4"].model_dump(mode="json"), base), own))
+@pytest.fixture(scope="module")
+def latents(discs: Path) -> Latents:
+    return Latents.open(discs / "data" / "latents.h5")
 
 
-def trained(
-    run: Run,
-    latents: Latents,
-    folder: Path,
-    keeping: RetentionPolicy = RetentionPolicy(),  # noqa: B008
-    checkpoint_seconds: float = 0.0,
-) -> TrainingState:
-    config = run_config(run, latents.latent_shape, latents.num_classes)
-    training = train(run, config, latents, folder, "kept", CPU, checkpoint_seconds, keeping=keeping)
-    while True:
-        try:
-            next(training)
-        except StopIteration as end:
-            return end.value.state
+@pytest.fixture
+def trained(latents: Latents, discs_params: Params) -> Callable[..., TrainingState]:
+    """Return a function that trains on the discs in a folder."""
+
+    def trained(
+        folder: Path,
+        retention: RetentionPolicy = RetentionPolicy(),  # noqa: B008  # an immutable value
+        checkpoint_seconds: float = 0.0,
+        **monitor: object,
+    ) -> TrainingState:
+        settings = {
+            "size": "s4",
+            "phases": [{"until_epoch": 5}],
+            "monitor": {"settle_epochs": 0.5, "probe": {"every_epochs": 1.25}, **monitor},
+        }
+        run = Run.model_validate(deep_merge(discs_params.runs["t4"].model_dump(mode="json"), settings))
+        objective = build_objective(run, run_config(run, latents.latent_shape, latents.num_classes))
+        runtime = Runtime(folder, checkpoint_seconds=checkpoint_seconds, retention=retention)
+        return train(Trainer(Task(objective, latents, "retention"), runtime))
+
+    return trained
 
 
-def test_a_training_keeps_every_so_many_updates_and_its_best_probe(
-    discs: Path, discs_params: Params, tmp_path: Path
-) -> None:
-    latents = Latents.open(discs / "data" / "latents.h5")
-    keeping = RetentionPolicy(last=1, in_background=False, every=15, best=True)
-    state = trained(run_of(discs_params), latents, tmp_path, keeping)
+def test_a_run_keeps_every_n_updates_and_its_best_probe(trained: Callable[..., TrainingState], tmp_path: Path) -> None:
+    state = trained(tmp_path, RetentionPolicy(last=1, in_background=False, every=15, best=True))
     best = min(state.extra["monitor"]["probes"], key=lambda probe: probe["kid"])["update"]
-    expected = sorted({15, 30, state.update, int(best)})
-    assert [int(path.name[-9:]) for path in checkpoints(tmp_path / "checkpoints")] == expected
+    assert updates_of(RunStore(tmp_path).checkpoints) == sorted({15, 30, state.update, int(best)})
 
 
-def test_settings_of_keeping_are_the_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retention_is_a_launch_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AFM_KEEP_EVERY_EPOCHS", "2.5")
     monkeypatch.setenv("AFM_KEEP_BEST", "1")
     assert (load_launch().keep_every_epochs, load_launch().keep_best) == (2.5, True)
@@ -90,11 +88,10 @@ def test_settings_of_keeping_are_the_machines(monkeypatch: pytest.MonkeyPatch) -
         load_launch()
 
 
-def test_latents_lost_before_a_probe_leave_a_checkpoint_from_which_all_is_as_if_nothing_had_been(
-    discs: Path, discs_params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_latents_lost_before_a_probe_leave_a_checkpoint_that_resumes_to_the_same_bits(
+    trained: Callable[..., TrainingState], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    latents = Latents.open(discs / "data" / "latents.h5")
-    whole = trained(run_of(discs_params), latents, tmp_path / "whole")
+    whole = trained(tmp_path / "whole")
 
     def lost(*_: object) -> None:
         raise UserError("Found data/latents.h5 cut short")
@@ -102,13 +99,9 @@ def test_latents_lost_before_a_probe_leave_a_checkpoint_from_which_all_is_as_if_
     with monkeypatch.context() as patched:
         patched.setattr("afm_pipe.training.monitor.Probe", lost)
         with pytest.raises(UserError, match="cut short"):
-            trained(run_of(discs_params), latents, tmp_path / "cut", checkpoint_seconds=1e9)
-    saved = checkpoints(tmp_path / "cut" / "checkpoints")
-    assert [path.name[-2:] for path in saved] == ["09"], "the last update before a row that is probed"
-    again = trained(run_of(discs_params), latents, tmp_path / "cut")
-    assert again.extra == whole.extra
-    for name, tensor in whole.ema.state_dict().items():
-        assert torch.equal(again.ema.state_dict()[name], tensor), name
+            trained(tmp_path / "cut", checkpoint_seconds=1e9)
+    assert updates_of(RunStore(tmp_path / "cut").checkpoints) == [9], "the last update before a row that is probed"
+    assert_same(trained(tmp_path / "cut"), whole)
 
 
 def test_a_log_on_a_full_disk_has_no_half_line(tmp_path: Path) -> None:
@@ -128,10 +121,8 @@ def test_a_log_on_a_full_disk_has_no_half_line(tmp_path: Path) -> None:
 
 
 def test_events_that_a_full_disk_refused_are_in_the_log_at_the_end(
-    discs: Path, discs_params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Callable[..., TrainingState], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    latents = Latents.open(discs / "data" / "latents.h5")
-    strict = run_of(discs_params, watch={"policy": "warn", "identity": {"transport_rms": 10.0}, "rows": 1})
     opened = Path.open
 
     def full(self: Path, mode: str = "r", *arguments: object, **more: object) -> object:
@@ -140,6 +131,6 @@ def test_events_that_a_full_disk_refused_are_in_the_log_at_the_end(
         return opened(self, mode, *arguments, **more)
 
     monkeypatch.setattr(Path, "open", full)
-    state = trained(strict, latents, tmp_path)
+    state = trained(tmp_path, policy="warn", identity={"transport_rms": 10.0}, rows=1)
     assert state.update == 38
-    assert [event.kind for event in read_events(tmp_path / FILE)][:1] == ["identity"]
+    assert [event.kind for event in RunStore(tmp_path).read_events()][:1] == ["identity"]
