@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from afm_pipe.params import Params
-from afm_pipe.reporting.status import Event, Standing, cells_line, finite, printable, standing, standings
+from afm_pipe.reporting.status import Event, Standing, finite, printable, standing, standings, trials_line
 
 SHOWN = 12  # events
 ADVICE = {
@@ -34,7 +34,7 @@ FAILED = 3  # exit code of `why` for a run that needs a person
 
 
 def status_text(params: Params) -> str:
-    """Return a table of all runs, and a line on the cells of tables."""
+    """Return a table of all runs, and a line on the trials of tables."""
     from afm_pipe.runtime.tables import table_text
 
     header = ["run", "state", "phase", "updates", "left", "health", "last event", "note"]
@@ -53,7 +53,7 @@ def status_text(params: Params) -> str:
                 each.why if len(each.why) <= 60 else f"{each.why[:57]}...",
             ]
         )
-    line = cells_line(params)
+    line = trials_line(params)
     return table_text(header, rows).replace("\n\n", "\n").strip("\n") + (f"\n  {line}" if line else "")
 
 

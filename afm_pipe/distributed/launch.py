@@ -38,7 +38,7 @@ class Launch(BaseModel):
     keep_best: bool = False
     """And the first checkpoint at or after the watch's best probe so far."""
     workers: Annotated[int, Field(ge=1)] | None = None
-    """Processes, of one thread each, that train the cells of tables; left out: one for each core, one on a GPU."""
+    """Processes, with one thread each, that train trials of tables; left out: one per core, or one on a GPU."""
     checkpoint_activations: bool = False
     """Of G and D keep only what goes into each block, and compute the inside again: more time, less memory."""
     compile: bool = False
@@ -76,7 +76,7 @@ class Launch(BaseModel):
         return self
 
     def num_workers(self, device: "torch.device") -> int:
-        """Return how many processes train cells."""
+        """Return the number of processes that train trials."""
         return self.workers or (1 if device.type == "cuda" else os.cpu_count() or 1)
 
     def torch_device(self) -> "torch.device":

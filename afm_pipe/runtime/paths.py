@@ -47,7 +47,7 @@ def events(run: str) -> Path:
 
 
 def table(name: str) -> Path:
-    """A table of the study: its cells with what was measured of each."""
+    """A table of the study: its trials and their results."""
     return RESULTS / "tables" / f"{name}.json"
 
 
