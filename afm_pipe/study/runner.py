@@ -17,11 +17,11 @@ import psutil
 import torch
 from torch import nn
 
-from afm_pipe.autoencoders.kl import load_autoencoder
+from afm_pipe.autoencoders import load_autoencoder
 from afm_pipe.data.latents import Latents
 from afm_pipe.distributed.launch import Launch
+from afm_pipe.evaluation.evaluator import Evaluator
 from afm_pipe.evaluation.measures import sample_suffix
-from afm_pipe.evaluation.metrics import Evaluator, evaluate_run
 from afm_pipe.evaluation.networks import NAMES
 from afm_pipe.models.classifier import load_latent_classifier
 from afm_pipe.models.flow import Flow
@@ -40,6 +40,7 @@ from afm_pipe.runtime.errors import NotFiniteError, UserError
 from afm_pipe.runtime.files import read_json, sha256_file, write_json
 from afm_pipe.runtime.lease import hold_lease
 from afm_pipe.runtime.progress import Progress, finish
+from afm_pipe.sampling.sampler import Sampler
 from afm_pipe.study.trials import Trial
 from afm_pipe.training.checkpoints import RetentionPolicy
 from afm_pipe.training.cost import training_cost
@@ -99,7 +100,7 @@ class Worker:
     @cached_property
     def autoencoder(self) -> Any:
         """The decoder of samples."""
-        return load_autoencoder(paths.AUTOENCODER, self.device)
+        return load_autoencoder(self.params, paths.AUTOENCODER, self.device)
 
     def run(self, group: Sequence[Trial]) -> None:
         """Train the run that a group of trials shares, and measure each of them."""
@@ -166,19 +167,12 @@ class Worker:
         load_exactly(generator, load_tensors(weights), weights)
         generator = generator.to(self.device).eval().requires_grad_(False)
         flow = Flow(generator, config.form, trial.spec.steps or config.nfe)
+        shape, size = self.params.latent_shape, self.params.sample.micro_batch
+        sampler = Sampler(flow, self.autoencoder, shape, self.latents.classes, size, self.device)
         provenance = {"weights": "EMA", "autoencoder_sha256": sha256_file(paths.AUTOENCODER_WEIGHTS)}
-        metrics, _ = finish(
-            evaluate_run(
-                self.evaluator.params,
-                flow,
-                self.autoencoder,
-                paths.REFERENCE,
-                provenance,
-                self.device,
-                evaluator=self.evaluator,
-            )
-        )
-        return metrics
+        result = finish(self.evaluator.evaluate(sampler, provenance))
+        assert result is not None, "a single process is the main process"
+        return result[0]
 
     def _origin(self, trial: Trial) -> tuple[Start | None, nn.Module | None]:
         """Return what a trial continues, and what guides it, if anything. Raises UserError when its base diverged."""
@@ -255,7 +249,7 @@ _stopping: Any  # the pool's event: no more groups are wanted
 
 def _begin(worker: Worker, stopping: Any) -> None:
     global _worker, _stopping
-    signals.ignore()
+    signals.ignore_signals()
     parent = multiprocessing.parent_process()
     assert parent is not None and parent.pid is not None
     signals.stop_with([psutil.Process(parent.pid)])

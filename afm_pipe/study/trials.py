@@ -4,15 +4,13 @@ The identity of its training names the folder of a trial's weights, the identity
 study resumes, a changed trial runs alone, and tables share trials.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from afm_pipe.data.provenance import read_provenance
+from afm_pipe.data.latents_format import provenance_fingerprint, read_provenance
 from afm_pipe.objectives.schedules import num_updates, update_at
 from afm_pipe.params import Params, Run, TrialSpec
 from afm_pipe.params.versions import run_identity, versions
@@ -78,7 +76,7 @@ class Trials:
 
     @cached_property
     def _latents(self) -> str:
-        return sha256(json.dumps(read_provenance(paths.LATENTS), sort_keys=True).encode()).hexdigest()
+        return provenance_fingerprint(read_provenance(paths.LATENTS))
 
     @cached_property
     def _classifier(self) -> str:
@@ -103,7 +101,7 @@ class Trials:
             "evaluate": self.params.evaluate.model_dump(mode="json"),
             "micro_batch": self.params.sample.micro_batch,
         }
-        measurement = fingerprint(settings, self._measured_with, versions("sampling", "evaluation", "tables"))
+        measurement = fingerprint(settings, self._measured_with, versions("table"))
         return Trial(spec, training, measurement, base, self._owner(spec.run))
 
     def _training(self, run: Run, base: Trial | None = None) -> str:

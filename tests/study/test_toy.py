@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from afm_pipe.cli import app
+from afm_pipe.cli.app import app
 from afm_pipe.objectives.adversarial_flow.losses import gradient_penalty, logit_centering, moved, relativistic
 from afm_pipe.params import Guidance, Params, Toy
 from afm_pipe.params.file import load_params
