@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from afm_pipe.data.images import decode_image
 from afm_pipe.data.latents import Latents
 from afm_pipe.data.latents_format import CLASSES, DONE, LABELS, MOMENTS, read_provenance
-from afm_pipe.data.manifest import Manifest, _digest, read_manifest, write_manifest
+from afm_pipe.data.manifest import Manifest, columns_digest, read_manifest, write_manifest
 from afm_pipe.data.tars import index_tar
 from afm_pipe.evaluation.nearest import Thumbnails, build_thumbnails
 from afm_pipe.models.model_files import load_config, load_tensors
@@ -166,7 +166,8 @@ THUMBNAILS = saved(
 LISTED = (["c"], ["c/1.png", "c/2.png"], [0, 0], ["0", "1"])
 MANIFEST = saved(
     lambda path: write_manifest(
-        path, Manifest(Path("r"), ("c",), *map(tuple, LISTED[1:2]), np.array([0, 0]), ("0", "1"), _digest(*LISTED))
+        path,
+        Manifest(Path("r"), ("c",), *map(tuple, LISTED[1:2]), np.array([0, 0]), ("0", "1"), columns_digest(*LISTED)),
     ),
     "manifest",
 )

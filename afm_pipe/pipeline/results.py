@@ -5,8 +5,9 @@ from pathlib import Path
 
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.params import Params
+from afm_pipe.pipeline.notices import notice_code, notice_unused
 from afm_pipe.runtime import paths
-from afm_pipe.runtime.files import atomic_path
+from afm_pipe.runtime.files import atomic_path, read_json
 from afm_pipe.runtime.progress import track
 
 
@@ -14,8 +15,11 @@ def tables(params: Params, names: Sequence[str], launch: Launch, out: Path | Non
     """Train and measure the missing trials of some tables, or of all, and write the tables, into `out` if given."""
     from afm_pipe.study.trials import Trials, write_tables
 
+    notice_unused([paths.OLD_TRIALS] if paths.OLD_TRIALS.is_dir() else [])
     trials = Trials(params, names)
-    if not all(trial.result.is_file() for trial in trials.all):
+    done = [trial.result for trial in trials.all if trial.result.is_file()]
+    notice_code((f"trials of {', '.join(trials.by_table)}", read_json(result).get("code")) for result in done)
+    if len(done) < len(trials.all):
         from afm_pipe.planning.counting import update_units
         from afm_pipe.study.runner import run_trials
 

@@ -35,6 +35,7 @@ from afm_pipe.models.model_files import (
 )
 from afm_pipe.objectives import build_objective
 from afm_pipe.params import Params, Run
+from afm_pipe.params.versions import begun_with, code
 from afm_pipe.runtime import paths, signals
 from afm_pipe.runtime.errors import NotFiniteError, UserError
 from afm_pipe.runtime.files import read_json, sha256_file, write_json
@@ -115,6 +116,7 @@ class Worker:
         with hold_lease(trial.folder if trial.owner is None else trial.folder.parent) as lease:
             if record.is_file():
                 return read_json(record)
+            begun = begun_with(trial.folder, "train")
             config, (start, guide) = self._config(trial), self._origin(trial)
             objective = build_objective(run, config, guide)
             task = Task(objective, self.latents, trial.training, start, trial.probes(self.latents.num_images))
@@ -129,7 +131,8 @@ class Worker:
             lease.check()
             cost = training_cost(update - (start.update if start else 0), run.batch_size, elapsed, self.device)
             cost["units"] = self.units(self.params, trial.spec.base, run, config)
-            trained = {"cost": cost, "not_finite": not_finite, "events": as_json(trainer.store.read_events())}
+            events = as_json(trainer.store.read_events())
+            trained = {"cost": cost, "code": begun, "not_finite": not_finite, "events": events}
             write_json(record, trained)
             if trial.owner is None:
                 shutil.rmtree(trainer.store.checkpoints, ignore_errors=True)
@@ -157,6 +160,7 @@ class Worker:
             "metrics": end["metrics"],
             "intervals": end["intervals"],
             "cost": trained["cost"],
+            "code": code("table") | trained["code"],
             "events": trained["events"],
             "protocol": protocol,
         }
