@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
+from afm_pipe.autoencoders import load_autoencoder
 from afm_pipe.autoencoders.encoding import encode_dataset
-from afm_pipe.autoencoders.kl import decode, encode_moments, load_autoencoder
-from afm_pipe.data.manifest import Manifest, build_manifest, load_images
+from afm_pipe.data.manifest import Manifest
+from afm_pipe.data.reading import build_manifest, load_images
 from afm_pipe.models.flow import Flow
 from afm_pipe.models.model_files import ModelConfig, build_generator
 from afm_pipe.params import Params
 from afm_pipe.runtime import paths
-from afm_pipe.sampling.generate import noise, stream_images, to_uint8
+from afm_pipe.sampling.sampler import Sampler, balanced_labels, seeded_noise
 from benchmarks.inputs import CLASS_COUNT, photographs, sd_vae
 from benchmarks.measuring import Row, in_turns, speed_row
 
@@ -38,7 +39,7 @@ def encode(params: Params, quick: bool) -> Iterator[Row]:
             def bare(own: Any = own, vae: Any = vae, images: Any = images, size: int = size) -> None:
                 for batch in images.split(size):
                     for side in (batch, batch.flip(-1)) if own.data.mirror else (batch,):
-                        encode_moments(vae, side, own.encode.precision)
+                        vae.encode(side, own.encode.precision)
 
             def load(own: Any = own, manifest: Any = manifest) -> None:
                 _finish(load_images(manifest, own.data))
@@ -61,22 +62,23 @@ def sampling(params: Params, quick: bool) -> Iterator[Row]:
         size, shape = own.sample.micro_batch, own.latent_shape
 
         def whole(own: Any = own, flow: Any = flow, vae: Any = vae, count: int = count) -> None:
-            for _ in stream_images(flow, vae, own, 0, count, CLASS_COUNT):
+            sampler = Sampler(flow, vae, own.latent_shape, (), own.sample.micro_batch)
+            for _ in sampler.stream(balanced_labels(range(count), CLASS_COUNT), 0):
                 pass
 
         @torch.inference_mode()
         def bare(flow: Any = flow, vae: Any = vae, size: int = size, shape: Any = shape, count: int = count) -> None:
             z, labels = torch.randn(size, *shape), torch.zeros(size, dtype=torch.int64)
             for _ in range(count // size):
-                decode(vae, flow.sample(z, labels))
+                vae.decode(flow.sample(z, labels))
 
         decoded = torch.zeros(size, own.data.channels, own.data.image_size, own.data.image_size)
         seconds = in_turns(
             (1 if quick else 2) if size < 10 else 10,
             whole=whole,
             bare=bare,
-            noise=partial(noise, 0, range(count), shape),
-            quantise=partial(to_uint8, decoded),
+            noise=partial(seeded_noise, 0, range(count), shape),
+            quantise=partial(vae.spec.to_uint8, decoded),
         )
         spent = median(seconds["whole"])
         drawing, rounding = median(seconds["noise"]) / spent, median(seconds["quantise"]) * (count // size) / spent
@@ -90,7 +92,7 @@ def sampling(params: Params, quick: bool) -> Iterator[Row]:
 def evaluation(params: Params, quick: bool) -> Iterator[Row]:
     """Evaluation of a trained run, where there is one, beside generation and the networks' bare forward passes."""
     from afm_pipe import pipeline
-    from afm_pipe.evaluation.metrics import Evaluator, evaluate_run
+    from afm_pipe.evaluation.evaluator import Evaluator
     from benchmarks.evaluation import generate_and_pass, timed
 
     run = next((name for name in params.runs if (paths.model(name) / "config.json").exists()), None)
@@ -105,12 +107,12 @@ def evaluation(params: Params, quick: bool) -> Iterator[Row]:
 
     def whole() -> None:
         with timed("frechet_error", "kernel_error") as spent, timed("kid_of_subsets") as measuring:
-            _finish(evaluate_run(params, sampler.generator, sampler.vae, paths.REFERENCE, {}, device, evaluator=tools))
+            _finish(tools.evaluate(sampler, {}))
         intervals.append(sum(spent.seconds))
         kernel.append(sum(measuring.seconds))
 
     def parts() -> None:
-        generate_and_pass(params, sampler.generator, sampler.vae, tools, device)
+        generate_and_pass(params, sampler, tools)
 
     seconds = in_turns(1 if quick else 4, whole=whole, parts=parts)
     seconds["whole"] = [spent - own for spent, own in zip(seconds["whole"], intervals[1:], strict=True)]
@@ -142,7 +144,7 @@ def _sources(params: Params, quick: bool) -> Iterator[tuple[str, Params, Any, Ma
     if Path(params.data.root).exists() and paths.AUTOENCODER_WEIGHTS.exists():
         manifest = _finish(build_manifest(params.data))
         title = f"the default's autoencoder, {manifest.num_images:,} digits of 32 x 32"
-        yield title, params, load_autoencoder(paths.AUTOENCODER), manifest
+        yield title, params, load_autoencoder(params, paths.AUTOENCODER), manifest
     else:
         print("encode: the default's is not measured, since its images and autoencoder are not here (make repro)")
 
@@ -151,7 +153,13 @@ def _models(params: Params, quick: bool) -> Iterator[tuple[str, Params, Flow, An
     if paths.AUTOENCODER_WEIGHTS.exists():
         count = 4 * params.sample.micro_batch
         config = ModelConfig(size="t4", channels=4, latent_size=params.latent_shape[1], num_classes=CLASS_COUNT)
-        yield "t4 and the default's autoencoder", params, _flow(config), load_autoencoder(paths.AUTOENCODER), count
+        yield (
+            "t4 and the default's autoencoder",
+            params,
+            _flow(config),
+            load_autoencoder(params, paths.AUTOENCODER),
+            count,
+        )
     own = params.model_copy(
         update={
             "data": params.data.model_copy(update={"image_size": SD_IMAGE, "channels": 3}),

@@ -78,5 +78,5 @@ def test_help_imports_nothing_that_commands_need() -> None:
     code = "import sys; from afm_pipe.cli import main\ntry: main()\nexcept SystemExit: pass\nprint(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
     modules = done.stdout.splitlines()[-1].split()
-    assert "afm_pipe.cli" in modules and "Data stages" in done.stdout
+    assert "afm_pipe.cli" in modules and "Pipeline: data" in done.stdout
     assert {"pydantic", "torch", "yaml", "rich.progress"} & set(modules) == set()

@@ -8,7 +8,7 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from afm_pipe.cli import app
+from afm_pipe.cli.app import app
 from afm_pipe.models.model_files import ModelConfig, run_config
 from afm_pipe.params import Params
 from afm_pipe.params.file import load_params

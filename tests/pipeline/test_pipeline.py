@@ -1,0 +1,139 @@
+"""The pipeline as DVC runs it, in a clone of its own, on the smoke profile."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT, SMOKE
+
+MADE = {"dvc.lock", "results"}  # what the pipeline gives to git
+RUN_STAGES = ["train", "sample", "evaluate"]
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Return an environment in which this Python runs, on the clone's own package."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return os.environ | {"PATH": path, "PYTHONPATH": str(folder)}
+
+
+def shell(folder: Path, *words: str) -> str:
+    done = subprocess.run(words, cwd=folder, env=environment(folder), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def repro(folder: Path) -> list[str]:
+    """Run `dvc repro` and return the stages that ran."""
+    return re.findall(r"Running stage '([^']+)'", shell(folder, "dvc", "repro"))
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A git repository with this working tree's files and the smoke profile, after its first `dvc repro`."""
+    folder = tmp_path_factory.mktemp("clone") / "afm-pipe"
+    folder.mkdir()
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    for name in listed.splitlines():
+        made = name.split("/")[0] in MADE and not name.startswith("results/study/")
+        if not made and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    shutil.copy(SMOKE, folder / "params.yaml")
+    shell(folder, "git", "init", "-q")
+    shell(folder, "git", "config", "user.email", "test@example.org")
+    shell(folder, "git", "config", "user.name", "test")
+    shell(folder, "git", "add", "-A")
+    shell(folder, "git", "commit", "-qm", "clone")
+    assert set(repro(folder)) == set(shell(folder, "dvc", "stage", "list", "--name-only").split())
+    return folder
+
+
+def edit(folder: Path, place: str, value: object) -> None:
+    raw = yaml.safe_load((folder / "params.yaml").read_text())
+    *parents, last = place.split(".")
+    here = raw
+    for name in parents:
+        here = here[name]
+    here[last] = value
+    (folder / "params.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
+
+
+def test_every_output_is_there_and_git_stays_clean(clone: Path) -> None:
+    for name in ("t4", "t4-no-transport"):
+        metrics = json.loads((clone / "results" / "metrics" / f"{name}.json").read_text())
+        assert {"fd_classifier_200", "kid_classifier_200", "class_accuracy", "within_class_variance"} < metrics.keys()
+        assert (clone / "samples" / name / "grid.png").stat().st_size > 1000
+        assert (clone / "samples" / name / "interpolation.png").stat().st_size > 1000
+        assert (clone / "results" / "report" / "runs" / f"{name}.html").stat().st_size > 10_000
+    assert "t4-no-transport" in (clone / "results" / "report" / "index.html").read_text()
+    new = {line[3:].strip('"').split("/")[0] for line in shell(clone, "git", "status", "--porcelain").splitlines()}
+    assert new <= MADE
+
+
+def test_a_table_is_in_the_report_with_a_verdict(clone: Path) -> None:
+    cells = json.loads((clone / "results" / "tables" / "transport.json").read_text())["trials"]
+    assert [(cell["row"], cell["cost"]["updates"] > 0) for cell in cells] == [("0.2", True), ("0", True)]
+    checks = (clone / "results" / "report" / "checks.md").read_text()
+    assert "Without the transport loss samples are worse | transport | undecided" in checks  # one seed decides nothing
+
+
+def test_a_second_repro_runs_nothing(clone: Path) -> None:
+    assert repro(clone) == []
+
+
+def test_changing_one_run_reruns_that_run_alone(clone: Path) -> None:
+    edit(clone, "runs.t4.lr", 0.0011)
+    assert repro(clone) == [*(f"{stage}@t4" for stage in RUN_STAGES), "report"]
+
+
+def test_changing_an_inherited_default_reruns_all_that_inherit_it(clone: Path) -> None:
+    edit(clone, "train.logit_centering", 0.02)
+    both = {f"{stage}@{run}" for stage in RUN_STAGES for run in ("t4", "t4-no-transport")}
+    ran = repro(clone)
+    assert set(ran) == {*both, "table@transport", "report"}
+    assert ran[-1] == "report"
+
+
+def test_dvc_shows_metrics_and_plots(clone: Path) -> None:
+    shown = json.loads(shell(clone, "dvc", "metrics", "show", "--json"))
+    files = shown[""]["data"]
+    assert "class_accuracy" in files["results/metrics/t4.json"]["data"]
+    assert files["results/costs/t4.json"]["data"]["updates"] > 0
+    page = shell(clone, "dvc", "plots", "show", "-o", "plots").strip()
+    text = (clone / page.removeprefix("file://").split("/afm-pipe/")[-1]).read_text()
+    assert all(part in text for part in ("logit_gap", "transport_rms", "t4-no-transport"))
+    assert "grid.png" in text
+
+
+def test_two_settings_are_compared_by_experiments(clone: Path) -> None:
+    shell(clone, "git", "add", "-A")
+    shell(clone, "git", "commit", "-qm", "results")
+    shell(clone, "dvc", "exp", "run", "-q", "-S", "+runs.t4.transport.start=0.3", "--name", "more-transport")
+    table = shell(clone, "dvc", "exp", "show", "--only-changed", "--drop", "protocol", "--csv")
+    header, *rows = table.splitlines()
+    assert "runs.t4.transport.start" in header
+    assert any("more-transport" in row for row in rows)
+    page = shell(clone, "dvc", "plots", "diff", "HEAD", "more-transport", "-o", "diff").strip()
+    text = (clone / page.removeprefix("file://").split("/afm-pipe/")[-1]).read_text()
+    assert '"rev": "more-transport"' in text  # rows of both in one plot
+    assert '"rev": "HEAD"' in text
+    for rev in ("HEAD", "more-transport"):
+        assert any((clone / "diff" / "static").glob(f"{rev}*t4*grid.png"))
+
+
+def test_a_typo_in_params_stops_the_first_stage(clone: Path) -> None:
+    edit(clone, "train.logit_centring", 0.02)
+    done = subprocess.run(
+        ["dvc", "repro"], cwd=clone, env=environment(clone), capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "train.logit_centring: found an unknown field, did you mean logit_centering?" in done.stderr

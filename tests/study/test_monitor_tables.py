@@ -1,0 +1,19 @@
+"""The tables that test the monitor: healthy runs, provoked failures, the automatic schedule against one by hand."""
+
+from afm_pipe.params.file import load_params
+from tests.conftest import ROOT
+
+
+def test_study_covers_ten_healthy_runs_and_failures_on_three_seeds() -> None:
+    trials = load_params(ROOT / "profiles" / "study.yaml").trials
+    assert len({trial.place.seed for trial in trials["monitor_healthy"]}) == 10
+    assert len({trial.place.seed for trial in trials["monitor_provoked"]}) == 3
+    by_hand = [trial.run for trial in trials["auto_schedule"] if trial.place.row == "by hand"]
+    assert by_hand == [trial.run for trial in trials["monitor_provoked"] if trial.place.row == "healthy"]
+
+
+def test_automatic_schedule_is_given_a_bound_and_no_other_epoch() -> None:
+    trials = load_params(ROOT / "params.yaml").trials["auto_schedule"]
+    (run,) = {trial.run for trial in trials if trial.place.row == "automatic"}
+    assert run.schedule == "auto"
+    assert [phase.until_epoch for phase in run.phases] == [16]

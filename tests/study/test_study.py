@@ -1,0 +1,317 @@
+"""Trials of tables: trained once, resumable, measured on the way; a diverged one is a result."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from afm_pipe import pipeline
+from afm_pipe.distributed.launch import Launch
+from afm_pipe.params import Params
+from afm_pipe.params.file import load_params
+from afm_pipe.runtime import paths
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.study.runner import diverged
+from afm_pipe.study.trials import Trials
+from tests.conftest import ROOT
+
+ONE = Launch(device="cpu", workers=1)
+TABLE = """
+title: Transport
+question: Does it matter?
+paper: null
+base: {}
+rows: {title: lambda_ot, settings: {"0.2": {}, "0": {transport: {start: 0.0, end: 0.0}}}}
+columns: null
+seeds: [0]
+checks: [{claim: It does, measure: distance, less: {rows: ["0.2"]}, than: {rows: ["0"]}}]
+"""
+BASE = "{size: s4, phases: [{until_epoch: 2}, {until_epoch: 4, lr: 3.0e-4}]}"
+KEY = "fd_classifier_20"
+
+
+@pytest.fixture(scope="session")
+def measured(discs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project of the discs with a reference and a classifier."""
+    project = tmp_path_factory.mktemp("measured") / "project"
+    shutil.copytree(discs, project)
+    raw = yaml.safe_load((project / "params.yaml").read_text())
+    raw["evaluate"] |= {"samples": 20, "kid_subsets": 2, "kid_subset_size": 10}
+    raw["study"] = {"samples": 20, "trained": 0.7, "collapsed": 0.0, "base": yaml.safe_load(BASE)}
+    raw["tables"] = {"transport": yaml.safe_load(TABLE)}
+    (project / "params.yaml").write_text(yaml.safe_dump(raw))
+    before = Path.cwd()
+    os.chdir(project)
+    try:
+        params = load_params()
+        pipeline.reference(params, ONE)
+        pipeline.classifier(params, ONE)
+    finally:
+        os.chdir(before)
+    return project
+
+
+@pytest.fixture
+def project(measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(measured, tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "project")
+    return tmp_path / "project"
+
+
+@pytest.fixture
+def declare(project: Path) -> Callable[..., Params]:
+    """Return a function that writes tables into params.yaml and loads it."""
+
+    def write(**tables: str) -> Params:
+        raw = yaml.safe_load((project / "params.yaml").read_text())
+        raw["tables"] = {name: yaml.safe_load(text) for name, text in tables.items()}
+        (project / "params.yaml").write_text(yaml.safe_dump(raw))
+        return load_params()
+
+    return write
+
+
+def trials(name: str) -> dict[str, dict]:
+    return {trial["row"]: trial for trial in json.loads(paths.table(name).read_text())["trials"]}
+
+
+def trainings() -> dict[str, int]:
+    return {path.parent.name: path.stat().st_mtime_ns for path in paths.TRIALS.glob("*/trained.json")}
+
+
+def measurements() -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in paths.TRIALS.glob("results/*.json")}
+
+
+def with_row(label: str, overrides: str) -> str:
+    return TABLE.replace('"0": {transport', f'"{label}": {overrides}, "0": {{transport')
+
+
+def test_a_trial_is_measured_at_a_third_of_its_updates_and_at_the_end_of_every_phase(project: Path) -> None:
+    pipeline.tables(load_params(), [], ONE)
+    trial = trials("transport")["0.2"]
+    assert [(probe["update"], probe["phase"]) for probe in trial["probes"]] == [(10, None), (15, 1), (30, 2)]
+    assert trial["metrics"] == trial["probes"][-1]["metrics"]
+    low, high = trial["intervals"][KEY]
+    assert low < trial["metrics"][KEY] < high
+    assert trial["cost"]["updates"] == 30
+    assert 13 < trial["cost"]["units"] < 18
+    assert "not the paper's scale" in json.loads(paths.table("transport").read_text())["scale"]
+
+
+def test_tables_share_trials_and_a_changed_trial_runs_alone(declare: Callable[..., Params]) -> None:
+    pipeline.tables(declare(first=TABLE), [], ONE)
+    before, measured = trainings(), measurements()
+    assert len(before) == 2
+    pipeline.tables(declare(first=TABLE, second=with_row("0.5", "{transport: {start: 0.5}}")), [], ONE)
+    after = trainings()
+    assert len(after) == 3
+    assert {name: after[name] for name in before} == before
+    assert measured.items() < measurements().items()
+    assert trials("second")["0"] == trials("first")["0"]
+
+
+def test_an_interrupted_study_runs_only_missing_trials(project: Path) -> None:
+    params = load_params()
+    pipeline.tables(params, [], ONE)
+    first, before = paths.table("transport").read_bytes(), trainings()
+    lost = Trials(params).all[0]
+    lost.result.unlink()
+    shutil.rmtree(lost.folder)
+    pipeline.tables(params, [], ONE)
+    again = json.loads(paths.table("transport").read_text())
+    for trial in again["trials"]:
+        trial["cost"]["seconds"] = None
+    expected = json.loads(first)
+    for trial in expected["trials"]:
+        trial["cost"]["seconds"] = None
+    assert again == expected
+    assert sum(before[name] == time for name, time in trainings().items()) == 1
+
+
+def test_results_do_not_depend_on_the_number_of_workers(project: Path) -> None:
+    pipeline.tables(load_params(), [], ONE)
+    alone = {row: trial["probes"] for row, trial in trials("transport").items()}
+    shutil.rmtree(paths.TRIALS)
+    pipeline.tables(load_params(), [], Launch(device="cpu", workers=2))
+    assert {row: trial["probes"] for row, trial in trials("transport").items()} == alone
+
+
+def long_study(project: Path) -> subprocess.Popen[bytes]:
+    """Start two workers on two endless trials."""
+    code = """
+from afm_pipe import pipeline
+from afm_pipe.runtime.commands import user_command
+from afm_pipe.distributed.launch import Launch
+from afm_pipe.params.file import load_params
+if __name__ == "__main__":
+    user_command(pipeline.tables)(load_params(), [], Launch(device="cpu", workers=2, checkpoint_seconds=1000))
+"""
+    (project / "study.py").write_text(code)
+    return subprocess.Popen([sys.executable, str(project / "study.py")], stderr=subprocess.DEVNULL)
+
+
+def workers_of(parent: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    children = psutil.Process(parent.pid).children()
+    workers = [child for child in children if "resource_tracker" not in str(child.cmdline())]
+    assert len(workers) == 2
+    return workers
+
+
+LONG = TABLE.replace("base: {}", "base: {phases: [{until_epoch: 100000}]}")
+
+
+def test_workers_end_with_their_parent(declare: Callable[..., Params], project: Path) -> None:
+    declare(long=LONG)
+    parent = long_study(project)
+    try:
+        wait_until(lambda: len(list(paths.TRIALS.glob("*/curves.csv"))) == 2)
+        workers = workers_of(parent)
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_until(lambda: not any(worker.is_running() for worker in workers))
+
+
+@pytest.mark.slow  # six processes import torch
+def test_a_terminated_study_checkpoints_every_trial_and_resumes(declare: Callable[..., Params], project: Path) -> None:
+    declare(long=LONG.replace("100000", "1000"))  # a row every ten updates
+    reached = [0, 0]
+    for _ in range(2):
+        parent = long_study(project)
+        try:
+            # The head, and a row more than the checkpoint's.
+            wait_until(lambda then=reached: all(rows > 1 + at // 10 for rows, at in zip(lines(), then, strict=True)))
+            workers = workers_of(parent)
+            parent.terminate()
+            assert parent.wait(120) == 75
+        finally:
+            parent.kill()
+        assert not any(worker.is_running() for worker in workers)
+        found = [max(paths.TRIALS.glob(f"{trial}/checkpoints/update-*"), default=None) for trial in names()]
+        assert all(path is not None and (path / "manifest.json").is_file() for path in found)
+        before, reached = reached, [int(path.name.removeprefix("update-")) for path in found if path is not None]
+        assert all(now > then for now, then in zip(reached, before, strict=True))
+
+
+def names() -> list[str]:
+    return sorted(path.parent.name for path in paths.TRIALS.glob("*/curves.csv"))
+
+
+def lines() -> list[int]:
+    """Return the number of lines in the curves of both trials."""
+    counts = [len((paths.TRIALS / name / "curves.csv").read_text().splitlines()) for name in names()]
+    return counts if len(counts) == 2 else [0, 0]
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 500) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"not so within {seconds} s"
+        time.sleep(0.1)
+
+
+def test_collecting_finished_trials_needs_no_torch(project: Path) -> None:
+    pipeline.tables(load_params(), [], ONE)
+    code = (
+        "import sys; from afm_pipe import pipeline; from afm_pipe.distributed.launch import Launch;"
+        "from afm_pipe.params.file import load_params;"
+        "pipeline.tables(load_params(), [], Launch(device='cpu')); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_non_finite_loss_is_a_result(declare: Callable[..., Params]) -> None:
+    wild = "{lr: 1.0e+30, gradient_normalization: {enabled: false}}"
+    pipeline.tables(declare(wild=with_row("wild", wild)), [], ONE)
+    found = trials("wild")
+    assert re.fullmatch(r"non-finite loss at update \d+", found["wild"]["diverged"])
+    assert found["wild"]["metrics"] == {}
+    assert found["0.2"]["metrics"][KEY] > 0
+
+
+def test_divergence_is_distinguished_from_a_short_run_by_its_probes() -> None:
+    def probe(low: float, high: float, right: float = 0.5) -> dict:
+        return {"intervals": {"fd": [low, high]}, "metrics": {"class_accuracy": right}}
+
+    assert diverged(None, [probe(90, 110), probe(40, 60)], "fd", 0.25) is None
+    assert diverged(None, [probe(90, 110), probe(300, 320)], "fd", 0.25) == "worse at three times the updates"
+    assert diverged(None, [probe(90, 110), probe(105, 130)], "fd", 0.25) is None  # the intervals overlap
+    assert diverged(None, [probe(500, 510, 0.1), probe(250, 260, 0.2)], "fd", 0.25) == ("collapsed: class accuracy 20%")
+    assert diverged(7, [], "fd", 0.25) == "non-finite loss at update 7"
+
+
+def test_then_continues_the_trained_trial_with_guidance(declare: Callable[..., Params]) -> None:
+    then = "{then: {until_epoch: 5, lr: 3.0e-4, transport: 0.05, guidance: {scale: 0.1, t: [0.0, 0.1]}}}"
+    pipeline.tables(declare(guided=with_row("guided", then)), [], ONE)
+    found = trials("guided")
+    assert [probe["update"] for probe in found["guided"]["probes"]] == [38]
+    assert found["guided"]["cost"]["updates"] == 38 - 30
+    assert found["guided"]["cost"]["units"] > found["0.2"]["cost"]["units"]
+    assert found["guided"]["metrics"][KEY] != found["0.2"]["metrics"][KEY]
+    assert len(trainings()) == 3  # its base is the trial 0.2
+
+
+def test_an_any_step_model_is_trained_once_and_measured_at_each_number_of_steps(
+    declare: Callable[..., Params],
+) -> None:
+    rows = '{title: steps, settings: {"1": {nfe: any, steps: 1}, "2": {nfe: any, steps: 2}}}'
+    table = re.sub(r"rows: .*", f"rows: {rows}", TABLE, count=1).replace(TABLE.splitlines()[-1], "checks: []")
+    pipeline.tables(declare(any=table), [], Launch(device="cpu", workers=2))
+    assert len(trainings()) == 1
+    found = trials("any")
+    assert found["1"]["metrics"][KEY] != found["2"]["metrics"][KEY]
+
+
+def test_a_trial_that_is_also_a_run_is_trained_once(project: Path) -> None:
+    raw = yaml.safe_load((project / "params.yaml").read_text())
+    raw["runs"]["same"] = {**yaml.safe_load(BASE), "seed": 0}
+    (project / "params.yaml").write_text(yaml.safe_dump(raw))
+    params = load_params()
+    pipeline.train(params, "same", ONE)
+    trial = next(trial for trial in Trials(params).all if trial.spec.place.row == "0.2")
+    assert trial.owner == "same"
+    weights = {path.name: path.stat().st_mtime_ns for path in (trial.folder / "kept").iterdir()}
+    pipeline.tables(params, [], ONE)
+    assert {path.name: path.stat().st_mtime_ns for path in (trial.folder / "kept").iterdir()} == weights
+    assert trial.training not in trainings()
+
+
+def test_mistakes_in_tables_are_named(project: Path, declare: Callable[..., Params]) -> None:
+    with pytest.raises(UserError, match=r"tables.t.*expected rows of the check 'It does' among 0, 0.2, found 0.3"):
+        declare(t=TABLE.replace('less: {rows: ["0.2"]}', 'less: {rows: ["0.3"]}'))
+    with pytest.raises(UserError, match="tables.t: row typo: lrr: found an unknown field"):
+        declare(t=with_row("typo", "{lrr: 1.0}"))
+    with pytest.raises(UserError, match="Found no table 'u' in params, expected one of t"):
+        pipeline.tables(declare(t=TABLE), ["u"], ONE)
+    paths.LATENTS.unlink()
+    with pytest.raises(UserError, match="dvc repro encode"):
+        pipeline.tables(load_params(), [], ONE)
+
+
+def test_the_contributing_guides_table_is_a_table(declare: Callable[..., Params]) -> None:
+    guide = (ROOT / "CONTRIBUTING.md").read_text()
+    section = guide[guide.index("## Add a table") :]
+    block = re.search(r"```yaml\n(.*?)```", section, re.DOTALL)
+    assert block
+    tables = yaml.safe_load(block[1])["tables"]
+    params = declare(**{name: yaml.safe_dump(table) for name, table in tables.items()})
+    pipeline.tables(params, [], ONE)
+    assert all(len(trials(name)) == 2 for name in tables)
+
+
+@pytest.mark.parametrize("file", ["params.yaml", "profiles/study.yaml", "profiles/imagenet256.yaml"])
+def test_every_declared_trial_resolves(file: str) -> None:
+    declared = load_params(ROOT / file)
+    assert declared.tables
+    for name, of_table in declared.trials.items():
+        assert len(of_table) == len({trial.place for trial in of_table}), name
