@@ -287,7 +287,7 @@ def test_params_of_any_values_are_valid_or_refused_in_words(place: Path, raw: An
     loaded: list[Params] = []
     if holds(lambda: loaded.append(load_params(path))):
         assert loaded[0].model_dump_json()
-        assert loaded[0].models and loaded[0].cells is not None
+        assert loaded[0].models and loaded[0].trials is not None
 
 
 @given(text=st.text(max_size=60), value=st.text(max_size=30))
