@@ -58,7 +58,7 @@ class Ema(Section):
 
 
 class Guidance(Section):
-    """Flow-based classifier guidance (paper section 3): a classifier's cross-entropy on G's output, added to G's loss."""
+    """Flow-based classifier guidance (paper section 3): a classifier's cross-entropy on G's output joins G's loss."""
 
     scale: NotNegative
     """lambda_cg."""
