@@ -153,12 +153,12 @@ def trials_line(params: Params) -> str | None:
 
     what = f"trials of {len(params.tables)} tables"
     try:
-        trials = Trials(params, []).all
+        trials = Trials(params).all
     except UserError as error:
-        return f"{what}: not known yet ({str(error).split(':')[0]})"
+        return f"{what}: unknown ({str(error).split(':')[0]})"
     missing = [trial for trial in trials if not trial.result.is_file()]
-    begun = sum((trial.folder / "curves.csv").is_file() for trial in missing)
-    return f"{what}: {len(trials) - len(missing)} of {len(trials)} measured" + (f", {begun} begun" * (begun > 0))
+    started = sum((trial.folder / "curves.csv").is_file() for trial in missing)
+    return f"{what}: {len(trials) - len(missing)} of {len(trials)} measured" + f", {started} started" * bool(started)
 
 
 def code_line(params: Params) -> str | None:
