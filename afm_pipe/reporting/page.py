@@ -13,7 +13,7 @@ from afm_pipe.params import Params
 from afm_pipe.reporting import curves, gallery, pictures, titles
 from afm_pipe.reporting.inputs import Inputs, RunRecord, read_inputs
 from afm_pipe.reporting.one_dimension import read_one_dimension
-from afm_pipe.reporting.plots import PLOTS_CSS
+from afm_pipe.reporting.plots import stylesheet
 from afm_pipe.reporting.printing import write_files
 from afm_pipe.reporting.sections import sections
 from afm_pipe.reporting.status import code_line
@@ -38,7 +38,7 @@ def write_report(params: Params, folder: Path, rendered: Path) -> None:
     panels = curves.draw_panels(trained, inputs.summary.images)
     shown = gallery.gallery(inputs)
     shared = {
-        "css": Markup(f"{curves.palette_css()}\n{curves.PANEL_CSS}\n{PLOTS_CSS}"),
+        "css": Markup(stylesheet()),
         "data": _data_title(params),
         "pixelated": params.data.image_size <= 64,
     }
@@ -58,7 +58,7 @@ def write_report(params: Params, folder: Path, rendered: Path) -> None:
             sections=parts,
             one_dimension=one_dimension,
             panels=panels,
-            legend=[(record.name, Markup(curves.legend_key(index))) for index, record in enumerate(trained)],
+            legend=curves.legend(trained),
             shown=shown,
             seeds=gallery.SIDE_BY_SIDE,
             metrics=[(column.title, column.meaning) for column in runs.columns if titles.metric(column.key).meaning],

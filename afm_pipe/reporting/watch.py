@@ -12,6 +12,7 @@ from afm_pipe.params import Params
 from afm_pipe.reporting import curves, titles
 from afm_pipe.reporting.inputs import RunRecord, columns_of
 from afm_pipe.reporting.page import environment
+from afm_pipe.reporting.plots import stylesheet
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.files import atomic_path
 from afm_pipe.training.curves import scan_curves
@@ -50,11 +51,11 @@ def watch_page(params: Params, seconds: float, now: float) -> str:
         environment()
         .get_template("watch.html.j2")
         .render(
-            css=Markup(f"{curves.palette_css()}\n{curves.PANEL_CSS}"),
+            css=Markup(stylesheet()),
             seconds=f"{seconds:g}",
             written=time.strftime("%H:%M:%S", time.localtime(now)),
             facts=facts,
-            legend=[(record.name, Markup(curves.legend_key(index))) for index, record in enumerate(records)],
+            legend=curves.legend(records),
             panels=curves.draw_panels(records, per_epoch),
         )
     )
