@@ -41,13 +41,14 @@ class Line(NamedTuple):
 
 
 def logged_terms(runs: Sequence[RunRecord]) -> "list[Term]":
-    """Return the terms that the objectives of some runs log, each once."""
+    """Return the terms that the objectives of some runs log, each once; those that the monitor reads come first."""
     from afm_pipe.objectives import find_objective
     from afm_pipe.objectives.base import Term
 
     objectives = [find_objective(run.settings.objective) for run in runs if run.settings]
     terms = [term for objective in objectives for term in (*objective.terms, *objective.scheduled)]
-    return list({term.name: term for term in (*terms, Term("lr", "Learning rate", "As scheduled"))}.values())
+    terms.append(Term("lr", "Learning rate", "As scheduled"))
+    return sorted({term.name: term for term in terms}.values(), key=lambda term: term.role is None)
 
 
 def marks_of(run: RunRecord, images_per_epoch: int) -> list[Mark]:
