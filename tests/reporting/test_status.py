@@ -120,7 +120,7 @@ def test_a_run_that_went_back_by_itself_has_not_failed(project: Path, change: Ca
     text, code = why(params, "t4")
     assert code == 0 and "with 2 alarms on the way" in text
     assert "update 20: divergence: a divergence [loss 1e+04, rolled_back_to 10]; back to update 10" in text
-    assert "Lower transport.start" in text and "watch.policy: act" in text
+    assert "Lower transport.start" in text and "monitor.policy: act" in text
 
     shutil.rmtree(paths.model("t4"))
     log.write_text(event(20, "divergence", evidence={"loss": 1e4, "rolled_back_to": 10}))
