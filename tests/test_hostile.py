@@ -23,7 +23,8 @@ from afm_pipe.data.latents import Latents
 from afm_pipe.data.latents_format import CLASSES, LABELS, MOMENTS, read_provenance
 from afm_pipe.data.manifest import _digest, read_manifest, require_images
 from afm_pipe.distributed.launch import Launch
-from afm_pipe.evaluation.nearest import Thumbnails, build_thumbnails, load_arrays
+from afm_pipe.evaluation.arrays import load_arrays
+from afm_pipe.evaluation.thumbnails import Thumbnails, build_thumbnails
 from afm_pipe.params import Imported, Params
 from afm_pipe.params.file import load_params
 from afm_pipe.runtime import paths

@@ -186,9 +186,9 @@ class Worker:
         told = {"weights": "EMA", "autoencoder_sha256": sha256_file(paths.AUTOENCODER_WEIGHTS)}
         shape, size = self.params.latent_shape, self.params.sample.micro_batch
         sampler = Sampler(flow, self.autoencoder, shape, self.latents.classes, size, self.device)
-        result = finish(self.evaluator.evaluate(sampler, told))
-        assert result is not None, "a single process is the main process"
-        return result[0]
+        metrics = finish(self.evaluator.evaluate(sampler, told))
+        assert metrics is not None, "a single process is the main process"
+        return metrics
 
     def _origin(self, job: Trial) -> tuple[Start | None, nn.Module | None]:
         """Return what a cell continues, if anything, and what guides it. Raises UserError when its base diverged."""
