@@ -11,7 +11,8 @@ import torch
 
 from afm_pipe.autoencoders import load_autoencoder
 from afm_pipe.autoencoders.encoding import encode_dataset
-from afm_pipe.data.manifest import Manifest, build_manifest, load_images
+from afm_pipe.data.manifest import Manifest
+from afm_pipe.data.reading import build_manifest, load_images
 from afm_pipe.models.flow import Flow
 from afm_pipe.models.model_files import ModelConfig, build_generator
 from afm_pipe.params import Params
