@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from afm_pipe.params import Params
-from afm_pipe.reporting.status import Standing, cells_line, code_line, standings
+from afm_pipe.reporting.status import Standing, code_line, standings, trials_line
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.tables import table_text
 
@@ -29,7 +29,7 @@ def status_text(params: Params) -> str:
                 each.why if len(each.why) <= LONGEST_NOTE else f"{each.why[: LONGEST_NOTE - 3]}...",
             ]
         )
-    lines = [line for line in (cells_line(params), code_line(params)) if line]
+    lines = [line for line in (trials_line(params), code_line(params)) if line]
     return "\n  ".join([table_text(header, rows).replace("\n\n", "\n").strip("\n"), *lines])
 
 

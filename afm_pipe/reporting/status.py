@@ -151,19 +151,20 @@ def _ended(event: Event) -> bool:
     return event.kind in FATAL and no_number and "rolled_back_to" not in event.evidence
 
 
-def cells_line(params: Params) -> str | None:
-    """Return how many cells of the tables are measured, or None where params have no tables."""
+def trials_line(params: Params) -> str | None:
+    """Return how many trials of the tables are measured, or None where params have no tables."""
     if not params.tables:
         return None
     from afm_pipe.study.trials import Trials
 
+    what = f"trials of {len(params.tables)} tables"
     try:
-        jobs = Trials(params, []).all
+        trials = Trials(params).all
     except UserError as error:
-        return f"cells of {len(params.tables)} tables: not known yet ({str(error).split(':')[0]})"
-    done = sum(job.result.is_file() for job in jobs)
-    begun = sum((job.folder / "curves.csv").is_file() for job in jobs if not job.result.is_file())
-    return f"cells of {len(params.tables)} tables: {done} of {len(jobs)} measured" + (f", {begun} begun" * (begun > 0))
+        return f"{what}: unknown ({str(error).split(':')[0]})"
+    missing = [trial for trial in trials if not trial.result.is_file()]
+    started = sum((trial.folder / "curves.csv").is_file() for trial in missing)
+    return f"{what}: {len(trials) - len(missing)} of {len(trials)} measured" + f", {started} started" * bool(started)
 
 
 def code_line(params: Params) -> str | None:
