@@ -49,7 +49,7 @@ bench: $(INSTALLED)
 	@$(ON_PATH) python -m benchmarks
 
 fuzz: $(INSTALLED)
-	@$(ON_PATH) OMP_NUM_THREADS=1 FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) pytest tests/test_fuzz.py --hypothesis-profile fuzz
+	@$(ON_PATH) OMP_NUM_THREADS=1 FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) pytest tests/pipeline/test_fuzz.py --hypothesis-profile fuzz
 
 crash-test: $(INSTALLED)
 	@$(ON_PATH) OMP_NUM_THREADS=1 python -m tests.crash --kills 50
