@@ -1,4 +1,4 @@
-"""Train a small autoencoder on the images, or fetch a pretrained one, into models/autoencoder.
+"""Train a small autoencoder on the images, or download a pretrained one, into models/autoencoder.
 
 python stages/autoencoder.py
 dvc repro autoencoder
