@@ -70,10 +70,7 @@ def reference(params: Params, launch: Launch) -> None:
     else:
         track("check images", require_images(manifest, params.data))
     with atomic_path(paths.REFERENCE) as folder:
-        building = build_reference(
-            params, images, manifest.labels, manifest.classes, manifest.digest, vae, folder, device
-        )
-        track("reference", building)
+        track("reference", build_reference(params, manifest, images, vae, folder, device))
 
 
 def classifier(params: Params, launch: Launch) -> None:

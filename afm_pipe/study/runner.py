@@ -173,9 +173,9 @@ class Worker:
         shape, size = self.params.latent_shape, self.params.sample.micro_batch
         sampler = Sampler(flow, self.autoencoder, shape, self.latents.classes, size, self.device)
         provenance = {"weights": "EMA", "autoencoder_sha256": sha256_file(paths.AUTOENCODER_WEIGHTS)}
-        result = finish(self.evaluator.evaluate(sampler, provenance))
-        assert result is not None, "a single process is the main process"
-        return result[0]
+        metrics = finish(self.evaluator.evaluate(sampler, provenance))
+        assert metrics is not None, "a single process is the main process"
+        return metrics
 
     def _origin(self, trial: Trial) -> tuple[Start | None, nn.Module | None]:
         """Return what a trial continues, and what guides it, if anything. Raises UserError when its base diverged."""

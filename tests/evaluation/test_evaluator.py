@@ -1,7 +1,7 @@
 """The reference of the real images, and what is measured of a generator against it.
 
-The real images here are samples of a known generator, so that the perfect generator is at hand, and so are a copier,
-one that ignores its noise, and one that mixes up classes.
+The real images here are samples of a known generator: the tests evaluate the perfect generator, one that copies, one
+that ignores its noise, and one that mixes up classes.
 """
 
 import json
@@ -17,13 +17,22 @@ from torch import Tensor
 
 from afm_pipe.autoencoders.kl import KLAutoencoder
 from afm_pipe.evaluation.evaluator import Evaluator
-from afm_pipe.evaluation.features import FeatureNetwork, load_network
-from afm_pipe.evaluation.nearest import Neighbors, Thumbnails, build_thumbnails, thumbnail
+from afm_pipe.evaluation.networks import FeatureNetwork
 from afm_pipe.evaluation.reference import build_reference
 from afm_pipe.evaluation.statistics import Reference
+from afm_pipe.evaluation.thumbnails import Neighbors, Thumbnails, build_thumbnails, thumbnail
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.progress import track
-from tests.evaluation.painter import CLASSES, REAL_SEED, Painter, evaluate, params_with, sampler_of
+from tests.evaluation.painter import (
+    CLASSES,
+    REAL_SEED,
+    Painter,
+    evaluate,
+    load_network,
+    manifest_of,
+    params_with,
+    sampler_of,
+)
 
 
 def global_numpy_state() -> list[int]:
@@ -31,7 +40,7 @@ def global_numpy_state() -> list[int]:
     return [*state[1], state[2]]
 
 
-def test_reference_writes_what_it_promises(reference: Path, real: tuple[np.ndarray, np.ndarray]) -> None:
+def test_reference_writes_its_files(reference: Path, real: tuple[np.ndarray, np.ndarray]) -> None:
     assert {path.name for path in reference.iterdir()} == {
         "classifier.npz",
         "classifier.safetensors",
@@ -62,10 +71,10 @@ def test_reference_pictures_hold_a_class_per_row(reference: Path, real: tuple[np
     assert (pictures[0][20:36, 2:18] == real[0][second_row[0], 0]).all()
 
 
-def test_reference_bytes_are_the_same_again(
+def test_reference_is_deterministic(
     reference: Path, real: tuple[np.ndarray, np.ndarray], vae: Any, tmp_path: Path
 ) -> None:
-    track("reference", build_reference(params_with(), *real, CLASSES, "digest", vae, tmp_path))
+    track("reference", build_reference(params_with(), manifest_of(real[1]), real[0], vae, tmp_path))
     for path in reference.iterdir():
         assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
 
@@ -81,18 +90,18 @@ def test_reference_refuses_images_of_another_size(
 ) -> None:
     images, labels = real
     with pytest.raises(UserError, match="data.image_size"):
-        track("r", build_reference(params_with(), images[..., :8], labels, CLASSES, "digest", vae, tmp_path))
+        track("r", build_reference(params_with(), manifest_of(labels), images[..., :8], vae, tmp_path))
     with pytest.raises(UserError, match="labels"):
-        track("r", build_reference(params_with(), images, labels[:-1], CLASSES, "digest", vae, tmp_path))
+        track("r", build_reference(params_with(), manifest_of(labels[:-1]), images, vae, tmp_path))
 
 
-def test_missing_inception_is_told_before_anything_is_built(
+def test_missing_inception_is_an_error_before_anything_is_built(
     real: tuple[np.ndarray, np.ndarray], vae: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AFM_WEIGHTS", str(tmp_path / "weights"))
     params = params_with(evaluate={"features": ["classifier", "inception_clean"]})
     with pytest.raises(UserError, match="inception-2015-12-05.pt"):
-        next(build_reference(params, *real, CLASSES, "digest", vae, tmp_path / "reference"))
+        next(build_reference(params, manifest_of(real[1]), real[0], vae, tmp_path / "reference"))
 
 
 def test_perfect_generator_scores_well_and_copies_nothing(vae: Any, reference: Path) -> None:
@@ -107,7 +116,7 @@ def test_perfect_generator_scores_well_and_copies_nothing(vae: Any, reference: P
     assert 0.8 < metrics["nearest_distance_ratio"] < 1.2
 
 
-def test_copier_is_caught(vae: Any, reference: Path) -> None:
+def test_copies_are_detected(vae: Any, reference: Path) -> None:
     # The seed of the real images gives those very images again; the first 198 of them are among the thumbnails.
     metrics = evaluate(Painter(), vae, reference, evaluate={"seed": REAL_SEED, "samples": 198})
     assert metrics["copies"] == 1
@@ -121,13 +130,13 @@ def test_generator_that_ignores_its_noise_has_no_variance(vae: Any, reference: P
     assert metrics["copies"] < 0.02  # a mean is near to many training images, and a copy of none
 
 
-def test_generator_that_mixes_up_classes_is_caught_by_accuracy_alone(vae: Any, reference: Path) -> None:
+def test_mixed_up_classes_show_in_accuracy_alone(vae: Any, reference: Path) -> None:
     right, wrong = (evaluate(Painter(shift=shift), vae, reference) for shift in (0, 1))
     assert wrong["class_accuracy"] < 0.1
     assert wrong["fd_classifier_240"] < 5 * right["fd_classifier_240"] + 0.1
 
 
-def test_protocol_stands_beside_the_numbers(vae: Any, reference: Path) -> None:
+def test_protocol_is_recorded_with_the_metrics(vae: Any, reference: Path) -> None:
     protocol = evaluate(Painter(), vae, reference)["protocol"]
     assert protocol["run"] == "painter" and protocol["samples"] == 240 and protocol["seed"] == 2000
     assert protocol["features"] == {"classifier": load_network("classifier", reference).sha256}
@@ -143,10 +152,7 @@ def test_evaluation_is_repeatable_and_leaves_global_random_states_alone(vae: Any
 
 def test_picture_shows_samples_above_their_nearest_training_images(vae: Any, reference: Path) -> None:
     params = params_with(evaluate={"seed": REAL_SEED})
-    result = track("evaluate", Evaluator(params, reference).evaluate(sampler_of(Painter(), vae), {}))
-    assert result is not None
-    picture = result[1]
-    pixels = np.asarray(picture)
+    pixels = np.asarray(Evaluator(params, reference).nearest(sampler_of(Painter(), vae)))
     assert pixels.shape == (2 + 4 * 18, 2 + 10 * 18)
     assert (pixels[2:18] == pixels[20:36]).all()  # copies: the nearest training image is the sample itself
     assert not (pixels[20:36] == pixels[38:54]).all()
@@ -238,7 +244,7 @@ def test_nearest_other_is_never_the_image_itself_and_zero_for_a_duplicate() -> N
         build_thumbnails(images[:2], np.zeros(2, np.int64))
 
 
-def test_near_copies_are_told_from_means_and_from_new_images() -> None:
+def test_near_copies_are_distinguished_from_means_and_new_images() -> None:
     images = some_images(300)
     training, new = images[:200], images[200:]
     thumbnails = build_thumbnails(training, np.zeros(200, np.int64))

@@ -1,4 +1,4 @@
-"""The images that evaluation measures, as PNG files and as an npz, by the commands that write them."""
+"""`sample` and `export` write the images that evaluation measures."""
 
 import os
 from pathlib import Path
@@ -18,6 +18,7 @@ from afm_pipe.runtime import paths
 from afm_pipe.runtime.files import read_json
 from afm_pipe.runtime.progress import track
 from afm_pipe.sampling.sampler import Sampler
+from tests.evaluation.painter import manifest_of
 from tests.sampling.test_requests import project  # noqa: F401 (fixture)
 
 SAMPLES = 23  # no whole number of batches of 6, nor of 10 classes
@@ -31,7 +32,7 @@ def afm(*words: str) -> Result:
 
 @pytest.fixture(scope="module")
 def measured(project: Path) -> np.ndarray:  # noqa: F811
-    """The images (N, H, W) that `afm-pipe evaluate one` handed to its networks."""
+    """The images (N, H, W) that `afm-pipe evaluate one` measures."""
     before, seen, generate = Path.cwd(), [], Sampler.images
 
     def watched(*args: Any) -> Any:
@@ -45,7 +46,7 @@ def measured(project: Path) -> np.ndarray:  # noqa: F811
         images = np.random.default_rng(0).integers(0, 256, (60, 1, 32, 32)).astype(np.uint8)
         labels, names = np.sort(np.arange(60) % 10), [f"digit {i}" for i in range(10)]
         vae = load_autoencoder(params, paths.AUTOENCODER)
-        track("reference", build_reference(params, images, labels, names, "digest", vae, paths.REFERENCE))
+        track("reference", build_reference(params, manifest_of(labels, names), images, vae, paths.REFERENCE))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Sampler, "images", watched)
             done = afm("evaluate", "one")
@@ -53,10 +54,10 @@ def measured(project: Path) -> np.ndarray:  # noqa: F811
         assert read_json(paths.metrics("one"))["protocol"]["samples"] == SAMPLES
     finally:
         os.chdir(before)
-    return np.concatenate(seen)[:, 0]
+    return np.concatenate(seen)[:SAMPLES, 0]  # the last call draws the nearest images
 
 
-def test_images_kept_are_those_that_evaluation_measured(
+def test_kept_images_are_those_that_evaluation_measures(
     project: Path,  # noqa: F811
     measured: np.ndarray,
     monkeypatch: pytest.MonkeyPatch,
@@ -72,7 +73,7 @@ def test_images_kept_are_those_that_evaluation_measured(
     assert np.array_equal(np.stack([np.asarray(Image.open(file)) for file in files]), measured)
 
 
-def test_the_npz_for_adms_evaluator_holds_what_evaluation_measured(
+def test_npz_for_adms_evaluator_holds_what_evaluation_measures(
     project: Path,  # noqa: F811
     measured: np.ndarray,
     tmp_path: Path,
@@ -100,7 +101,7 @@ def test_the_npz_for_adms_evaluator_holds_what_evaluation_measured(
         (["none", "--out", "x.npz"], "Found no models/none/config.json"),
     ],
 )
-def test_an_npz_that_cannot_be_written_is_explained(
+def test_wrong_npz_request_is_explained(
     project: Path,  # noqa: F811
     words: list[str],
     message: str,

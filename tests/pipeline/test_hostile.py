@@ -25,7 +25,8 @@ from afm_pipe.data.listing import list_images
 from afm_pipe.data.manifest import columns_digest, read_manifest
 from afm_pipe.data.reading import require_images
 from afm_pipe.distributed.launch import Launch
-from afm_pipe.evaluation.nearest import Thumbnails, build_thumbnails, load_arrays
+from afm_pipe.evaluation.arrays import load_arrays
+from afm_pipe.evaluation.thumbnails import Thumbnails, build_thumbnails
 from afm_pipe.params import Imported, Params
 from afm_pipe.params.file import load_params
 from afm_pipe.runtime import paths
@@ -133,7 +134,7 @@ def test_thumbnails_that_do_not_belong_together_are_refused() -> None:
     arrays = dict(np.load("x.npz"))
     for name, array in (("labels", np.arange(4)), ("images", np.zeros((5, 8), np.uint8)), ("ratio", np.array("x"))):
         np.savez("y.npz", **(arrays | {name: array}))
-        refused(lambda: Thumbnails.load(Path("y.npz")), "do not belong together")
+        refused(lambda: Thumbnails.load(Path("y.npz")), "do not match")
 
 
 # Images and their list
