@@ -123,8 +123,8 @@ def _table(results: ToyResults, maps: list[tuple[str, MapResults]]) -> Table:
         *(Column(key, title, meaning) for key, title, meaning in _MEASURES),
     )
     caption = (
-        f"1-D maps, from {RESULTS}: mean ± standard deviation over {results.scale.seeds} seeds. All are ours; the paper "
-        "gives no numbers."
+        f"1-D maps, from {RESULTS}: mean ± standard deviation over {results.scale.seeds} seeds. All are ours; the "
+        "paper gives no numbers."
     )
     return Table("one_dimension", caption, columns, tuple(_row(name, numbers) for name, numbers in maps))
 
