@@ -30,7 +30,8 @@ def tables(params: Params, names: Sequence[str], launch: Launch, out: Path | Non
 
 def toy(params: Params, launch: Launch) -> None:
     """Run the 1-D toy experiment, where the optimal map is known: its numbers, maps and figures."""
-    from afm_pipe.study.toy.experiment import run_experiment, write_experiment
+    from afm_pipe.study.toy.experiment import run_experiment
+    from afm_pipe.study.toy.writing import write_experiment
 
     experiment = track("toy", run_experiment(params.toy, params.seed, launch.torch_device()))
     with atomic_path(paths.TOY) as folder:

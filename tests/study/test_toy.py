@@ -27,10 +27,10 @@ from afm_pipe.study.toy.experiment import (
     measure_map,
     run_experiment,
     toy_settings,
-    write_experiment,
 )
 from afm_pipe.study.toy.networks import EMBEDDING, Map, Mlps, transport
 from afm_pipe.study.toy.training import Batch, Setting, train_adversarially, train_flow
+from afm_pipe.study.toy.writing import write_experiment
 from tests.conftest import SMOKE
 
 CPU = torch.device("cpu")

@@ -1,18 +1,16 @@
-"""The toy experiment: train every setting for several seeds, map the same noise through each, measure, and write.
+"""The toy experiment: train every setting for several seeds, map the same noise through each, and measure.
 
 Shapes: S seeds, K noise values.
 """
 
-from collections.abc import Generator, Iterable
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from collections.abc import Generator
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from afm_pipe.params import Guidance, Toy
 from afm_pipe.runtime.errors import UserError
-from afm_pipe.runtime.files import write_json
 from afm_pipe.runtime.progress import Progress
 from afm_pipe.study.toy import mixture
 from afm_pipe.study.toy.networks import transport
@@ -21,7 +19,6 @@ from afm_pipe.study.toy.training import Setting, train_adversarially, train_flow
 
 T = TypeVar("T")
 FLOW_COST = 5  # updates of flow matching that cost as much as a pair of adversarial ones
-ROWS_PER_MAP = 512  # of the CSV files; all points are measured and drawn
 
 
 class LearnedMap(NamedTuple):
@@ -132,47 +129,6 @@ def _over_seeds(**values: Tensor) -> dict[str, float]:
     """Return mean and standard deviation of each value (S,); the exact reference has a single one."""
     means = {f"{key}_mean": value.mean().item() for key, value in values.items()}
     return means | {f"{key}_std": value.std().item() if len(value) > 1 else 0.0 for key, value in values.items()}
-
-
-def write_experiment(experiment: Experiment, toy: Toy, folder: Path) -> None:
-    """Write all measurements as JSON, maps and samples as CSV, and figures as PNG into a new folder."""
-    from afm_pipe.study.toy.figures import draw_guidance, draw_maps, draw_sweep
-
-    folder.mkdir(parents=True, exist_ok=True)
-    results = measure(experiment, toy)
-    write_json(folder / "results.json", results.model_dump(mode="json", exclude_none=True))
-    write_json(folder / "metrics.json", headline(results))
-    every = max(1, len(experiment.noise) // ROWS_PER_MAP)
-    noise = experiment.noise[::every].tolist()
-    maps = (
-        f"{name},{seed},{z:.5f},{x:.5f}"
-        for name, each in experiment.maps.items()
-        for seed, of_seed in enumerate(each.x[:, ::every].tolist())
-        for z, x in zip(noise, of_seed, strict=True)
-    )
-    guided = (
-        f"{name},{seed},{label},{z:.5f},{x:.5f}"
-        for name, samples in experiment.guided.items()
-        for seed, of_seed in enumerate(samples[:, :, ::every].tolist())
-        for label, of_class in enumerate(of_seed)
-        for z, x in zip(noise, of_class, strict=True)
-    )
-    _write_lines(folder / "maps.csv", "setting,seed,z,x", maps)
-    _write_lines(folder / "guidance.csv", "guidance,seed,class,z,x", guided)
-    draw_maps(experiment, results, toy, folder / "maps.png")
-    draw_sweep(experiment, results, folder / "sweep.png")
-    draw_guidance(experiment, toy, folder / "guidance.png")
-
-
-def headline(results: ToyResults) -> dict[str, Any]:
-    """Return the few numbers that DVC compares; all of them would crowd out those of runs."""
-    numbers = {name: results.maps[name].model_dump() for name in ("gan", "afm_1")}
-    compared = {name: {key: each[f"{key}_mean"] for key in ("w1", "rms", "spread")} for name, each in numbers.items()}
-    return compared | {"spread_ratio": results.spread_ratio}
-
-
-def _write_lines(path: Path, header: str, lines: Iterable[str]) -> None:
-    path.write_text("\n".join([header, *lines]) + "\n", encoding="utf-8")
 
 
 def _part(
