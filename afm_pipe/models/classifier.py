@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from afm_pipe.models.dit import DiT, TimestepEmbedder, linear
+from afm_pipe.models.dit import DiT, TimestepEmbedder
 from afm_pipe.models.model_files import ModelConfig, load_exactly, load_tensors, require_fit
 from afm_pipe.params.sizes import SIZES, ModelSize
 from afm_pipe.runtime.errors import UserError
@@ -19,8 +19,8 @@ class LatentClassifier(DiT):
         super().__init__(size, channels, latent_size)
         self.t_embedder = TimestepEmbedder(size.width)
         self.cls_embed = nn.Parameter(torch.randn(size.width) * 0.02)
-        self.final_layer = nn.Sequential(
-            nn.LayerNorm(size.width, eps=1e-6, elementwise_affine=False), linear(size.width, num_classes)
+        self.final_layer = nn.Sequential(  # the head keeps torch's initial weights, as released
+            nn.LayerNorm(size.width, eps=1e-6, elementwise_affine=False), nn.Linear(size.width, num_classes)
         )
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:

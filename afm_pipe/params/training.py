@@ -83,7 +83,7 @@ class Augmentation(Section):
     probability: Fraction
     """Of the translation, and of each erasing."""
     translate: Fraction
-    """Largest translation, as a share of the side; whole latent pixels, zeros move in."""
+    """Largest translation, right and down, as a share of the side; whole latent pixels, zeros move in."""
     erasings: NotNegativeCount
     """How many times a rectangle may be set to zero."""
     area: Annotated[tuple[Fraction, Fraction], Field(strict=False)]

@@ -13,7 +13,7 @@ from torch import Tensor
 from afm_pipe.data.order import ALL
 from afm_pipe.params import Affine, Augmentation
 
-ASPECT = (0.3, 3.3)  # of an erased rectangle, drawn log-uniformly; the usual range, the paper names none
+ASPECT = (0.3, 3.3)  # of an erased rectangle: half of the draws below 1, half above, as kornia's RandomErasing draws
 
 
 class View(Protocol):
@@ -52,11 +52,11 @@ def discriminator_view(
 ) -> DiscriminatorView:
     """Draw translations and erasings for a batch of latents (N, C, H, W) with N = `count`, H = W = `side`.
 
-    Zeros move in, and erased rectangles are zero. `own` says which of the batch are wanted.
+    Content moves right and down by a share of the side drawn from U(0, `translate`), as kornia's RandomTranslate does
+    with the released range; zeros move in, and erased rectangles are zero. `own` says which of the batch are wanted.
     """
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")  # (H, W)
-    most = round(augment.translate * side)
-    moves = torch.randint(-most, most + 1, (2, count, 1, 1), generator=generator)
+    moves = (augment.translate * side * torch.rand(2, count, 1, 1, generator=generator)).round().long()
     moves = moves * (torch.rand(count, 1, 1, generator=generator) < augment.probability)
     from_rows, from_columns = rows - moves[0], columns - moves[1]  # (N, H, W)
     keep = (from_rows >= 0) & (from_rows < side) & (from_columns >= 0) & (from_columns < side)
@@ -82,12 +82,13 @@ def _rectangles(
     augment: Augmentation, count: int, side: int, generator: torch.Generator, rows: Tensor, columns: Tensor
 ) -> Tensor:
     """Draw a rectangle per latent as a mask (N, H, W); empty where the draw leaves the latent alone."""
-    chosen, area, aspect, top, left = torch.rand(5, count, 1, 1, generator=generator)
+    chosen, area, wide, narrow, tall, top, left = torch.rand(7, count, 1, 1, generator=generator)
     low, high = augment.area
     area = (low + (high - low) * area) * side**2
-    aspect = torch.exp(math.log(ASPECT[0]) + (math.log(ASPECT[1]) - math.log(ASPECT[0])) * aspect)
+    flat, steep = ASPECT
+    aspect = torch.where(wide < 0.5, flat + (1 - flat) * narrow, 1 + (steep - 1) * tall)  # height over width
     height = (area * aspect).sqrt().round().clamp(1, side)
-    width = (area / height).round().clamp(1, side)
+    width = (area / aspect).sqrt().round().clamp(1, side)
     top, left = (top * (side - height + 1)).floor(), (left * (side - width + 1)).floor()
     inside = (rows >= top) & (rows < top + height) & (columns >= left) & (columns < left + width)
     return inside & (chosen < augment.probability)

@@ -32,8 +32,10 @@ from afm_pipe.params import Run
 class OutputGradients(NamedTuple):
     """The gradients of G's loss at G's output, weighted by the micro-batch's share."""
 
-    adversarial: Tensor  # (N, C, H, W), to be normalized
-    others: Tensor  # (N, C, H, W), of transport and guidance
+    adversarial: Tensor  # (N, C, H, W), of the adversarial loss at what D sees, to be normalized
+    seen: Tensor  # (N, C, H, W), what D sees of `leaf`: itself, or an augmented view with its graph
+    leaf: Tensor  # (N, C, H, W), G's output without G's graph
+    others: Tensor  # (N, C, H, W), of transport and guidance, at G's output
     losses: Tensor  # (terms,), unweighted
     squares: Tensor  # (3,), mean squares of G(x_s) - x_s, of G(x_s), of x_t
     output: Tensor | None  # G's output with its graph; None where it is not kept
@@ -58,7 +60,7 @@ class AdversarialFlow(Objective):
             "rms(G(z)) over rms(x): far above 1, the run diverges",
             role="output_scale",
         ),
-        Term("g_adv_output_grad_norm", "Adversarial gradient at G's output", "Before normalization", log=True),
+        Term("g_adv_output_grad_norm", "Adversarial gradient at what D sees", "Before normalization", log=True),
         Term("g_transport_output_grad_norm", "Transport gradient at G's output", "With guidance's, if any", log=True),
         Term("g_grad_norm", "Generator's gradient norm", "Log scale", log=True),
     )
@@ -198,11 +200,10 @@ class AdversarialFlow(Objective):
         scale = self._divisor(learner, at_output)
         for index, (part, gradients) in enumerate(zip(batch, at_output, strict=True)):
             with learner.accumulate("generator", index == len(batch) - 1):
-                adversarial = gradients.adversarial if scale is None else gradients.adversarial / scale
                 made = gradients.output
                 if made is None:
                     made = self._generate(learner.module("generator"), part)
-                made.backward(adversarial + gradients.others)
+                made.backward(_at_output(gradients, scale) + gradients.others)
         norms = [torch.stack([each.adversarial.square().sum(), each.others.square().sum()]) for each in at_output]
         parts = zip(at_output, norms, strict=True)
         figures = learner.sum([torch.cat([each.losses, each.squares, norm]) for each, norm in parts])
@@ -236,10 +237,11 @@ class AdversarialFlow(Objective):
         real, seen, source = batch.real, output, batch.source
         if view is not None:
             real, seen, source = view(real), view(output), view(source)
+        judged = seen.detach().requires_grad_()
         with torch.no_grad():
             real_logits = discriminator(real, batch.labels, batch.t, source)
-        adversarial = share * relativistic(discriminator(seen, batch.labels, batch.t, source), real_logits)
-        (gradient,) = torch.autograd.grad(adversarial, output)
+        adversarial = share * relativistic(discriminator(judged, batch.labels, batch.t, source), real_logits)
+        (gradient,) = torch.autograd.grad(adversarial, judged)
         generated = Generated(output, batch.source, batch.weighting, part.guide)
         values = [share * each.value(generated) for each in G_TERMS]
         total = _weighted([each.weight(self.run, now) for each in G_TERMS], values)
@@ -247,6 +249,8 @@ class AdversarialFlow(Objective):
         squares = (output.detach() - batch.source).square(), output.detach().square(), batch.real.square()
         return OutputGradients(
             adversarial=gradient,
+            seen=seen,
+            leaf=output,
             others=others,
             losses=torch.stack([adversarial.detach(), *(value.detach() for value in values)]),
             squares=torch.stack([share * square.mean() for square in squares]),
@@ -261,6 +265,18 @@ class AdversarialFlow(Objective):
         square = learner.sum([each.adversarial.square().sum() for each in at_output])
         elements = self.run.batch_size * at_output[0].adversarial[0].numel()
         return divisor(learner.buffers["mean_square"], square, elements, settings.decay)
+
+
+def _at_output(gradients: OutputGradients, scale: Tensor | None) -> Tensor:
+    """Return the adversarial gradient at G's output (N, C, H, W), normalized by `scale` where D sees it.
+
+    The release normalizes there, too: what an augmentation erases counts in the norm, and the normalized gradient goes
+    back through the augmentation.
+    """
+    gradient = gradients.adversarial if scale is None else gradients.adversarial / scale
+    if gradients.seen is gradients.leaf:
+        return gradient
+    return torch.autograd.grad(gradients.seen, gradients.leaf, gradient)[0]
 
 
 def _weighted(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
