@@ -73,7 +73,7 @@ class PlainTraining:
 @contextmanager
 def plain_training(run: Run, latents: Path, vae: bool) -> Iterator[Works]:
     """Give the works of the straightforward update, for a process of its own."""
-    plain = PlainTraining(run, Latents.open(latents), sd_vae() if vae else None)
+    plain = PlainTraining(run, Latents.open(latents), sd_vae().model if vae else None)
     yield {"plain": plain.update, "online": partial(plain.update, True)}
 
 

@@ -24,9 +24,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from afm_pipe.data.images import decode_image
-from afm_pipe.data.latents import CLASSES, DONE, LABELS, MOMENTS, Latents
+from afm_pipe.data.latents import Latents
+from afm_pipe.data.latents_format import CLASSES, DONE, LABELS, MOMENTS, read_provenance
 from afm_pipe.data.manifest import Manifest, _digest, read_manifest, write_manifest
-from afm_pipe.data.provenance import read_provenance
 from afm_pipe.data.tars import index_tar
 from afm_pipe.evaluation.nearest import Thumbnails, build_thumbnails
 from afm_pipe.models.model_files import load_config, load_tensors

@@ -99,7 +99,7 @@ def _weights(params: Params) -> list[Finding]:
             findings.append(Finding(name, str(find())))
         except UserError as error:
             findings.append(Finding(name, "missing or another file", False, str(error)))
-    pretrained = params.autoencoder.pretrained
+    pretrained = getattr(params.autoencoder, "pretrained", None)
     if pretrained is not None:
         place = (
             "a local folder" if Path(pretrained).is_dir() else "not a local folder, so a name on the Hugging Face Hub"

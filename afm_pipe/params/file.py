@@ -9,7 +9,7 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from afm_pipe.params import Imported, Params
+from afm_pipe.params import AutoencoderParams, Imported, Params
 from afm_pipe.params.renames import old_keys
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
@@ -119,6 +119,11 @@ def json_schema() -> str:
     for name in ("Run", "RunOverrides"):
         schema["$defs"][name]["properties"]["transport"] = number_too
     schema["$defs"]["Phase"]["properties"]["transport"] = number_too
+    kinds = [kind.model_json_schema() for kind in AutoencoderParams.kinds.values()]
+    for kind in kinds:
+        schema["$defs"] |= kind.pop("$defs", {})
+    del schema["$defs"]["AutoencoderParams"]
+    schema["properties"]["autoencoder"] = {"anyOf": kinds}
     return json.dumps(schema, indent=1, sort_keys=True) + "\n"
 
 
@@ -168,17 +173,18 @@ def _in_words(path: Path, raw: dict[str, Any], error: ValidationError) -> str:
         field = list(problem["loc"][:3])  # a run, a field of it
         if field[:1] == ["runs"] and len(field) == 3 and field[2] != "[key]" and not _stands_in(raw, field):
             continue  # inherited from train, where it is reported already
-        lines.append(f"  {_one_in_words(place, problem)}")
+        lines.append(f"  {_one_in_words(raw, place, problem)}")
     lines = list(dict.fromkeys(lines))
     more = f"\n  and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
     return f"Found {len(lines)} mistake{'s' * (len(lines) != 1)} in {path}:\n" + "\n".join(lines[:SHOWN]) + more
 
 
-def _one_in_words(place: list[Any], problem: Any) -> str:
+def _one_in_words(raw: Any, place: list[Any], problem: Any) -> str:
     dotted = ".".join(map(str, place))
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(place[-1]), _fields_at(place[:-1]), n=1)
-        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(_fields_at(place[:-1]))}"
+        fields = _fields_at(raw, place[:-1])
+        near = difflib.get_close_matches(str(place[-1]), fields, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(fields)}"
         return f"{dotted}: found an unknown field, {hint}"
     if problem["type"] == "missing":
         return f"{dotted}: found nothing, expected a value"
@@ -207,7 +213,7 @@ def _stands_in(raw: Any, place: list[Any]) -> bool:
     return True
 
 
-def _fields_at(place: list[Any]) -> list[str]:
+def _fields_at(raw: Any, place: list[Any]) -> list[str]:
     """Return the field names of the section at a place in the file."""
     section: Any = Params
     for part in place:
@@ -217,6 +223,8 @@ def _fields_at(place: list[Any]) -> list[str]:
                 return []
             annotation = fields[part].annotation
             section = annotation if get_origin(annotation) is dict else _section_in(annotation)
+            if section is AutoencoderParams:
+                section = section.kinds.get(raw["autoencoder"]["kind"])
         elif get_origin(section) is dict:
             section = get_args(section)[1]
     if not (isinstance(section, type) and issubclass(section, BaseModel)):

@@ -83,7 +83,7 @@ def train(params: Params, name: str, launch: Launch) -> None:
             "name": name,
             "run": run.model_dump(),
             "classes": list(latents.classes),
-            "scaling_factor": latents.scaling_factor,
+            "scaling_factor": latents.spec.scaling_factor,
             "provenance": {"fingerprint": identity, "latents": latents.provenance, **origins},
             "updates": trained.state.update,
             "images_seen": trained.state.update * run.batch_size,

@@ -141,8 +141,8 @@ def plan_run(params: Params, name: str, num_images: int, num_classes: int, machi
 
 
 def latents_bytes(params: Params, num_images: int) -> int:
-    """Return the size of latents.h5: mean and deviation in float16, of both mirrors if data.mirror says so."""
-    return num_images * (2 if params.data.mirror else 1) * 2 * prod(params.latent_shape) * 2
+    """Return the size of latents.h5: float16, of both mirrors with data.mirror."""
+    return num_images * (2 if params.data.mirror else 1) * 2 * prod(params.latent_spec.encoded_shape)
 
 
 def plan_text(
@@ -164,10 +164,11 @@ def plan_text(
     total = sum(plan.days for plan in plans)
     disk = sum(plan.checkpoint_bytes for plan in plans) + latents_bytes(params, num_images)
     latents = latents_bytes(params, num_images) / 1e9
+    stored = "moments" if params.latent_spec.stochastic else "latents"
     lines = [
         table_text(header, rows),
         f"In all about {_figure(total)} days and {_figure(disk / 1e9)} GB of disk, {_figure(latents)} of it latents"
-        f" ({num_images:,} images{', both mirrors' if params.data.mirror else ''}, float16 moments).",
+        f" ({num_images:,} images{', both mirrors' if params.data.mirror else ''}, float16 {stored}).",
         f"On {machine.gpus} x {machine.gpu} in {machine.precision}: {gpu.peak(machine.precision) / 1e12:g} TFLOP/s each"
         f" by the data sheet (dense), of which {machine.utilisation:.0%} are assumed to be used (--utilisation).",
         *NOTES,

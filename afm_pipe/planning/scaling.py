@@ -125,7 +125,7 @@ def needs(params: Params, name: str) -> Needs:
         units=flops / (run.batch_size * one_g),
         activations=max(largest * size.depth * d_block, passes * g_block + judged),
         checkpointed=checkpointed_bytes(config, largest, 1),
-        latents=2 * run.batch_size * 2 * 2 * prod(params.latent_shape),  # of D and of G; mean and deviation, float16
+        latents=2 * run.batch_size * 2 * prod(params.latent_spec.encoded_shape),  # of D and of G; float16
     )
 
 

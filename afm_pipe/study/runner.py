@@ -18,7 +18,7 @@ import psutil
 import torch
 from torch import nn
 
-from afm_pipe.autoencoders.kl import load_autoencoder
+from afm_pipe.autoencoders import load_autoencoder
 from afm_pipe.data.latents import Latents
 from afm_pipe.evaluation.measures import sample_suffix
 from afm_pipe.evaluation.metrics import Evaluator, evaluate_run
@@ -113,7 +113,7 @@ class Worker:
     @cached_property
     def autoencoder(self) -> Any:
         """What decodes samples."""
-        return load_autoencoder(paths.AUTOENCODER, self.device)
+        return load_autoencoder(self.params, paths.AUTOENCODER, self.device)
 
     def run(self, group: Sequence[Trial]) -> None:
         """Train the one training of a group of cells, and measure each of them."""

@@ -1,11 +1,9 @@
-"""ImageNet as it comes: class folders or the tar of tars, read without unpacking; and its profile under DVC."""
+"""ImageNet as distributed: class folders, or the tar of tars read without unpacking."""
 
 import io
 import os
 import re
 import shutil
-import subprocess
-import sys
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,12 +11,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 
 from afm_pipe.autoencoders.encoding import encode_dataset
-from afm_pipe.data.latents import MOMENTS
+from afm_pipe.data.latents_format import MOMENTS
 from afm_pipe.data.manifest import (
     Manifest,
     UnreadImages,
@@ -33,7 +29,7 @@ from afm_pipe.data.tars import index_tar
 from afm_pipe.params import Data, Params
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.progress import track
-from tests.conftest import ROOT
+from tests.autoencoders.parts import tiny_vae
 
 CLASSES = ("n01440764", "n01443537", "n02105855")
 PER_CLASS = 4
@@ -166,7 +162,7 @@ def test_the_manifest_of_a_tar_survives_the_round_trip(manifests: dict[str, Mani
 def test_latents_are_the_same_and_encoding_resumes(
     layouts: dict[str, Data], manifests: dict[str, Manifest], smoke_params: Params, tmp_path: Path
 ) -> None:
-    vae = rgb_vae()
+    vae = tiny_vae(channels=3)
     moments = {}
     for name in ("folder", "nested"):
         encode = smoke_params.encode.model_copy(update={"batch_size": 4})
@@ -184,19 +180,6 @@ def test_latents_are_the_same_and_encoding_resumes(
             moments[name] = file[MOMENTS][:]
     assert moments["folder"].shape == (12, 2, 8, 8, 8)
     np.testing.assert_array_equal(moments["folder"], moments["nested"])
-
-
-def rgb_vae() -> AutoencoderKL:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            block_out_channels=(8, 8, 8),
-            norm_num_groups=4,
-            mid_block_add_attention=False,
-        )
-    return vae.eval().requires_grad_(False)
 
 
 def test_a_tar_that_is_gone_or_changed_is_refused_by_name(layouts: dict[str, Data], tmp_path: Path) -> None:
@@ -301,31 +284,3 @@ def test_a_class_that_is_called_train_is_a_class(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.jpg").write_bytes(JPEG)
     assert track("prepare", build_manifest(data("folder", tmp_path))).classes == ("bus", "train")
-
-
-def test_dvc_lists_every_stage_of_the_profile_without_images(tmp_path: Path) -> None:
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    for name in listed.splitlines():
-        if name != "dvc.lock" and (ROOT / name).is_file():
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, tmp_path / name)
-
-    def shell(*words: str) -> str:
-        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    shell("git", "init", "-q")
-    shell(sys.executable, "-m", "afm_pipe", "profile", "imagenet256")
-    # Without --force DVC hashes what stages depend on even in a dry run, and fails on what is not made yet (dvc#9021).
-    stages = shell("dvc", "repro", "--dry", "--force")
-    runs = ("b2", "m2", "l2", "xl2", "xl2-2nfe", "xl2-4nfe", "xl2-56l", "xl2-112l")
-    for run in runs:
-        for stage in (f"train@{run}", f"guide@{run}-guided", f"sample@{run}", f"evaluate-guided@{run}-guided"):
-            assert f"'{stage}'" in stages
-    for stage in ("prepare", "autoencoder", "encode", "reference", "classifier", "report"):
-        assert f"'{stage}'" in stages
-    assert not (tmp_path / "data").exists()

@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from afm_pipe.autoencoders import encoding
-from afm_pipe.autoencoders.encoding import _Journal, _lay_out, _mark, _pending, _Rows
-from afm_pipe.data.latents import CLASSES, FORMAT_VERSION, LABELS, Latents, settings
+from afm_pipe.autoencoders.encoding import _Journal, _mark, _Rows
+from afm_pipe.data.latents import Latents
+from afm_pipe.data.latents_format import FORMAT_VERSION, lay_out, settings
 from afm_pipe.data.manifest import Manifest
 from afm_pipe.data.order import Order
 from afm_pipe.params.file import load_params
 from afm_pipe.runtime.errors import UserError
+from tests.autoencoders.parts import in_child
 from tests.conftest import ROOT
-from tests.test_latents import in_child
 
 IMAGES = 1_281_167
 SIZE = IMAGES * 2 * 8 * 32 * 32 * 2
@@ -43,7 +44,7 @@ def test_the_file_of_imagenet_is_written_and_read_at_random_in_constant_memory(
     params = load_params(ROOT / "profiles" / "imagenet256.yaml")
     labels = np.arange(IMAGES) * 1000 // IMAGES
     manifest = Manifest(tmp_path, (), (), labels, (), "digest")
-    classes = np.array([b"n%08d" % number for number in range(1000)])
+    classes = [f"n{number:08d}" for number in range(1000)]
     attributes = {
         "format_version": FORMAT_VERSION,
         **settings(params),
@@ -58,9 +59,9 @@ def test_the_file_of_imagenet_is_written_and_read_at_random_in_constant_memory(
 
     def work() -> None:
         before = own_memory()
-        _lay_out(path, IMAGES, params, attributes, {LABELS: labels.astype("<i8"), CLASSES: classes})
+        lay_out(path, params.latent_spec, 2, labels, classes, attributes)
         rows = _Rows.of(path)
-        assert len(_pending(rows.done, 32)) == -(-IMAGES // 32)
+        assert len(rows.pending(32)) == -(-IMAGES // 32)
         with path.open("r+b") as file:
             journal = _Journal(file, rows, manifest)
             for batch, moments in zip(batches, values, strict=True):
@@ -75,9 +76,9 @@ def test_the_file_of_imagenet_is_written_and_read_at_random_in_constant_memory(
         assert latents.num_images == IMAGES and latents.labels[-1] == 999
         for batch, moments in zip(batches, values, strict=True):
             for mirror in (0, 1):
-                mean, std = latents.moments(np.array(batch), np.full(len(batch), mirror))
+                found = latents.read(np.array(batch), np.full(len(batch), mirror))
                 last = len(batch) if batch.start else 7  # where the next batch was written over it
-                assert torch.equal(torch.cat([mean, std], dim=1)[:last], moments[:last, mirror].float())
+                assert torch.equal(found[:last], moments[:last, mirror].float())
         order = Order(IMAGES, seed=0, stream="generator")
         for update in range(UPDATES):
             x = latents.draw(order.indices(256 * update, 256), generator)

@@ -1,4 +1,4 @@
-"""Encoding by several ranks: the bytes of one, whoever is killed and however many come back."""
+"""Encoding by several processes: the bytes of one, whichever is killed and however many resume."""
 
 import itertools
 import os
@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from diffusers import AutoencoderKL
 
 from afm_pipe.autoencoders import encoding
 from afm_pipe.autoencoders.encoding import encode_dataset
+from afm_pipe.autoencoders.kl import KLAutoencoder
 from afm_pipe.data import manifest
 from afm_pipe.data.manifest import Manifest, build_manifest
 from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from afm_pipe.params import Params
 from afm_pipe.runtime.progress import track
+from tests.autoencoders.parts import SHA256, changed, tiny_vae, unfinished
 from tests.conftest import write_images
 from tests.forked import in_ranks
-from tests.test_latents import SHA256, changed, tiny_vae, unfinished
 
 NUM_IMAGES = 51  # 13 batches of 4, the last padded
 
@@ -39,20 +39,20 @@ def images(params: Params) -> Manifest:
 
 
 @pytest.fixture(scope="module")
-def vae() -> AutoencoderKL:
+def vae() -> KLAutoencoder:
     return tiny_vae()
 
 
 class Encoding:
     """Encodings of the same images into one folder, that count the forward passes of each rank."""
 
-    def __init__(self, params: Params, images: Manifest, vae: AutoencoderKL, folder: Path) -> None:
+    def __init__(self, params: Params, images: Manifest, vae: KLAutoencoder, folder: Path) -> None:
         self.given = params, images, vae, SHA256, folder / "latents.h5", folder / "work"
         self.path, self.work, self.folder, self.vae = folder / "latents.h5", folder / "work", folder, vae
 
     def run(self, ranks: ProcessGroup) -> None:
         passes = []
-        hook = self.vae.encoder.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
+        hook = self.vae.model.encoder.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
         list(encode_dataset(*self.given, ranks=ranks))
         hook.remove()
         assert set(passes) <= {4}
@@ -63,7 +63,7 @@ class Encoding:
 
 
 @pytest.fixture(scope="module")
-def alone(params: Params, images: Manifest, vae: AutoencoderKL, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def alone(params: Params, images: Manifest, vae: KLAutoencoder, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     encoding = Encoding(params, images, vae, tmp_path_factory.mktemp("alone"))
     encoding.run(SINGLE_PROCESS)
     assert encoding.batches(1) == [13]
@@ -71,7 +71,7 @@ def alone(params: Params, images: Manifest, vae: AutoencoderKL, tmp_path_factory
 
 
 @pytest.fixture
-def shared(params: Params, images: Manifest, vae: AutoencoderKL, tmp_path: Path) -> Encoding:
+def shared(params: Params, images: Manifest, vae: KLAutoencoder, tmp_path: Path) -> Encoding:
     return Encoding(params, images, vae, tmp_path)
 
 
@@ -79,65 +79,46 @@ def shared(params: Params, images: Manifest, vae: AutoencoderKL, tmp_path: Path)
 def test_ranks_share_the_batches_and_write_the_bytes_of_one(shared: Encoding, alone: bytes, size: int) -> None:
     assert in_ranks(size, shared.folder, shared.run) == [0] * size
     assert shared.path.read_bytes() == alone
-    assert shared.batches(size) == {2: [6, 7], 3: [4, 4, 5]}[size]
+    assert shared.batches(size) == {2: [7, 6], 3: [5, 4, 4]}[size]
     assert unfinished(shared.work) == []
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_what_a_killed_rank_had_encoded_is_kept_for_any_number_of_ranks(
-    shared: Encoding, alone: bytes, size: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("killed", [0, 1])
+def test_what_was_encoded_before_a_kill_is_kept_for_any_number_of_ranks(
+    shared: Encoding, alone: bytes, killed: int, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = encoding._mark
+    forward = encoding._encoded
 
     def kill(ranks: ProcessGroup) -> None:
-        marked = []
+        passes = itertools.count()
 
-        def mark(*arguments: object) -> None:
-            real(*arguments)
-            marked.append(arguments)
-            if ranks.rank == 1 and len(marked) == 3:
-                time.sleep(0.5)  # until the other rank has done its share
+        def encode(*arguments: Any) -> Any:
+            if ranks.rank == killed and next(passes) == 3:
+                time.sleep(0.5)  # until the main process has written the batches before
                 os.kill(os.getpid(), signal.SIGKILL)
+            return forward(*arguments)
 
-        monkeypatch.setattr(encoding, "_mark", mark)
+        monkeypatch.setattr(encoding, "_encoded", encode)
         shared.run(ranks)
 
     monkeypatch.setattr(encoding, "SECONDS_BETWEEN_SYNCS", 0.0)
     codes = in_ranks(2, shared.folder, kill)
-    assert codes[1] == -signal.SIGKILL
-    assert codes[0] not in (0, None)  # it learns of it, and publishes nothing
+    assert codes[killed] == -signal.SIGKILL
+    assert codes[1 - killed] not in (0, None)  # it notices, and publishes nothing
     assert not shared.path.exists()
-    assert len(list(shared.work.glob("*.*-*.h5"))) == 2
-    monkeypatch.setattr(encoding, "_mark", real)
+    monkeypatch.setattr(encoding, "_encoded", forward)
 
     assert in_ranks(size, shared.folder, shared.run) == [0] * size
     assert shared.path.read_bytes() == alone
-    assert sum(shared.batches(size)) == 13 - 6 - 3
+    assert sum(shared.batches(size)) == 13 - 6  # three of each rank
     assert unfinished(shared.work) == []
-
-
-def test_a_merge_killed_halfway_is_done_again(shared: Encoding, alone: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = encoding._copy
-
-    def kill(ranks: ProcessGroup) -> None:
-        def copy(*arguments: object) -> None:
-            real(*arguments)
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        monkeypatch.setattr(encoding, "_copy", copy)
-        shared.run(ranks)
-
-    assert in_ranks(2, shared.folder, kill)[0] == -signal.SIGKILL
-    monkeypatch.setattr(encoding, "_copy", real)
-    shared.run(SINGLE_PROCESS)
-    assert shared.batches(1) == [0]
-    assert shared.path.read_bytes() == alone
 
 
 def test_the_next_batch_is_encoded_while_one_is_written_and_later_ones_are_decoded(
     shared: Encoding, alone: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward, add, decode = encoding._moments, encoding._Journal.add, manifest.decode_image
+    forward, add, decode = encoding._encoded, encoding._Journal.add, manifest.decode_image
     begun, decoded = [threading.Event() for _ in range(14)], [threading.Event() for _ in range(NUM_IMAGES)]
     passes, decodings = itertools.count(), itertools.count()
 
@@ -155,7 +136,7 @@ def test_the_next_batch_is_encoded_while_one_is_written_and_later_ones_are_decod
         decoded[next(decodings)].set()
         return decode(*arguments)
 
-    monkeypatch.setattr(encoding, "_moments", encode)
+    monkeypatch.setattr(encoding, "_encoded", encode)
     monkeypatch.setattr(encoding._Journal, "add", write)
     monkeypatch.setattr(manifest, "decode_image", read)
     shared.run(SINGLE_PROCESS)
