@@ -16,7 +16,7 @@ from afm_pipe.data.order import ALL
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.models.classifier import LatentClassifier, load_latent_classifier
 from afm_pipe.models.model_files import ModelConfig
-from afm_pipe.objectives.adversarial_flow.augment import affine_view, discriminator_view
+from afm_pipe.objectives.adversarial_flow.augment import affine_view, augmented_view
 from afm_pipe.objectives.adversarial_flow.guidance import guide_at_times, guide_to_data
 from afm_pipe.objectives.schedules import update_at
 from afm_pipe.params import Affine, Augmentation, Guidance, Params, Phase, Run
@@ -73,7 +73,7 @@ def test_multi_step_guidance_looks_at_the_chosen_target_times_alone() -> None:
 
 def test_augmentation_is_the_same_for_real_and_fake_and_passes_gradients() -> None:
     augment = Augmentation(probability=1.0, translate=0.3, erasings=1, area=(0.1, 0.5))
-    view = discriminator_view(augment, 50, 8, torch.Generator().manual_seed(0))
+    view = augmented_view(augment, 50, 8, torch.Generator().manual_seed(0))
     real = torch.rand(50, 4, 8, 8) + 1
     fake = real.clone().requires_grad_()
     assert torch.equal(view(real), view(fake).detach())
@@ -85,7 +85,7 @@ def test_augmentation_is_the_same_for_real_and_fake_and_passes_gradients() -> No
 def test_translation_moves_whole_pixels_and_lets_zeros_in() -> None:
     augment = Augmentation(probability=1.0, translate=0.3, erasings=0, area=(0.1, 0.5))
     x = torch.arange(1.0, 65).view(1, 1, 8, 8).expand(200, 1, 8, 8)
-    moved = discriminator_view(augment, 200, 8, torch.Generator().manual_seed(0))(x)
+    moved = augmented_view(augment, 200, 8, torch.Generator().manual_seed(0))(x)
     seen = set()
     for one in moved[:, 0]:
         dy, dx = next(
@@ -105,7 +105,7 @@ def shifted(x: torch.Tensor, dy: int, dx: int) -> torch.Tensor:
 
 def test_erasing_covers_the_share_asked_for_with_a_rectangle() -> None:
     augment = Augmentation(probability=1.0, translate=0.0, erasings=1, area=(0.25, 0.25))
-    erased = discriminator_view(augment, 300, 16, torch.Generator().manual_seed(0))(torch.ones(300, 1, 16, 16)) == 0
+    erased = augmented_view(augment, 300, 16, torch.Generator().manual_seed(0))(torch.ones(300, 1, 16, 16)) == 0
     shares = erased.float().mean((1, 2, 3))
     assert shares.mean().item() == pytest.approx(0.25, abs=0.01)
     for mask in erased[:, 0]:
@@ -115,7 +115,7 @@ def test_erasing_covers_the_share_asked_for_with_a_rectangle() -> None:
 
 def test_augmentation_touches_the_share_asked_for() -> None:
     augment = Augmentation(probability=0.4, translate=0.0, erasings=1, area=(0.1, 0.5))
-    seen = discriminator_view(augment, 2000, 8, torch.Generator().manual_seed(0))(torch.ones(2000, 1, 8, 8))
+    seen = augmented_view(augment, 2000, 8, torch.Generator().manual_seed(0))(torch.ones(2000, 1, 8, 8))
     assert (seen != 1).flatten(1).any(1).float().mean().item() == pytest.approx(0.4, abs=0.03)
 
 

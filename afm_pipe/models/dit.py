@@ -6,7 +6,8 @@ Shapes: N batch, C latent channels, H = W latent side, p patch, T = (H / p)^2 to
 """
 
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Literal
 
@@ -133,6 +134,16 @@ class Block(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=-1)
         x = torch.addcmul(x, gate_a, self.attn(modulate(x, shift_a, scale_a)))
         return torch.addcmul(x, gate_m, self.mlp(modulate(x, shift_m, scale_m)))
+
+
+@contextmanager
+def in_float32(network: nn.Module) -> Iterator[None]:
+    """Compute the blocks of a network in float32 within this, whatever its precision is."""
+    before, network.bf16 = network.bf16, False  # type: ignore[assignment]  # of a DiT
+    try:
+        yield
+    finally:
+        network.bf16 = before
 
 
 class DiT(nn.Module):

@@ -77,6 +77,8 @@ class Auto(Section):
 
     lr: Annotated[tuple[Positive, Positive], Field(strict=False)]
     """Learning rates of phases 2 and 3, over that of phase 1; in the paper 0.8 and 0.3."""
+    transport: NotNegative
+    """Transport weight of phases 2 and 3; 0.001 in the paper (Table 11)."""
 
 
 class Monitor(Section):

@@ -39,7 +39,11 @@ class LazyPenalty(Penalty):
     """The penalties of a run, which may be left out of some updates."""
 
     every: Count
-    """Computed in one D update of so many, and weighed as many times then; 1 in the paper."""
+    """Computed in one update of this many, and weighted as many times then; 1 in the paper."""
+    precision: Literal["fp32", "bf16"]
+    """Of D's forward pass for the penalties where the run is in bf16. fp32: a pass of their own over the penalized
+    images, real and generated, each before and after its step, so that epsilon stays 0.01; bf16: D's one pass, which
+    needs a larger epsilon."""
 
 
 class GradientNormalization(Section):
@@ -129,9 +133,11 @@ class Run(Section):
     """RMS-normalise queries and keys in G and D; bf16 training needs it to be stable."""
     precision: Literal["fp32", "bf16"]
     """Of the matrix products within blocks; weights, what lies between blocks, logits and losses are float32 anyway.
-    bf16 wants qk_norm to be stable, and penalty.epsilon of 0.05 or more."""
+    bf16 wants qk_norm to be stable; the penalties' own is penalty.precision."""
     condition_on_source: bool
     """D is also shown G's input, as further channels. The paper does without: training oscillates or diverges."""
+    discriminator_updates: Count
+    """D's updates to one of G, each on a batch of its own; 1 in the paper, `ttur` in its release."""
     reuse_forward: bool
     """D and G learn from the same batch and one forward pass of G; the paper draws a batch for each."""
     label_noise: Fraction
@@ -181,10 +187,15 @@ class Run(Section):
             raise ValueError(
                 f"expected one phase for schedule auto, whose until_epoch is the upper bound; found {len(self.phases)}"
             )
-        if self.precision == "bf16" and self.penalty.epsilon < BF16_EPSILON:
+        if self.precision == self.penalty.precision == "bf16" and self.penalty.epsilon < BF16_EPSILON:
             raise ValueError(
-                f"expected penalty.epsilon to be at least {BF16_EPSILON} with precision bf16, whose rounding is as "
+                f"expected penalty.epsilon to be at least {BF16_EPSILON} with penalties in bf16, whose rounding is as "
                 f"large as what smaller steps change, found {self.penalty.epsilon}"
+            )
+        if self.reuse_forward and self.discriminator_updates > 1:
+            raise ValueError(
+                f"expected discriminator_updates of 1 with reuse_forward, found {self.discriminator_updates}: one "
+                "forward pass of G serves one batch"
             )
         if round(self.batch_size * self.penalty.batch_fraction) < 1:
             raise ValueError(

@@ -88,7 +88,7 @@ def count_update(objective: Objective, batch: Any) -> list[Step]:
         networks = objective.build_networks()
         learner = _CountingLearner(networks, objective.build_buffers(torch.device("meta")))
         with learner.counter:
-            objective.update(learner, [batch], objective.hyperparameters(0, 1))
+            objective.update(learner, batch, objective.hyperparameters(0, 1))
     return learner.steps
 
 
@@ -106,14 +106,13 @@ def measure(run: Run, config: ModelConfig, batch_size: int, penalized: int | Non
             objective.example_forward(networks, batch_size).sum().backward()
         batch = objective.example_batch(batch_size, penalized)
         steps = count_update(objective, batch)
-        d_step, g_step = steps
-        d_step_without = count_update(objective, batch._replace(noise=None))[0]
+        without_penalties = count_update(objective, objective.example_batch(batch_size, 0))
 
-    def mean(direction: str) -> float:  # over updates with penalties and without, both steps
-        with_, without, g = (getattr(step, direction) for step in (d_step, d_step_without, g_step))
-        return (with_ + (run.penalty.every - 1) * without) / run.penalty.every + g
+    def mean(direction: str) -> float:  # over updates with penalties and without, all steps
+        penalized_, others = (sum(getattr(step, direction) for step in of) for of in (steps, without_penalties))
+        return (penalized_ + (run.penalty.every - 1) * others) / run.penalty.every
 
-    forwards = 1 if run.reuse_forward else 2
+    forwards = 1 if run.reuse_forward else run.discriminator_updates + 1
     parts = Parts(
         generator_forward=alone.forward_flops * forwards,
         generator_backward=alone.backward_flops,

@@ -155,11 +155,11 @@ class Trainer:
             found = callback.adjust(found)
         return found
 
-    def draw(self) -> list[Any]:
+    def draw(self) -> Any:
         """Return the micro-batches of the next update."""
         return self.batches.draw(self.state.update, self.hyperparameters())
 
-    def update(self, batch: list[Any]) -> Tensor:
+    def update(self, batch: Any) -> Tensor:
         """Make one update; return its figures. Raises NotFiniteError on a CPU, before the weights change."""
         self._used = self.hyperparameters()
         figures = self.objective.update(self.learner, batch, self._used)
@@ -176,7 +176,7 @@ class Trainer:
             self.learner.abandon()
             raise
 
-    def _draw(self, writer: Writer, row_due: bool) -> list[Any]:
+    def _draw(self, writer: Writer, row_due: bool) -> Any:
         waited = time.monotonic()
         try:
             batch = self.draw()

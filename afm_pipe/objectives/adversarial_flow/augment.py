@@ -23,7 +23,7 @@ class View(Protocol):
         """Return them as they are seen."""
 
 
-class DiscriminatorView(NamedTuple):
+class AugmentedView(NamedTuple):
     """Translations and erasings of a batch, applied differentiably, to real and fake alike."""
 
     origins: Tensor  # (N, H, W): which pixel, counted by rows, each comes from
@@ -47,9 +47,9 @@ class AffineView(NamedTuple):
         return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
 
 
-def discriminator_view(
+def augmented_view(
     augment: Augmentation, count: int, side: int, generator: torch.Generator, own: slice = ALL
-) -> DiscriminatorView:
+) -> AugmentedView:
     """Draw translations and erasings for a batch of latents (N, C, H, W) with N = `count`, H = W = `side`.
 
     Content moves right and down by a share of the side drawn from U(0, `translate`), as kornia's RandomTranslate does
@@ -63,7 +63,7 @@ def discriminator_view(
     for _ in range(augment.erasings):
         keep &= ~_rectangles(augment, count, side, generator, rows, columns)
     index = from_rows.clamp(0, side - 1) * side + from_columns.clamp(0, side - 1)
-    return DiscriminatorView(index[own].contiguous(), keep[own].contiguous())
+    return AugmentedView(index[own].contiguous(), keep[own].contiguous())
 
 
 def affine_view(affine: Affine, count: int, generator: torch.Generator, own: slice = ALL) -> AffineView:

@@ -11,10 +11,12 @@ from torch import Tensor
 
 
 class Logits(NamedTuple):
-    """D's logits of one D step: real, generated, and both moved a small step in a random direction."""
+    """D's logits of one D step: real, generated, and what the penalties compare."""
 
     real: Tensor  # (N,)
     fake: Tensor  # (N,)
+    real_penalized: Tensor  # (n,), the first of `real`, in the penalties' precision
+    fake_penalized: Tensor  # (n,)
     real_moved: Tensor  # (n,)
     fake_moved: Tensor  # (n,)
 
@@ -25,13 +27,13 @@ def relativistic(higher: Tensor, lower: Tensor) -> Tensor:
 
 
 def gradient_penalty(logits: Tensor, moved: Tensor, epsilon: float, weighting: Tensor | float = 1.0) -> Tensor:
-    """Return mean w ((D(u + eps noise) - D(u)) / eps)^2 over the first len(moved) samples of the batch.
+    """Return mean w ((D(u + eps noise) - D(u)) / eps)^2 of logits (n,) before and after the move; 0 where n = 0.
 
-    A finite difference, so no gradient of a gradient is needed. Without any moved sample it is 0.
+    A finite difference, so no gradient of a gradient is needed.
     """
     if not len(moved):
         return logits.new_zeros(())
-    return (weighting * ((moved - logits[: len(moved)]) / epsilon).square()).mean()
+    return (weighting * ((moved - logits) / epsilon).square()).mean()
 
 
 def logit_centering(real: Tensor, fake: Tensor) -> Tensor:

@@ -163,7 +163,8 @@ def _discriminator_loss(g: Map, critic: Mlps, batch: Batch, noise: Tensor, toy: 
     everything = torch.cat(ends + [moved(x[:, :n], z, epsilon) for x, z in zip(ends, noise, strict=True)], dim=1)
     t, labels = (torch.cat([value, value, value[:, :n], value[:, :n]], dim=1) for value in (batch.t, batch.labels))
     sizes = [toy.batch_size, toy.batch_size, n, n]
-    logits = Logits(*_judge(g, critic, everything, t, labels).split(sizes, dim=1))
+    real, fake, *steps = _judge(g, critic, everything, t, labels).split(sizes, dim=1)
+    logits = Logits(real, fake, real[:, :n], fake[:, :n], *steps)
     weighting = step_weighting(batch.s, batch.t)[:, :n]
 
     def of_seed(logits: Logits, weighting: Tensor) -> tuple[Tensor, ...]:
