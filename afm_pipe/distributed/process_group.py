@@ -5,10 +5,11 @@ it is alone. Where a number is a sum over the batch, each rank sums its own shar
 nothing but speed depends on how many there are.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from afm_pipe.runtime.environment import env_rank, env_world_size
 from afm_pipe.runtime.errors import RankLostError, UnwritableError, UserError
@@ -16,6 +17,9 @@ from afm_pipe.runtime.errors import RankLostError, UnwritableError, UserError
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,21 @@ class ProcessGroup:
         values = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
         values[self.rank] = value
         return self.all_reduce(values).tolist()
+
+    def broadcast(self, value: T) -> T:
+        """Return the main process's value, which JSON can hold, on every process."""
+        if self.world_size == 1:
+            return value
+        content = json.dumps(value).encode() if self.is_main_process else b""
+        import torch
+
+        length = max(self.all_gather(len(content)))
+        sent = torch.zeros(length, dtype=torch.uint8)
+        sent[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else 0
+        sent = sent.to(self.device)
+        with _or_lost():
+            _distributed().broadcast(sent, 0)
+        return json.loads(sent.cpu().numpy().tobytes())
 
     def gather_to_main(self, content: bytes) -> list[bytes]:
         """Return every rank's bytes, in order of ranks, on the first rank, and nothing on the others."""

@@ -25,9 +25,17 @@ class LatentClassifier(DiT):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Map latents x (N, C, H, W) at times t (N,) to class logits (N, K)."""
+        return self.head(self.features(x, t))
+
+    def features(self, x: Tensor, t: Tensor) -> Tensor:
+        """Map latents x (N, C, H, W) at times t (N,) to what the head sees: (N, D)."""
         token = self.cls_embed.expand(len(x), 1, -1)
         tokens = self.run_blocks(torch.cat([token, self.embed(x)], dim=1), self.t_embedder(t))  # (N, 1 + T, D)
-        return self.final_layer(tokens[:, 0])
+        return self.final_layer[0](tokens[:, 0])
+
+    def head(self, features: Tensor) -> Tensor:
+        """Map features (N, D) to class logits (N, K)."""
+        return self.final_layer[1](features)
 
 
 def load_latent_classifier(folder: Path, device: torch.device) -> LatentClassifier:

@@ -125,6 +125,8 @@ class Objective(ABC):
     """The network that the monitor and phases may put back to an earlier state."""
 
     settings: RunSettings
+    classifier: nn.Module | None = None
+    """The classifier of latents that guides, where there is one."""
 
     @abstractmethod
     def build_networks(self) -> dict[str, nn.Module]:

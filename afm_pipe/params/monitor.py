@@ -12,20 +12,25 @@ class Probe(Section):
 
     every_epochs: Positive
     samples: Annotated[int, Field(ge=20)]
-    """As many of either; also of the data set, where it holds fewer."""
+    """Samples, and as many training latents, in equal shares of the classes; at most the size of the data set."""
     updates: Count
-    """Of the small network that sees the features: trained on the latents when a training starts, in a second or so."""
+    """Of the feature network, which classifies latents at full resolution: trained when a run starts. Guided runs use
+    the classifier that guides them instead."""
+    batch_size: Count
+    """Latents per update of the feature network."""
+    width: Count
+    """Channels of the feature network's first layer; later layers have up to four times as many."""
 
 
 class IdentityRule(Section):
-    """G returns its noise: rms(G(z) - z) over the way it should go is below `transport_rms`."""
+    """G returns its noise: the transport distance rms(G(z) - z) is below `transport_rms`."""
 
     transport_rms: NotNegative
-    """Over several steps, the move of one times their number."""
+    """Over several steps, the distance of one times their number."""
 
 
 class DivergenceRule(Section):
-    """A loss that is not finite or above `loss`, or samples much larger or much more alike than data."""
+    """A loss is not finite or above `loss`, or samples are much larger or much more alike than data."""
 
     loss: Positive
     """Of D's or G's adversarial loss."""
@@ -36,13 +41,13 @@ class DivergenceRule(Section):
 
 
 class StagnationRule(Section):
-    """Quality stops improving while D wins: no probe of the last `probes` is better than the best before."""
+    """Quality stops improving while D wins: the trend of the last `probes` probes is worse than `improvement`."""
 
-    probes: Count
+    probes: Annotated[int, Field(ge=3)]
     improvement: Fraction
-    """By this share a probe's distance must fall below the best before, to count as better."""
+    """Share of its distance by which a run improves from probe to probe; significantly less counts as a plateau."""
     d_accuracy: Fraction
-    """D wins above this share of pairs it tells apart."""
+    """D wins above this accuracy."""
 
 
 class CollapseRule(Section):
@@ -51,9 +56,11 @@ class CollapseRule(Section):
     variance: NotNegative
     """Of the probe's features within classes, over the data's."""
     class_accuracy: NotNegative
-    """Share of the samples that the probe's network puts in the class asked for, over the data's."""
+    """Of the samples in the feature network's eyes, over the data's."""
+    drop: Fraction
+    """Share by which either falls below its mean over the probes before: a collapse of some of the classes."""
     probes: Count
-    """One of either has to be lower at so many probes in a row."""
+    """One of these has to hold at this many probes in a row."""
 
 
 class Reaction(Section):
@@ -87,7 +94,9 @@ class Monitor(Section):
     policy: Literal["off", "warn", "act"]
     """off: no probes, no rules; warn: events are written down; act: and something is done."""
     settle_epochs: NotNegative
-    """The identity rule and rules on the probe do not fire before: every training begins near a failure."""
+    """The identity rule and rules on the probe do not fire before: every run begins near a failure."""
+    significance: Positive
+    """Standard errors by which a probe's figure must lie beyond a limit: rules ask for more than noise."""
     rows: Count
     """Rows of the curves over whose mean rules are asked."""
     probe: Probe

@@ -17,12 +17,12 @@ from afm_pipe.params import Run
 from afm_pipe.runtime.errors import NotFiniteError, UserError
 from afm_pipe.runtime.files import read_json
 from afm_pipe.training.callback import Action, Callback, Training
-from afm_pipe.training.checkpoints import checkpoints, load_latest, save_checkpoint
+from afm_pipe.training.checkpoints import Snapshot, checkpoints, load_latest, save_checkpoint
 from afm_pipe.training.events import Event
 from afm_pipe.training.interventions import begins
 from afm_pipe.training.monitor_state import MonitorState
 from afm_pipe.training.probe import WORST, Probe
-from afm_pipe.training.rules import Alarm, Watched, alarms_of_probes, alarms_of_rows, stopped_improving
+from afm_pipe.training.rules import Alarm, Probed, Watched, alarms_of_probes, alarms_of_rows, stopped_improving
 
 PHASES = 3  # of `schedule: auto`
 SPARE = 2  # adversaries more than the candidates, so that a checkpoint that is still being written finds its own
@@ -59,7 +59,8 @@ class TrainingMonitor(Callback):
     @cached_property
     def probe(self) -> Probe:
         """What measures the moving average."""
-        return Probe(self.training.latents, self.run, next(self.state.ema.parameters()).device)
+        device = next(self.state.ema.parameters()).device
+        return Probe(self.training.latents, self.run, device, self.training.objective.classifier)
 
     def prepare(self) -> None:
         """Read what the probe compares with, before an update whose row may need it, so that a failure costs nothing.
@@ -125,12 +126,16 @@ class TrainingMonitor(Callback):
 
     def _take_probe(self) -> None:
         row, memory = self.state.rows[-1], self.memory
-        found = self.probe(self.averaged)  # the same on every process
+        found = self._measure()
         memory.probes.append({"update": row["update"], "epoch": row["epoch"]} | found)
         if self.auto and found["kid"] <= min(probe["kid"] for probe in memory.probes):
             memory.best = self.state.update
             assert self.state.best is not None, "an auto schedule keeps its best"
             self.state.best.load_state_dict(self.state.ema.state_dict())
+
+    def _measure(self) -> Probed:
+        """Return the probe of the moving average: the main process's on all, so that all decide the same."""
+        return self.group.broadcast(self.probe(self.averaged))
 
     def _advance_schedule(self) -> None:
         """Begin the next phase of an auto schedule, or end, when probes have stopped improving."""
@@ -210,17 +215,14 @@ class TrainingMonitor(Callback):
 
     def _try(self, update: int) -> float:
         """Return the distance after some updates with an earlier D; the state is then as before."""
-        before = {
-            part: {name: tensor.detach().clone() for name, tensor in tensors.items()}
-            for part, tensors in self.state.tensors().items()
-        }
+        before = Snapshot.of(self.state).tensors()  # in the machine's memory: a second state may not fit the device
         at = self.state.update
         updates = max(update_at(self.run, self.run.monitor.act.trial_epochs, self.training.latents.num_images), 1)
         self._load_adversary(update)
         try:
             for _ in range(updates):
                 self.training.try_update()
-            return self.probe(self.averaged)["kid"]
+            return self._measure()["kid"]
         except NotFiniteError:
             return WORST
         finally:
@@ -251,8 +253,7 @@ class TrainingMonitor(Callback):
 
     def _keep_adversary(self) -> None:
         """Keep D where it may be put back later; drop those that no state refers to any more."""
-        reloads = any(phase.reload_discriminator == "stall" for phase in self.run.phases)
-        if not (self.act or self.auto or reloads):
+        if self.training.objective.adversary is None:
             return
         memory, update = self.memory, self.state.update
         memory.adversaries = [*memory.adversaries, update][-self.run.monitor.act.candidates - SPARE :]
