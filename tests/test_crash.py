@@ -96,7 +96,7 @@ def test_a_training_asked_to_end_writes_a_checkpoint_and_says_what_to_do(
     assert len(updates()) == 1
     said = (project / "said").read_text()
     assert f"stopped by {number.name}: " in said
-    assert ("exit code 75 asks to be started again" if code == 75 else "to go on, run the same command.") in said
+    assert ("exit code 75 requests a restart" if code == 75 else "to resume, run the same command again.") in said
     assert "Traceback" not in said
     assert not list(paths.WORK.glob(f"{RUN}/lease-*"))
     assert wait(start(train(params, 1000))) == 0

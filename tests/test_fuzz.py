@@ -26,17 +26,18 @@ from safetensors.torch import save_file
 from afm_pipe.data.images import decode_image
 from afm_pipe.data.latents import Latents
 from afm_pipe.data.latents_format import CLASSES, DONE, LABELS, MOMENTS, read_provenance
-from afm_pipe.data.manifest import Manifest, _digest, read_manifest, write_manifest
+from afm_pipe.data.manifest import Manifest, columns_digest, read_manifest, write_manifest
 from afm_pipe.data.tars import index_tar
 from afm_pipe.evaluation.nearest import Thumbnails, build_thumbnails
 from afm_pipe.models.model_files import load_config, load_tensors
 from afm_pipe.models.released import Contents, read_tensors, recognise
 from afm_pipe.params import Imported, Params
 from afm_pipe.params.file import load_params
-from afm_pipe.reporting import status
-from afm_pipe.reporting.inputs import Cost, _read_events, read_curve, typed
+from afm_pipe.reporting.inputs import Cost, Measured, typed
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import read_json
+from afm_pipe.training.curves import scan_curves
+from afm_pipe.training.events import scan_events
 from tests.conftest import SMOKE
 
 SECONDS, WAITED = 20, 300  # of the processor, and in all, for one example: more is a hang, however busy the machine
@@ -165,12 +166,14 @@ THUMBNAILS = saved(
 LISTED = (["c"], ["c/1.png", "c/2.png"], [0, 0], ["0", "1"])
 MANIFEST = saved(
     lambda path: write_manifest(
-        path, Manifest(Path("r"), ("c",), *map(tuple, LISTED[1:2]), np.array([0, 0]), ("0", "1"), _digest(*LISTED))
+        path,
+        Manifest(Path("r"), ("c",), *map(tuple, LISTED[1:2]), np.array([0, 0]), ("0", "1"), columns_digest(*LISTED)),
     ),
     "manifest",
 )
 CONFIG = json.dumps({"model": {"size": "t4", "channels": 4, "latent_size": 8, "num_classes": 10, "nfe": 2}}).encode()
 COST = json.dumps(dict.fromkeys(Cost.model_fields, 1) | {"machine": "m", "device": "cpu"}).encode()
+METRICS = b'{"fid_5k": 3.5, "kid_5k": null, "intervals": {"fid_5k": [3, 4]}, "protocol": {"samples": 5000}}'
 CURVES = b"update,images,epoch,lr\n10,80,1.25,0.001\n20,160,2.5,0.001\n"
 EVENTS = b'{"update": 1, "images": 8, "kind": "identity", "text": "x", "evidence": {"move": 0.1}, "action": null}\n'
 
@@ -192,11 +195,9 @@ LOADERS: list[tuple[str, bytes, Callable[[Path], Any]]] = [
     ("manifest.json", MANIFEST, read_manifest),
     ("config.json", CONFIG, lambda path: load_config(path.parent)),
     ("cost.json", COST, lambda path: typed(Cost, path, "train@x")),
-    ("curves.csv", CURVES, lambda path: read_curve(path, "train@x")),
-    ("growing.csv", CURVES, lambda path: read_curve(path, "train@x", may_grow=True)),
-    ("events.jsonl", EVENTS, lambda path: _read_events(path, "train@x")),
-    ("status.csv", CURVES, status.read_rows),
-    ("status.jsonl", EVENTS, status.read_events),
+    ("metrics.json", METRICS, lambda path: typed(Measured, path, "evaluate@x")),
+    ("curves.csv", CURVES, scan_curves),
+    ("events.jsonl", EVENTS, scan_events),
     ("x.tar", archive(), lambda path: list(index_tar(path))),
     *((f"x.{kind}", image(kind), decode) for kind in ("png", "jpeg", "webp", "bmp")),
     ("x.yaml", SMOKE.read_bytes(), load_params),

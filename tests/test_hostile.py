@@ -18,10 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from afm_pipe import pipeline
-from afm_pipe.data.images import list_images, load_image
+from afm_pipe.data.images import decode_image, read_image_file
 from afm_pipe.data.latents import Latents
 from afm_pipe.data.latents_format import CLASSES, LABELS, MOMENTS, read_provenance
-from afm_pipe.data.manifest import _digest, read_manifest, require_images
+from afm_pipe.data.listing import list_images
+from afm_pipe.data.manifest import columns_digest, read_manifest
+from afm_pipe.data.reading import require_images
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.evaluation.nearest import Thumbnails, build_thumbnails, load_arrays
 from afm_pipe.params import Imported, Params
@@ -145,21 +147,21 @@ def test_a_pipe_and_a_sparse_terabyte_among_the_images_are_refused(tmp_path: Pat
     refused(lambda: list_images(folder.parent), "pipe.png")
     with (folder / "sparse.png").open("wb") as file:
         file.truncate(TERABYTE)
-    refused(lambda: load_image(folder / "sparse.png", 32, 3), "more than 536,870,912 bytes")
-    refused(lambda: load_image(folder / "pipe.png", 32, 3), "a pipe or a device")
+    for name, message in (("sparse.png", "more than 536,870,912 bytes"), ("pipe.png", "a pipe or a device")):
+        with pytest.raises(OSError, match=message):
+            read_image_file(folder / name)
 
 
 def test_an_image_without_pixels_is_refused() -> None:
     header = struct.pack("<2sIHHIIiiHHIIiiII", b"BM", 54, 0, 0, 54, 40, 0, 0, 1, 24, 0, 0, 0, 0, 0, 0)
-    Path("x.bmp").write_bytes(header)
-    refused(lambda: load_image(Path("x.bmp"), 32, 3), "of 0x0 pixels|x.bmp")
+    refused(lambda: decode_image(header, "x.bmp", 32, 3), "of 0x0 pixels|x.bmp")
 
 
 def edited(discs: Path, change: Callable[[dict[str, Any]], None]) -> Path:
     """Write the manifest of the discs changed, its digest made to fit."""
     raw = json.loads((discs / paths.MANIFEST).read_text())
     change(raw)
-    raw["digest"] = _digest(raw["classes"], raw["paths"], raw["labels"], raw["sha256"])
+    raw["digest"] = columns_digest(raw["classes"], raw["paths"], raw["labels"], raw["sha256"])
     Path("manifest.json").write_text(json.dumps(raw))
     return Path("manifest.json")
 

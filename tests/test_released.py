@@ -30,9 +30,9 @@ from afm_pipe.reporting.page import write_report
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import read_json
-from afm_pipe.sampling.generate import generate_latents, labels_for
+from afm_pipe.sampling.sampler import Sampler, balanced_labels
 from tests.conftest import ROOT, SMOKE
-from tests.report_inputs import make_params, write, write_inputs, write_picture
+from tests.reporting.report_inputs import make_params, write, write_inputs, write_picture
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {"size": "t4", "channels": 4, "latent_size": 8, "num_classes": 10}
@@ -100,7 +100,7 @@ def trained(name: str, config: ModelConfig) -> dict[str, torch.Tensor]:
 
 def latents(model: Path, steps: int | None = None) -> torch.Tensor:
     generator, indices = load_generator(model, CPU), range(5)
-    return generate_latents(generator, 3, indices, labels_for(indices, 10), (4, 8, 8), 5, CPU, steps)
+    return Sampler(generator, None, (4, 8, 8), (), 5).latents(indices, balanced_labels(indices, 10), 3, steps)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -259,8 +259,8 @@ def test_an_import_never_replaces_a_trained_model(project: Path) -> None:
     torch.save(state(FORMS["1nfe"]), "x.pth")
     trained("precious", FORMS["1nfe"])
     for name, words in [
-        ("t4", "expected one that no run has"),
-        ("../x", "small letters"),
+        ("t4", "expected lowercase letters"),
+        ("../x", "lowercase letters"),
         ("precious", "not imported"),
     ]:
         with pytest.raises(UserError, match=words):
@@ -340,7 +340,7 @@ def test_imported_models_are_rows_of_the_report(tmp_path: Path, monkeypatch: pyt
     write(paths.model("outside") / "config.json", config)
     for number, name in enumerate(("grid.png", "interpolation.png", "nearest.png")):
         write_picture(paths.samples("outside") / name, number)
-    write_report(params, paths.REPORT)
+    write_report(params, paths.REPORT, paths.RENDERED)
     rows = (tmp_path / "results" / "report" / "runs.md").read_text()
     (row,) = (row for row in rows.splitlines() if row.startswith("| outside |"))
     assert "| b2 |" in row and "| imported |" in row
@@ -348,7 +348,7 @@ def test_imported_models_are_rows_of_the_report(tmp_path: Path, monkeypatch: pyt
     assert "outside" not in (tmp_path / "results" / "report" / "curves.svg").read_text()
     (paths.samples("outside") / "grid.png").unlink()
     with pytest.raises(UserError, match="dvc repro sample-imported@outside"):
-        write_report(params, paths.REPORT)
+        write_report(params, paths.REPORT, paths.RENDERED)
 
 
 @pytest.mark.parametrize("name", ["t4", "classifier"])

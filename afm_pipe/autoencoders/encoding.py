@@ -37,7 +37,8 @@ from afm_pipe.data.latents_format import (
     rows_of,
     settings,
 )
-from afm_pipe.data.manifest import Manifest, image_batches, require_images
+from afm_pipe.data.manifest import Manifest
+from afm_pipe.data.reading import image_batches, require_images
 from afm_pipe.distributed.mapping import map_across_ranks
 from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from afm_pipe.params import Params

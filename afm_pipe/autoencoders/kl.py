@@ -22,8 +22,9 @@ from torch import Tensor
 from afm_pipe.autoencoders.base import Autoencoder
 from afm_pipe.autoencoders.hub import CONFIG, WEIGHTS, download
 from afm_pipe.autoencoders.kl_training import moments, train_kl
-from afm_pipe.data.manifest import load_images, read_manifest
+from afm_pipe.data.manifest import read_manifest
 from afm_pipe.data.order import stream_generator
+from afm_pipe.data.reading import load_images
 from afm_pipe.params import LatentSpec, Params
 from afm_pipe.params.autoencoders import KLParams
 from afm_pipe.runtime import paths

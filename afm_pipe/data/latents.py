@@ -2,7 +2,7 @@
 
 Written by `afm_pipe.autoencoders.encoding`; `afm_pipe.data.latents_format` says what the file holds.
 
-Legend: N images, K classes, B images of a batch, c, h, w of latents, e channels of what is encoded.
+Legend: N images, K classes, B images of a batch, c, h, w channels, height and width of a latent, e channels stored.
 """
 
 import math
@@ -41,8 +41,8 @@ class Latents:
     def open(cls, path: Path, params: Params | None = None, autoencoder_sha256: str | None = None) -> "Latents":
         """Open a latents file and check all of it, against params and the autoencoder's weights where given.
 
-        Raises UserError when it is missing, cut short, not such a file, partial, of another autoencoder, or made
-        with other settings than params say; the message says which.
+        Raises UserError when it is missing, cut short, partial, not a latents file, of another autoencoder, or made
+        with other settings than params; the message says which.
         """
         found = read_contents(path)
         mean, deviation = (None if each is None else torch.from_numpy(each) for each in (found.mean, found.deviation))
@@ -75,9 +75,9 @@ class Latents:
         return self.spec.shape
 
     def read(self, indices: Any, mirrors: Any) -> Tensor:
-        """Return what is stored of images `indices` in `mirrors` (B,) int: (B, e, h, w) float32, not normalized.
+        """Return the stored rows of images `indices` and `mirrors` (B,) int: (B, e, h, w) float32, not normalized.
 
-        That is the mean and the standard deviation of a stochastic autoencoder's latents, or the latents.
+        A row holds mean and standard deviation if the autoencoder is stochastic, else the latent.
         """
         rows = np.asarray(indices) * self.num_mirrors + np.asarray(mirrors)
         self._require_unchanged()
@@ -86,7 +86,7 @@ class Latents:
         return torch.from_numpy(taken).float()
 
     def draw(self, indices: Tensor, generator: torch.Generator, own: slice = ALL) -> Tensor:
-        """Draw normalized training latents x (B, c, h, w): a random mirror each, and a posterior sample if stochastic.
+        """Draw normalized training latents x (B, c, h, w): a random mirror of each image, sampled if stochastic.
 
         `own` selects the rows of a batch shared by several processes: the draws are the same, no other row is read.
         """
@@ -104,16 +104,16 @@ class Latents:
 
     @cached_property
     def _rows(self) -> NDArray[np.uint8]:  # (N * mirrors, bytes of a row)
-        # As bytes: after an odd number of marks moments lie at an odd place, and numpy would first copy the whole of an
-        # array of such, all 42 GB of ImageNet's, before it takes a row.
+        # As bytes: after a done map of odd length the rows are unaligned, and numpy copies an unaligned float16 array,
+        # all 42 GB of ImageNet's, before it takes a row.
         shape = self.num_images * self.num_mirrors, 2 * math.prod(self.spec.encoded_shape)
         mapped = np.memmap(self._opened[0], np.uint8, "r", self._offset, shape)
-        mapped._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]  # reading ahead of a row is in vain
+        mapped._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]  # rows are random
         return mapped.view(np.ndarray)
 
     @cached_property
     def _opened(self) -> tuple[BinaryIO, os.stat_result]:
-        """The file that is mapped, and what it was then. It stays readable when its name is given to another one."""
+        """The mapped file and its status at the time. It stays readable when another file takes its name."""
         try:
             file = self.path.open("rb")
         except OSError as error:
@@ -121,14 +121,14 @@ class Latents:
         return file, os.fstat(file.fileno())
 
     def _require_unchanged(self) -> None:
-        """Raise UserError when the mapped file was cut short or written to: past its end, reading kills the process.
+        """Raise UserError when the mapped file was truncated or written to: reading past its end kills the process.
 
-        Asked before every batch; only a cut that falls between this and the reading of that batch is not noticed.
+        Checked before every batch; a truncation between this check and the read goes unnoticed.
         """
         file, before = self._opened
         try:
             now = os.fstat(file.fileno())
-        except OSError as error:  # a server that no longer has it
+        except OSError as error:  # a network file system lost it
             raise UserError(f"Found {self.path} gone while it was read ({error.strerror}): {REMEDY}.") from None
         if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
             raise UserError(
@@ -137,20 +137,18 @@ class Latents:
             )
 
     def _prefetch(self, rows: NDArray[np.int64]) -> None:
-        """Let the kernel read all of a batch's rows that are not in memory at once, instead of one after the other."""
+        """Let the kernel read the rows of a batch that are not in memory in parallel, not one by one."""
         mapped, row_bytes = self._rows.base, self._rows[:1].nbytes
         if not isinstance(mapped, np.memmap):
             return
-        first = self._offset % mmap.ALLOCATIONGRANULARITY  # where rows begin in what is mapped
+        first = self._offset % mmap.ALLOCATIONGRANULARITY  # of the rows in the mapped range
         for row in rows.tolist():
             start = first + row * row_bytes
             page = start - start % mmap.PAGESIZE
             mapped._mmap.madvise(mmap.MADV_WILLNEED, page, start + row_bytes - page)  # type: ignore[attr-defined]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            name: value for name, value in self.__dict__.items() if name not in ("_rows", "_opened")
-        }  # mapped anew, not copied
+        return {name: value for name, value in self.__dict__.items() if name not in ("_rows", "_opened")}
 
     def _check(self, params: Params) -> None:
         for name, expected in settings(params).items():

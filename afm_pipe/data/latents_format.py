@@ -1,11 +1,11 @@
-"""Format of the latents file: how it is laid out, and what a reader checks before it believes it.
+"""Format of the latents file: its layout, and the checks of a reader.
 
     moments    (N, M, 2c, h, w) float16: mean and standard deviation, before normalization (stochastic autoencoders)
     latents    (N, M, c, h, w) float16: in place of moments, the latents before normalization (deterministic ones)
     mean       (c, h, w) float32, like deviation: normalization per element, where the autoencoder has one
     labels     (N,) int64
     classes    (K,) class names
-    done       (N,) bool, which images are encoded: all of them in a complete file
+    done       (N,) bool, which images are encoded: all, in a complete file
     attributes: the provenance, each a string
 
 Moments and latents are contiguous and uncompressed: random rows of a chunked layout read a hundred times slower.
@@ -38,7 +38,7 @@ KINDS = {"f": "float16", "i": "int64", "S": "text of one length", "b": "bool"}
 
 
 class Contents(NamedTuple):
-    """What a latents file holds, but for the rows themselves."""
+    """The contents of a latents file, except for the rows."""
 
     provenance: dict[str, str]
     stochastic: bool
@@ -60,9 +60,9 @@ def lay_out(
     classes: Sequence[str],
     attributes: dict[str, str],
 ) -> None:
-    """Write a latents file without its rows, which a writer then fills in place, and with nothing done.
+    """Write a latents file whose rows are allocated, to be filled in place, and whose done map is empty.
 
-    Raises OSError when there is no room.
+    Raises OSError when the disk is full.
     """
     early = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     early.set_layout(h5py.h5d.CONTIGUOUS)
@@ -124,22 +124,22 @@ def provenance_fingerprint(provenance: dict[str, str]) -> str:
 
 def read_provenance(path: Path) -> dict[str, str]:
     """Return the provenance of a latents file. Raises UserError when the file is missing or not an HDF5 file."""
-    with open_checked(path) as file:
+    with _opened(path) as file:
         return _read_attributes(file, path)
 
 
 def read_contents(path: Path) -> Contents:
     """Read and check everything but the rows.
 
-    Raises UserError, before it allocates anything, when the file is missing, damaged, partial or of another format.
+    Raises UserError, before it allocates memory, when the file is missing, damaged, partial or of another format.
     """
-    with open_checked(path) as file:
+    with _opened(path) as file:
         return _read(file, path)
 
 
 @contextmanager
-def open_checked(path: Path) -> Iterator[h5py.File]:
-    """Open a latents file to read; whatever HDF5 makes of damaged or hostile bytes becomes a UserError."""
+def _opened(path: Path) -> Iterator[h5py.File]:
+    """Open a latents file; whatever HDF5 raises for damaged or hostile bytes becomes a UserError."""
     if not path.is_file():
         raise UserError(f"Found no {path}, expected the latents of the images: {REMEDY}.")
     try:
@@ -184,8 +184,8 @@ def _read(file: h5py.File, path: Path) -> Contents:
         raise UserError(f"Found labels or done map of another shape than the {num_images} images in {path}: {REMEDY}.")
     if not done.all():
         raise UserError(
-            f"Found {path} partial, with {int(done.sum())} of {num_images} images encoded: {REMEDY} (what is encoded "
-            "under work/ is kept)."
+            f"Found {path} partial, with {int(done.sum())} of {num_images} images encoded: {REMEDY} (encoded images "
+            "under work/ are kept)."
         )
     if num_images == 0 or labels.min() < 0 or labels.max() >= len(classes):
         raise UserError(f"Found labels outside the {len(classes)} classes in {path}, or no image: {REMEDY}.")
@@ -206,7 +206,7 @@ def _read(file: h5py.File, path: Path) -> Contents:
 
 
 def _read_attributes(file: h5py.File, path: Path) -> dict[str, str]:
-    """Return the attributes of a file, each a single text. Raises UserError, before reading it, for another kind."""
+    """Return the attributes of a file. Raises UserError, before reading it, for one that is not a single string."""
     for name in file.attrs:
         stored = file.attrs.get_id(name)
         if stored.shape != () or h5py.check_string_dtype(stored.dtype) is None:
@@ -218,9 +218,9 @@ def _read_attributes(file: h5py.File, path: Path) -> dict[str, str]:
 
 
 def _check_stored(dataset: h5py.Dataset, kind: str, path: Path, size: int) -> None:
-    """Raise UserError unless a data set's values are of the kind expected, and all in this file of `size` bytes.
+    """Raise UserError unless the values of a data set have the expected kind and lie in this file of `size` bytes.
 
-    A few bytes of HDF5 can declare terabytes, or values of any other file.
+    A few bytes of HDF5 can declare terabytes, or the contents of any other file.
     """
     name = dataset.name.removeprefix("/")
     if dataset.dtype.kind != kind:

@@ -66,6 +66,11 @@ def wilson(hits: int, count: int) -> list[float]:
     return [max(middle - half, 0.0), min(middle + half, 1.0)]
 
 
+def fraction(hits: int, count: int) -> tuple[float, list[float]]:
+    """Return a fraction and its interval."""
+    return hits / count, wilson(hits, count)
+
+
 def _error(moves: Array, labels: np.ndarray) -> float:
     """Return the standard error of a mean over samples drawn in fixed numbers from each class."""
     _, classes = np.unique(labels, return_inverse=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from afm_pipe.runtime.errors import UserError
 
-NEIGHBOURS = 3  # k of Kynkaanniemi et al. 2019
+NEIGHBORS = 3  # k of Kynkaanniemi et al. 2019
 MAX_REAL = 10_000  # real images, as in ADM's reference batch
 TILE = (128, 2048)  # rows and columns of distances held at a time: they stay in the processor's cache
 CPU = torch.device("cpu")
@@ -34,8 +34,8 @@ def precision_recall(real: np.ndarray, samples: np.ndarray, device: torch.device
     time, and so are features. Raises UserError for fewer than four points of a set.
     """
     for what, found in (("samples", samples), ("real images", real)):
-        if len(found) <= NEIGHBOURS:
-            raise UserError(f"Found {len(found)} {what}, expected more than {NEIGHBOURS} for precision and recall.")
+        if len(found) <= NEIGHBORS:
+            raise UserError(f"Found {len(found)} {what}, expected more than {NEIGHBORS} for precision and recall.")
     centre = torch.from_numpy(real.mean(axis=0, dtype=np.float64))  # distances cancel less around it
     x, y = _Points(samples, centre, device), _Points(real, centre, device)
     return PrecisionRecall(*_within(x, y, _radii(x), _radii(y)))
@@ -58,14 +58,14 @@ class _Points:
 
 def _radii(points: _Points) -> Tensor:
     """Return the squared distance of each point to its third nearest other (n,)."""
-    nearest = torch.full((len(points), NEIGHBOURS + 1), torch.inf, dtype=torch.float64, device=points.device)
+    nearest = torch.full((len(points), NEIGHBORS + 1), torch.inf, dtype=torch.float64, device=points.device)
     for top, left, squared in _tiles(points, points):
         last = min(top + squared.shape[0], left + squared.shape[1])
         own = torch.arange(max(top, left), max(top, left, last), device=points.device)
         squared[own - top, own - left] = -1.0  # itself first, whatever rounding says
-        found = squared.topk(min(NEIGHBOURS + 1, squared.shape[1]), dim=1, largest=False).values
+        found = squared.topk(min(NEIGHBORS + 1, squared.shape[1]), dim=1, largest=False).values
         rows = nearest[top : top + len(squared)]
-        rows[:] = torch.cat([rows, found], dim=1).topk(NEIGHBOURS + 1, dim=1, largest=False).values
+        rows[:] = torch.cat([rows, found], dim=1).topk(NEIGHBORS + 1, dim=1, largest=False).values
     return nearest.amax(dim=1)
 
 

@@ -111,8 +111,8 @@ def build_thumbnails(images: Tensor, labels: np.ndarray) -> Thumbnails:
     """Measure how near each thumbnail's others are. Raises UserError for fewer than three."""
     if len(images) < 3:
         raise UserError(f"Found {len(images)} thumbnails, expected at least 3 to compare: raise reference.thumbnails.")
-    distances, neighbours = Neighbours(images).nearest(images, 3)
-    itself = neighbours == torch.arange(len(images))[:, None]
+    distances, neighbors = Neighbors(images).nearest(images, 3)
+    itself = neighbors == torch.arange(len(images))[:, None]
     others = distances.masked_fill(itself, torch.inf).sort(dim=1).values[:, :2]  # (T, 2)
     return Thumbnails(images, labels, others[:, 0].numpy(), ratios(others).numpy())
 
@@ -122,7 +122,7 @@ def ratios(distances: Tensor) -> Tensor:
     return distances[:, 0] / distances[:, 1].clamp(min=torch.finfo(distances.dtype).tiny)
 
 
-class Neighbours:
+class Neighbors:
     """Search among training images (T, C, h, w) uint8 for those nearest to others, in Euclidean distance.
 
     Pixels count from 0 to 1.

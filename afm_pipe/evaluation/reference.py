@@ -20,7 +20,8 @@ from afm_pipe.params import Params
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import write_json
 from afm_pipe.runtime.progress import Progress
-from afm_pipe.sampling.generate import grid, noise
+from afm_pipe.sampling.image_writers import grid
+from afm_pipe.sampling.sampler import seeded_noise
 
 SUMMARY, THUMBNAILS = "summary.json", "thumbnails.npz"
 MAX_FEATURES = 50_000  # kept for KID; mean and covariance are of all images
@@ -147,7 +148,7 @@ def _rows(images: np.ndarray, rows: np.ndarray) -> Tensor:
 def _reconstructed(params: Params, vae: Any, images: np.ndarray, rows: np.ndarray) -> Tensor:
     """Return images (B, C, H, W) uint8 encoded and decoded, through a posterior sample of a stochastic autoencoder."""
     encoded = vae.encode(_rows(images, rows), params.encode.precision)
-    drawn = noise(params.seed, [int(row) for row in rows], vae.spec.shape)
+    drawn = seeded_noise(params.seed, [int(row) for row in rows], vae.spec.shape)
     return vae.spec.to_uint8(vae.decode(vae.sample(encoded, drawn))).cpu()
 
 

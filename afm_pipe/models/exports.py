@@ -21,7 +21,7 @@ from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import atomic_path, read_json, sha256_file, write_json
 
 PACKAGE = Path(__file__).parent.parent
-TRAVELLING = ("errors.py", *(f"models/{name}.py" for name in ("sizes", "dit", "generator", "flow")))
+TRAVELLING = ("runtime/errors.py", "params/sizes.py", "models/dit.py", "models/generator.py", "models/flow.py")
 TRANSFORMER = "afm_transformer"  # the module that diffusers looks for in transformer/
 SUFFIXES = {"released": (".pth", ".pt"), "safetensors": (".safetensors",), "diffusers": ("",)}
 

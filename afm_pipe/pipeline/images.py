@@ -17,7 +17,8 @@ IN_MEMORY = 4 << 30  # bytes; data sets of more pixels are read as they are need
 
 def prepare(params: Params) -> None:
     """Check, count and hash the images, and write their manifest; a built-in data set is written out first."""
-    from afm_pipe.data.manifest import build_manifest, write_manifest
+    from afm_pipe.data.manifest import write_manifest
+    from afm_pipe.data.reading import build_manifest
     from afm_pipe.data.sources import BUILT_IN, materialize
 
     root = Path(params.data.root)
@@ -53,12 +54,13 @@ def encode(params: Params, launch: Launch) -> None:
 def reference(params: Params, launch: Launch) -> None:
     """Measure the real images: the statistics that samples are held against."""
     from afm_pipe.autoencoders import load_autoencoder
-    from afm_pipe.data.manifest import UnreadImages, load_images, read_manifest, require_images
+    from afm_pipe.data.manifest import read_manifest
+    from afm_pipe.data.reading import LazyImages, load_images, require_images
     from afm_pipe.evaluation.reference import build_reference
 
     device, manifest = launch.torch_device(), read_manifest(paths.MANIFEST)
     vae = load_autoencoder(params, paths.AUTOENCODER, device)
-    images: Any = UnreadImages(manifest, params.data)
+    images: Any = LazyImages(manifest, params.data)
     if images.nbytes < IN_MEMORY:
         images = track("read images", load_images(manifest, params.data))
     else:

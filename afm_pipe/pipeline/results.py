@@ -38,9 +38,9 @@ def toy(params: Params, launch: Launch) -> None:
 
 
 def report(params: Params) -> None:
-    """Write the page and the tables from what the other stages measured."""
+    """Write the page, and the tables as files, from what the other stages measured."""
     from afm_pipe.reporting.page import write_report
 
-    with atomic_path(paths.REPORT) as folder:
-        write_report(params, folder)
+    with atomic_path(paths.REPORT) as folder, atomic_path(paths.RENDERED) as rendered:
+        write_report(params, folder, rendered)
     print(f"The report is {paths.REPORT / 'index.html'}.")

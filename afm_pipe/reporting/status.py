@@ -4,16 +4,15 @@ A run's work lies under work/RUN/FINGERPRINT: curves.csv, events.jsonl, checkpoi
 work/RUN. What is found there may be half written, of other params, or nonsense; what cannot be read counts as absent.
 """
 
-import csv
 import json
 import math
 import os
 import socket
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from afm_pipe.data.latents_format import provenance_fingerprint, read_provenance
 from afm_pipe.objectives.schedules import num_updates, update_at
@@ -22,22 +21,12 @@ from afm_pipe.params.versions import run_identity
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import read_text, sha256_file
-from afm_pipe.training.events import FATAL
+from afm_pipe.training.curves import Row, scan_curves
+from afm_pipe.training.events import FATAL, FILE, Event, scan_events
 
-LARGEST_LOG, LARGEST_SMALL = 1 << 28, 1 << 24  # bytes; a run has at most some thousand rows
+LARGEST_SMALL = 1 << 24  # bytes
 FRESH = 30.0  # seconds after its last touch in which a lease counts as held
 ACTIONS = ("phase", "stop")  # kinds of events that are no alarms
-Row = dict[str, float]
-
-
-class Event(NamedTuple):
-    """A line of a run's log of events."""
-
-    update: int
-    kind: str
-    text: str
-    evidence: dict[str, float | None]
-    action: str | None
 
 
 @dataclass(frozen=True)
@@ -113,14 +102,14 @@ def standing(params: Params, name: str, known: dict[str, Standing] | None = None
     described = _json(paths.model(name) / "config.json")
     made = _at(described, "provenance", "fingerprint")
     work = _work(folder, identity)
-    rows, unread_rows = read_rows(_first(work and work / "curves.csv", paths.curves(name)))
-    log = _first(work and work / "events.jsonl", paths.events(name))
-    events, unread_events = read_events(log)
+    rows, unread_rows = scan_curves(_first(work and work / "curves.csv", paths.curves(name)))
+    events, unread_events = scan_events(_first(work and work / FILE, paths.events(name)))
+    events = [_printable(event) for event in events]
     update = int(rows[-1]["update"]) if rows else 0
     facts: dict[str, Any] = {
         "rows": rows,
         "events": events,
-        "unread": unread_rows + unread_events,
+        "unread": len(unread_rows) + len(unread_events),
         "update": update,
         "total": total,
         "num_images": num_images,
@@ -199,44 +188,15 @@ def holder_of(folder: Path) -> str | None:
     return None
 
 
-def read_rows(path: Path | None) -> tuple[list[Row], int]:
-    """Return the rows of curves that can be read, and how many lines could not."""
-    lines = _lines(path)
-    if not lines:
-        return [], 0
-    header, rows, unread = next(csv.reader(lines[:1]), []), [], 0
-    for line in lines[1:]:
-        try:
-            row = dict(zip(header, map(float, line.split(",")), strict=True))
-            int(row["update"])
-        except (ValueError, KeyError, OverflowError):
-            unread += 1
-            continue
-        rows.append(row)
-    return rows, unread
-
-
-def read_events(path: Path | None) -> tuple[list[Event], int]:
-    """Return the events that can be read, and how many lines could not; half a last line is being written."""
-    events, unread = [], 0
-    for line in _lines(path):
-        try:
-            raw = json.loads(line)
-            evidence = {str(k): v for k, v in (raw.get("evidence") or {}).items() if v is None or _is_number(v)}
-            action = raw.get("action")
-            event = Event(raw["update"], raw["kind"], raw["text"], evidence, None if action is None else str(action))
-            if not isinstance(event.update, int) or not isinstance(event.kind, str) or not isinstance(event.text, str):
-                raise ValueError("another type")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            unread += 1
-            continue
-        events.append(event._replace(kind=printable(event.kind), text=printable(event.text)))
-    return events, unread
-
-
 def printable(text: str) -> str:
     """Return text without what could steer a terminal."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)[:1000]
+
+
+def _printable(event: Event) -> Event:
+    evidence = {printable(key): value for key, value in event.evidence.items()}
+    action = None if event.action is None else printable(event.action)
+    return replace(event, kind=printable(event.kind), text=printable(event.text), evidence=evidence, action=action)
 
 
 def _identity(params: Params, name: str, run: Run, provenance: dict[str, str]) -> str:
@@ -276,21 +236,9 @@ def _seconds_left(work: Path | None, update: int, total: int | None, begun: int)
     return None
 
 
-def _first(*places: Path | None) -> Path | None:
-    return next((path for path in places if path is not None and path.is_file()), None)
-
-
-def _lines(path: Path | None) -> list[str]:
-    """Return the whole lines of a file that may be growing, damaged or missing."""
-    if path is None:
-        return []
-    try:
-        if not path.is_file() or path.stat().st_size > LARGEST_LOG:
-            return []
-        text = path.read_bytes().decode(errors="replace")
-    except OSError:
-        return []
-    return [line.rstrip("\r\n") for line in text.splitlines(keepends=True) if line.endswith("\n") and line.strip()]
+def _first(*places: Path | None) -> Path:
+    found = [path for path in places if path is not None]
+    return next((path for path in found if path.is_file()), found[-1])
 
 
 def _json(path: Path) -> Any:

@@ -20,8 +20,8 @@ from torch import nn
 
 from afm_pipe.autoencoders import load_autoencoder
 from afm_pipe.data.latents import Latents
+from afm_pipe.evaluation.evaluator import Evaluator
 from afm_pipe.evaluation.measures import sample_suffix
-from afm_pipe.evaluation.metrics import Evaluator, evaluate_run
 from afm_pipe.evaluation.networks import NAMES
 from afm_pipe.models.classifier import load_latent_classifier
 from afm_pipe.models.flow import Flow
@@ -40,6 +40,7 @@ from afm_pipe.runtime.errors import NotFiniteError, UserError
 from afm_pipe.runtime.files import read_json, sha256_file, write_json
 from afm_pipe.runtime.lease import hold_lease
 from afm_pipe.runtime.progress import Progress, finish
+from afm_pipe.sampling.sampler import Sampler
 from afm_pipe.study.trials import Trial, Units
 from afm_pipe.training.checkpoints import RetentionPolicy
 from afm_pipe.training.cost import training_cost
@@ -183,17 +184,11 @@ class Worker:
         generator = generator.to(self.device).eval().requires_grad_(False)
         flow = Flow(generator, config.form, job.cell.steps or config.nfe)
         told = {"weights": "EMA", "autoencoder_sha256": sha256_file(paths.AUTOENCODER_WEIGHTS)}
-        measuring = evaluate_run(
-            self.evaluator.params,
-            flow,
-            self.autoencoder,
-            paths.REFERENCE,
-            told,
-            self.device,
-            evaluator=self.evaluator,
-        )
-        metrics, _ = finish(measuring)
-        return metrics
+        shape, size = self.params.latent_shape, self.params.sample.micro_batch
+        sampler = Sampler(flow, self.autoencoder, shape, self.latents.classes, size, self.device)
+        result = finish(self.evaluator.evaluate(sampler, told))
+        assert result is not None, "a single process is the main process"
+        return result[0]
 
     def _origin(self, job: Trial) -> tuple[Start | None, nn.Module | None]:
         """Return what a cell continues, if anything, and what guides it. Raises UserError when its base diverged."""
@@ -250,7 +245,7 @@ def _begin_worker(
     parent: int, stopping: Any, params: Params, device: torch.device, checkpoint_seconds: float, units: Units
 ) -> None:
     global _worker, _stopping
-    signals.ignore()
+    signals.ignore_signals()
     signals.stop_with([psutil.Process(parent)])  # nobody would take this process's work
     torch.set_num_threads(1)
     _worker, _stopping = Worker(params, device, checkpoint_seconds, units), stopping

@@ -18,7 +18,8 @@ from afm_pipe.autoencoders import load_autoencoder
 from afm_pipe.autoencoders.base import Autoencoder
 from afm_pipe.data.latents import Latents
 from afm_pipe.data.latents_format import LATENTS, MOMENTS
-from afm_pipe.data.manifest import load_images, read_manifest
+from afm_pipe.data.manifest import read_manifest
+from afm_pipe.data.reading import load_images
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.params import Data, LatentSpec, Params
 from afm_pipe.params.autoencoders import AutoencoderParams
@@ -51,11 +52,11 @@ def params() -> Iterator[Params]:
         kind: Literal["pixels"]
 
         def latent_spec(self, data: Data) -> LatentSpec:
-            return LatentSpec((data.channels, data.image_size, data.image_size), stochastic=False)
+            return LatentSpec((data.channels, data.image_size, data.image_size), False, image_range=(0.0, 1.0))
 
     class Pixels(Autoencoder, kind="pixels"):
         def __init__(self, mean: Tensor, deviation: Tensor) -> None:
-            self.spec = LatentSpec(mean.shape, False, mean=mean, deviation=deviation, image_range=(0.0, 1.0))
+            self.spec = LatentSpec(tuple(mean.shape), False, mean=mean, deviation=deviation, image_range=(0.0, 1.0))
 
         @classmethod
         def make(cls, params: Params, folder: Path, device: torch.device) -> Generator[Progress, None, None]:
@@ -130,6 +131,14 @@ def test_a_run_is_trained_sampled_and_evaluated(project: Path) -> None:
     grid = np.asarray(Image.open(paths.samples("t4") / "grid.png"))
     assert grid.std() > 0
     assert read_json(paths.metrics("t4"))["protocol"]["samples"] == 30
+
+
+def test_an_autoencoder_of_another_latent_space_is_refused(project: Path, params: Params) -> None:
+    pixels = load_autoencoder(params, paths.AUTOENCODER)
+    pixels.check(params)
+    larger = params.model_copy(update={"data": params.data.model_copy(update={"image_size": 32})})
+    with pytest.raises(UserError, match=r"shape \(1, 16, 16\), expected \(1, 32, 32\)"):
+        pixels.check(larger)
 
 
 def test_latents_of_another_kind_are_refused(project: Path, params: Params) -> None:

@@ -15,7 +15,8 @@ from afm_pipe.autoencoders.encoding import encode_dataset
 from afm_pipe.autoencoders.kl import KLAutoencoder
 from afm_pipe.data.latents import Latents
 from afm_pipe.data.latents_format import DONE, MOMENTS
-from afm_pipe.data.manifest import Manifest, build_manifest, load_images
+from afm_pipe.data.manifest import Manifest
+from afm_pipe.data.reading import build_manifest, load_images
 from afm_pipe.params import Params
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.progress import track

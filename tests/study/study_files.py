@@ -16,7 +16,7 @@ from afm_pipe.reporting.study import study_sections
 from afm_pipe.reporting.study_checks import Verdict
 from afm_pipe.reporting.table import Table
 from afm_pipe.runtime import paths
-from tests.report_inputs import COMMITTED, RUNS
+from tests.reporting.report_inputs import COMMITTED, RUNS
 
 PUBLISHED = yaml.safe_load((Path(study_cells.__file__).parent / "published.yaml").read_text(encoding="utf-8"))
 KEY = "fd_classifier_2k"

@@ -17,7 +17,7 @@ from afm_pipe.reporting.printing import csv_text
 from afm_pipe.reporting.study_published import published_table
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
-from tests.report_inputs import Page, write_inputs
+from tests.reporting.report_inputs import Page, write_inputs
 from tests.study.study_files import (
     KEY,
     PUBLISHED,
@@ -294,7 +294,7 @@ def test_the_page_and_its_files_hold_the_study() -> None:
     write_study("study/sweep.json", declared(paper="ot_decay"), clear)
     write_study("tables/accuracy.json", grid, lambda *at: 10.0)
     write_study("tables/table_sweep.json", declared(), clear)
-    write_report(params, paths.REPORT)
+    write_report(params, paths.REPORT, paths.RENDERED)
     page = Page((paths.REPORT / "index.html").read_text(encoding="utf-8"))
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
@@ -311,7 +311,7 @@ def test_the_page_and_its_files_hold_the_study() -> None:
     for name in names:
         assert page.rows[f"table-{name} tbody"]
         for suffix in ("csv", "md", "tex"):
-            assert (paths.REPORT / f"{name}.{suffix}").is_file()
+            assert (paths.RENDERED / f"{name}.{suffix}").is_file()
     assert "Supported at this scale: 'A is below B': distance 5.25 times lower" in page.text
     links = [str(link["href"]) for link in page.all("a")]
     for source in (paths.table("sweep"), paths.STUDY / "sweep.json"):

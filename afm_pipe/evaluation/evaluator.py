@@ -1,0 +1,218 @@
+"""What is measured of a run: one pass over its samples, every number with the protocol it was measured by.
+
+Shapes: N samples, B of them at a time, C channels, H x W pixels, K classes, T training thumbnails.
+"""
+
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from afm_pipe.distributed.mapping import map_across_ranks
+from afm_pipe.evaluation.accumulate import EvalBatch, MetricAccumulator
+from afm_pipe.evaluation.adm import require_reference
+from afm_pipe.evaluation.features import LEGACY, NAMES, SPATIAL, load_networks
+from afm_pipe.evaluation.intervals import fraction
+from afm_pipe.evaluation.manifold import MAX_REAL, NEIGHBORS, precision_recall
+from afm_pipe.evaluation.measures import (
+    SCORE_PART,
+    ClassSpread,
+    inception_score,
+    sample_suffix,
+    within_class_variance,
+)
+from afm_pipe.evaluation.nearest import Neighbors, Thumbnails, thumbnail
+from afm_pipe.evaluation.networks import RESIZE
+from afm_pipe.evaluation.reference import SUMMARY, THUMBNAILS, spread_evenly
+from afm_pipe.evaluation.statistics import Reference
+from afm_pipe.params import Params
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.files import read_json
+from afm_pipe.runtime.progress import Progress
+from afm_pipe.sampling.image_writers import grid
+from afm_pipe.sampling.sampler import Sampler, balanced_labels
+
+NEAREST_SAMPLES, NEAREST_SHOWN = 10, 3  # in the picture of nearest training images
+CPU = torch.device("cpu")
+
+
+class Evaluator:
+    """The feature networks and the statistics of the real images, loaded once for any number of generators.
+
+    Raises UserError for too few samples, and for a reference of other images, networks or params.
+    """
+
+    def __init__(self, params: Params, reference_dir: Path, device: torch.device = CPU) -> None:
+        self.settings, self.device = params.evaluate, device
+        self.summary = read_json(reference_dir / SUMMARY)
+        _check(params, self.summary, reference_dir)
+        self.num_classes = len(self.summary["classes"])
+        self.networks = load_networks(
+            self.settings.features, reference_dir, device, dinov2_sha256=self.settings.dinov2_sha256
+        )
+        self.references = [Reference.load(reference_dir, network) for network in self.networks]
+        for reference in self.references:
+            if reference.name in (LEGACY, SPATIAL):
+                require_reference(self.settings.adm_reference, reference, reference_dir)
+        self.thumbnails = Thumbnails.load(reference_dir / THUMBNAILS)
+        self.neighbors = Neighbors(self.thumbnails.images)
+        self.real_spread = ClassSpread(self.num_classes)
+        self.real_spread.add(self.thumbnails.images, torch.from_numpy(self.thumbnails.labels))
+
+    def evaluate(
+        self,
+        sampler: Sampler,
+        provenance: dict[str, Any],
+        work_dir: Path | None = None,
+        checkpoint_seconds: float = 60.0,
+    ) -> Generator[Progress, None, tuple[dict[str, Any], Image.Image] | None]:
+        """Measure a generator; return its metrics and a picture of samples above their nearest training images.
+
+        For each network of evaluate.features: the Frechet and kernel distances to the real images, precision and
+        recall, with keys as in `networks.NAMES`, followed by the sample count below 50,000 (fd_classifier_5k, fid,
+        kid_clean_1234). Inception with TensorFlow's resizing adds sfid and inception_score. The KID of a perfect
+        generator is slightly below zero: with equal class shares its samples are not quite independent.
+
+        class_accuracy         fraction of samples that the reference's classifier assigns to their class
+        within_class_variance  pixel variance of thumbnails within a class, averaged over classes, relative to the real
+                               images; _features: the same in the first network of evaluate.features
+        copies                 fraction of samples counted as copies (`Thumbnails.copied`); 0.001 for new real images
+        nearest_distance_ratio median distance of samples to the nearest training image, relative to that of training
+                               images to their nearest other; null when most training images have exact duplicates
+        intervals              {key: [low, high]}, 95 %, of distances and fractions
+        protocol               how it was measured, merged into `provenance`
+
+        Every process of the sampler's group calls it; the main process returns the result, the others None. The numbers
+        do not depend on the number of processes. With a `work_dir`, the main process saves its progress there every
+        `checkpoint_seconds`, and the same call resumes with the same result; the folder's name must identify generator
+        and protocol. Memory grows with the number of samples by their features only.
+        Raises UserError for non-finite latents and for samples of another shape than the real images.
+        """
+        is_main, count = sampler.group.is_main_process, self.settings.samples
+        seen = MetricAccumulator(self.networks, count, self.num_classes)
+        if work_dir is not None and is_main:
+            seen.restore(work_dir)
+        done = sampler.group.all_gather(seen.done)[0]
+        saved = time.monotonic()
+        pieces = sampler.micro_batches(range(done, count))
+        for indices, (small, near, which, *features) in map_across_ranks(pieces, self._measure(sampler), sampler.group):
+            labels = balanced_labels(indices, self.num_classes)
+            seen.add(EvalBatch(small, near, which, features), labels, pictured=indices.start < NEAREST_SAMPLES)
+            if work_dir is not None and time.monotonic() - saved >= checkpoint_seconds:
+                seen.save(work_dir)
+                saved = time.monotonic()
+            yield Progress(indices.stop, count, "samples")
+        if not is_main:
+            return None
+        metrics = self._metrics(seen) | {"protocol": provenance | self._protocol(sampler)}
+        return metrics, _picture(torch.cat(seen.pictured), torch.cat(seen.found), self.thumbnails)
+
+    def _measure(self, sampler: Sampler) -> Callable[[range], list[Tensor]]:
+        """Return a function that measures the samples of a micro-batch, as `EvalBatch` holds them."""
+
+        def measure(indices: range) -> list[Tensor]:
+            labels = balanced_labels(indices, self.num_classes)
+            images = sampler.images(indices, labels, self.settings.seed)  # (B, C, H, W)
+            if list(images.shape[1:]) != self.summary["image_shape"]:
+                raise UserError(
+                    f"Found samples of shape {list(images.shape[1:])}, expected {self.summary['image_shape']} as the "
+                    "real images: use the autoencoder and the generator of these params."
+                )
+            small = thumbnail(images)
+            near = self.neighbors.nearest(small, NEAREST_SHOWN)  # (B, 3) each
+            return [small, *near, *(network(images) for network in self.networks)]
+
+        return measure
+
+    def _metrics(self, seen: MetricAccumulator) -> dict[str, Any]:
+        count = self.settings.samples
+        suffix, labels = sample_suffix(count), balanced_labels(range(count), self.num_classes).numpy()
+        metrics: dict[str, Any] = {}
+        intervals: dict[str, list[float]] = {}
+        for stream, reference in zip(seen.streams, self.references, strict=True):
+            names, features = NAMES[reference.name], stream.features
+            measured = reference.measured(stream.statistics, features, labels, self.settings)
+            if names.precision and names.recall:
+                near = precision_recall(spread_evenly(reference.features, MAX_REAL), features, self.device)
+                measured[names.precision] = fraction(near.samples_within, near.samples)
+                measured[names.recall] = fraction(near.real_within, near.real)
+            for key, (value, interval) in measured.items():
+                metrics[f"{key}{suffix}"], intervals[f"{key}{suffix}"] = value, interval
+            if names.score and stream.network.probabilities is not None:
+                probabilities = _in_parts(stream.network.probabilities)
+                metrics[f"{names.score}{suffix}"] = inception_score(features, probabilities, self.settings.seed)
+            if stream.network.head is not None:
+                correct = int((_in_parts(stream.network.predict)(features) == labels).sum())
+                metrics["class_accuracy"], intervals["class_accuracy"] = fraction(correct, count)
+        metrics["within_class_variance"] = seen.spread.variance() / self.real_spread.variance()
+        of_features = within_class_variance(seen.streams[0].features, labels)
+        metrics["within_class_variance_features"] = of_features / self.references[0].within_class_variance
+        distances, usual = torch.cat(seen.distances), float(np.median(self.thumbnails.nearest_other))
+        metrics["copies"] = float(self.thumbnails.copied(distances).mean())
+        metrics["nearest_distance_ratio"] = float(distances[:, 0].median()) / usual if usual > 0 else None
+        return metrics | {"intervals": intervals}
+
+    def _protocol(self, sampler: Sampler) -> dict[str, Any]:
+        settings, references = self.settings, self.references
+        return {
+            "samples": settings.samples,
+            "seed": settings.seed,
+            "noise": "sample i from its own generator seeded with seed + i",
+            "label_mode": "balanced: sample i is of class i modulo the number of classes",
+            "micro_batch": sampler.micro_batch,
+            "uint8_rule": "round",
+            "decode_precision": "fp32",
+            "feature_precision": "fp32",
+            "statistics_precision": "fp64",
+            "device": self.device.type,
+            "features": {network.name: network.sha256 for network in self.networks},
+            "resize": {network.name: RESIZE[network.name] for network in self.networks},
+            "within_class_variance_network": self.networks[0].name,
+            "kid_features": {
+                name: "rms 1" if NAMES[name].kid_rescaled else "as they are" for name in settings.features
+            },
+            "kid_subsets": settings.kid_subsets,
+            "kid_subset_size": min(settings.kid_subset_size, settings.samples, len(references[0].features)),
+            "precision_recall": f"k = {NEIGHBORS}, at most {MAX_REAL} real images",
+            "intervals": "95 %; of drawing the samples, real images as given; distances to first order, "
+            "shares by Wilson",
+            "inception_score": f"mean over parts of {SCORE_PART} of a permutation drawn from seed",
+            "reference": {reference.name: reference.source for reference in references},
+            "reference_sha256": {reference.name: reference.digest for reference in references},
+            "reference_images": references[0].count,
+            "reference_manifest": references[0].manifest_digest,
+            "thumbnails": len(self.thumbnails.images),
+            "copy_ratio": self.thumbnails.copy_ratio,
+        }
+
+
+def _in_parts(network: Callable[[Tensor], Tensor]) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function on features (n, D) that hands them on a thousand at a time."""
+    return lambda features: np.concatenate([network(x).cpu().numpy() for x in torch.from_numpy(features).split(1000)])
+
+
+def _check(params: Params, summary: dict[str, Any], reference_dir: Path) -> None:
+    samples, num_classes = params.evaluate.samples, len(summary["classes"])
+    if samples < 2 * num_classes:
+        raise UserError(
+            f"Found evaluate.samples {samples}, expected at least 2 of each of {num_classes} classes "
+            f"({2 * num_classes}): raise evaluate.samples."
+        )
+    expected = [params.data.channels, params.data.image_size, params.data.image_size]
+    if summary["image_shape"] != expected:
+        raise UserError(
+            f"Found {reference_dir / SUMMARY} of images {summary['image_shape']}, expected {expected} as data says: "
+            "build the reference again."
+        )
+
+
+def _picture(samples: Tensor, found: Tensor, thumbnails: Thumbnails) -> Image.Image:
+    """Draw the first samples, each above its nearest training images, nearest first."""
+    samples, found = samples[:NEAREST_SAMPLES], found[:NEAREST_SAMPLES]
+    rows = [samples, *(thumbnails.images[found[:, place]] for place in range(found.shape[1]))]
+    return grid(torch.cat(rows), columns=len(samples))
