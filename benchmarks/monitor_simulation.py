@@ -3,8 +3,8 @@
     python -m benchmarks.monitor_simulation
 
 The noise of a probe's figures is measured first, by the probe's own code on features of 1,000 classes (Gaussian
-classes, a classifier of about `--accuracy`), at the ImageNet profile's number of samples; then whole runs are drawn with that
-noise and given to the rules as they stand. It takes a minute or two.
+classes, a classifier of about `--accuracy`), at the ImageNet profile's number of samples; then whole runs are drawn
+with that noise and given to the rules as they stand. It takes a minute or two.
 """
 
 import math
@@ -138,14 +138,13 @@ def main(accuracy: Annotated[float, typer.Option(help="Of the feature network, o
     updates = 1_281_167 / run.batch_size * settings.probe.every_epochs
     unit = measure(run, config, 16)
     cost = samples / (unit.units * run.batch_size)
-    print(
-        f"{samples:,} samples of {CLASSES:,} classes, {samples // CLASSES} of each; rules at {settings.significance} errors"
-    )
+    print(f"{samples:,} samples, {samples // CLASSES} a class of {CLASSES:,}; rules at {settings.significance} errors")
     print(f"A probe's samples cost {cost:.1f} updates of {run.size} of the {updates:,.0f} between two probes.")
     for name in ("kid", "class_accuracy", "variance", "spread"):
         error = healthy[f"{name}_error"]
         print(
-            f"  {name:<15} {healthy[name]:.4g} ± {error:.2g} ({error / abs(healthy[name]):.1%}); collapsed {hit[name]:.4g}"
+            f"  {name:<15} {healthy[name]:.4g} ± {error:.2g} ({error / abs(healthy[name]):.1%}), "
+            f"collapsed {hit[name]:.4g}"
         )
     alarms = [first_alarm(run, runs(run, healthy, random)) for _ in range(RUNS)]
     print(f"False alarms in {PROBES} probes: {sum(each is not None for each in alarms) / RUNS:.2%} of {RUNS:,} runs")
@@ -154,7 +153,8 @@ def main(accuracy: Annotated[float, typer.Option(help="Of the feature network, o
     late = [each - at + 1 if each is not None and each >= at else math.inf for each in noticed]
     share = sum(each <= 5 for each in late) / len(late)
     print(
-        f"A tenth of the classes collapsed: noticed within 5 probes in {share:.1%} of runs (median {np.median(late):.0f})"
+        f"A tenth of the classes collapsed: noticed within 5 probes in {share:.1%} of runs "
+        f"(median {np.median(late):.0f})"
     )
     noise = healthy["kid_error"] / healthy["kid"]
     for each in (noise, 0.1):

@@ -74,9 +74,9 @@ class ProcessGroup:
         sent = torch.zeros(length, dtype=torch.uint8)
         sent[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else 0
         sent = sent.to(self.device)
-        with _or_lost():
-            _distributed().broadcast(sent, 0)
-        return json.loads(sent.cpu().numpy().tobytes())
+        with report_lost_rank():
+            _dist().broadcast(sent, 0)
+            return json.loads(sent.cpu().numpy().tobytes())
 
     def gather_to_main(self, content: bytes) -> list[bytes]:
         """Return the bytes of all ranks on the main process, and an empty list on the others."""

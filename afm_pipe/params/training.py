@@ -108,7 +108,8 @@ class Phase(Section):
     reload_ema: Literal["never", "epoch"] = "never"
     """epoch: G is replaced by its moving average at the start of the phase and after every epoch."""
     reload_discriminator: Epochs | Literal["stall"] | None = None
-    """At the start of the phase D is put back to what it was at this epoch; stall: whenever the watch's stagnation rule
+    """At the start of the phase D is put back to what it was at this epoch, in a guided run one of its base's
+    keep_discriminators; stall: whenever the watch's stagnation rule
     fires in this phase, to the earlier D that proves best in a trial."""
     guidance: Guidance | None = None
     augment: Augmentation | None = None
@@ -156,6 +157,8 @@ class Run(Section):
     """lambda_cp, weight of the logit logit_centering."""
     transport: Transport
     gradient_normalization: GradientNormalization
+    keep_discriminators: Annotated[tuple[Epochs, ...], Field(strict=False)]
+    """Epochs at which D is kept beside the model, for guided runs that put D back to one of them."""
     schedule: Literal["fixed", "auto"]
     """fixed: the phases as they are; auto: one phase, whose until_epoch is an upper bound, and the watch decides when
     the paper's phases 2 and 3 begin and when to stop."""
@@ -180,6 +183,9 @@ class Run(Section):
                     f"expected reload_discriminator to name an epoch before the phase starts at {start:g}, "
                     f"found {phase.reload_discriminator:g}"
                 )
+        late = [epoch for epoch in self.keep_discriminators if epoch > ends[-1]]
+        if late:
+            raise ValueError(f"expected keep_discriminators up to the last epoch, {ends[-1]:g}, found {late[0]:g}")
         waits = any(phase.reload_discriminator == "stall" for phase in self.phases)
         if waits and self.monitor.policy == "off":
             raise ValueError("expected watch.policy warn or act, since a phase reloads D on a stall; found off")

@@ -7,8 +7,9 @@ from typing import Literal
 
 import yaml
 
-from afm_pipe.params import Run
+from afm_pipe.params import Params, Run
 from afm_pipe.params.sizes import SIZES
+from afm_pipe.runtime import paths
 from afm_pipe.runtime.identity import fingerprint
 
 FILE = Path(__file__).with_name("versions.yaml")
@@ -53,6 +54,19 @@ def declared() -> dict[str, int]:
 def versions(stage: Stage) -> dict[str, int]:
     """Return the declared versions of the parts of the code that a stage depends on."""
     return {part: declared()[part] for part in PARTS[stage]}
+
+
+def origin_files(params: Params, name: str) -> dict[str, Path]:
+    """Return the weights that a run starts from and is guided by, if any, by the part they are of."""
+    files = {}
+    if name in params.guided:
+        guided = params.guided[name]
+        base, reload = paths.model(guided.base), guided.reload_discriminator
+        d = "discriminator" if not isinstance(reload, float | int) else paths.kept_discriminator(reload)
+        files = {"generator": base / "generator.safetensors", "discriminator": base / f"{d}.safetensors"}
+    if params.models[name].guided:
+        files["classifier"] = paths.CLASSIFIER / "classifier.safetensors"
+    return files
 
 
 def run_identity(run: Run, latent_shape: tuple[int, ...], latents: str, origins: Mapping[str, str]) -> str:

@@ -1,6 +1,7 @@
 """Training of a run, guided ones included."""
 
 import resource
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,7 +89,7 @@ def train(params: Params, name: str, launch: Launch) -> None:
             "updates": trained.state.update,
             "images_seen": trained.state.update * run.batch_size,
         }
-        _write_model(name, trained.state, description)
+        _write_model(name, run, latents.num_images, trained.state, trainer.store, description)
         write_curves(paths.curves(name), trained.state.rows, objective.columns())
         write_events(paths.events(name), trainer.store.read_events())
         own_updates = trained.state.update - (start.update if start else 0)
@@ -120,20 +121,19 @@ def _origin(
     """Return what a run begins from and is guided by, if anything, and the hashes of those."""
     from afm_pipe.models.classifier import load_latent_classifier
     from afm_pipe.models.model_files import load_tensors
+    from afm_pipe.params.versions import origin_files
     from afm_pipe.training.state import Start
 
-    files, start, guide = {}, None, None
+    files, start, guide = origin_files(params, name), None, None
     if name in params.guided:
         base = paths.model(params.guided[name].base)
-        files = {part: base / f"{part}.safetensors" for part in ("generator", "discriminator")}
         described = read_json(base / "config.json")
         updates = described.get("updates") if isinstance(described, dict) else None
         if type(updates) is not int or updates < 1:
             raise UserError(f"Found {base / 'config.json'} without its number of updates: train {base.name} again.")
-        start = Start({part: load_tensors(file) for part, file in files.items()}, updates)
+        start = Start({part: load_tensors(files[part]) for part in ("generator", "discriminator")}, updates)
     if run.guided:
         guide = load_latent_classifier(paths.CLASSIFIER, device)
-        files["classifier"] = paths.CLASSIFIER / "classifier.safetensors"
     return start, guide, {part: sha256_file(file) for part, file in files.items()}
 
 
@@ -148,11 +148,17 @@ def _require_base(start: "Start", config: "ModelConfig", folder: Path) -> None:
             require_fit(build(config), start.networks[part], folder / f"{part}.safetensors")
 
 
-def _write_model(name: str, state: "TrainingState", description: dict[str, Any]) -> None:
+def _write_model(
+    name: str, run: Run, num_images: int, state: "TrainingState", store: "RunStore", description: dict[str, Any]
+) -> None:
     from afm_pipe.models.model_files import save_model
+    from afm_pipe.objectives.schedules import update_at
 
     with atomic_path(paths.model(name)) as folder:
         save_model(folder, state.ema, state.networks["discriminator"], description)
+        for epoch in run.keep_discriminators:
+            kept = store.adversary(update_at(run, epoch, num_images), "epoch")
+            shutil.copyfile(kept, folder / f"{paths.kept_discriminator(epoch)}.safetensors")
 
 
 def _cost(state: "TrainingState", updates: int, batch_size: int, device: "torch.device", ranks: int) -> dict[str, Any]:

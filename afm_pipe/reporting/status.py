@@ -17,7 +17,7 @@ from typing import Any
 from afm_pipe.data.latents_format import provenance_fingerprint, read_provenance
 from afm_pipe.objectives.schedules import num_updates, update_at
 from afm_pipe.params import Params, Run
-from afm_pipe.params.versions import run_identity
+from afm_pipe.params.versions import origin_files, run_identity
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import read_text, sha256_file
@@ -201,14 +201,8 @@ def _printable(event: Event) -> Event:
 
 def _identity(params: Params, name: str, run: Run, provenance: dict[str, str]) -> str:
     """Return the fingerprint that training a run would have now, as `afm_pipe.pipeline.training` makes it."""
-    files = {}
-    if name in params.guided:
-        base = paths.model(params.guided[name].base)
-        files = {part: base / f"{part}.safetensors" for part in ("generator", "discriminator")}
-    if run.guided:
-        files["classifier"] = paths.CLASSIFIER / "classifier.safetensors"
-    latents = provenance_fingerprint(provenance)
-    return run_identity(run, params.latent_shape, latents, {part: sha256_file(file) for part, file in files.items()})
+    hashes = {part: sha256_file(file) for part, file in origin_files(params, name).items()}
+    return run_identity(run, params.latent_shape, provenance_fingerprint(provenance), hashes)
 
 
 def _work(folder: Path, identity: str | None) -> Path | None:

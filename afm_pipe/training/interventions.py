@@ -4,6 +4,8 @@ The paper's authors did this by hand; here it is a function of the update's numb
 it again at the same moments.
 """
 
+from collections.abc import Collection
+
 from afm_pipe.objectives.schedules import update_at
 from afm_pipe.params import Run
 from afm_pipe.training.callback import Callback, Training
@@ -22,6 +24,7 @@ class Interventions(Callback):
         """Keep or reload the adversary, and replace G by its moving average, where a phase says so."""
         state, store, run = self.training.state, self.training.store, self.run
         num_images, start = self.training.latents.num_images, 0
+        self._keep({update_at(run, epoch, num_images) for epoch in run.keep_discriminators})
         for phase in run.phases:
             end = update_at(run, phase.until_epoch, num_images)
             if isinstance(phase.reload_discriminator, float | int):
@@ -29,8 +32,7 @@ class Interventions(Callback):
                 adversary = state.networks[self.training.objective.adversary]
                 then = update_at(run, phase.reload_discriminator, num_images)
                 path = store.adversary(then, "epoch")
-                if state.update == then:
-                    store.save(path, adversary)
+                self._keep({then})
                 if state.update == start:
                     store.load(path, adversary)
                     self._note(f"D put back to epoch {phase.reload_discriminator:g}")
@@ -39,6 +41,17 @@ class Interventions(Callback):
                 state.sampled_from_ema()
                 self._note("G replaced by its moving average")
             start = end
+
+    def _keep(self, updates: Collection[int]) -> None:
+        """Keep the adversary if it is before one of some updates, or at the end of the run."""
+        name, state = self.training.objective.adversary, self.training.state
+        if name is not None and state.update in updates:
+            self.training.store.save(self.training.store.adversary(state.update, "epoch"), state.networks[name])
+
+    def end(self) -> None:
+        """Keep the adversary at the end of the run, where params say so."""
+        num_images = self.training.latents.num_images
+        self._keep({update_at(self.run, epoch, num_images) for epoch in self.run.keep_discriminators})
 
     def _note(self, done: str) -> None:
         self.training.notes.append(f"update {self.training.state.update}: {done}")
