@@ -30,7 +30,7 @@ from afm_pipe.data.manifest import Manifest, columns_digest, read_manifest, writ
 from afm_pipe.data.tars import index_tar
 from afm_pipe.evaluation.nearest import Thumbnails, build_thumbnails
 from afm_pipe.models.model_files import load_config, load_tensors
-from afm_pipe.models.released import Contents, read_tensors, recognise
+from afm_pipe.models.released import Contents, read_tensors, recognize
 from afm_pipe.params import Imported, Params
 from afm_pipe.params.file import load_params
 from afm_pipe.reporting.inputs import Cost, Measured, typed
@@ -240,12 +240,12 @@ SHAPES = st.lists(st.sampled_from([0, 1, 2, 4, 10, 64, 128]), max_size=4)
 
 
 @given(tensors=st.dictionaries(NAMES, SHAPES), said=st.dictionaries(st.text(), st.integers() | st.text()))
-def test_any_names_and_shapes_are_recognised_or_refused(tensors: dict[str, list[int]], said: dict[str, Any]) -> None:
+def test_any_names_and_shapes_are_recognized_or_refused(tensors: dict[str, list[int]], said: dict[str, Any]) -> None:
     held = {
         name: torch.empty(()).expand(shape) if 0 not in shape else torch.empty(shape) for name, shape in tensors.items()
     }
     contents = Contents(held, "", {"model": said})
-    holds(lambda: recognise(contents, Path("x.pth"), Imported(file="x.pth")))
+    holds(lambda: recognize(contents, Path("x.pth"), Imported(file="x.pth")))
 
 
 WHOLE = yaml.safe_load(SMOKE.read_text())
@@ -287,7 +287,7 @@ def test_params_of_any_values_are_valid_or_refused_in_words(place: Path, raw: An
     loaded: list[Params] = []
     if holds(lambda: loaded.append(load_params(path))):
         assert loaded[0].model_dump_json()
-        assert loaded[0].models and loaded[0].cells is not None
+        assert loaded[0].models and loaded[0].trials is not None
 
 
 @given(text=st.text(max_size=60), value=st.text(max_size=30))

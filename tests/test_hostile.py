@@ -228,7 +228,7 @@ def test_hostile_yaml_is_refused(text: str, words: str) -> None:
             r"until_epoch: found 1e\+300, expected less than or equal to 1000000",
         ),
         ("data.image_size=1000000000", "expected less than or equal to 8192"),
-        ("runs.cells={}", "expected another name than cells, which is taken"),
+        ("runs.trials={}", "expected another name than trials, which is taken"),
         ("runs.dvclive={}", "expected another name than dvclive, which is taken"),
         ("runs.t4={seed: [" + "x, " * 5000 + "x]}", r"runs\.t4\.seed: found \['x'.{50,70}\.\.\., expected"),
         ("runs.²=1", "mistake"),

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from afm_pipe.params import Params
-from afm_pipe.reporting.status import Standing, cells_line, standings
+from afm_pipe.reporting.status import Standing, code_line, standings, trials_line
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.tables import table_text
 
@@ -12,7 +12,7 @@ LONGEST_NOTE = 60  # characters
 
 
 def status_text(params: Params) -> str:
-    """Return a table of all runs, and a line on the trials of tables."""
+    """Return a table of all runs, a line on the trials of tables, and one on results made by other source code."""
     header = ["run", "state", "phase", "updates", "left", "health", "last event", "note"]
     rows = []
     for each in standings(params):
@@ -29,8 +29,8 @@ def status_text(params: Params) -> str:
                 each.why if len(each.why) <= LONGEST_NOTE else f"{each.why[: LONGEST_NOTE - 3]}...",
             ]
         )
-    line = cells_line(params)
-    return table_text(header, rows).replace("\n\n", "\n").strip("\n") + (f"\n  {line}" if line else "")
+    lines = [line for line in (trials_line(params), code_line(params)) if line]
+    return "\n  ".join([table_text(header, rows).replace("\n\n", "\n").strip("\n"), *lines])
 
 
 def progress_text(each: Standing) -> str:

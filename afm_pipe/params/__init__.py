@@ -5,12 +5,12 @@ A run is the `train` section with the run's own fields laid over it.
 """
 
 import re
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 from pydantic import Field, SerializeAsAny, ValidationError, model_validator
 
 from afm_pipe.params.autoencoders import AutoencoderParams
-from afm_pipe.params.base import NAME, RunName, Section, Seed
+from afm_pipe.params.base import NAME, RunName, Section, Seed, deep_merge
 from afm_pipe.params.images import (
     AdmReference,
     Data,
@@ -24,7 +24,7 @@ from afm_pipe.params.images import (
 )
 from afm_pipe.params.latent_spec import LatentSpec
 from afm_pipe.params.sizes import SIZES
-from afm_pipe.params.study import Axis, Check, Group, Place, Study, StudyTable, TableName
+from afm_pipe.params.study import Axis, Check, Group, Place, Study, StudyTable, TableName, TrialSpec
 from afm_pipe.params.toy import Toy, ToyGuidance
 from afm_pipe.params.training import (
     Affine,
@@ -72,6 +72,7 @@ __all__ = [
     "Toy",
     "ToyGuidance",
     "Transport",
+    "TrialSpec",
     "deep_merge",
     "valid_name",
 ]
@@ -108,7 +109,7 @@ class Params(Section):
     toy: Toy
     study: Study
     tables: dict[TableName, StudyTable]
-    """Tables whose cells are trained for them: the paper's, and the checks it left open."""
+    """Views over trials: the paper's tables, and checks that it left open."""
 
     @model_validator(mode="before")
     @classmethod
@@ -194,14 +195,14 @@ class Params(Section):
             raise ValueError(f"{name}: expected guidance with {wanted} (nfe is {run.nfe})")
 
     @model_validator(mode="after")
-    def _check_cells(self) -> "Params":
+    def _check_trials(self) -> "Params":
         for name, table in self.tables.items():
-            for place in table.places():
+            for place in table.places:
                 where = f"tables.{name}: row {place.row}" + (f", column {place.column}" if place.column else "")
                 try:
-                    cell = self._cell(table, place)
-                    for phase in cell.run.phases:
-                        self._check_guidance(where, cell.run, phase)
+                    run = self._trial(table, place).run
+                    for phase in run.phases:
+                        self._check_guidance(where, run, phase)
                 except ValidationError as error:
                     problem = error.errors()[0]
                     field, message = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
@@ -213,24 +214,12 @@ class Params(Section):
         return self
 
     @property
-    def cells(self) -> dict[str, list["Cell"]]:
-        """All cells of every table, each resolved to what is trained and measured."""
-        return {name: [self._cell(table, place) for place in table.places()] for name, table in self.tables.items()}
+    def trials(self) -> dict[str, list[TrialSpec]]:
+        """All trials of every table, resolved."""
+        return {name: [self._trial(table, place) for place in table.places] for name, table in self.tables.items()}
 
-    def _cell(self, table: StudyTable, place: Place) -> "Cell":
-        own = self.study.base
-        for overrides in place.overrides:
-            own = deep_merge(own, overrides)
-        own = dict(own)
-        then, steps = own.pop("then", None), own.pop("steps", None)
-        if steps is not None and (type(steps) is not int or not 1 <= steps <= 1024):
-            raise ValueError(f"steps: expected a number from 1 to 1024, found {steps!r:.40}")
-        train = self.train.model_dump(mode="json")
-        base = Run.model_validate(deep_merge(train, own))
-        run = base
-        if then is not None:
-            run = base.model_copy(update={"phases": (*base.phases, Phase.model_validate(then))})
-        return Cell(place.row, place.column, place.seed, base, run, steps)
+    def _trial(self, table: StudyTable, place: Place) -> TrialSpec:
+        return table.trial(place, self.train.model_dump(mode="json"), self.study.base)
 
     @property
     def latent_spec(self) -> LatentSpec:
@@ -243,27 +232,6 @@ class Params(Section):
         return self.latent_spec.shape
 
 
-class Cell(NamedTuple):
-    """A cell of a table, resolved: what is trained, and how many steps an any-step model is measured at."""
-
-    row: str
-    column: str
-    seed: int
-    base: Run
-    """What is trained first; `run` itself unless one more phase continues it, as a guided run continues its base."""
-    run: Run
-    steps: int | None
-
-
 def valid_name(name: str) -> bool:
     """Tell whether a model may be called so."""
     return re.fullmatch(NAME, name) is not None
-
-
-def deep_merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Return `base` with `own` laid over it: mappings merge field by field, all else (lists too) is replaced."""
-    merged = dict(base)
-    for key, value in own.items():
-        below = base.get(key)
-        merged[key] = deep_merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return merged

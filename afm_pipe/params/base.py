@@ -1,6 +1,6 @@
 """What the sections of params.yaml are made of."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -21,3 +21,12 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+def deep_merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` overridden by `own`: mappings merge field by field, everything else, lists too, is replaced."""
+    merged = dict(base)
+    for key, value in own.items():
+        below = base.get(key)
+        merged[key] = deep_merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged

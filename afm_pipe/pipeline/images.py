@@ -7,6 +7,7 @@ from typing import Any
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.params import Params
 from afm_pipe.pipeline.find import open_latents
+from afm_pipe.pipeline.notices import begin_work, notice_unused
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.files import atomic_path, sha256_file, write_json
 from afm_pipe.runtime.lease import hold_lease
@@ -40,15 +41,18 @@ def autoencoder(params: Params, launch: Launch) -> None:
 def encode(params: Params, launch: Launch) -> None:
     """Encode every image to its latent, from where an interrupted encoding stopped."""
     from afm_pipe.autoencoders import load_autoencoder
-    from afm_pipe.autoencoders.encoding import encode_dataset
+    from afm_pipe.autoencoders.encoding import encode_dataset, partial_name, provenance_of
     from afm_pipe.data.manifest import read_manifest
     from afm_pipe.distributed.process_group import init_distributed
 
     device = launch.torch_device()
     vae = load_autoencoder(params, paths.AUTOENCODER, device)
     identity, manifest = sha256_file(paths.AUTOENCODER_WEIGHTS), read_manifest(paths.MANIFEST)
+    work_dir = paths.WORK / "encode"
+    own = partial_name(provenance_of(params, manifest, vae, identity))
+    notice_unused(sorted(path for path in work_dir.glob("latents.*.h5") if path.name != own))
     with init_distributed(device) as ranks:
-        track("encode", encode_dataset(params, manifest, vae, identity, paths.LATENTS, paths.WORK / "encode", ranks))
+        track("encode", encode_dataset(params, manifest, vae, identity, paths.LATENTS, work_dir, ranks))
 
 
 def reference(params: Params, launch: Launch) -> None:
@@ -97,6 +101,7 @@ def classifier(params: Params, launch: Launch) -> None:
     work_dir, seconds = paths.WORK / "classifier", launch.checkpoint_seconds
     with init_distributed(device) as group, hold_lease(work_dir) if group.is_main_process else nullcontext() as lease:
         retention = RetentionPolicy(launch.keep_checkpoints, own=lease.check) if lease else RetentionPolicy()
+        code = begin_work(work_dir / identity, "classifier") if lease else {}
         runtime = Runtime(work_dir / identity, device, seconds, group, launch.micro_batch, retention)
         trained = track("classifier", Trainer(Task(objective, latents, identity), runtime).train())
         if lease is None:
@@ -108,4 +113,5 @@ def classifier(params: Params, launch: Launch) -> None:
         with atomic_path(paths.CLASSIFIER) as folder:
             folder.mkdir()
             save_tensors(folder / "classifier.safetensors", trained.state.ema.state_dict())
-            write_json(folder / "config.json", described | shape | {"num_classes": len(latents.classes)} | accuracy)
+            described |= shape | {"num_classes": len(latents.classes), "provenance": {"code": code}} | accuracy
+            write_json(folder / "config.json", described)

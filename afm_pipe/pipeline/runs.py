@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.params import RESERVED_NAMES, Imported, Params, valid_name
 from afm_pipe.pipeline.find import find_model, load_sampler
+from afm_pipe.pipeline.notices import begin_work
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import atomic_path, read_json, sha256_file, write_json
@@ -122,7 +123,9 @@ def evaluate(params: Params, name: str, launch: Launch) -> None:
         hashes |= {"thumbnails": sha256_file(paths.REFERENCE / "thumbnails.npz")}
         identity = fingerprint(measured, hashes, versions("evaluate"))
         work_dir = paths.WORK / name / "evaluate"
-        with hold_lease(work_dir) if group.is_main_process else nullcontext():
+        with hold_lease(work_dir) if group.is_main_process else nullcontext() as lease:
+            if lease is not None:
+                provenance["code"] = begin_work(work_dir / identity, "evaluate")
             run = evaluator.evaluate(sampler, provenance, work_dir / identity, launch.checkpoint_seconds)
             result = track(f"evaluate {name}", run)
     if result is None:

@@ -199,9 +199,10 @@ def _undamaged(scan: Callable[[Path], tuple[list[Line], list[int]]], path: Path,
 
 
 def _reconstruction_mse(params: Params) -> float | None:
-    path = needed(paths.AUTOENCODER, "autoencoder") / "training.json"
-    if not path.exists():
-        return None  # nothing was trained, so nothing was measured while training
+    path = paths.AUTOENCODER / "training.json"
+    if not path.exists() and paths.AUTOENCODER.is_dir():
+        return None  # a pretrained autoencoder
+    needed(path, "autoencoder")
     stored = read_json(path)
     value = stored.get("reconstruction_mse") if isinstance(stored, dict) else None
     return float(value) if is_number(value) else None

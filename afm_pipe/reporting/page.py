@@ -16,6 +16,7 @@ from afm_pipe.reporting.one_dimension import read_one_dimension
 from afm_pipe.reporting.plots import PLOTS_CSS
 from afm_pipe.reporting.printing import write_files
 from afm_pipe.reporting.sections import sections
+from afm_pipe.reporting.status import code_line
 from afm_pipe.reporting.summary import facts
 from afm_pipe.reporting.tables import cost_table, measured_table, run_table
 from afm_pipe.runtime import paths
@@ -62,6 +63,7 @@ def write_report(params: Params, folder: Path, rendered: Path) -> None:
             seeds=gallery.SIDE_BY_SIDE,
             metrics=[(column.title, column.meaning) for column in runs.columns if titles.metric(column.key).meaning],
             protocol=_protocol(inputs.runs),
+            code=code_line(params),
         )
     )
     (folder / "runs").mkdir(parents=True, exist_ok=True)

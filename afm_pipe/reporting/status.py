@@ -17,7 +17,11 @@ from typing import Any
 from afm_pipe.data.latents_format import provenance_fingerprint, read_provenance
 from afm_pipe.objectives.schedules import num_updates, update_at
 from afm_pipe.params import Params, Run
+<<<<<<< HEAD
 from afm_pipe.params.versions import origin_files, run_identity
+=======
+from afm_pipe.params.versions import code_notice, run_identity
+>>>>>>> main
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import read_text, sha256_file
@@ -151,19 +155,41 @@ def _ended(event: Event) -> bool:
     return event.kind in FATAL and no_number and "rolled_back_to" not in event.evidence
 
 
-def cells_line(params: Params) -> str | None:
-    """Return how many cells of the tables are measured, or None where params have no tables."""
+def trials_line(params: Params) -> str | None:
+    """Return how many trials of the tables are measured, or None where params have no tables."""
     if not params.tables:
         return None
     from afm_pipe.study.trials import Trials
 
+    what = f"trials of {len(params.tables)} tables"
     try:
-        jobs = Trials(params, []).all
+        trials = Trials(params).all
     except UserError as error:
-        return f"cells of {len(params.tables)} tables: not known yet ({str(error).split(':')[0]})"
-    done = sum(job.result.is_file() for job in jobs)
-    begun = sum((job.folder / "curves.csv").is_file() for job in jobs if not job.result.is_file())
-    return f"cells of {len(params.tables)} tables: {done} of {len(jobs)} measured" + (f", {begun} begun" * (begun > 0))
+        return f"{what}: unknown ({str(error).split(':')[0]})"
+    missing = [trial for trial in trials if not trial.result.is_file()]
+    started = sum((trial.folder / "curves.csv").is_file() for trial in missing)
+    return f"{what}: {len(trials) - len(missing)} of {len(trials)} measured" + f", {started} started" * bool(started)
+
+
+def code_line(params: Params) -> str | None:
+    """Return a line on the results made by other source code than today's under an equal version, if there are any."""
+    return code_notice(_recorded_code(params))
+
+
+def _recorded_code(params: Params) -> Iterator[tuple[str, Any]]:
+    """Yield the names of results with the code they record."""
+    for name in params.names:
+        files = paths.model(name) / "config.json", paths.costs(name), paths.metrics(name)
+        model, cost, metrics = map(_json, files)
+        if name in params.models and (model is not None or cost is not None):
+            yield name, _at(model, "provenance", "code") if model is not None else _at(cost, "code")
+        if metrics is not None:
+            yield name, _at(metrics, "protocol", "code")
+    for name in params.tables:
+        for path in (paths.table(name), paths.STUDY / f"{name}.json"):
+            trials = _at(_json(path), "trials")
+            for trial in trials if isinstance(trials, list) else ():
+                yield f"table {name}", _at(trial, "code")
 
 
 def holder_of(folder: Path) -> str | None:

@@ -99,7 +99,7 @@ class StudyFile(BaseModel):
 
     @model_validator(mode="after")
     def _declared(self) -> "StudyFile":
-        declared = {(place.row, place.column, place.seed) for place in self.table.places()}
+        declared = {tuple(place) for place in self.table.places}
         found = [(cell.row, cell.column, cell.seed) for cell in self.trials]
         for row, column, seed in found:
             name = f"cell {row} x {column}, seed {seed}" if column else f"cell {row}, seed {seed}"

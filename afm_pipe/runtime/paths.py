@@ -13,6 +13,7 @@ CLASSIFIER = Path("models/classifier")  # guidance classifier, written by classi
 REFERENCE = Path("reference")  # statistics of the real images, the default feature network, thumbnails
 WORK = Path("work")  # state of unfinished work, unknown to git and DVC
 TRIALS = WORK / "trials"  # every trial of the study, by fingerprint
+OLD_TRIALS = WORK / "cells"  # trials of version 0.1
 RESULTS = Path("results")  # all measurements
 TOY = RESULTS / "toy"  # the 1-D toy experiment: results.json, maps as CSV, figures
 STUDY = RESULTS / "study"  # tables of the larger study

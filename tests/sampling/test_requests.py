@@ -139,7 +139,7 @@ def test_a_generator_of_any_number_of_steps_takes_as_many_as_asked(run: Run, tmp
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["two", "--steps", "1", "--count", "1", "--grid", "OUT/a.png"], "Found 1 steps asked of a generator trained"),
+        (["two", "--steps", "1", "--count", "1", "--grid", "OUT/a.png"], "Found 1 steps for a generator trained"),
         (["one", "--classes", "1"], "Found no place for the samples"),
         (["one", "--classes", "10", "--grid", "OUT/a.png"], "Found class 10, expected a number below 10"),
         (["one", "--classes", "digt 3", "--grid", "OUT/a.png"], "Found no class 'digt 3', expected a number below 10"),

@@ -79,7 +79,7 @@ def cell(
         metrics = {"class_accuracy": accuracy, KEY: distance}
         intervals = {KEY: [0.9 * distance, 1.1 * distance]}
     else:
-        diverged = "a loss that is not finite at update 340"
+        diverged = "non-finite loss at update 340"
     end = {"update": 1200, "epoch": 8.0, "phase": 2, "metrics": metrics, "intervals": intervals}
     first = {"update": 900, "epoch": 6.0, "phase": 1, "metrics": {KEY: 2 * (distance or 1.0)}, "intervals": {}}
     third = {"update": 400, "epoch": 2.7, "phase": None, "metrics": {KEY: 999.0}, "intervals": {}}

@@ -23,7 +23,7 @@ from afm_pipe.models.model_files import (
     load_generator,
     save_model,
 )
-from afm_pipe.models.released import Contents, import_generator, read_tensors, recognise
+from afm_pipe.models.released import Contents, import_generator, read_tensors, recognize
 from afm_pipe.params import Imported
 from afm_pipe.params.file import load_params
 from afm_pipe.reporting.page import write_report
@@ -105,7 +105,7 @@ def latents(model: Path, steps: int | None = None) -> torch.Tensor:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", ["released", "safetensors"])
-def test_what_is_exported_is_recognised_and_samples_the_same(project: Path, form: str, kind: str) -> None:
+def test_what_is_exported_is_recognized_and_samples_the_same(project: Path, form: str, kind: str) -> None:
     weights = trained("t4", FORMS[form])
     out = Path("out.pth" if kind == "released" else "out.safetensors")
     export(paths.model("t4"), paths.AUTOENCODER, kind, out)
@@ -116,7 +116,7 @@ def test_what_is_exported_is_recognised_and_samples_the_same(project: Path, form
 
 
 @pytest.mark.parametrize("name", RELEASED)
-def test_every_published_generator_is_recognised_whatever_its_file_is_called(name: str) -> None:
+def test_every_published_generator_is_recognized_whatever_its_file_is_called(name: str) -> None:
     size, answers = RELEASED[name]
     expected = ModelConfig(
         size=size,
@@ -129,29 +129,29 @@ def test_every_published_generator_is_recognised_whatever_its_file_is_called(nam
     )
     with torch.device("meta"):
         contents = Contents(build_generator(expected).state_dict(), "the file itself", {})
-    assert recognise(contents, Path("renamed.pth"), told("", **answers)) == expected
+    assert recognize(contents, Path("renamed.pth"), told("", **answers)) == expected
     if answers:
         with pytest.raises(UserError, match=r"--nfe 2 .*--nfe 4 .*--repeats 2 \(56 layers\), --repeats 4") as error:
-            recognise(contents, Path(f"{name}_FID2.00.pth"), told(""))
+            recognize(contents, Path(f"{name}_FID2.00.pth"), told(""))
         (key, value), *_ = answers.items()
-        assert f"The name of the file suggests --{key} {value}, which proves nothing" in str(error.value)
+        assert f"The file name suggests --{key} {value}." in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("form", "answers", "words"),
     [
         ("1nfe", {"nfe": 2}, "no time embeddings, which is a generator of 1 step with blocks run once, but nfe 2"),
-        ("1nfe", {"repeats": 2}, "but repeats 2 was said"),
+        ("1nfe", {"repeats": 2}, "but repeats 2 was given"),
         ("any", {"nfe": 2}, r"two time embeddings, which is a generator of any number of steps \(nfe any\), but nfe 2"),
         ("2nfe", {"nfe": 1, "repeats": 1}, "one time embedding, which is a generator of several steps, or blocks"),
         ("2nfe", {"nfe": "any"}, "one time embedding"),
-        ("2nfe", {"nfe": 1}, r"Say one of --repeats 2 \(8 layers\), --repeats 4 \(16 layers\); in params"),
-        ("2nfe", {"repeats": 1}, r"Say one of --nfe 2 \(2 steps\), --nfe 4 \(4 steps\); in params"),
+        ("2nfe", {"nfe": 1}, r"Give one of --repeats 2 \(8 layers\), --repeats 4 \(16 layers\); in params"),
+        ("2nfe", {"repeats": 1}, r"Give one of --nfe 2 \(2 steps\), --nfe 4 \(4 steps\); in params"),
     ],
 )
 def test_an_answer_that_the_tensors_contradict_is_refused(form: str, answers: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        recognise(Contents(state(FORMS[form]), "", {}), Path("x.pth"), told("", **answers))
+        recognize(Contents(state(FORMS[form]), "", {}), Path("x.pth"), told("", **answers))
 
 
 class Bomb:
@@ -171,12 +171,15 @@ class Bomb:
             lambda t: t | {"final_layer.linear.weight": torch.ones(128, 128)},
             r"final_layer.linear.weight of shape \(128, 128\), expected \(64, 128\)",
         ),
-        (lambda t: t | {"pos_embed": torch.ones(1, 3, 128)}, "pos_embed of 3 places, expected a square number"),
+        (lambda t: t | {"pos_embed": torch.ones(1, 3, 128)}, "pos_embed of 3 positions, expected a square number"),
         (lambda t: t | {"pos_embed": torch.ones(4, 128)}, r"pos_embed of shape \(4, 128\)"),
         (lambda t: t | {"x_embedder.proj.weight": torch.ones(96, 4, 4, 4)}, "width 96 and patch 4, expected a known"),
         (lambda t: {"conv_in.weight": torch.ones(8, 4, 3, 3)}, "no x_embedder.proj.weight, no pos_embed"),
         (lambda t: t | {"x_embedder.proj.bias": torch.ones(128).int()}, "x_embedder.proj.bias of int32"),
-        (lambda t: t | {"x_embedder.proj.bias": torch.full((128,), torch.nan)}, "not finite in x_embedder.proj.bias"),
+        (
+            lambda t: t | {"x_embedder.proj.bias": torch.full((128,), torch.nan)},
+            "non-finite values in x_embedder",
+        ),
         (lambda t: {"model": t, "old": t}, "holding model: dict, old: dict"),
         (lambda t: t | {"epoch": 3}, "expected one dict of named tensors"),
         (lambda t: {"weights": [1, 2]}, "holding weights: list"),
@@ -284,7 +287,7 @@ def test_released_weights_are_plain_tensors_and_the_same_bytes_each_time(project
     [
         ("onnx", "x.onnx", "Found --format onnx, expected one of released"),
         ("released", "x.safetensors", "ends in .pth"),
-        ("diffusers", "models", "holding something else"),
+        ("diffusers", "models", "with other content"),
     ],
 )
 def test_an_export_to_the_wrong_place_is_refused(project: Path, kind: str, out: str, words: str) -> None:

@@ -1,9 +1,10 @@
-"""How trainings compute: precision, what is kept for the backward pass, compilation, and no looks at the device."""
+"""How a run computes: precision, activation checkpointing, compilation, and no waiting for the device."""
 
 import ctypes
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import Tensor
 from afm_pipe.distributed.launch import load_launch
 from afm_pipe.models.discriminator import Discriminator
 from afm_pipe.models.generator import Generator
-from afm_pipe.models.model_files import ModelConfig, run_config
+from afm_pipe.models.model_files import ModelConfig
+from afm_pipe.objectives import build_objective
 from afm_pipe.objectives.adversarial_flow.losses import gradient_penalty, moved
 from afm_pipe.params import Run
 from afm_pipe.params.file import load_params
@@ -25,76 +27,74 @@ from afm_pipe.planning.budget import budget
 from afm_pipe.runtime.errors import NotFiniteError
 from afm_pipe.training.engine import Engine
 from afm_pipe.training.state import TrainingState
+from afm_pipe.training.trainer import Trainer
 from benchmarks.inputs import CLASS_COUNT, latents_file
-from benchmarks.training import CPU, OurTraining
+from benchmarks.training import CPU, trainer_of
+from tests.conftest import ROOT
+from tests.training.running import weights
 
 SHAPE = (4, 8, 8)
-RUN = (
-    load_params(Path(__file__).parents[1] / "params.yaml")
-    .runs["t4-short"]
-    .model_copy(update={"size": "s4", "batch_size": 8})
-)
+RUN = load_params(ROOT / "params.yaml").runs["t4-short"].model_copy(update={"size": "s4", "batch_size": 8})
 
 
 @pytest.fixture
-def training(tmp_path: Path) -> Any:
+def make(tmp_path: Path) -> Callable[..., Trainer]:
+    """Return a function that returns a trainer at its first update."""
     latents = latents_file(tmp_path / "latents.h5", 64, SHAPE)
-
-    def make(run: Run = RUN, engine: Engine = Engine()) -> OurTraining:  # noqa: B008  # an immutable value
-        config = run_config(run, SHAPE, CLASS_COUNT)
-        return OurTraining(run, latents, TrainingState.fresh(config, run, CPU, engine), config)
-
-    return make
+    return lambda run=RUN, **engine: trainer_of(run, latents, **engine)
 
 
-def weights(training: OurTraining) -> Tensor:
-    networks = (training.state.generator, training.state.discriminator, training.state.ema)
-    return torch.cat([value.detach().flatten() for network in networks for value in network.parameters()]).clone()
+def update(*trainers: Trainer) -> None:
+    for trainer in trainers:
+        trainer.update(trainer.draw())
 
 
-def kept_bytes(training: OurTraining) -> int:
-    """Return the bytes of the largest set of tensors that a backward pass of an update needs."""
+def vector(trainer: Trainer) -> Tensor:
+    """Return all weights as one vector."""
+    return torch.cat([tensor.flatten() for tensor in weights(trainer.state).values()])
+
+
+def kept_bytes(trainer: Trainer) -> int:
+    """Return the bytes that D's backward pass needs, besides its weights."""
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return tensor
 
-    parts, setting = training.draw()
-    part = parts[0]
+    (part,), discriminator = trainer.draw(), trainer.state.networks["discriminator"]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        logits = training.state.discriminator(part.d_batch.real, part.d_batch.labels)
+        logits = discriminator(part.d_batch.real, part.d_batch.labels)
     del logits
-    return sum(kept.values()) - sum(p.untyped_storage().nbytes() for p in training.state.discriminator.parameters())
+    return sum(kept.values()) - sum(p.untyped_storage().nbytes() for p in discriminator.parameters())
 
 
 @pytest.mark.parametrize("repeats", [1, 2])
-def test_checkpointed_activations_give_the_same_bits_and_keep_less(training, repeats: int) -> None:
+def test_checkpointed_activations_give_the_same_bits_and_keep_less(make: Callable[..., Trainer], repeats: int) -> None:
     run = RUN.model_copy(update={"repeats": repeats})
-    plain, spare = training(run), training(run, Engine(checkpoint_activations=True))
+    plain, spare = make(run), make(run, engine=Engine(checkpoint_activations=True))
     for _ in range(3):
-        plain.update()
-        spare.update()
-    assert torch.equal(weights(plain), weights(spare))
+        update(plain, spare)
+    assert torch.equal(vector(plain), vector(spare))
     assert kept_bytes(spare) < kept_bytes(plain) / 3
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_bf16_multiplies_in_bf16_and_keeps_weights_tokens_and_logits_in_fp32(training, qk_norm: bool) -> None:
-    own = {"qk_norm": qk_norm}
-    fp32, bf16 = (training(RUN.model_copy(update=own | {"precision": p})) for p in ("fp32", "bf16"))
+def test_bf16_multiplies_in_bf16_and_keeps_weights_tokens_and_logits_in_fp32(
+    make: Callable[..., Trainer], qk_norm: bool
+) -> None:
+    fp32, bf16 = (make(RUN.model_copy(update={"qk_norm": qk_norm, "precision": p})) for p in ("fp32", "bf16"))
     seen: dict[str, set[torch.dtype]] = {"qkv": set(), "block": set(), "logit": set()}
-    d = bf16.state.discriminator
+    d = bf16.state.networks["discriminator"]
     d.blocks[0].attn.qkv.register_forward_hook(lambda module, args, output: seen["qkv"].add(output.dtype))
     d.blocks[0].register_forward_hook(lambda module, args, output: seen["block"].add(output.dtype))
     d.register_forward_hook(lambda module, args, output: seen["logit"].add(output.dtype))
-    first = weights(fp32)
+    first = vector(fp32)
     for _ in range(3):
-        fp32.update()
-        bf16.update()
+        update(fp32, bf16)
     assert seen == {"qkv": {torch.bfloat16}, "block": {torch.float32}, "logit": {torch.float32}}
-    assert {value.dtype for value in bf16.state.discriminator.parameters()} == {torch.float32}
-    apart = (weights(bf16) - weights(fp32)).norm() / (weights(fp32) - first).norm()
+    assert {value.dtype for value in d.parameters()} == {torch.float32}
+    apart = (vector(bf16) - vector(fp32)).norm() / (vector(fp32) - first).norm()
     assert 0 < apart < 0.5  # Adam's steps are the signs of gradients, of which some are noise
 
 
@@ -116,47 +116,58 @@ def test_bf16_measures_the_penalty_of_a_discriminator_that_has_a_slope() -> None
         Run.model_validate(RUN.model_dump() | {"precision": "bf16"})
 
 
-def test_what_is_not_finite_stops_all_updates_on_the_device_and_is_told_when_asked(training) -> None:
-    run = training()
-    run.updates._looks_at_once = False  # as on a GPU
-    run.update()
-    run.updates.require_finite()
-    before = weights(run)
-    healthy, setting = run.draw()
-    broken = healthy[0]._replace(d_batch=healthy[0].d_batch._replace(real=healthy[0].d_batch.real * float("nan")))
-    run.updates.update([broken], setting)
-    run.state.update += 1
-    run.updates.update(healthy, setting)
-    networks = (run.state.generator, run.state.discriminator)
-    now = torch.cat([value.detach().flatten() for network in networks for value in network.parameters()])
-    assert torch.equal(now, before[: len(now)])
+def test_a_non_finite_loss_stops_all_updates_on_the_device_and_is_raised_when_it_is_read(
+    make: Callable[..., Trainer],
+) -> None:
+    trainer = make()
+    trainer.learner._reads_at_once = False  # as on a GPU
+    update(trainer)
+    trainer.learner.require_finite()
+    before = {name: tensor.clone() for name, tensor in weights(trainer.state).items() if not name.startswith("ema")}
+    (healthy,) = trainer.draw()
+    broken = healthy._replace(d_batch=healthy.d_batch._replace(real=healthy.d_batch.real * float("nan")))
+    trainer.update([broken])
+    trainer.update([healthy])
+    assert all(torch.equal(weights(trainer.state)[name], tensor) for name, tensor in before.items())
     with pytest.raises(NotFiniteError, match="at update 1") as stopped:
-        run.updates.require_finite()
+        trainer.learner.require_finite()
     assert stopped.value.update == 1
 
 
-def test_an_update_that_does_not_look_has_the_same_bits(training) -> None:
-    looking, blind = training(), training()
-    blind.updates._looks_at_once = False
+def test_a_non_finite_loss_is_raised_before_the_update_on_a_cpu(make: Callable[..., Trainer]) -> None:
+    trainer = make()
+    update(trainer)
+    before = vector(trainer)
+    (healthy,) = trainer.draw()
+    with pytest.raises(NotFiniteError, match="at update 1"):
+        trainer.update([healthy._replace(d_batch=healthy.d_batch._replace(real=healthy.d_batch.real * float("nan")))])
+    assert torch.equal(vector(trainer), before)
+    assert trainer.state.update == 1
+
+
+def test_an_update_that_reads_nothing_has_the_same_bits(make: Callable[..., Trainer]) -> None:
+    reading, blind = make(), make()
+    blind.learner._reads_at_once = False
     for _ in range(3):
-        looking.update()
-        blind.update()
-    assert torch.equal(weights(looking), weights(blind))
+        update(reading, blind)
+    assert torch.equal(vector(reading), vector(blind))
 
 
-def test_an_update_reads_no_number_off_the_device(training, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU nothing waits; what would is every way to a number of Python's: item, bool, float, int, tolist."""
-    run = training()
-    run.updates._looks_at_once = False
-    parts, setting = run.draw()
-    run.updates.update(parts, setting)  # AdamW makes its state
+def test_an_update_reads_no_number_off_the_device(
+    make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU nothing waits; what would wait is every conversion to a Python number."""
+    trainer = make()
+    trainer.learner._reads_at_once = False
+    batch = trainer.draw()
+    trainer.update(batch)  # AdamW makes its state
 
     def refused(self: Tensor, *args: Any) -> Any:
-        raise AssertionError("a look at a number")
+        raise AssertionError("a number is read")
 
     for name in ("item", "__bool__", "__float__", "__int__", "tolist", "numpy"):
         monkeypatch.setattr(Tensor, name, refused)
-    run.updates.update(parts, setting)
+    trainer.update(batch)
 
 
 @pytest.mark.parametrize(("times", "bf16"), [("none", False), ("both", True)])
@@ -176,16 +187,15 @@ def test_networks_have_no_graph_break(times: Any, bf16: bool) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpoint_activations", [False, True])
-def test_compiled_updates_agree_with_eager_ones(training, checkpoint_activations: bool) -> None:
+def test_compiled_updates_agree_with_eager_ones(make: Callable[..., Trainer], checkpoint_activations: bool) -> None:
     torch._dynamo.reset()
-    eager = training()
-    compiled = training(engine=Engine(checkpoint_activations, compile=True))
-    first = weights(eager)
+    eager = make()
+    compiled = make(engine=Engine(checkpoint_activations, compile=True))
+    first = vector(eager)
     for _ in range(3):
-        eager.update()
-        compiled.update()
-    assert (weights(compiled) - weights(eager)).norm() < 0.02 * (weights(eager) - first).norm()
-    assert list(compiled.state.generator.state_dict()) == list(eager.state.generator.state_dict())
+        update(eager, compiled)
+    assert (vector(compiled) - vector(eager)).norm() < 0.02 * (vector(eager) - first).norm()
+    assert list(weights(compiled.state)) == list(weights(eager.state))
     torch._dynamo.reset()
 
 
@@ -198,16 +208,20 @@ def test_launch_settings_reach_the_engine(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert Engine.of(load_launch()) == Engine(True, True, False, True)
 
 
-def test_models_are_saved_alike_whatever_the_engine(training) -> None:
+def test_models_are_saved_alike_whatever_the_engine() -> None:
     config = ModelConfig(size="s4", channels=4, latent_size=8, num_classes=CLASS_COUNT)
-    plain = TrainingState.fresh(config, RUN, CPU)
-    other = TrainingState.fresh(config, RUN.model_copy(update={"precision": "bf16"}), CPU, Engine(True, True))
+    plain = TrainingState.fresh(build_objective(RUN, config), CPU)
+    bf16 = RUN.model_copy(update={"precision": "bf16"})
+    other = TrainingState.fresh(build_objective(bf16, config), CPU, Engine(True, True))
+    found = other.tensors()
+    assert list(found) == list(plain.tensors())
     for part, tensors in plain.tensors().items():
+        assert list(found[part]) == list(tensors)
         for name, value in tensors.items():
-            assert torch.equal(other.tensors()[part][name], value)
+            assert torch.equal(found[part][name], value)
 
 
-def test_memory_that_is_asked_for_shrinks_with_checkpointed_activations() -> None:
+def test_counted_memory_shrinks_with_checkpointed_activations() -> None:
     config = ModelConfig(size="t4", channels=4, latent_size=8, num_classes=CLASS_COUNT)
     run = RUN.model_copy(update={"size": "t4", "batch_size": 64})
     whole, spare = budget(run, config), budget(run, config, checkpoint_activations=True)
@@ -216,12 +230,12 @@ def test_memory_that_is_asked_for_shrinks_with_checkpointed_activations() -> Non
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="this C library keeps no freed memory")
-def test_what_a_training_frees_is_taken_again_and_not_asked_of_the_kernel() -> None:
-    """In a process of its own, since it is for good; 100 tensors of 48 MB, which the kernel would zero page by page."""
+def test_freed_memory_is_reused_and_not_returned_to_the_kernel() -> None:
+    """In a child process, since the setting lasts; 100 tensors of 48 MB, which the kernel would zero page by page."""
     code = """
 import resource, torch
 from afm_pipe.training.engine import Engine
-Engine().prepare(None, torch.device("cpu"))
+Engine().prepare("fp32", torch.device("cpu"))
 def faults(count):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(count):

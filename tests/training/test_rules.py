@@ -1,13 +1,15 @@
-"""The watch's rules on traces made by hand: each fires on its failure, and not beside it."""
+"""The monitor's rules on synthetic traces: each fires on its failure, and not beside it."""
 
 from typing import Any
 
 import pytest
 
+from afm_pipe.objectives.adversarial_flow.objective import AdversarialFlow
 from afm_pipe.params import Run, deep_merge
-from afm_pipe.training.curves import CLOCK, MEANS, Row
+from afm_pipe.training.curves import Row
 from afm_pipe.training.rules import (
     Probed,
+    Watched,
     alarms_of_probes,
     alarms_of_rows,
     collapse,
@@ -18,6 +20,7 @@ from afm_pipe.training.rules import (
     stopped_improving,
 )
 
+WATCHED = Watched.of(AdversarialFlow)
 HEALTHY = {"d_adversarial": 0.5, "g_adversarial": 1.2, "d_accuracy": 0.75, "transport_rms": 1.2, "output_scale": 1.0}
 
 
@@ -28,10 +31,10 @@ def run(smoke_run: Run) -> Run:
 
 
 def trace(count: int = 40, **columns: Any) -> list[Row]:
-    """Rows of four epochs at the most, of a healthy training but for some columns: numbers, or lists of them."""
+    """Rows of four epochs at the most, of a healthy run but for some columns: numbers, or lists of them."""
     rows = []
     for index in range(count):
-        row = dict.fromkeys((*CLOCK, *MEANS), 0.1) | HEALTHY
+        row = dict.fromkeys(AdversarialFlow.columns(), 0.1) | HEALTHY
         row |= {"update": 10 * (index + 1), "images": 80 * (index + 1), "epoch": (index + 1) / 10}
         row |= {name: value[index] if isinstance(value, list) else value for name, value in columns.items()}
         rows.append(row)
@@ -39,15 +42,15 @@ def trace(count: int = 40, **columns: Any) -> list[Row]:
 
 
 def probes(*kids: float, **figures: float) -> list[Probed]:
-    """A probe an epoch, of a healthy training but for some figures."""
+    """A probe an epoch, of a healthy run but for some figures."""
     healthy = {"class_accuracy": 0.9, "variance": 0.6, "spread": 0.9} | figures
     return [{"update": 100 * n, "epoch": float(n), "kid": kid} | healthy for n, kid in enumerate(kids, 1)]
 
 
 def test_nothing_fires_on_a_healthy_trace(run: Run) -> None:
     rows, found = trace(), probes(9.0, 5.0, 3.0, 2.0)
-    assert alarms_of_rows(run, rows) == []
-    assert alarms_of_probes(run, rows, found) == []
+    assert alarms_of_rows(run, WATCHED, rows) == []
+    assert alarms_of_probes(run, WATCHED, rows, found) == []
 
 
 @pytest.mark.parametrize(
@@ -55,14 +58,14 @@ def test_nothing_fires_on_a_healthy_trace(run: Run) -> None:
     [("d_adversarial", 9.0), ("g_adversarial", 9.0), ("output_scale", 3.0), ("g_adversarial", float("nan"))],
 )
 def test_divergence_is_an_exploding_loss_or_output(run: Run, column: str, value: float) -> None:
-    alarm = divergence(run, trace(**{column: value}))
+    alarm = divergence(run, WATCHED, trace(**{column: value}))
     assert alarm is not None
-    early = divergence(run, trace(5, **{column: value}))
-    assert (early is not None) == (value != value), "before it has settled only what is no number is an alarm"
+    early = divergence(run, WATCHED, trace(5, **{column: value}))
+    assert (early is not None) == (value != value), "before it has settled only a non-finite loss is an alarm"
     assert alarm.kind == "divergence"
     assert column in alarm.evidence
     one_row = [HEALTHY[column]] * 39 + [1.5 * value if value < 5 else 15.0]
-    assert value != value or divergence(run, trace(**{column: one_row})) is None, "one row is no divergence"
+    assert value != value or divergence(run, WATCHED, trace(**{column: one_row})) is None, "one row is no divergence"
 
 
 def test_samples_that_vary_hardly_at_all_are_a_divergence(run: Run) -> None:
@@ -73,24 +76,26 @@ def test_samples_that_vary_hardly_at_all_are_a_divergence(run: Run) -> None:
 
 
 def test_identity_is_a_generator_that_does_not_move(run: Run) -> None:
-    assert identity(run, trace(transport_rms=0.1)) is not None
-    assert identity(run, trace(8, transport_rms=0.1)) is None, "every training starts so"
-    assert identity(run, trace(transport_rms=0.5)) is None
+    assert identity(run, WATCHED, trace(transport_rms=0.1)) is not None
+    assert identity(run, WATCHED, trace(8, transport_rms=0.1)) is None, "every run starts so"
+    assert identity(run, WATCHED, trace(transport_rms=0.5)) is None
     steps = run.model_copy(update={"nfe": 4})
-    assert identity(steps, trace(transport_rms=0.2)) is None, "a quarter of the way is what one of four steps should go"
-    assert identity(steps, trace(transport_rms=0.04)) is not None
+    assert identity(steps, WATCHED, trace(transport_rms=0.2)) is None, "one of four steps goes a quarter of the way"
+    assert identity(steps, WATCHED, trace(transport_rms=0.04)) is not None
 
 
 def test_stagnation_needs_both_no_progress_and_a_winning_discriminator(run: Run) -> None:
     stuck = probes(9.0, 5.0, 5.1, 4.9, 5.3)
     won, even = trace(50, d_accuracy=0.99), trace(50)
-    alarm = stagnation(run, won, stuck)
+    alarm = stagnation(run, WATCHED, won, stuck)
     assert alarm is not None
     assert alarm.evidence == pytest.approx({"d_accuracy": 0.99, "kid": 5.3, "best_kid": 4.9})
-    assert stagnation(run, even, stuck) is None
-    assert stagnation(run, won, probes(9.0, 5.0, 5.1, 4.9, 4.0)) is None
+    assert stagnation(run, WATCHED, even, stuck) is None
+    assert stagnation(run, WATCHED, won, probes(9.0, 5.0, 5.1, 4.9, 4.0)) is None
     late = [0.5] * 20 + [0.99] * 30
-    assert stagnation(run, trace(50, d_accuracy=late), stuck) is not None, "what was before the window does not count"
+    assert stagnation(run, WATCHED, trace(50, d_accuracy=late), stuck) is not None, (
+        "rows before the window do not count"
+    )
 
 
 @pytest.mark.parametrize(("figure", "low", "enough"), [("variance", 0.1, 0.35), ("class_accuracy", 0.2, 0.5)])
@@ -122,5 +127,5 @@ def test_a_plateau_is_judged_from_the_probes_of_its_phase(run: Run) -> None:
 def test_thresholds_are_params(run: Run) -> None:
     raw = run.model_dump(mode="json")
     strict = Run.model_validate(deep_merge(raw, {"monitor": {"identity": {"transport_rms": 1.3}}}))
-    assert identity(strict, trace()) is not None
-    assert identity(run, trace()) is None
+    assert identity(strict, WATCHED, trace()) is not None
+    assert identity(run, WATCHED, trace()) is None
