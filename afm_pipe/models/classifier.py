@@ -5,13 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-<<<<<<< HEAD
 from afm_pipe.models.dit import DiT, TimestepEmbedder
-from afm_pipe.models.model_files import ModelConfig, load_exactly, load_tensors, require_fit
-=======
-from afm_pipe.models.dit import DiT, TimestepEmbedder, linear
 from afm_pipe.models.model_files import ModelConfig, load_network
->>>>>>> main
 from afm_pipe.params.sizes import SIZES, ModelSize
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import read_json

@@ -18,16 +18,11 @@ from torch.utils.checkpoint import checkpoint
 
 from afm_pipe.params.sizes import ModelSize
 
-<<<<<<< HEAD
 Bias = Literal["zero", "torch"]
 """Initial biases of a linear layer: zero, or torch's default."""
 
-FREQUENCIES = 256  # length of the sinusoidal time code
-TIME_SCALE = 1000.0  # times in [0, 1] are multiplied by this before the code (paper section 3)
-=======
 FREQUENCIES = 256  # length of the sinusoidal time embedding
 TIME_SCALE = 1000.0  # times in [0, 1] are multiplied by this before the embedding (paper section 3)
->>>>>>> main
 
 
 class PatchEmbed(nn.Module):
@@ -176,15 +171,9 @@ class DiT(nn.Module):
         return tokens
 
 
-<<<<<<< HEAD
 def linear(inputs: int, outputs: int, std: float | None = None, bias: Bias = "zero") -> nn.Linear:
-    """Return a linear layer with weights from N(0, std^2), Xavier's uniform where std is not given."""
+    """Return a linear layer with weights from N(0, std^2), or Xavier uniform without `std`."""
     layer = nn.Linear(inputs, outputs)
-=======
-def linear(inputs: int, outputs: int, std: float | None = None, bias: bool = True) -> nn.Linear:
-    """Return a linear layer with zero bias and weights from N(0, std^2), or Xavier uniform without `std`."""
-    layer = nn.Linear(inputs, outputs, bias=bias)
->>>>>>> main
     if std is None:
         nn.init.xavier_uniform_(layer.weight)
     else:

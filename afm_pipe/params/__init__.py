@@ -37,6 +37,7 @@ from afm_pipe.params.training import (
     Penalty,
     Phase,
     Run,
+    Selection,
     Transport,
 )
 
@@ -66,6 +67,7 @@ __all__ = [
     "Place",
     "Reference",
     "Run",
+    "Selection",
     "Sample",
     "Study",
     "StudyTable",

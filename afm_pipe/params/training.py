@@ -94,6 +94,14 @@ class Augmentation(Section):
     """Smallest and largest share of the latent that one erasing covers."""
 
 
+class Selection(Section):
+    """The choice of the moving average by distance, as the paper reports the epoch with the best FID."""
+
+    every_epochs: Positive
+    samples: Annotated[int, Field(ge=100)]
+    """Drawn from noise of their own, apart from the evaluation's, and measured in the first of evaluate.features."""
+
+
 class Phase(Section):
     """A stretch of training; lr and transport left out are the run's (paper Table 11)."""
 
@@ -163,6 +171,8 @@ class Run(Section):
     """fixed: the phases as they are; auto: one phase, whose until_epoch is an upper bound, and the watch decides when
     the paper's phases 2 and 3 begin and when to stop."""
     phases: Annotated[tuple[Phase, ...], Field(strict=False, min_length=1)]
+    selection: Selection | None
+    """Choose the moving average that is best by distance; null: the run's end."""
     monitor: Monitor
 
     _number = field_validator("transport", mode="before")(lambda value: _constant_transport(value))
@@ -192,6 +202,10 @@ class Run(Section):
         if self.schedule == "auto" and len(self.phases) > 1:
             raise ValueError(
                 f"expected one phase for schedule auto, whose until_epoch is the upper bound; found {len(self.phases)}"
+            )
+        if self.schedule == "auto" and self.selection is not None:
+            raise ValueError(
+                "expected selection null with schedule auto, which ends with the average of the best probe"
             )
         if self.precision == self.penalty.precision == "bf16" and self.penalty.epsilon < BF16_EPSILON:
             raise ValueError(

@@ -10,13 +10,9 @@ import yaml
 
 from afm_pipe.params import Params, Run
 from afm_pipe.params.sizes import SIZES
-<<<<<<< HEAD
 from afm_pipe.runtime import paths
-from afm_pipe.runtime.identity import fingerprint
-=======
 from afm_pipe.runtime.files import read_json, write_json
 from afm_pipe.runtime.identity import fingerprint, source_digest
->>>>>>> main
 
 SHOWN = 5  # names in a notice, of each kind
 FILE = Path(__file__).with_name("versions.yaml")
@@ -74,7 +70,7 @@ def versions(stage: Stage) -> dict[str, int]:
 
 
 def origin_files(params: Params, name: str) -> dict[str, Path]:
-    """Return the weights that a run starts from and is guided by, if any, by the part they are of."""
+    """Return what a run starts from, is guided by and is chosen by, if anything, by name."""
     files = {}
     if name in params.guided:
         guided = params.guided[name]
@@ -83,6 +79,8 @@ def origin_files(params: Params, name: str) -> dict[str, Path]:
         files = {"generator": base / "generator.safetensors", "discriminator": base / f"{d}.safetensors"}
     if params.models[name].guided:
         files["classifier"] = paths.CLASSIFIER / "classifier.safetensors"
+    if params.models[name].selection is not None:
+        files["reference"] = paths.REFERENCE / "summary.json"
     return files
 
 

@@ -19,6 +19,8 @@ from afm_pipe.runtime.progress import track
 if TYPE_CHECKING:
     import torch
 
+    from afm_pipe.distributed.process_group import ProcessGroup
+    from afm_pipe.evaluation.distance import SampleDistance
     from afm_pipe.models.model_files import ModelConfig
     from afm_pipe.training.checkpoints import RetentionPolicy
     from afm_pipe.training.state import Start, TrainingState
@@ -50,12 +52,13 @@ def train(params: Params, name: str, launch: Launch) -> None:
         _require_base(start, config, paths.model(params.guided[name].base))
     objective = build_objective(run, config, guide)
     keep_at = probes(run, latents.num_images, continues=start is not None)  # as a trial of a table would
-    task = Task(objective, latents, identity, start, keep_at)
     work_dir = paths.WORK / name
     with init_distributed(device) as group, hold_lease(work_dir) if group.is_main_process else nullcontext() as lease:
         require_memory(run_budget(params, name, launch, group.world_size), name, device)
         group.barrier()  # no process has taken any memory while another looks
         retention = _retention(launch, run, latents.num_images, lease)
+        measure = _measure(params, run, list(latents.classes), device, group)
+        task = Task(objective, latents, identity, start, keep_at, measure)
         trainer = Trainer(
             task,
             Runtime(
@@ -88,6 +91,7 @@ def train(params: Params, name: str, launch: Launch) -> None:
             "classes": list(latents.classes),
             "scaling_factor": latents.spec.scaling_factor,
             "provenance": {"fingerprint": identity, "code": code, "latents": latents.provenance, **origins},
+            "selection": None if trainer.selection is None else trainer.selection.describe(),
             "updates": trained.state.update,
             "images_seen": trained.state.update * run.batch_size,
         }
@@ -107,6 +111,19 @@ def _retention(launch: Launch, run: Run, num_images: int, lease: Lease | None) -
     every = None if epochs is None else max(update_at(run, epochs, num_images), 1)
     policy = RetentionPolicy(launch.keep_checkpoints, every=every, best=launch.keep_best)
     return policy if lease is None else policy._replace(own=lease.check)
+
+
+def _measure(
+    params: Params, run: Run, classes: list[str], device: "torch.device", group: "ProcessGroup"
+) -> "SampleDistance | None":
+    """Return what a run with selection is chosen by."""
+    from afm_pipe.autoencoders import load_autoencoder
+    from afm_pipe.evaluation.distance import SampleDistance
+
+    if run.selection is None:
+        return None
+    autoencoder = load_autoencoder(params, paths.AUTOENCODER, device)
+    return SampleDistance(params, paths.REFERENCE, autoencoder, classes, run.selection.samples, device, group)
 
 
 def _log_end(store: "RunStore", error: NotFiniteError, batch_size: int) -> None:
@@ -134,18 +151,11 @@ def _origin(
         updates = described.get("updates") if isinstance(described, dict) else None
         if type(updates) is not int or updates < 1:
             raise UserError(f"Found {base / 'config.json'} without its number of updates: train {base.name} again.")
-<<<<<<< HEAD
+        notice_models(base)
         start = Start({part: load_tensors(files[part]) for part in ("generator", "discriminator")}, updates)
     if run.guided:
         guide = load_latent_classifier(paths.CLASSIFIER, device)
-=======
-        notice_models(base)
-        start = Start({part: load_tensors(file) for part, file in files.items()}, updates)
-    if run.guided:
-        guide = load_latent_classifier(paths.CLASSIFIER, device)
         notice_models(paths.CLASSIFIER)
-        files["classifier"] = paths.CLASSIFIER / "classifier.safetensors"
->>>>>>> main
     return start, guide, {part: sha256_file(file) for part, file in files.items()}
 
 

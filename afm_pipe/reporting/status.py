@@ -17,11 +17,7 @@ from typing import Any
 from afm_pipe.data.latents_format import provenance_fingerprint, read_provenance
 from afm_pipe.objectives.schedules import num_updates, update_at
 from afm_pipe.params import Params, Run
-<<<<<<< HEAD
-from afm_pipe.params.versions import origin_files, run_identity
-=======
-from afm_pipe.params.versions import code_notice, run_identity
->>>>>>> main
+from afm_pipe.params.versions import code_notice, origin_files, run_identity
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import read_text, sha256_file

@@ -6,18 +6,15 @@ again, and a resumed one decides as if it had never been interrupted. docs/monit
 
 import math
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from afm_pipe.objectives.base import Hyperparameters
 from afm_pipe.objectives.schedules import update_at
 from afm_pipe.params import Run
-from afm_pipe.runtime.errors import NotFiniteError, UserError
-from afm_pipe.runtime.files import read_json
+from afm_pipe.runtime.errors import NotFiniteError
 from afm_pipe.training.callback import Action, Callback, Training
-from afm_pipe.training.checkpoints import Snapshot, checkpoints, load_latest, save_checkpoint
+from afm_pipe.training.checkpoints import Snapshot, load_latest, save_checkpoint
 from afm_pipe.training.events import Event
 from afm_pipe.training.interventions import begins
 from afm_pipe.training.monitor_state import MonitorState
@@ -246,7 +243,7 @@ class TrainingMonitor(Callback):
         shares = self.state.shares
         if self.group.is_main_process or shares.world_size > 1:
             # A killed run may resume before its last rollback, and then goes back as it did before.
-            remembered = [memory.get("good") for memory in self._remembered(self.store.checkpoints)]
+            remembered = [memory.get("good") for memory in self.store.remembered("monitor", self.store.checkpoints)]
             keep = {good for good in remembered if good is not None}
             save_checkpoint(self.store.good, self.state, self.identity, last=SPARE, keep=keep, shares=shares)
         self.group.barrier()
@@ -260,20 +257,10 @@ class TrainingMonitor(Callback):
         self.store.save(self.store.adversary(update), self._adversary)
         if self.group.is_main_process:
             wanted = set(memory.adversaries)
-            for remembered in self._remembered(self.store.good, self.store.checkpoints):
+            for remembered in self.store.remembered("monitor", self.store.good, self.store.checkpoints):
                 wanted |= set(remembered.get("adversaries", ()))
             self.store.keep_adversaries(wanted)
         self.group.barrier()
-
-    def _remembered(self, *folders: Path) -> list[dict[str, Any]]:
-        """Return what the monitor remembers in the checkpoints of some folders."""
-        found = []
-        for checkpoint in (each for folder in folders for each in checkpoints(folder)):
-            try:
-                found.append(read_json(checkpoint / "extra.json").get("monitor", {}))
-            except UserError:  # damaged, or just being removed in the background: nothing resumes from it
-                continue
-        return found
 
     @property
     def _adversary(self) -> nn.Module:

@@ -3,6 +3,7 @@
     curves.csv       rows so far          events.jsonl    the event log
     checkpoints/     the newest           good/           where a rollback goes back to
     adversaries/     earlier adversaries  kept/           moving averages after some updates
+    selected/        the best moving average so far
 
 Rows and events that count are in the checkpoints; both files are written anew at every start, so that after a kill they
 are those of a run never killed.
@@ -10,13 +11,15 @@ are those of a run never killed.
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from afm_pipe.models.model_files import load_exactly, load_tensors, save_tensors
 from afm_pipe.runtime.errors import UserError
-from afm_pipe.runtime.files import atomic_path, remove_leftovers
+from afm_pipe.runtime.files import atomic_path, read_json, remove_leftovers
+from afm_pipe.training.checkpoints import checkpoints
 from afm_pipe.training.curves import Row, append_curve, read_curves, write_curves
 from afm_pipe.training.events import FILE, Event, append_event, read_events, write_events
 from afm_pipe.training.sharding import placed, whole
@@ -84,6 +87,29 @@ class RunStore:
     def adversary(self, update: int, of: str = "probe") -> Path:
         """Return where the adversary after an update is kept, of a probe or of a phase's start."""
         return self.folder / "adversaries" / f"{of}-{update:09d}.safetensors"
+
+    def selected(self, update: int) -> Path:
+        """Return where the moving average after an update is kept while it is the best."""
+        return self.folder / "selected" / f"update-{update:09d}.safetensors"
+
+    def keep_selected(self, updates: Collection[int]) -> None:
+        """Remove the selected averages of all updates but some."""
+        if self.group.is_main_process:
+            wanted = {self.selected(update) for update in updates}
+            for path in set((self.folder / "selected").glob("update-*")) - wanted:
+                path.unlink()
+
+    def remembered(self, owner: str, *folders: Path) -> list[Any]:
+        """Return what the checkpoints of some folders hold for an owner."""
+        found = []
+        for checkpoint in (each for folder in folders for each in checkpoints(folder)):
+            try:
+                extra = read_json(checkpoint / "extra.json")
+            except UserError:  # damaged, or just being removed in the background: nothing resumes from it
+                continue
+            if owner in extra:
+                found.append(extra[owner])
+        return found
 
     def keep_adversaries(self, updates: Collection[int]) -> None:
         """Remove the adversaries of all probes but those after some updates."""

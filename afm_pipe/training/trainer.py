@@ -27,6 +27,7 @@ from afm_pipe.training.engine import Engine
 from afm_pipe.training.interventions import Interventions
 from afm_pipe.training.learner import Learner
 from afm_pipe.training.monitor import TrainingMonitor
+from afm_pipe.training.selection import BestAverage, Measure
 from afm_pipe.training.state import Start, TrainingState
 from afm_pipe.training.store import RunStore
 
@@ -45,6 +46,8 @@ class Task:
     """What a continued run begins from."""
     keep_at: Collection[int] = ()
     """Updates after which the moving average is kept, at `RunStore.kept`."""
+    measure: Measure | None = None
+    """The distance by which a run with `selection` chooses its moving average."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,10 @@ class Trainer:
         self.callbacks: list[Callback] = []
         if run is not None:
             self.callbacks = [Interventions(self, run), TrainingMonitor(self, run, task.identity)]
+        self.selection: BestAverage | None = None
+        if run is not None and run.selection is not None and task.measure is not None:
+            self.selection = BestAverage(self, run.selection, task.measure)
+            self.callbacks.append(self.selection)
         self._stopped = False  # by a callback
 
     def train(self) -> Generator[Progress, None, Trained]:
