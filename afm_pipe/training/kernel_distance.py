@@ -80,6 +80,7 @@ def kid_with_error(real: np.ndarray, features: np.ndarray) -> tuple[float, float
     among = _cubes_within(y) / (m * (m - 1))
     distance = float(within.mean() - 2 * influence.mean()) + among
     first = 4 * float(np.var(within - influence, ddof=1)) / n
-    # The variance of the kernel that is left when each sample's mean is taken out of it.
+    # The variance of the kernel that is left when each sample's mean is taken out of it. Row means of N samples hold it
+    # over N, so that `first` counts it four times where the distance's variance has it twice.
     rest = max(square / (n * (n - 1)) - 2 * float(np.square(within).mean()) + float(within.mean()) ** 2, 0.0)
-    return distance, math.sqrt(first + 2 * rest / (n * (n - 1)))
+    return distance, math.sqrt(max(first - 2 * rest / (n * (n - 1)), first / 2))
