@@ -151,18 +151,18 @@ class Latents:
         return {name: value for name, value in self.__dict__.items() if name not in ("_rows", "_opened")}
 
     def _check(self, params: Params) -> None:
-        for name, expected in settings(params).items():
-            if self.provenance.get(name) != expected:
-                raise UserError(
-                    f"Found {self.path} with {name} {self.provenance.get(name)}, expected {expected} as params say: "
-                    f"{REMEDY}."
-                )
         expected_spec = params.latent_spec
         if self.spec.stochastic != expected_spec.stochastic:
             raise UserError(
                 f"Found {self.path} with {'moments' if self.spec.stochastic else 'latents'}, expected what "
                 f"autoencoder.kind {params.autoencoder.kind} stores: {REMEDY}."
             )
+        for name, expected in settings(params).items():
+            if self.provenance.get(name) != expected:
+                raise UserError(
+                    f"Found {self.path} with {name} {self.provenance.get(name)}, expected {expected} as params say: "
+                    f"{REMEDY}."
+                )
         if self.latent_shape != expected_spec.shape:
             raise UserError(
                 f"Found {self.path} with latents of shape {self.latent_shape}, expected {expected_spec.shape} "

@@ -9,8 +9,8 @@ import torch
 from afm_pipe.autoencoders.base import Autoencoder
 from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from afm_pipe.evaluation.features import load_networks
-from afm_pipe.evaluation.frechet import frechet_and_map
-from afm_pipe.evaluation.statistics import FeatureStream, Reference
+from afm_pipe.evaluation.frechet import Statistics, frechet_and_map
+from afm_pipe.evaluation.statistics import Reference
 from afm_pipe.params import Params
 from afm_pipe.sampling.sampler import Sampler, balanced_labels
 
@@ -35,8 +35,7 @@ class SampleDistance:
     ) -> None:
         """Load network and statistics. Raises UserError when they are missing or another's."""
         settings = params.evaluate
-        names = settings.features[:1]
-        (self.network,) = load_networks(names, reference_dir, device, dinov2_sha256=settings.dinov2_sha256)
+        self.network = load_networks(settings, reference_dir, device, settings.features[:1])[0]
         self.reference = Reference.load(reference_dir, self.network)
         self.labels = balanced_labels(range(samples), len(class_names))
         self.seed = settings.seed + APART
@@ -51,10 +50,9 @@ class SampleDistance:
 
     def __call__(self, generator: Any) -> float:
         """Return the distance of a generator's samples, on the main process; the others compute a share of them."""
-        stream = FeatureStream(self.network, keep=0)
+        statistics = Statistics.none(self.network.dim)
         for images in Sampler(generator=generator, **self.common).stream(self.labels, self.seed):
-            stream.add(images, wanted=np.zeros(len(images), bool))
+            statistics += Statistics.of(self.network(images).numpy())
         if not self.common["group"].is_main_process:
             return np.inf
-        statistics = stream.statistics
         return frechet_and_map(statistics.mu, statistics.sigma, self.reference.mu, self.reference.sigma)[0]
