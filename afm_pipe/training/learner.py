@@ -123,9 +123,9 @@ def _data_parallel(network: nn.Module) -> DistributedDataParallel:
     module = DistributedDataParallel(
         network,
         device_ids=[device] if device.type == "cuda" else None,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
     )
+    module.broadcast_buffers = False  # they are the same everywhere; as an argument it is deprecated
     module.register_comm_hook(None, _sum_gradients)
     return module
 
