@@ -34,7 +34,7 @@ from afm_pipe.training.checkpoints import checkpoints
 RUN = "t4"
 # EMA and D are reloaded on the way, so that a resume needs more than the newest checkpoint.
 PHASES = "[{until_epoch: 5}, {until_epoch: 8, reload_ema: epoch, reload_discriminator: 2}]"
-# The monitor acts, too: at update 20 it goes back to update 10 as often as it may, at update 30 it puts D back by trial.
+# The monitor acts, too: at update 20 it rolls back to update 10 as often as it may, at update 30 it reloads D by trial.
 # So a resume needs its memory and the files it keeps.
 MONITOR = {
     "policy": "act",

@@ -24,7 +24,7 @@ from afm_pipe.distributed.process_group import SINGLE_PROCESS
 from afm_pipe.models import dit
 from afm_pipe.models.classifier import LatentClassifier
 from afm_pipe.models.model_files import ModelConfig
-from afm_pipe.objectives.adversarial_flow.batches import Batch, Part, PenaltyNoise, Share
+from afm_pipe.objectives.adversarial_flow.batches import Batch, MicroBatch, PenaltyNoise, Share
 from afm_pipe.objectives.adversarial_flow.guidance import GuideToData
 from afm_pipe.objectives.adversarial_flow.losses import interpolate
 from afm_pipe.objectives.adversarial_flow.objective import AdversarialFlow
@@ -180,7 +180,7 @@ def check_step(name: str, vectors: Vectors) -> Finding:
     run = released.run(lr=0.0, weight_decay=0.0, batch_size=len(vectors["in/labels"]))
     objective, learner = released.learner(run)
     batch = released.batch("in/")
-    part = Part(batch, batch, released.noise("in/"), None, None, None, Share())
+    part = MicroBatch(batch, batch, released.noise("in/"), None, None, None, Share())
     rates = {"generator": 0.0, "discriminator": 0.0}
     figures = objective.update(learner, [part], Hyperparameters(rates, {"transport": 0.2}))
     logged = dict(zip((term.name for term in objective.terms), figures, strict=True))
@@ -213,7 +213,7 @@ def check_trajectory(name: str, vectors: Vectors) -> Finding:
     for update in range(steps // 2):
         d, g = f"{2 * update}/", f"{2 * update + 1}/"
         views = [_view(vectors, prefix) for prefix in (d, g)]
-        part = Part(
+        part = MicroBatch(
             released.batch(d), released.batch(g), released.noise(d), *views, _guide(vectors, g, classifier), Share()
         )
         weight = cosine(0.2, 0.01, 2 * update + 1, 20)

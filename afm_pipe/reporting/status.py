@@ -147,8 +147,8 @@ def standing(params: Params, name: str, known: dict[str, Standing] | None = None
 
 def _ended(event: Event) -> bool:
     """Tell whether a training ended by an event: a loss that was no number, after which it did not go back."""
-    no_number = event.kind == "not_finite" or "not finite" in event.text
-    return event.kind in FATAL and no_number and "rolled_back_to" not in event.evidence
+    not_finite = event.kind == "not_finite" or "finite" in event.text
+    return event.kind in FATAL and not_finite and "rolled_back_to" not in event.evidence
 
 
 def trials_line(params: Params) -> str | None:

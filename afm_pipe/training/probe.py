@@ -1,7 +1,7 @@
 """The monitor's probe: a cheap measure of the moving average's samples, without decoding them.
 
-Features are those of a small network that is trained on the latents when a run starts. Network, noise, classes and the
-real latents are functions of the seed, the same at every probe, so that probes differ by G alone.
+Features come from a small network that is trained on the latents when a run starts. Network, noise, classes and real
+latents depend on the seed only and are the same at every probe, so that probes differ by G alone.
 
 Shapes: N samples, C, H, W of latents, F features.
 """
@@ -20,14 +20,14 @@ from afm_pipe.training.kernel_distance import kid
 from afm_pipe.training.rules import Probed
 
 FEATURES = 64
-SIDE = 8  # latents are averaged down to it, so that features cost the same at any size
+SIDE = 8  # latents are averaged down to this side, so that features cost the same at any size
 BATCH = 64
 LR = 2e-3
-WORST = 1e12  # a distance that is not finite: logs hold numbers alone
+WORST = 1e12  # stands for a non-finite distance, since logs hold finite numbers only
 
 
 class Probe:
-    """Measures generators of one run; built at every start, always the same."""
+    """Measures generators of one run; rebuilt at every start, always the same."""
 
     def __init__(self, latents: Latents, run: Run, device: torch.device) -> None:
         self.run, self.device = run, device
@@ -38,42 +38,42 @@ class Probe:
         real = latents.draw(chosen, generator)  # (N, C, H, W)
         self.noise = torch.randn(real.shape, generator=generator)
         self.dtype = real.dtype
-        self.real_features, classes = self._seen(real)
-        self.real_right = self._right(classes)
-        self.real_within = _within(self.real_features, self.labels)
+        self.real_features, classes = self._features(real)
+        self.real_accuracy = self._accuracy(classes)
+        self.real_variance = _variance_within(self.real_features, self.labels)
         self.real_spread = float(real.var(0).mean())
 
     @torch.no_grad()
     def __call__(self, sampler: Sampler) -> Probed:
-        """Return the kernel distance, and relative to the data's: class accuracy, variances."""
+        """Return the kernel distance of samples, and their class accuracy and variances relative to the data's."""
         parts = zip(self.noise.split(self.run.batch_size), self.labels.split(self.run.batch_size), strict=True)
         samples = torch.cat(
             [sampler.sample(z.to(self.device), c.to(self.device)).cpu().to(self.dtype) for z, c in parts]
         )
         if not samples.isfinite().all():
             return {"kid": WORST, "class_accuracy": 0.0, "variance": 0.0, "spread": 0.0}
-        features, classes = self._seen(samples)
+        features, classes = self._features(samples)
         distance = kid(self.real_features.numpy(), features.numpy(), 1, len(features), self.run.seed)
         return {
             "kid": distance if math.isfinite(distance) else WORST,
-            "class_accuracy": self._right(classes) / self.real_right,
-            "variance": _within(features, self.labels) / self.real_within,
+            "class_accuracy": self._accuracy(classes) / self.real_accuracy,
+            "variance": _variance_within(features, self.labels) / self.real_variance,
             "spread": float(samples.var(0).mean()) / self.real_spread,
         }
 
-    def _right(self, classes: Tensor) -> float:
+    def _accuracy(self, classes: Tensor) -> float:
         """Return the share of classes (N,) that are the requested ones; never zero, since it is a divisor."""
         return max(float((classes == self.labels).float().mean()), 1 / len(classes))
 
     @torch.no_grad()
-    def _seen(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return features (N, F) and classes (N,) of latents."""
-        features = self.body(_small(x))
+        features = self.body(_downsampled(x))
         return features, self.head(features).argmax(1)
 
 
 def _trained(latents: Latents, run: Run, device: torch.device) -> tuple[nn.Module, nn.Module]:
-    """Train the feature network to classify latents, on the CPU: it is tiny."""
+    """Train the feature network, which is tiny, to classify latents on the CPU."""
     channels, updates = latents.latent_shape[0], run.monitor.probe.updates
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
@@ -94,18 +94,18 @@ def _trained(latents: Latents, run: Run, device: torch.device) -> tuple[nn.Modul
         indices = order.indices(update * BATCH, BATCH)
         x = latents.draw(indices, stream_generator(run.seed, "probe", update))
         optimizer.param_groups[0]["lr"] = LR * (1 - update / updates)
-        loss = F.cross_entropy(head(body(_small(x))), labels[indices])
-        optimizer.zero_grad(set_to_none=True)
+        loss = F.cross_entropy(head(body(_downsampled(x))), labels[indices])
+        optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     return body.requires_grad_(False), head.requires_grad_(False)
 
 
-def _small(x: Tensor) -> Tensor:
+def _downsampled(x: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(x, SIDE) if x.shape[-1] > SIDE else x
 
 
-def _within(features: Tensor, labels: Tensor) -> float:
+def _variance_within(features: Tensor, labels: Tensor) -> float:
     """Return the variance within classes, summed over features."""
     x = features.double()
     total = sum(float((x[labels == c] - x[labels == c].mean(0)).square().sum()) for c in labels.unique())

@@ -1,7 +1,6 @@
-"""The rules of the monitor: each looks at what is known of a run and returns an alarm, or nothing.
+"""The rules of the monitor: pure functions of curves and probes that return an alarm or None.
 
-Pure functions of rows of the curves and of probes. docs/monitor.md states each rule and where its threshold comes
-from.
+docs/monitor.md states each rule and the origin of its threshold.
 """
 
 import math
@@ -18,7 +17,7 @@ Probed = dict[str, float]  # update, epoch, kid, class_accuracy, variance, sprea
 
 
 class Alarm(NamedTuple):
-    """What a rule found."""
+    """The finding of a rule."""
 
     kind: str
     text: str
@@ -26,7 +25,7 @@ class Alarm(NamedTuple):
 
 
 class Watched(NamedTuple):
-    """The columns of the curves that rules look at, by role (`objectives.base.Term`)."""
+    """The columns of the curves that rules read, by role (`objectives.base.Term`)."""
 
     adversarial_loss: tuple[str, ...]
     d_accuracy: str | None
@@ -35,24 +34,24 @@ class Watched(NamedTuple):
 
     @classmethod
     def of(cls, objective: type[Objective] | Objective) -> "Watched":
-        """Return the columns of an objective; a rule without its column never fires."""
+        """Return the columns of an objective; a rule whose column is missing never fires."""
         one = {role: next(iter(objective.with_role(role)), None) for role in ROLES}
         return cls(tuple(objective.with_role("adversarial_loss")), **one)
 
 
 def alarms_of_rows(run: Run, watched: Watched, rows: Sequence[Row]) -> list[Alarm]:
-    """Return the alarms of the rules that need the curves alone."""
+    """Return the alarms of the rules that read curves only."""
     return [alarm for alarm in (divergence(run, watched, rows), identity(run, watched, rows)) if alarm is not None]
 
 
 def alarms_of_probes(run: Run, watched: Watched, rows: Sequence[Row], probes: Sequence[Probed]) -> list[Alarm]:
-    """Return the alarms of the rules that need a probe, right after one."""
+    """Return the alarms of the rules that read probes, right after one."""
     found = (spread_lost(run, probes), stagnation(run, watched, rows, probes), collapse(run, probes))
     return [alarm for alarm in found if alarm is not None]
 
 
 def divergence(run: Run, watched: Watched, rows: Sequence[Row]) -> Alarm | None:
-    """Losses are not finite or explode, or samples are much larger than data."""
+    """Return an alarm when losses are not finite or explode, or samples are much larger than data."""
     limits = run.monitor.divergence
     columns = (*watched.adversarial_loss, *([watched.output_scale] if watched.output_scale else []))
     seen = _means(run, rows, *columns)
@@ -72,7 +71,7 @@ def divergence(run: Run, watched: Watched, rows: Sequence[Row]) -> Alarm | None:
 
 
 def spread_lost(run: Run, probes: Sequence[Probed]) -> Alarm | None:
-    """Samples vary hardly at all, over all classes."""
+    """Return an alarm when samples hardly vary, over all classes."""
     last, limit = probes[-1], run.monitor.divergence.spread
     if _settled(run, last) and last["spread"] < limit:
         text = f"samples vary {last['spread']:.3g} times as much as data, below {limit:g}"
@@ -81,22 +80,22 @@ def spread_lost(run: Run, probes: Sequence[Probed]) -> Alarm | None:
 
 
 def identity(run: Run, watched: Watched, rows: Sequence[Row]) -> Alarm | None:
-    """G returns nearly what it is given."""
+    """Return an alarm when G is close to the identity."""
     if watched.transport_distance is None:
         return None
     seen = _means(run, rows, watched.transport_distance)
     if seen is None or not _settled(run, rows[-1]):
         return None
     steps = 3 if run.nfe == "any" else run.nfe  # the root mean square of s - t over pairs of times is a third
-    move = seen[watched.transport_distance] * steps
-    if move < run.monitor.identity.transport_rms:
-        text = f"G moves its noise by {move:.3g} of its size, below {run.monitor.identity.transport_rms:g}"
-        return Alarm("identity", text, {"transport_rms": move, "transport": rows[-1]["transport"]})
+    distance = seen[watched.transport_distance] * steps
+    if distance < run.monitor.identity.transport_rms:
+        text = f"G moves its noise by an rms of {distance:.3g}, below {run.monitor.identity.transport_rms:g}"
+        return Alarm("identity", text, {"transport_rms": distance, "transport": rows[-1]["transport"]})
     return None
 
 
 def stagnation(run: Run, watched: Watched, rows: Sequence[Row], probes: Sequence[Probed]) -> Alarm | None:
-    """Quality stops improving while D wins."""
+    """Return an alarm when quality stops improving while D wins."""
     limits = run.monitor.stagnation
     if watched.d_accuracy is None or not stopped_improving(run, probes):
         return None
@@ -106,12 +105,12 @@ def stagnation(run: Run, watched: Watched, rows: Sequence[Row], probes: Sequence
     if accuracy <= limits.d_accuracy:
         return None
     best = min(probe["kid"] for probe in probes)
-    text = f"no better for {limits.probes} probes, while D tells {accuracy:.1%} of pairs apart"
+    text = f"no improvement over {limits.probes} probes, while D is right about {accuracy:.1%} of pairs"
     return Alarm("stagnation", text, {"d_accuracy": accuracy, "kid": probes[-1]["kid"], "best_kid": best})
 
 
 def collapse(run: Run, probes: Sequence[Probed]) -> Alarm | None:
-    """Samples of a class are too much alike, or those of different classes are; at several probes in a row."""
+    """Return an alarm when, at several probes in a row, samples of one class or of all classes are too similar."""
     limits = run.monitor.collapse
     last = probes[-limits.probes :]
     if len(last) < limits.probes or not _settled(run, last[0]):
@@ -121,13 +120,13 @@ def collapse(run: Run, probes: Sequence[Probed]) -> Alarm | None:
         text = f"samples of a class vary {seen['variance']:.3g} times as much as data, below {limits.variance:g}"
         return Alarm("collapse", text, seen)
     if seen["class_accuracy"] < limits.class_accuracy:
-        share = f"{seen['class_accuracy']:.3g} times as often as data, below {limits.class_accuracy:g}"
-        return Alarm("collapse", f"samples look like the class asked for {share}", seen)
+        text = f"samples have {seen['class_accuracy']:.3g} times the class accuracy of data"
+        return Alarm("collapse", f"{text}, below {limits.class_accuracy:g}", seen)
     return None
 
 
 def stopped_improving(run: Run, probes: Sequence[Probed], since: int = 0) -> bool:
-    """Tell whether none of the last probes is clearly better than the best before them; all taken after `since`."""
+    """Return whether none of the last probes, all after `since`, is clearly better than the best before them."""
     limits = run.monitor.stagnation
     before, last = probes[: -limits.probes], probes[-limits.probes :]
     if not before or not _settled(run, before[-1]) or last[0]["update"] <= since:
@@ -141,7 +140,7 @@ def _settled(run: Run, at: Row) -> bool:
 
 
 def _means(run: Run, rows: Sequence[Row], *names: str) -> dict[str, float] | None:
-    """Return the means of some columns over the last rows, None while there are too few."""
+    """Return the means of some columns over the last rows; None while there are too few rows."""
     last = rows[-run.monitor.rows :]
     if len(last) < run.monitor.rows:
         return None

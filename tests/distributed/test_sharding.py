@@ -26,7 +26,7 @@ from afm_pipe.planning.budget import budget
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.training.checkpoints import checkpoints, load_latest, save_checkpoint
 from afm_pipe.training.engine import Engine
-from afm_pipe.training.sharding import local
+from afm_pipe.training.sharding import local_shard
 from afm_pipe.training.state import TrainingState
 from afm_pipe.training.trainer import Trained
 from tests.conftest import ROOT
@@ -45,7 +45,7 @@ CASES = {  # run, type, how the processes compute, micro-batch
 
 def outcome(trained: Trained, group: ProcessGroup, folder: Path) -> dict[str, Any]:
     """Return what runs are compared by; on the main process write the model as the stage does."""
-    moments = [local(value) for value in trained.state.tensors()["optimizer_generator"].values()]
+    moments = [local_shard(value) for value in trained.state.tensors()["optimizer_generator"].values()]
     found = {"rows": trained.state.rows, "moments": sum(value.numel() for value in moments)}
     if group.is_main_process:
         save_model(folder / "model", trained.state.ema, trained.state.networks["discriminator"], {})
@@ -67,11 +67,11 @@ def fail(folder: Path, group: ProcessGroup) -> dict[str, str]:
     no_folder = folder / "a file"
     if group.is_main_process:
         no_folder.touch()
-    found = {"first": error_of(lambda: save_checkpoint(no_folder, state, "", shares=group))}
+    found = {"first": error_of(lambda: save_checkpoint(no_folder, state, ""))}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if group.rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    found["second"] = error_of(lambda: save_checkpoint(folder / "full", state, "", shares=group))
+    found["second"] = error_of(lambda: save_checkpoint(folder / "full", state, ""))
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     if group.is_main_process:
         found["left"] = str([path.name for path in (folder / "full").iterdir()])

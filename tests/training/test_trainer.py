@@ -132,7 +132,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     newest = checkpoints(work_dir(project) / "checkpoints")[-1]
     os.truncate(newest / "ema.safetensors", 1000)
     pipeline.train(params, "t4", OFTEN)
-    assert "ema.safetensors is not what the manifest says" in capsys.readouterr().out
+    assert "ema.safetensors does not match the manifest" in capsys.readouterr().out
     assert same_outputs(project, uninterrupted)
 
 
@@ -180,7 +180,7 @@ def test_a_damaged_or_half_deleted_checkpoint_is_passed_over(
 
 def test_a_checkpoint_of_other_params_is_refused(uninterrupted: Path) -> None:
     folder = work_dir(uninterrupted) / "checkpoints"
-    with pytest.raises(UserError, match="made with other params, data or code"):
+    with pytest.raises(UserError, match="of other params, data or versions"):
         load_latest(folder, fresh_state(uninterrupted), "0" * 16)
 
 

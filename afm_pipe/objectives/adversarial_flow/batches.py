@@ -1,8 +1,8 @@
 """The batches of a run: latents, labels, times and noise, each a function of (seed, stream, images seen).
 
 Every process draws for the whole batch and takes a strided shard of it, `rank::world_size`; each of its micro-batches
-is a strided shard of that. So nothing depends on the number of processes and micro-batches, and the first images of a
-batch, which are penalized, are spread evenly over them.
+is a strided shard of that. So no number depends on how many processes and micro-batches there are, and the penalized
+images, the first ones of a batch, are spread evenly over them.
 """
 
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -24,7 +24,7 @@ Draws = TypeVar("Draws", bound=tuple[Any, ...] | None)
 
 
 class Batch(NamedTuple):
-    """What one update of G or D is made from. In one step x_s is noise, x_t is data, and there are no times."""
+    """The batch of one step of G or D. For one-step generation x_s is noise, x_t is data, and there are no times."""
 
     real: Tensor  # (N, C, H, W), x_t: what D compares G's output with
     source: Tensor  # (N, C, H, W), x_s: G's input
@@ -43,21 +43,21 @@ class Batch(NamedTuple):
 
 
 class PenaltyNoise(NamedTuple):
-    """Directions of the finite differences, for the penalized first part of the batch."""
+    """Directions of the finite differences, for the penalized images: the first ones of the batch."""
 
     real: Tensor  # (n, C, H, W)
     fake: Tensor  # (n, C, H, W)
 
 
 class Share(NamedTuple):
-    """The share of the whole batch that a micro-batch is: the weight of its losses, so that they add up."""
+    """A micro-batch's share of the whole batch: the weight of its losses, so that they add up."""
 
     batch: float = 1.0
     penalized: float = 1.0  # of the penalized images
 
 
-class Part(NamedTuple):
-    """What one D step and one G step are made from: a micro-batch."""
+class MicroBatch(NamedTuple):
+    """A micro-batch of one D step and one G step."""
 
     d_batch: Batch
     g_batch: Batch  # the same as D's where the forward pass is reused
@@ -69,7 +69,7 @@ class Part(NamedTuple):
 
 
 class AdversarialBatches:
-    """Draws the batches of G and of D, which see the data in orders of their own."""
+    """Draws the batches of G and of D, each of which sees the data in its own order."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class AdversarialBatches:
         self.labels = torch.as_tensor(latents.labels)
         self.orders = {stream: Order(latents.num_images, run.seed, stream) for stream in ("discriminator", "generator")}
 
-    def draw(self, update: int, hyperparameters: Hyperparameters) -> list[Part]:
+    def draw(self, update: int, hyperparameters: Hyperparameters) -> list[MicroBatch]:
         """Return this process's micro-batches of an update, counted from 0."""
         images_seen, phase = update * self.run.batch_size, hyperparameters.phase
         assert phase is not None
@@ -103,7 +103,7 @@ class AdversarialBatches:
         for index in range(self.num_micro_batches):
             part_noise, part_d_batch = self._part(noise, index), self._part(d_batch, index)
             found.append(
-                Part(
+                MicroBatch(
                     part_d_batch,
                     part_d_batch if self.run.reuse_forward else self._part(g_batch, index),
                     part_noise,
@@ -116,7 +116,7 @@ class AdversarialBatches:
         return found
 
     def batch(self, stream: Stream, images_seen: int) -> Batch:
-        """Return this process's shard of the batch of a stream that starts when G has seen `images_seen` images."""
+        """Return this process's shard of a stream's batch, which starts when G has seen `images_seen` images."""
         count, generator = self.run.batch_size, stream_generator(self.run.seed, stream, "noise", images_seen)
         shape, shard = (count, *self.latents.latent_shape), self.shard
         indices = self.orders[stream].indices(images_seen, count)
@@ -131,7 +131,7 @@ class AdversarialBatches:
         return batch.to(self.device)
 
     def _noisy(self, labels: Tensor, stream: Stream, images_seen: int) -> Tensor:
-        """Return the labels (N,) of a batch with the run's share of them replaced by random ones."""
+        """Return labels (N,), of which the run's share is replaced by random ones."""
         if not self.run.label_noise:
             return labels
         generator = stream_generator(self.run.seed, stream, "labels", images_seen)
@@ -139,7 +139,7 @@ class AdversarialBatches:
         return torch.where(wrong, torch.randint(self.latents.num_classes, labels.shape, generator=generator), labels)
 
     def penalty_noise(self, images_seen: int) -> PenaltyNoise | None:
-        """Return the directions of the finite differences for the D step at `images_seen`, if it has penalties."""
+        """Return the directions of the finite differences for D's step at `images_seen`, if it has penalties."""
         if images_seen // self.run.batch_size % self.run.penalty.every:
             return None
         generator = stream_generator(self.run.seed, "penalty", images_seen)
@@ -147,7 +147,7 @@ class AdversarialBatches:
         return PenaltyNoise(*noises.to(self.device, non_blocking=True))
 
     def view(self, augment: Augmentation | None, stream: Stream, images_seen: int) -> DiscriminatorView | None:
-        """Return how D sees the latents of a stream's batch, if the phase augments them."""
+        """Return the augmentation of what D sees of a stream's batch, if the phase has one."""
         if augment is None:
             return None
         generator = stream_generator(self.run.seed, "augment", stream, images_seen)
@@ -165,7 +165,7 @@ class AdversarialBatches:
         return guide_to_data(self.classifier, guidance, batch.labels, shape, generator, self.shard)
 
     def _part(self, draws: Draws, part: int) -> Draws:
-        """Return the strided shard `part::num_micro_batches` of draws that are tensors over images, or None."""
+        """Return the strided shard `part::num_micro_batches` of a tuple of tensors over images, or None."""
         if draws is None or self.num_micro_batches == 1:
             return draws
         chosen = (each[part :: self.num_micro_batches] if isinstance(each, Tensor) else each for each in draws)

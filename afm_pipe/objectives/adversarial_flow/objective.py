@@ -1,9 +1,9 @@
 """Adversarial flow models: a GAN whose generator is tied to the optimal transport map (paper section 3).
 
 An update is one step of D, then one of G; together they cost 14.5 forward passes of G (paper Table 12). Losses are
-means over the batch, whose micro-batches weigh by their share, so gradients and figures are sums over micro-batches and
-processes. G's adversarial gradient is divided by a number that depends on the whole batch: the gradients at G's output
-of all micro-batches come first, then those of G's weights.
+means over the batch: each micro-batch is weighted by its share, so gradients and figures are sums over micro-batches
+and processes. G's adversarial gradient is divided by a number that depends on the whole batch, so the gradients at G's
+output are computed for all micro-batches before those of G's weights.
 
 Shapes: N images of a micro-batch, n penalized ones, C, H, W of latents.
 """
@@ -20,10 +20,10 @@ from afm_pipe.models.flow import Flow, transport_map
 from afm_pipe.models.generator import Generator
 from afm_pipe.models.model_files import ModelConfig, build_discriminator, build_generator
 from afm_pipe.objectives import register
-from afm_pipe.objectives.adversarial_flow.batches import AdversarialBatches, Batch, Part, PenaltyNoise, Share
-from afm_pipe.objectives.adversarial_flow.losses import Logits, moved, relativistic
+from afm_pipe.objectives.adversarial_flow.batches import AdversarialBatches, Batch, MicroBatch, PenaltyNoise, Share
+from afm_pipe.objectives.adversarial_flow.losses import Logits, perturb, relativistic
 from afm_pipe.objectives.adversarial_flow.normalizer import divisor
-from afm_pipe.objectives.adversarial_flow.terms import D_TERMS, G_ADVERSARIAL, G_TERMS, Generated, Judged
+from afm_pipe.objectives.adversarial_flow.terms import D_TERMS, G_ADVERSARIAL, G_TERMS, DLossInputs, GLossInputs
 from afm_pipe.objectives.base import Hyperparameters, Learner, Objective, Term
 from afm_pipe.objectives.schedules import cosine, num_updates, phase_at, update_at
 from afm_pipe.params import Run
@@ -41,7 +41,7 @@ class OutputGradients(NamedTuple):
 
 @register
 class AdversarialFlow(Objective):
-    """One run of adversarial flow, on one model."""
+    """Adversarial flow, for one run and model."""
 
     name = "adversarial_flow"
     terms = (
@@ -67,7 +67,7 @@ class AdversarialFlow(Objective):
     adversary = "discriminator"
 
     def __init__(self, run: Run, config: ModelConfig, classifier: nn.Module | None = None) -> None:
-        """Train `config`'s model as `run` says; `classifier` guides phases with guidance."""
+        """Train the model of `config` with the settings of `run`; `classifier` is for phases with guidance."""
         self.run, self.settings, self.config, self.classifier = run, run, config, classifier
 
     def build_networks(self) -> dict[str, nn.Module]:
@@ -117,8 +117,8 @@ class AdversarialFlow(Objective):
     def progress(self, row: Mapping[str, float]) -> str:
         return f"logit gap {row['logit_gap']:.2f}  transport {row['transport_rms']:.2f}"
 
-    def update(self, learner: Learner, batch: Sequence[Part], hyperparameters: Hyperparameters) -> Tensor:
-        # One forward pass of G for both steps needs its graph kept meanwhile: only where there is one micro-batch.
+    def update(self, learner: Learner, batch: Sequence[MicroBatch], hyperparameters: Hyperparameters) -> Tensor:
+        # One forward pass of G for both steps keeps its graph in between: only for a single micro-batch.
         output = self._generate(learner.module("generator"), batch[0]) if self._reuses(batch) else None
         of_d = self._update_discriminator(learner, batch, hyperparameters, output)
         discriminator = learner.networks["discriminator"].requires_grad_(False)
@@ -126,28 +126,28 @@ class AdversarialFlow(Objective):
         discriminator.requires_grad_(True)
         return torch.cat([of_d, of_g])
 
-    def example_batch(self, count: int, penalized: int | None = None) -> Part:
+    def example_batch(self, count: int, penalized: int | None = None) -> MicroBatch:
         if penalized is None:
             penalized = max(round(count * self.run.penalty.batch_fraction), 1)
         latents = torch.empty(count, *self.config.latent_shape)
         times = (None, None) if self.config.nfe == 1 else (torch.empty(count), torch.empty(count))
         batch = Batch(latents, torch.empty_like(latents), torch.zeros(count, dtype=torch.int64), *times)
         noise = PenaltyNoise(torch.empty_like(latents[:penalized]), torch.empty_like(latents[:penalized]))
-        return Part(batch, batch, noise, None, None, None, Share())
+        return MicroBatch(batch, batch, noise, None, None, None, Share())
 
     def example_forward(self, networks: Mapping[str, nn.Module], count: int) -> Tensor:
         return self._generate(networks["generator"], self.example_batch(count))
 
-    def _reuses(self, batch: Sequence[Part]) -> bool:
+    def _reuses(self, batch: Sequence[MicroBatch]) -> bool:
         return self.run.reuse_forward and len(batch) == 1
 
-    def _generate(self, generator: nn.Module, part: Part) -> Tensor:
-        """Return G's output (N, C, H, W) on G's batch."""
+    def _generate(self, generator: nn.Module, part: MicroBatch) -> Tensor:
+        """Return G's output (N, C, H, W) for G's batch."""
         source, labels, s, t = part.g_batch.source, part.g_batch.labels, part.g_batch.s, part.g_batch.t
         return transport_map(generator, self.config.form, source, labels, s, t)
 
     def _update_discriminator(
-        self, learner: Learner, batch: Sequence[Part], now: Hyperparameters, output: Tensor | None
+        self, learner: Learner, batch: Sequence[MicroBatch], now: Hyperparameters, output: Tensor | None
     ) -> Tensor:
         figures = []
         for index, part in enumerate(batch):
@@ -157,11 +157,11 @@ class AdversarialFlow(Objective):
         return torch.stack([*others, learner.step("discriminator", total, now)])
 
     def _discriminator_backward(
-        self, learner: Learner, part: Part, now: Hyperparameters, output: Tensor | None
+        self, learner: Learner, part: MicroBatch, now: Hyperparameters, output: Tensor | None
     ) -> Tensor:
-        """Add the gradients of D's loss to D's parameters, by one forward pass of D over 2 N + 2 n latents.
+        """Backpropagate D's loss through one forward pass of D over 2 N + 2 n latents; return its figures.
 
-        Without penalty noise the update is one that lazy penalties leave out: n = 0.
+        Updates that lazy penalties skip have no penalty noise: n = 0.
         """
         batch, share, run = part.d_batch, part.share, self.run
         real, labels, t, source = batch.real, batch.labels, batch.t, batch.source
@@ -174,74 +174,74 @@ class AdversarialFlow(Objective):
             real, fake, source = part.d_view(real), part.d_view(fake), part.d_view(source)
         epsilon, noise = run.penalty.epsilon, part.noise
         n = 0 if noise is None else len(noise.real)
-        everything = [real, fake]
+        samples = [real, fake]
         if noise is not None:
-            everything += [moved(real[:n], noise.real, epsilon), moved(fake[:n], noise.fake, epsilon)]
-        judge = learner.module("discriminator")
-        times = None if t is None else _four(t, n)
-        logits = judge(torch.cat(everything), _four(labels, n), times, _four(source, n))  # (2 N + 2 n,)
+            samples += [perturb(real[:n], noise.real, epsilon), perturb(fake[:n], noise.fake, epsilon)]
+        discriminator = learner.module("discriminator")
+        times = None if t is None else _repeat(t, n)
+        logits = discriminator(torch.cat(samples), _repeat(labels, n), times, _repeat(source, n))  # (2 N + 2 n,)
         weighting = batch.weighting if isinstance(batch.weighting, float) else batch.weighting[:n]
-        seen = Judged(Logits(*logits.split([len(real), len(fake), n, n])), epsilon, weighting)
-        # Lazy penalties weigh more where they are computed, so that their mean over updates is the penalty's.
-        shares = {"batch": share.batch, "penalized": run.penalty.every * share.penalized}
-        values = [shares[each.over] * each.value(seen) for each in D_TERMS]
+        inputs = DLossInputs(Logits(*logits.split([len(real), len(fake), n, n])), epsilon, weighting)
+        # Lazy penalties are scaled up where they are computed, so that their mean over updates is the penalty's.
+        scale = {"batch": share.batch, "penalized": run.penalty.every * share.penalized}
+        values = [scale[each.over] * each.value(inputs) for each in D_TERMS]
         total = _weighted([each.weight(run, now) for each in D_TERMS], values)
         total.backward()
-        gap = (seen.logits.real - seen.logits.fake).detach()
-        beside = share.batch * gap.mean(), share.batch * (gap > 0).to(gap.dtype).mean()
-        return torch.stack([total.detach(), *(value.detach() for value in values), *beside])
+        gap = (inputs.logits.real - inputs.logits.fake).detach()
+        gap_figures = share.batch * gap.mean(), share.batch * (gap > 0).to(gap.dtype).mean()
+        return torch.stack([total.detach(), *(value.detach() for value in values), *gap_figures])
 
     def _update_generator(
-        self, learner: Learner, batch: Sequence[Part], now: Hyperparameters, output: Tensor | None
+        self, learner: Learner, batch: Sequence[MicroBatch], now: Hyperparameters, output: Tensor | None
     ) -> Tensor:
         at_output = self._output_gradients(learner, batch, now, output)
         scale = self._divisor(learner, at_output)
         for index, (part, gradients) in enumerate(zip(batch, at_output, strict=True)):
             with learner.accumulate("generator", index == len(batch) - 1):
                 adversarial = gradients.adversarial if scale is None else gradients.adversarial / scale
-                made = gradients.output
-                if made is None:
-                    made = self._generate(learner.module("generator"), part)
-                made.backward(adversarial + gradients.others)
+                out = gradients.output
+                if out is None:
+                    out = self._generate(learner.module("generator"), part)
+                out.backward(adversarial + gradients.others)
         norms = [torch.stack([each.adversarial.square().sum(), each.others.square().sum()]) for each in at_output]
-        parts = zip(at_output, norms, strict=True)
-        figures = learner.sum([torch.cat([each.losses, each.squares, norm]) for each, norm in parts])
-        losses, (distance, made_square, real_square, push, pull) = figures[: 1 + len(G_TERMS)], figures[-5:]
+        pairs = zip(at_output, norms, strict=True)
+        figures = learner.sum([torch.cat([each.losses, each.squares, norm]) for each, norm in pairs])
+        losses, (distance, out_square, real_square, push, pull) = figures[: 1 + len(G_TERMS)], figures[-5:]
         total = _weighted([1.0, *(each.weight(self.run, now) for each in G_TERMS)], list(losses))
         norm = learner.step("generator", total, now)
-        ratio = (made_square / real_square.clamp(min=1e-12)).sqrt()
+        ratio = (out_square / real_square.clamp(min=1e-12)).sqrt()
         return torch.stack([*losses, distance.sqrt(), ratio, push.sqrt(), pull.sqrt(), norm])
 
     def _output_gradients(
-        self, learner: Learner, batch: Sequence[Part], now: Hyperparameters, output: Tensor | None
+        self, learner: Learner, batch: Sequence[MicroBatch], now: Hyperparameters, output: Tensor | None
     ) -> list[OutputGradients]:
-        """Return the gradients at G's output of every micro-batch.
+        """Return the gradients at G's output for every micro-batch.
 
-        G's graph is kept for a single micro-batch; several pass through G again.
+        G's graph is kept for a single micro-batch; several of them pass through G again.
         """
         found = []
         for part in batch:
             with torch.set_grad_enabled(len(batch) == 1):
-                single = learner.module("generator") if len(batch) == 1 else learner.networks["generator"]
-                made = self._generate(single, part) if output is None else output
-            found.append(self._gradients_at(learner.networks["discriminator"], part, now, made))
+                generator = learner.module("generator") if len(batch) == 1 else learner.networks["generator"]
+                out = self._generate(generator, part) if output is None else output
+            found.append(self._gradients_at(learner.networks["discriminator"], part, now, out))
         return found
 
     def _gradients_at(
-        self, discriminator: nn.Module, part: Part, now: Hyperparameters, made: Tensor
+        self, discriminator: nn.Module, part: MicroBatch, now: Hyperparameters, out: Tensor
     ) -> OutputGradients:
-        """Return the gradients of G's loss at G's output `made` (N, C, H, W), on a micro-batch."""
+        """Return the gradients of G's loss at G's output `out` (N, C, H, W) for a micro-batch."""
         batch, view, share = part.g_batch, part.g_view, part.share.batch
-        output = made.detach().requires_grad_()
-        real, seen, source = batch.real, output, batch.source
+        output = out.detach().requires_grad_()
+        real, fake, source = batch.real, output, batch.source
         if view is not None:
-            real, seen, source = view(real), view(output), view(source)
+            real, fake, source = view(real), view(output), view(source)
         with torch.no_grad():
             real_logits = discriminator(real, batch.labels, batch.t, source)
-        adversarial = share * relativistic(discriminator(seen, batch.labels, batch.t, source), real_logits)
+        adversarial = share * relativistic(discriminator(fake, batch.labels, batch.t, source), real_logits)
         (gradient,) = torch.autograd.grad(adversarial, output)
-        generated = Generated(output, batch.source, batch.weighting, part.guide)
-        values = [share * each.value(generated) for each in G_TERMS]
+        inputs = GLossInputs(output, batch.source, batch.weighting, part.guide)
+        values = [share * each.value(inputs) for each in G_TERMS]
         total = _weighted([each.weight(self.run, now) for each in G_TERMS], values)
         (others,) = torch.autograd.grad(total, output)
         squares = (output.detach() - batch.source).square(), output.detach().square(), batch.real.square()
@@ -250,11 +250,11 @@ class AdversarialFlow(Objective):
             others=others,
             losses=torch.stack([adversarial.detach(), *(value.detach() for value in values)]),
             squares=torch.stack([share * square.mean() for square in squares]),
-            output=made if made.requires_grad else None,
+            output=out if out.requires_grad else None,
         )
 
     def _divisor(self, learner: Learner, at_output: Sequence[OutputGradients]) -> Tensor | None:
-        """Return what the adversarial gradient of the whole batch is divided by, if it is normalized."""
+        """Return the divisor of the whole batch's adversarial gradient; None without normalization."""
         settings = self.run.gradient_normalization
         if not settings.enabled:
             return None
@@ -271,6 +271,6 @@ def _weighted(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _four(values: Tensor, n: int) -> Tensor:
-    """Repeat what belongs to a batch (N,) for its four parts in D's forward: real, fake, and n of each moved."""
+def _repeat(values: Tensor, n: int) -> Tensor:
+    """Repeat values of a batch (N,) for the parts of D's forward pass: real, fake, and n perturbed ones of each."""
     return torch.cat([values, values, values[:n], values[:n]])
