@@ -31,9 +31,8 @@ from afm_pipe.training.state import TrainingState
 from afm_pipe.training.trainer import Trained
 from tests.conftest import ROOT
 from tests.distributed.test_data_parallel import difference
-from tests.distributed.worker import CPU, RandomLatents, objective_of, run_groups, run_of, train_case
+from tests.distributed.worker import CPU, UPDATES, RandomLatents, objective_of, run_groups, run_of, train_case
 
-UPDATES = 10  # a row of the curves
 SHARDED, SPARING = Engine(shard=True), Engine(shard=True, checkpoint_activations=True)
 GROUPS = (1, 2, 1, 2)  # processes; of two, each keeps a shard
 CASES = {  # run, type, how the processes compute, micro-batch

@@ -33,7 +33,7 @@ from afm_pipe.training.trainer import Runtime, Task, Trained, Trainer
 from tests.conftest import SMOKE
 from tests.objectives.pinned import MemoryLatents
 
-BATCH, UPDATES, IMAGES = 12, 20, 60
+BATCH, UPDATES, IMAGES = 12, 10, 60  # a row of the curves, two epochs
 CPU = torch.device("cpu")
 AUGMENT = Augmentation(probability=0.5, translate=0.3, erasings=1, area=(0.1, 0.5))
 GUIDED = {"guidance": Guidance(scale=1.0, t=(0.0, 0.5)), "augment": AUGMENT}
@@ -101,12 +101,13 @@ def train_case(
     until: int = UPDATES,
     engine: Engine = Engine(),  # noqa: B008  # an immutable value
     reads_at_once: bool = True,
+    checkpoint_seconds: float = 1e9,
 ) -> tuple[Trained, RandomLatents]:
     """Train a case as one process of a group; without `reads_at_once` no loss is read before a step, as on a GPU."""
     torch.set_default_dtype(dtype)
     try:
         latents = RandomLatents()
-        runtime = Runtime(folder, checkpoint_seconds=0.0, group=group, micro_batch=micro_batch, engine=engine)
+        runtime = Runtime(folder, CPU, checkpoint_seconds, group, micro_batch, engine=engine)
         trainer = Trainer(Task(objective_of(case, until), cast(Latents, latents), case), runtime)
         trainer.learner._reads_at_once = reads_at_once
         training = trainer.train()
@@ -135,10 +136,10 @@ def work(folder: Path, size: int, stage: int) -> None:
     with init_distributed(CPU) as group:
         found: dict[str, Any] = {}
         # One run that every group resumes, each from the checkpoint of the group before.
-        handed_on, _ = train_case("plain", folder / "handed on", group, until=10 * (stage + 1))
+        handed_on, _ = train_case("plain", folder / "handed on", group, until=UPDATES * (stage + 1), checkpoint_seconds=0.0)
         found["handed on"] = outcome(handed_on)
         if stage == 0:
-            found["never handed on"] = outcome(train_case("plain", folder / "whole", group, until=30)[0])
+            found["never handed on"] = outcome(train_case("plain", folder / "whole", group, until=3 * UPDATES)[0])
         if stage < 3:
             here = folder / f"{size} processes"
             found["guided"] = outcome(train_case("guided", here / "guided", group)[0])

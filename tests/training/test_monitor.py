@@ -42,10 +42,9 @@ def monitored(latents: Latents, discs_params: Params, tmp_path: Path) -> Monitor
         "monitor": {"settle_epochs": 1.0, "probe": {"every_epochs": 1.25}},
     }
 
-    def trained(folder: str, own: dict[str, Any], stop_at: int | None = None, seconds: float = 0.0) -> TrainingState:
+    def trained(folder: str, own: dict[str, Any], stop_at: int | None = None, seconds: float = 1e9) -> TrainingState:
         run = Run.model_validate(deep_merge(deep_merge(discs_params.runs["t4"].model_dump(mode="json"), base), own))
         objective = build_objective(run, run_config(run, latents.latent_shape, latents.num_classes))
-        # With no seconds between checkpoints, every row has one and an interrupted run stops right after it.
         task = Task(objective, latents, "monitored", keep_at=(LAST,))
         return train(Trainer(task, Runtime(tmp_path / folder, checkpoint_seconds=seconds)), stop_at)
 
@@ -103,7 +102,7 @@ def test_nan_rolls_back_to_the_last_good_probe_at_lower_rates(monitored: Monitor
     assert whole.rows[0]["lr"] == pytest.approx(1.0e-3)
 
     with pytest.raises(InterruptedError):
-        monitored("cut", NAN, stop_at=20)
+        monitored("cut", NAN, stop_at=20, seconds=0.0)
     assert events_of(tmp_path, "cut")[0].kind == "divergence"
     with (tmp_path / "cut" / FILE).open("a") as file:
         file.write('{"update": 2')  # what a kill in the middle of a write leaves
@@ -116,7 +115,7 @@ def test_a_kill_before_the_first_checkpoint_after_a_rollback_changes_nothing(
 ) -> None:
     whole = monitored("whole", NAN)
     with pytest.raises(InterruptedError):
-        monitored("cut", NAN, stop_at=30, seconds=1000.0)
+        monitored("cut", NAN, stop_at=30)
     assert not list((tmp_path / "cut" / "checkpoints").glob("update-*"))
     assert [path.name for path in sorted((tmp_path / "cut" / "good").iterdir())][-1] > "update-000000000"
     assert_same(monitored("cut", NAN), whole)
@@ -126,7 +125,7 @@ def test_a_kill_before_the_first_checkpoint_after_a_rollback_changes_nothing(
 def test_damaged_good_checkpoints_are_not_used(monitored: Monitored, tmp_path: Path) -> None:
     calm = deep_merge(NAN, {"phases": [{"until_epoch": 5, "lr": 1.0e-3}]})
     with pytest.raises(InterruptedError):
-        monitored("bad", calm, stop_at=20)
+        monitored("bad", calm, stop_at=20, seconds=0.0)
     for path in (tmp_path / "bad" / "good").glob("*/generator.safetensors"):
         path.write_bytes(bytes(path.stat().st_size))
     with pytest.raises(NotFiniteError):
@@ -172,7 +171,7 @@ def test_a_stall_reloads_the_earlier_discriminator_that_does_best(monitored: Mon
     assert len(list((tmp_path / "whole" / "adversaries").glob("probe-*"))) <= 6, "bounded"
 
     with pytest.raises(InterruptedError):
-        monitored("cut", STUCK, stop_at=30)
+        monitored("cut", STUCK, stop_at=30, seconds=0.0)
     assert_same(monitored("cut", STUCK), whole)
     for line in (tmp_path / "cut" / FILE).read_text().splitlines():
         assert set(json.loads(line)) == {"update", "images", "kind", "text", "evidence", "action"}
@@ -226,7 +225,7 @@ def test_an_auto_schedule_has_three_phases_and_returns_its_best_probe(monitored:
     assert all(torch.equal(tensor, whole.best.state_dict()[name]) for name, tensor in whole.ema.state_dict().items())
 
     with pytest.raises(InterruptedError):
-        monitored("cut", AUTO | bound, stop_at=30)
+        monitored("cut", AUTO | bound, stop_at=30, seconds=0.0)
     assert_same(monitored("cut", AUTO | bound), whole)
     assert_same(monitored("cut", AUTO | bound), whole)  # and once more, of a finished one
 
