@@ -75,7 +75,7 @@ def train(params: Params, name: str, launch: Launch) -> None:
             track(f"train {name}", trainer.train())
             return
         code = begin_work(work_dir / identity, "train")
-        live = logged(trainer.train(), trainer.store, paths.WORK / "dvclive" / name)
+        live = logged(trainer, paths.WORK / "dvclive" / name)
         try:
             trained = track(f"train {name}", live)
         except NotFiniteError as error:
@@ -110,7 +110,7 @@ def _retention(launch: Launch, run: Run, num_images: int, lease: Lease | None) -
     epochs = launch.keep_every_epochs
     every = None if epochs is None else max(update_at(run, epochs, num_images), 1)
     policy = RetentionPolicy(launch.keep_checkpoints, every=every, best=launch.keep_best)
-    return policy if lease is None else policy._replace(own=lease.check)
+    return policy if lease is None else policy._replace(check_lease=lease.check)
 
 
 def _measure(

@@ -1,7 +1,7 @@
-"""What a phase does to the networks at given moments: EMA reload and D reload (paper section 3, Table 11).
+"""Interventions that phases declare: EMA reload and D reload (paper section 3, Table 11).
 
-The paper's authors did this by hand; here it is a function of the update's number alone, so that a resumed run does
-it again at the same moments.
+The paper's authors intervened by hand; here it depends on the update's number only, so that a resumed run intervenes at
+the same moments.
 """
 
 from collections.abc import Collection
@@ -12,16 +12,16 @@ from afm_pipe.training.callback import Callback, Training
 
 
 class Interventions(Callback):
-    """Does what phases declare before the update at which it is due.
+    """Reloads networks before the update at which a phase says so.
 
-    The adversary's weights are kept at the epochs that a later phase goes back to; all processes must see the files.
+    The adversary's weights are kept at the epochs that a later phase reloads; all processes must see the files.
     """
 
     def __init__(self, training: Training, run: Run) -> None:
         self.training, self.run = training, run
 
     def before_update(self) -> None:
-        """Keep or reload the adversary, and replace G by its moving average, where a phase says so."""
+        """Keep or reload the adversary, and replace G by its moving average."""
         state, store, run = self.training.state, self.training.store, self.run
         num_images, start = self.training.latents.num_images, 0
         self._keep({update_at(run, epoch, num_images) for epoch in run.keep_discriminators})
@@ -35,10 +35,10 @@ class Interventions(Callback):
                 self._keep({then})
                 if state.update == start:
                     store.load(path, adversary)
-                    self._note(f"D put back to epoch {phase.reload_discriminator:g}")
+                    self._note(f"D reloaded from epoch {phase.reload_discriminator:g}")
             within = phase.reload_ema == "epoch" and start <= state.update < end
             if within and begins(run, state.update, start, num_images):
-                state.sampled_from_ema()
+                state.reload_ema()
                 self._note("G replaced by its moving average")
             start = end
 

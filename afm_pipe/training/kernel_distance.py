@@ -1,4 +1,4 @@
-"""The kernel distance of two sets of features (KID): what the monitor watches and the evaluation reports.
+"""The kernel distance of two sets of features (KID), for the monitor and the evaluation.
 
 Shapes: N samples, D features.
 """
@@ -13,8 +13,8 @@ TILE = 250  # rows, and columns, of a block of kernel values
 def kid(reference: np.ndarray, features: np.ndarray, subsets: int, subset_size: int, seed: int) -> float:
     """Return the kernel distance (unbiased MMD^2, cubic kernel) of features (N, D) to reference features.
 
-    Equal to clean-fid's, which draws its subsets from the global random state. A mean over random subsets, drawn from
-    `seed`. Near zero it may be negative. Computed in float64: features of a small classifier cancel badly in float32.
+    The mean over random subsets, drawn from `seed`; equal to clean-fid's, which draws them from global random state. It
+    may be negative near zero. Computed in float64, since features of a small classifier cancel badly in float32.
     """
     return float(kid_of_subsets(reference, features, subsets, subset_size, seed).mean())
 
@@ -22,7 +22,7 @@ def kid(reference: np.ndarray, features: np.ndarray, subsets: int, subset_size: 
 def kid_of_subsets(
     reference: np.ndarray, features: np.ndarray, subsets: int, subset_size: int, seed: int, scale: float = 1.0
 ) -> np.ndarray:
-    """Return the kernel distance of each random subset (subsets,); their mean is `kid`. Features count over `scale`."""
+    """Return the kernel distance of each random subset (subsets,), of features over `scale`; their mean is `kid`."""
     random = np.random.RandomState(seed % 2**32)  # clean-fid's draws, in its order
     size, values = min(len(reference), len(features), subset_size), []
     for _ in range(subsets):
@@ -43,7 +43,7 @@ def _with_one(features: np.ndarray, scale: float) -> np.ndarray:
 
 
 def _cubes_within(x: np.ndarray) -> float:
-    """Return the sum of the kernel over pairs of different rows; half of the pairs are looked at."""
+    """Return the sum of the kernel over pairs of different rows, of which half are computed."""
     total = 0.0
     for start in range(0, len(x), TILE):
         rows = x[start : start + TILE]

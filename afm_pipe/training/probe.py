@@ -40,7 +40,7 @@ class FeatureNetwork(Protocol):
 
 
 class Probe:
-    """Measures generators of one run; built at every start, always the same."""
+    """Measures generators of one run; rebuilt at every start, always the same."""
 
     def __init__(self, latents: Latents, run: Run, device: torch.device, classifier: nn.Module | None = None) -> None:
         """Choose latents and noise, and train the feature network unless there is a `classifier` to see with."""

@@ -1,7 +1,6 @@
-"""The rules of the monitor: each looks at what is known of a run and returns an alarm, or nothing.
+"""The rules of the monitor: pure functions of curves and probes that return an alarm or None.
 
-Pure functions of rows of the curves and of probes. docs/monitor.md states each rule and where its threshold comes
-from.
+docs/monitor.md states each rule and the origin of its threshold.
 """
 
 import math
@@ -21,7 +20,7 @@ Probed = dict[str, float]
 
 
 class Alarm(NamedTuple):
-    """What a rule found."""
+    """The finding of a rule."""
 
     kind: str
     text: str
@@ -29,7 +28,7 @@ class Alarm(NamedTuple):
 
 
 class Watched(NamedTuple):
-    """The columns of the curves that rules look at, by role (`objectives.base.Term`)."""
+    """The columns of the curves that rules read, by role (`objectives.base.Term`)."""
 
     adversarial_loss: tuple[str, ...]
     d_accuracy: str | None
@@ -38,24 +37,24 @@ class Watched(NamedTuple):
 
     @classmethod
     def of(cls, objective: type[Objective] | Objective) -> "Watched":
-        """Return the columns of an objective; a rule without its column never fires."""
+        """Return the columns of an objective; a rule whose column is missing never fires."""
         one = {role: next(iter(objective.with_role(role)), None) for role in ROLES}
         return cls(tuple(objective.with_role("adversarial_loss")), **one)
 
 
 def alarms_of_rows(run: Run, watched: Watched, rows: Sequence[Row]) -> list[Alarm]:
-    """Return the alarms of the rules that need the curves alone."""
+    """Return the alarms of the rules that read curves only."""
     return [alarm for alarm in (divergence(run, watched, rows), identity(run, watched, rows)) if alarm is not None]
 
 
 def alarms_of_probes(run: Run, watched: Watched, rows: Sequence[Row], probes: Sequence[Probed]) -> list[Alarm]:
-    """Return the alarms of the rules that need a probe, right after one."""
+    """Return the alarms of the rules that read probes, right after one."""
     found = (spread_lost(run, probes), stagnation(run, watched, rows, probes), collapse(run, probes))
     return [alarm for alarm in found if alarm is not None]
 
 
 def divergence(run: Run, watched: Watched, rows: Sequence[Row]) -> Alarm | None:
-    """Losses are not finite or explode, or samples are much larger than data."""
+    """Return an alarm when losses are not finite or explode, or samples are much larger than data."""
     limits = run.monitor.divergence
     columns = (*watched.adversarial_loss, *([watched.output_scale] if watched.output_scale else []))
     seen = _means(run, rows, *columns)
@@ -75,7 +74,7 @@ def divergence(run: Run, watched: Watched, rows: Sequence[Row]) -> Alarm | None:
 
 
 def spread_lost(run: Run, probes: Sequence[Probed]) -> Alarm | None:
-    """Samples vary hardly at all, over all classes."""
+    """Return an alarm when samples hardly vary, over all classes."""
     last, limit = probes[-1], run.monitor.divergence.spread
     if _settled(run, last) and _below(run, last, "spread", limit):
         text = f"samples vary {_figure(last, 'spread')} times as much as data, below {limit:g}"
@@ -84,22 +83,22 @@ def spread_lost(run: Run, probes: Sequence[Probed]) -> Alarm | None:
 
 
 def identity(run: Run, watched: Watched, rows: Sequence[Row]) -> Alarm | None:
-    """G returns nearly what it is given."""
+    """Return an alarm when G is close to the identity."""
     if watched.transport_distance is None:
         return None
     seen = _means(run, rows, watched.transport_distance)
     if seen is None or not _settled(run, rows[-1]):
         return None
     steps = 3 if run.nfe == "any" else run.nfe  # the root mean square of s - t over pairs of times is a third
-    move = seen[watched.transport_distance] * steps
-    if move < run.monitor.identity.transport_rms:
-        text = f"G moves its noise by {move:.3g} of its size, below {run.monitor.identity.transport_rms:g}"
-        return Alarm("identity", text, {"transport_rms": move, "transport": rows[-1]["transport"]})
+    distance = seen[watched.transport_distance] * steps
+    if distance < run.monitor.identity.transport_rms:
+        text = f"G moves its noise by an rms of {distance:.3g}, below {run.monitor.identity.transport_rms:g}"
+        return Alarm("identity", text, {"transport_rms": distance, "transport": rows[-1]["transport"]})
     return None
 
 
 def stagnation(run: Run, watched: Watched, rows: Sequence[Row], probes: Sequence[Probed]) -> Alarm | None:
-    """Quality stops improving while D wins."""
+    """Return an alarm when quality stops improving while D wins."""
     limits = run.monitor.stagnation
     if watched.d_accuracy is None or not stopped_improving(run, probes):
         return None
@@ -114,7 +113,7 @@ def stagnation(run: Run, watched: Watched, rows: Sequence[Row], probes: Sequence
 
 
 def collapse(run: Run, probes: Sequence[Probed]) -> Alarm | None:
-    """Samples of a class are too much alike, or those of different classes are; at several probes in a row."""
+    """Return an alarm when, at several probes in a row, samples of one class or of all classes are too similar."""
     limits = run.monitor.collapse
     last, before = probes[-limits.probes :], probes[: -limits.probes]
     if len(last) < limits.probes or not _settled(run, last[0]):
@@ -203,7 +202,7 @@ def _settled(run: Run, at: Row) -> bool:
 
 
 def _means(run: Run, rows: Sequence[Row], *names: str) -> dict[str, float] | None:
-    """Return the means of some columns over the last rows, None while there are too few."""
+    """Return the means of some columns over the last rows; None while there are too few rows."""
     last = rows[-run.monitor.rows :]
     if len(last) < run.monitor.rows:
         return None

@@ -7,7 +7,7 @@ import torch
 
 from afm_pipe.data.latents import Latents
 from afm_pipe.distributed.process_group import ProcessGroup
-from afm_pipe.objectives.adversarial_flow.batches import AdversarialBatches, Part, draw_times
+from afm_pipe.objectives.adversarial_flow.batches import AdversarialBatches, MicroBatch, draw_times
 from afm_pipe.objectives.base import Hyperparameters, num_micro_batches
 from afm_pipe.params import Run
 from afm_pipe.runtime.errors import UserError
@@ -49,7 +49,7 @@ def test_label_noise_does_not_depend_on_the_number_of_processes(latents: Latents
         assert torch.equal(found, alone[rank::2])
 
 
-def whole(parts: list[list[Part]], field: str) -> torch.Tensor:
+def whole(parts: list[list[MicroBatch]], field: str) -> torch.Tensor:
     """Put a tensor of D's batch together again from the micro-batches of all processes."""
     of_rank = []
     for of_process in parts:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from afm_pipe.distributed.process_group import SINGLE_PROCESS
 from afm_pipe.models.model_files import ModelConfig, build_discriminator, run_config
-from afm_pipe.objectives.adversarial_flow.batches import Batch, Part, PenaltyNoise, Share
+from afm_pipe.objectives.adversarial_flow.batches import Batch, MicroBatch, PenaltyNoise, Share
 from afm_pipe.objectives.adversarial_flow.losses import (
     gradient_penalty,
     logit_centering,
@@ -108,7 +108,7 @@ class Recorder(Learner):
         return super().step(name, loss, hyperparameters)
 
 
-def gradients_of(run: Run, *parts: Part) -> tuple[list[dict[str, Tensor]], list[dict[str, float]]]:
+def gradients_of(run: Run, *parts: MicroBatch) -> tuple[list[dict[str, Tensor]], list[dict[str, float]]]:
     """Update from each part, at the same weights; return gradients by network, and figures."""
     objective = AdversarialFlow(run, run_config(run, SHAPE, CLASSES))
     state = TrainingState.fresh(objective, torch.device("cpu"))
@@ -128,10 +128,10 @@ def gradients_of(run: Run, *parts: Part) -> tuple[list[dict[str, Tensor]], list[
 
 
 @pytest.fixture
-def part(float64: None) -> Part:
+def part(float64: None) -> MicroBatch:
     torch.manual_seed(1)
     batch = Batch(torch.randn(8, *SHAPE), torch.randn(8, *SHAPE), torch.arange(8) % CLASSES)
-    return Part(batch, batch, PenaltyNoise(*torch.randn(2, 2, *SHAPE)), None, None, None, Share())
+    return MicroBatch(batch, batch, PenaltyNoise(*torch.randn(2, 2, *SHAPE)), None, None, None, Share())
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def run(smoke_run: Run) -> Run:
     return smoke_run.model_copy(update={"size": "s4", "batch_size": 8, "weight_decay": 0.0})
 
 
-def test_lazy_penalties_have_the_penalties_mean_gradient(run: Run, part: Part) -> None:
+def test_lazy_penalties_have_the_penalties_mean_gradient(run: Run, part: MicroBatch) -> None:
     lazy = run.model_copy(update={"penalty": run.penalty.model_copy(update={"every": 4})})
     (always,), (whole,) = gradients_of(run, part)
     of_four, figures = gradients_of(lazy, part, *[part._replace(noise=None)] * 3)
@@ -149,7 +149,7 @@ def test_lazy_penalties_have_the_penalties_mean_gradient(run: Run, part: Part) -
     assert whole["r1"] > 1e-6
 
 
-def test_a_reused_forward_gives_the_same_gradients(run: Run, part: Part) -> None:
+def test_a_reused_forward_gives_the_same_gradients(run: Run, part: MicroBatch) -> None:
     (drawn_twice,), _ = gradients_of(run, part)
     (reused,), _ = gradients_of(run.model_copy(update={"reuse_forward": True}), part)
     assert not run.reuse_forward

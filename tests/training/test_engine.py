@@ -18,7 +18,7 @@ from afm_pipe.models.discriminator import Discriminator
 from afm_pipe.models.generator import Generator
 from afm_pipe.models.model_files import ModelConfig
 from afm_pipe.objectives import build_objective
-from afm_pipe.objectives.adversarial_flow.losses import gradient_penalty, moved
+from afm_pipe.objectives.adversarial_flow.losses import gradient_penalty, perturb
 from afm_pipe.params import Run
 from afm_pipe.params.file import load_params
 from afm_pipe.params.sizes import ModelSize
@@ -105,7 +105,7 @@ def test_bf16_measures_the_penalty_of_a_discriminator_that_has_a_slope() -> None
         if "adaLN" in name or "final_layer" in name:
             torch.nn.init.normal_(value, std=0.05)  # as trained ones are: a new D's blocks do nothing
     x, labels = torch.randn(256, *SHAPE), torch.arange(256) % CLASS_COUNT
-    away = moved(x, torch.randn(x.shape), BF16_EPSILON)
+    away = perturb(x, torch.randn(x.shape), BF16_EPSILON)
     found = {}
     for bf16 in (False, True):
         network.bf16 = bf16

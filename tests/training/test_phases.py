@@ -43,7 +43,7 @@ def test_reloads_happen_at_the_start_of_a_phase_and_of_each_epoch(smoke_run: Run
     assert trainer.notes == [
         "update 9: G replaced by its moving average",
         "update 14: G replaced by its moving average",
-        "update 18: D put back to epoch 1",
+        "update 18: D reloaded from epoch 1",
     ]
 
 
@@ -60,5 +60,5 @@ def test_discriminator_goes_back_to_what_it_was(smoke_run: Run, tmp_path: Path) 
         interventions.before_update()
     assert embedding[0].item() == 4
     shutil.rmtree(tmp_path)
-    with pytest.raises(UserError, match="which the run goes back to"):
+    with pytest.raises(UserError, match="which the run reloads"):
         interventions.before_update()

@@ -1,6 +1,6 @@
-"""Random changes to latents: of what D sees in guided phases, and of what the classifier learns from.
+"""Augmentation of latents: of what D sees in guided phases, and of what the classifier is trained on.
 
-Drawn from a generator of one's own, so that a batch's changes are a function of (seed, images seen) like all else.
+Each is drawn from a separate generator, so that a batch's augmentation is a function of (seed, images seen).
 """
 
 import math
@@ -17,32 +17,32 @@ ASPECT = (0.3, 3.3)  # of an erased rectangle: half of the draws below 1, half a
 
 
 class View(Protocol):
-    """How latents (N, C, H, W) are seen."""
+    """An augmentation of latents."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return them as they are seen."""
+        """Return augmented latents (N, C, H, W)."""
 
 
 class AugmentedView(NamedTuple):
     """Translations and erasings of a batch, applied differentiably, to real and fake alike."""
 
-    origins: Tensor  # (N, H, W): which pixel, counted by rows, each comes from
+    origins: Tensor  # (N, H, W): the index of the source pixel, row by row
     keep: Tensor  # (N, H, W) bool; the others are zero
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return latents x (N, C, H, W) as D sees them."""
+        """Return augmented latents x (N, C, H, W)."""
         n, channels = x.shape[:2]
         where = self.origins.to(x.device).view(n, 1, -1).expand(n, channels, -1)
         return x.flatten(2).gather(2, where).view_as(x) * self.keep.to(x.device)[:, None]
 
 
 class AffineView(NamedTuple):
-    """Rotations, translations and magnifications of a batch; what lies beyond the border is reflected."""
+    """Rotations, translations and magnifications of a batch, with reflection at the border."""
 
     theta: Tensor  # (N, 2, 3)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return latents x (N, C, H, W), moved."""
+        """Return augmented latents x (N, C, H, W)."""
         grid = F.affine_grid(self.theta.to(x), list(x.shape), align_corners=False)
         return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
 
@@ -66,8 +66,8 @@ def augmented_view(
     return AugmentedView(index[own].contiguous(), keep[own].contiguous())
 
 
-def affine_view(affine: Affine, count: int, generator: torch.Generator, own: slice = ALL) -> AffineView:
-    """Draw rotations, translations and magnifications for a batch of `count`, of which `own` are wanted."""
+def affine_view(affine: Affine, count: int, generator: torch.Generator, shard: slice = ALL) -> AffineView:
+    """Draw rotations, translations and magnifications for a batch of `count` latents; return those of `shard`."""
     angle = math.radians(affine.degrees) * (2 * torch.rand(count, generator=generator) - 1)
     shift = 2 * affine.translate * (2 * torch.rand(2, count, generator=generator) - 1)  # in half sides
     low, high = affine.scale
@@ -75,7 +75,7 @@ def affine_view(affine: Affine, count: int, generator: torch.Generator, own: sli
     chosen = torch.rand(count, generator=generator) < affine.probability
     cosine, sine = angle.cos() / scale, angle.sin() / scale
     theta = torch.stack([cosine, -sine, shift[0], sine, cosine, shift[1]], dim=1).view(count, 2, 3)
-    return AffineView(torch.where(chosen[:, None, None], theta, torch.eye(2, 3))[own])
+    return AffineView(torch.where(chosen[:, None, None], theta, torch.eye(2, 3))[shard])
 
 
 def _rectangles(

@@ -1,8 +1,8 @@
 """The batches of a run: latents, labels, times and noise, each a function of (seed, stream, images seen).
 
 Every process draws for the whole batch and takes a strided shard of it, `rank::world_size`; each of its micro-batches
-is a strided shard of that. So nothing depends on the number of processes and micro-batches, and the first images of a
-batch, which are penalized, are spread evenly over them.
+is a strided shard of that. So no number depends on how many processes and micro-batches there are, and the penalized
+images, the first ones of a batch, are spread evenly over them.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ Draws = TypeVar("Draws", bound=tuple[Any, ...] | None)
 
 
 class Batch(NamedTuple):
-    """What one update of G or D is made from. In one step x_s is noise, x_t is data, and there are no times."""
+    """The batch of one step of G or D. For one-step generation x_s is noise, x_t is data, and there are no times."""
 
     real: Tensor  # (N, C, H, W), x_t: what D compares G's output with
     source: Tensor  # (N, C, H, W), x_s: G's input
@@ -50,7 +50,7 @@ class Batch(NamedTuple):
 
 
 class PenaltyNoise(NamedTuple):
-    """Directions of the finite differences, for the penalized first part of the batch."""
+    """Directions of the finite differences, for the penalized images: the first ones of the batch."""
 
     real: Tensor  # (n, C, H, W)
     fake: Tensor  # (n, C, H, W)
@@ -86,7 +86,7 @@ class Draw(NamedTuple):
 
 
 class AdversarialBatches:
-    """Draws the batches of G and of D, which see the data in orders of their own."""
+    """Draws the batches of G and of D, each of which sees the data in its own order."""
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ class AdversarialBatches:
         return found
 
     def batch(self, stream: Stream, images_seen: int) -> Batch:
-        """Return this process's shard of the batch of a stream that starts when G has seen `images_seen` images."""
+        """Return this process's shard of a stream's batch, which starts when G has seen `images_seen` images."""
         count, generator = self.run.batch_size, stream_generator(self.run.seed, stream, "noise", images_seen)
         shape, shard = (count, *self.latents.latent_shape), self.shard
         indices = self.orders[stream].indices(images_seen, count)
@@ -160,7 +160,7 @@ class AdversarialBatches:
         return batch.to(self.device)
 
     def _noisy(self, labels: Tensor, stream: Stream, images_seen: int) -> Tensor:
-        """Return the labels (N,) of a batch with the run's share of them replaced by random ones."""
+        """Return labels (N,), of which the run's share is replaced by random ones."""
         if not self.run.label_noise:
             return labels
         generator = stream_generator(self.run.seed, stream, "labels", images_seen)
@@ -194,7 +194,7 @@ class AdversarialBatches:
         return guide_to_data(self.classifier, guidance, batch.labels, shape, generator, self.shard)
 
     def _part(self, draws: Draws, part: int) -> Draws:
-        """Return the strided shard `part::num_micro_batches` of draws that are tensors over images, or None."""
+        """Return the strided shard `part::num_micro_batches` of a tuple of tensors over images, or None."""
         if draws is None or self.num_micro_batches == 1:
             return draws
         chosen = (each[part :: self.num_micro_batches] if isinstance(each, Tensor) else each for each in draws)

@@ -22,7 +22,7 @@ class Logits(NamedTuple):
 
 
 def relativistic(higher: Tensor, lower: Tensor) -> Tensor:
-    """Return mean softplus(-(higher - lower)): D wants real above generated, G the other way round."""
+    """Return mean softplus(-(higher - lower)): D wants real above generated, G the reverse."""
     return F.softplus(lower - higher).mean()
 
 
@@ -31,7 +31,7 @@ def gradient_penalty(logits: Tensor, moved: Tensor, epsilon: float, weighting: T
 
     A finite difference, so no gradient of a gradient is needed.
     """
-    if not len(moved):
+    if not len(perturbed):
         return logits.new_zeros(())
     return (weighting * ((moved - logits) / epsilon).square()).mean()
 
@@ -51,11 +51,11 @@ def step_weighting(s: Tensor, t: Tensor) -> Tensor:
     return (s - t).abs().clamp(min=0.001)
 
 
-def moved(x: Tensor, noise: Tensor, epsilon: float) -> Tensor:
+def perturb(x: Tensor, noise: Tensor, epsilon: float) -> Tensor:
     """Return x + epsilon noise."""
     return torch.add(x, noise, alpha=epsilon)
 
 
 def interpolate(x: Tensor, z: Tensor, t: Tensor) -> Tensor:
-    """Return x_t = (1 - t) x + t z for latents (N, ...) and times (N,), or for numbers with a time each."""
+    """Return x_t = (1 - t) x + t z for x and z (N, ...) and times t (N,), or times of the shape of x."""
     return torch.lerp(x, z, t.reshape(*t.shape, *[1] * (x.ndim - t.ndim)))

@@ -1,9 +1,9 @@
 """Adversarial flow models: a GAN whose generator is tied to the optimal transport map (paper section 3).
 
 An update is one step of D, then one of G; together they cost 14.5 forward passes of G (paper Table 12). Losses are
-means over the batch, whose micro-batches weigh by their share, so gradients and figures are sums over micro-batches and
-processes. G's adversarial gradient is divided by a number that depends on the whole batch: the gradients at G's output
-of all micro-batches come first, then those of G's weights.
+means over the batch: each micro-batch is weighted by its share, so gradients and figures are sums over micro-batches
+and processes. G's adversarial gradient is divided by a number that depends on the whole batch, so the gradients at G's
+output are computed for all micro-batches before those of G's weights.
 
 Shapes: N images of a micro-batch, n penalized ones, C, H, W of latents.
 """
@@ -31,7 +31,7 @@ from afm_pipe.objectives.adversarial_flow.batches import (
 )
 from afm_pipe.objectives.adversarial_flow.losses import Logits, moved, relativistic
 from afm_pipe.objectives.adversarial_flow.normalizer import divisor
-from afm_pipe.objectives.adversarial_flow.terms import D_TERMS, G_ADVERSARIAL, G_TERMS, Generated, Judged
+from afm_pipe.objectives.adversarial_flow.terms import D_TERMS, G_ADVERSARIAL, G_TERMS, DLossInputs, GLossInputs
 from afm_pipe.objectives.base import Hyperparameters, Learner, Objective, Term
 from afm_pipe.objectives.schedules import cosine, num_updates, phase_at, update_at
 from afm_pipe.params import Run
@@ -51,7 +51,7 @@ class OutputGradients(NamedTuple):
 
 @register
 class AdversarialFlow(Objective):
-    """One run of adversarial flow, on one model."""
+    """Adversarial flow, for one run and model."""
 
     name = "adversarial_flow"
     terms = (
@@ -77,7 +77,7 @@ class AdversarialFlow(Objective):
     adversary = "discriminator"
 
     def __init__(self, run: Run, config: ModelConfig, classifier: nn.Module | None = None) -> None:
-        """Train `config`'s model as `run` says; `classifier` guides phases with guidance."""
+        """Train the model of `config` with the settings of `run`; `classifier` is for phases with guidance."""
         self.run, self.settings, self.config, self.classifier = run, run, config, classifier
 
     def build_networks(self) -> dict[str, nn.Module]:
@@ -169,7 +169,7 @@ class AdversarialFlow(Objective):
     def _discriminator_backward(
         self, learner: Learner, part: DiscriminatorPart, now: Hyperparameters, output: Tensor | None
     ) -> Tensor:
-        """Add the gradients of D's loss to D's parameters, by one forward pass of D over 2 N + 2 n latents.
+        """Backpropagate D's loss through one forward pass of D over 2 N + 2 n latents; return its figures.
 
         Without penalty noise the update is one that lazy penalties leave out: n = 0. Where the run is in bf16 and its
         penalties are not, a second forward pass in float32 is over 4 n latents.
@@ -233,15 +233,15 @@ class AdversarialFlow(Objective):
         losses, (distance, made_square, real_square, push, pull) = figures[: 1 + len(G_TERMS)], figures[-5:]
         total = _weighted([1.0, *(each.weight(self.run, now) for each in G_TERMS)], list(losses))
         norm = learner.step("generator", total, now)
-        ratio = (made_square / real_square.clamp(min=1e-12)).sqrt()
+        ratio = (out_square / real_square.clamp(min=1e-12)).sqrt()
         return torch.stack([*losses, distance.sqrt(), ratio, push.sqrt(), pull.sqrt(), norm])
 
     def _output_gradients(
         self, learner: Learner, parts: Sequence[GeneratorPart], now: Hyperparameters, output: Tensor | None
     ) -> list[OutputGradients]:
-        """Return the gradients at G's output of every micro-batch.
+        """Return the gradients at G's output for every micro-batch.
 
-        G's graph is kept for a single micro-batch; several pass through G again.
+        G's graph is kept for a single micro-batch; several of them pass through G again.
         """
         found = []
         for part in parts:
@@ -277,11 +277,11 @@ class AdversarialFlow(Objective):
             others=others,
             losses=torch.stack([adversarial.detach(), *(value.detach() for value in values)]),
             squares=torch.stack([share * square.mean() for square in squares]),
-            output=made if made.requires_grad else None,
+            output=out if out.requires_grad else None,
         )
 
     def _divisor(self, learner: Learner, at_output: Sequence[OutputGradients]) -> Tensor | None:
-        """Return what the adversarial gradient of the whole batch is divided by, if it is normalized."""
+        """Return the divisor of the whole batch's adversarial gradient; None without normalization."""
         settings = self.run.gradient_normalization
         if not settings.enabled:
             return None

@@ -28,8 +28,8 @@ class Judged(NamedTuple):
     weighting: Tensor | float  # w(s, t) of the penalized images, (n,)
 
 
-class Generated(NamedTuple):
-    """What G's loss is a function of, besides D's logits."""
+class GLossInputs(NamedTuple):
+    """What G's loss terms, besides the adversarial one, are functions of."""
 
     output: Tensor  # (N, C, H, W), G(x_s)
     source: Tensor  # (N, C, H, W), x_s
@@ -38,7 +38,7 @@ class Generated(NamedTuple):
 
 
 class LossTerm(NamedTuple):
-    """A term of a loss: its column, its value, its weight, and the share of the batch that it is a mean over."""
+    """A term of a loss: its column, its value, its weight, and the images that it is a mean over."""
 
     term: Term
     value: Callable[[Any], Tensor]
@@ -49,7 +49,7 @@ class LossTerm(NamedTuple):
 D_TERMS = (
     LossTerm(
         Term("d_adversarial", "Discriminator loss", "Relativistic, log scale", log=True, role="adversarial_loss"),
-        lambda seen: relativistic(seen.logits.real, seen.logits.fake),
+        lambda d: relativistic(d.logits.real, d.logits.fake),
     ),
     LossTerm(
         Term("r1", "R1 penalty", "Unweighted, log scale", log=True),
@@ -65,24 +65,24 @@ D_TERMS = (
     ),
     LossTerm(
         Term("logit_centering", "Logit centering", "Mean (D(x) + D(G(z)))², log scale", log=True),
-        lambda seen: logit_centering(seen.logits.real, seen.logits.fake),
+        lambda d: logit_centering(d.logits.real, d.logits.fake),
         lambda run, now: run.logit_centering,
     ),
 )
-"""Terms of D's loss (paper section 3), in the order they are added."""
+"""Terms of D's loss (paper section 3), in the order of addition."""
 
 G_ADVERSARIAL = Term("g_adversarial", "Generator loss", "Relativistic, log scale", log=True, role="adversarial_loss")
-"""Of G's loss the term whose gradient is normalized at G's output."""
+"""The term of G's loss whose gradient is normalized at G's output."""
 
 G_TERMS = (
     LossTerm(
         Term("g_transport", "Transport loss", "Unweighted, log scale", log=True),
-        lambda made: transport_cost(made.output, made.source, made.weighting),
+        lambda g: transport_cost(g.output, g.source, g.weighting),
         lambda run, now: now.weights["transport"],
     ),
     LossTerm(
         Term("g_guidance", "Guidance loss", "Weighted"),
-        lambda made: made.output.new_zeros(()) if made.guide is None else made.guide(made.output),
+        lambda g: g.output.new_zeros(()) if g.guide is None else g.guide(g.output),
     ),
 )
-"""The other terms of G's loss (paper section 3), in the order they are added."""
+"""The other terms of G's loss (paper section 3), in the order of addition."""

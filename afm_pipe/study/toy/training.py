@@ -17,12 +17,12 @@ from afm_pipe.objectives.adversarial_flow.guidance import guide_to_data
 from afm_pipe.objectives.adversarial_flow.losses import (
     Logits,
     interpolate,
-    moved,
+    perturb,
     relativistic,
     step_weighting,
     transport_cost,
 )
-from afm_pipe.objectives.adversarial_flow.terms import D_TERMS, Judged
+from afm_pipe.objectives.adversarial_flow.terms import D_TERMS, DLossInputs
 from afm_pipe.objectives.schedules import ema_decay_at
 from afm_pipe.params import Ema, Guidance, Toy
 from afm_pipe.runtime.progress import Progress
@@ -160,7 +160,7 @@ def _discriminator_loss(g: Map, critic: Mlps, batch: Batch, noise: Tensor, toy: 
     with torch.no_grad():
         fake = g(batch.source, batch.s, batch.t, batch.labels)  # (S, N)
     ends = [batch.target, fake]
-    everything = torch.cat(ends + [moved(x[:, :n], z, epsilon) for x, z in zip(ends, noise, strict=True)], dim=1)
+    everything = torch.cat(ends + [perturb(x[:, :n], z, epsilon) for x, z in zip(ends, noise, strict=True)], dim=1)
     t, labels = (torch.cat([value, value, value[:, :n], value[:, :n]], dim=1) for value in (batch.t, batch.labels))
     sizes = [toy.batch_size, toy.batch_size, n, n]
     real, fake, *steps = _judge(g, critic, everything, t, labels).split(sizes, dim=1)
@@ -168,7 +168,7 @@ def _discriminator_loss(g: Map, critic: Mlps, batch: Batch, noise: Tensor, toy: 
     weighting = step_weighting(batch.s, batch.t)[:, :n]
 
     def of_seed(logits: Logits, weighting: Tensor) -> tuple[Tensor, ...]:
-        return tuple(each.value(Judged(logits, epsilon, weighting)) for each in D_TERMS)
+        return tuple(each.value(DLossInputs(logits, epsilon, weighting)) for each in D_TERMS)
 
     adversarial, r1, r2, centering = vmap(of_seed)(logits, weighting)  # (S,) each
     return (adversarial + toy.penalty.weight * (r1 + r2) + toy.logit_centering * centering).sum()
