@@ -9,7 +9,7 @@ import torch
 from afm_pipe.autoencoders.base import Autoencoder
 from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from afm_pipe.evaluation.features import load_networks
-from afm_pipe.evaluation.frechet import Statistics, frechet_and_map
+from afm_pipe.evaluation.frechet import Statistics, frechet_distance
 from afm_pipe.evaluation.statistics import Reference
 from afm_pipe.params import Params
 from afm_pipe.sampling.sampler import Sampler, balanced_labels
@@ -55,4 +55,4 @@ class SampleDistance:
             statistics += Statistics.of(self.network(images).numpy())
         if not self.common["group"].is_main_process:
             return np.inf
-        return frechet_and_map(statistics.mu, statistics.sigma, self.reference.mu, self.reference.sigma)[0]
+        return frechet_distance(statistics.mu, statistics.sigma, self.reference.mu, self.reference.sigma)[0]

@@ -240,8 +240,7 @@ class TrainingMonitor(Callback):
     def _save_good(self) -> None:
         self.memory.good = self.state.update
         self._remember()
-        shares = self.state.shares
-        if self.group.is_main_process or shares.world_size > 1:
+        if self.group.is_main_process or self.state.is_sharded:
             # A killed run may resume before its last rollback, and then goes back as it did before.
             remembered = [memory.get("good") for memory in self.store.remembered("monitor", self.store.checkpoints)]
             keep = {good for good in remembered if good is not None}

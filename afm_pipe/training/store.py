@@ -11,7 +11,7 @@ they equal those of an uninterrupted run.
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 

@@ -17,8 +17,8 @@ class Logits(NamedTuple):
     fake: Tensor  # (N,)
     real_penalized: Tensor  # (n,), the first of `real`, in the penalties' precision
     fake_penalized: Tensor  # (n,)
-    real_moved: Tensor  # (n,)
-    fake_moved: Tensor  # (n,)
+    real_perturbed: Tensor  # (n,)
+    fake_perturbed: Tensor  # (n,)
 
 
 def relativistic(higher: Tensor, lower: Tensor) -> Tensor:
@@ -26,14 +26,14 @@ def relativistic(higher: Tensor, lower: Tensor) -> Tensor:
     return F.softplus(lower - higher).mean()
 
 
-def gradient_penalty(logits: Tensor, moved: Tensor, epsilon: float, weighting: Tensor | float = 1.0) -> Tensor:
-    """Return mean w ((D(u + eps noise) - D(u)) / eps)^2 of logits (n,) before and after the move; 0 where n = 0.
+def gradient_penalty(logits: Tensor, perturbed: Tensor, epsilon: float, weighting: Tensor | float = 1.0) -> Tensor:
+    """Return mean w ((D(u + eps noise) - D(u)) / eps)^2 of logits (n,) at u and at u + eps noise; 0 where n = 0.
 
     A finite difference, so no gradient of a gradient is needed.
     """
     if not len(perturbed):
         return logits.new_zeros(())
-    return (weighting * ((moved - logits) / epsilon).square()).mean()
+    return (weighting * ((perturbed - logits) / epsilon).square()).mean()
 
 
 def logit_centering(real: Tensor, fake: Tensor) -> Tensor:

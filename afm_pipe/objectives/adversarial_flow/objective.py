@@ -29,7 +29,7 @@ from afm_pipe.objectives.adversarial_flow.batches import (
     GeneratorPart,
     PenaltyNoise,
 )
-from afm_pipe.objectives.adversarial_flow.losses import Logits, moved, relativistic
+from afm_pipe.objectives.adversarial_flow.losses import Logits, perturb, relativistic
 from afm_pipe.objectives.adversarial_flow.normalizer import divisor
 from afm_pipe.objectives.adversarial_flow.terms import D_TERMS, G_ADVERSARIAL, G_TERMS, DLossInputs, GLossInputs
 from afm_pipe.objectives.base import Hyperparameters, Learner, Objective, Term
@@ -185,7 +185,7 @@ class AdversarialFlow(Objective):
         n = 0 if part.noise is None else len(part.noise.real)
         logits = self._judge(learner, batch, real, fake, source, part.noise)
         weighting = batch.weighting if isinstance(batch.weighting, float) else batch.weighting[:n]
-        seen = Judged(logits, run.penalty.epsilon, weighting)
+        seen = DLossInputs(logits, run.penalty.epsilon, weighting)
         # Lazy penalties weigh more where they are computed, so that their mean over updates is the penalty's.
         shares = {"batch": part.share, "penalized": run.penalty.every * part.penalized_share}
         values = [shares[each.over] * each.value(seen) for each in D_TERMS]
@@ -203,7 +203,7 @@ class AdversarialFlow(Objective):
         ends, steps = [real, fake], list[Tensor]()
         if noise is not None:
             n, epsilon = len(noise.real), self.run.penalty.epsilon
-            steps = [moved(real[:n], noise.real, epsilon), moved(fake[:n], noise.fake, epsilon)]
+            steps = [perturb(real[:n], noise.real, epsilon), perturb(fake[:n], noise.fake, epsilon)]
         whole, penalized = slice(None), slice(n)
         if n == 0 or self.run.precision == "fp32" or self.run.penalty.precision == "bf16":
             rows = [whole, whole, penalized, penalized]
@@ -233,7 +233,7 @@ class AdversarialFlow(Objective):
         losses, (distance, made_square, real_square, push, pull) = figures[: 1 + len(G_TERMS)], figures[-5:]
         total = _weighted([1.0, *(each.weight(self.run, now) for each in G_TERMS)], list(losses))
         norm = learner.step("generator", total, now)
-        ratio = (out_square / real_square.clamp(min=1e-12)).sqrt()
+        ratio = (made_square / real_square.clamp(min=1e-12)).sqrt()
         return torch.stack([*losses, distance.sqrt(), ratio, push.sqrt(), pull.sqrt(), norm])
 
     def _output_gradients(
@@ -265,7 +265,7 @@ class AdversarialFlow(Objective):
             real_logits = discriminator(real, batch.labels, batch.t, source)
         adversarial = share * relativistic(discriminator(judged, batch.labels, batch.t, source), real_logits)
         (gradient,) = torch.autograd.grad(adversarial, judged)
-        generated = Generated(output, batch.source, batch.weighting, part.guide)
+        generated = GLossInputs(output, batch.source, batch.weighting, part.guide)
         values = [share * each.value(generated) for each in G_TERMS]
         total = _weighted([each.weight(self.run, now) for each in G_TERMS], values)
         (others,) = torch.autograd.grad(total, output)
@@ -277,7 +277,7 @@ class AdversarialFlow(Objective):
             others=others,
             losses=torch.stack([adversarial.detach(), *(value.detach() for value in values)]),
             squares=torch.stack([share * square.mean() for square in squares]),
-            output=out if out.requires_grad else None,
+            output=made if made.requires_grad else None,
         )
 
     def _divisor(self, learner: Learner, at_output: Sequence[OutputGradients]) -> Tensor | None:

@@ -20,8 +20,8 @@ from afm_pipe.objectives.base import Hyperparameters, Term
 from afm_pipe.params import Run
 
 
-class Judged(NamedTuple):
-    """What D's loss is a function of."""
+class DLossInputs(NamedTuple):
+    """What D's loss terms are functions of."""
 
     logits: Logits
     epsilon: float  # step of the finite differences
@@ -53,13 +53,13 @@ D_TERMS = (
     ),
     LossTerm(
         Term("r1", "R1 penalty", "Unweighted, log scale", log=True),
-        lambda seen: gradient_penalty(seen.logits.real_penalized, seen.logits.real_moved, seen.epsilon, seen.weighting),
+        lambda d: gradient_penalty(d.logits.real_penalized, d.logits.real_perturbed, d.epsilon, d.weighting),
         lambda run, now: run.penalty.weight,
         "penalized",
     ),
     LossTerm(
         Term("r2", "R2 penalty", "Unweighted, log scale", log=True),
-        lambda seen: gradient_penalty(seen.logits.fake_penalized, seen.logits.fake_moved, seen.epsilon, seen.weighting),
+        lambda d: gradient_penalty(d.logits.fake_penalized, d.logits.fake_perturbed, d.epsilon, d.weighting),
         lambda run, now: run.penalty.weight,
         "penalized",
     ),
