@@ -20,10 +20,10 @@ import typer
 
 from afm_pipe import pipeline
 from afm_pipe.distributed.launch import load_launch
-from afm_pipe.evaluation import reference as reference_module
+from afm_pipe.evaluation import statistics as statistics_module
 from afm_pipe.evaluation.evaluator import Evaluator
-from afm_pipe.evaluation.features import FeatureNetwork
 from afm_pipe.evaluation.frechet import Statistics
+from afm_pipe.evaluation.networks import FeatureNetwork
 from afm_pipe.params import Params
 from afm_pipe.params.file import load_params
 from afm_pipe.runtime import paths
@@ -110,17 +110,17 @@ class timed:  # noqa: N801 (read as a verb)
     """Time the calls of functions that measuring takes from the intervals' module."""
 
     def __init__(self, *names: str) -> None:
-        self.whole: dict[str, Callable[..., Any]] = {name: getattr(reference_module, name) for name in names}
+        self.whole: dict[str, Callable[..., Any]] = {name: getattr(statistics_module, name) for name in names}
         self.seconds: list[float] = []
 
     def __enter__(self) -> "timed":
         for name, function in self.whole.items():
-            setattr(reference_module, name, self._around(function))
+            setattr(statistics_module, name, self._around(function))
         return self
 
     def __exit__(self, *_: object) -> None:
         for name, function in self.whole.items():
-            setattr(reference_module, name, function)
+            setattr(statistics_module, name, function)
 
     def _around(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:

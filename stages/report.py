@@ -1,4 +1,4 @@
-"""Write the page into results/report, and its tables as CSV, Markdown and LaTeX into results/rendered.
+"""Write the page and the tables, into results/report/ and results/rendered/.
 
 python stages/report.py
 dvc repro report

@@ -134,10 +134,7 @@ def guide(
     """Continue a trained run with its guided phase; resumable.  Example: afm-pipe guide t4-guided"""
     from afm_pipe import pipeline
 
-    loaded = _params(params, overrides)
-    if run not in loaded.guided:
-        raise UserError(f"Found no guided run {run!r} in params, expected one of {', '.join(loaded.guided) or 'none'}.")
-    pipeline.train(loaded, run, _start(nproc, micro_batch))
+    pipeline.guide(_params(params, overrides), run, _start(nproc, micro_batch))
 
 
 @app.command(rich_help_panel=RUNS)
@@ -307,7 +304,7 @@ def profile(
 
     if name is None:
         for each in list_profiles():
-            typer.echo(f"{each.name:12} {each.words}")
+            typer.echo(f"{each.name:12} {each.description}")
         return
     switch = activate(name)
     typer.echo(f"{paths.PARAMS} is {'now' if switch.changed else 'already'} the profile {name}.")
@@ -327,6 +324,8 @@ def migrate(
     for key in keys:
         typer.echo(key)
     typer.echo(f"{file}: {len(keys)} keys rewritten; the old file is {kept}." if keys else f"{file} is up to date.")
+    if keys and paths.LATENTS.is_file():
+        typer.echo(f"To keep {paths.LATENTS} of version 0.1: dvc commit -f prepare autoencoder encode")
 
 
 @app.command(rich_help_panel=PARAMS)

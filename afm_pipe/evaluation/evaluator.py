@@ -1,6 +1,6 @@
-"""What is measured of a run: one pass over its samples, every number with the protocol it was measured by.
+"""Evaluate a generator: one pass over its samples, and every number with the protocol it was measured by.
 
-Shapes: N samples, B of them at a time, C channels, H x W pixels, K classes, T training thumbnails.
+Legend: N samples, C channels, H x W pixels, D features.
 """
 
 import time
@@ -14,11 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from afm_pipe.distributed.mapping import map_across_ranks
-from afm_pipe.evaluation.accumulate import EvalBatch, MetricAccumulator
+from afm_pipe.evaluation.accumulate import MetricAccumulator
 from afm_pipe.evaluation.adm import require_reference
-from afm_pipe.evaluation.features import LEGACY, NAMES, SPATIAL, load_networks
-from afm_pipe.evaluation.intervals import fraction
-from afm_pipe.evaluation.manifold import MAX_REAL, NEIGHBORS, precision_recall
+from afm_pipe.evaluation.features import load_networks
+from afm_pipe.evaluation.intervals import fraction, spread_evenly
 from afm_pipe.evaluation.measures import (
     SCORE_PART,
     ClassSpread,
@@ -26,10 +25,11 @@ from afm_pipe.evaluation.measures import (
     sample_suffix,
     within_class_variance,
 )
-from afm_pipe.evaluation.nearest import Neighbors, Thumbnails, thumbnail
-from afm_pipe.evaluation.networks import RESIZE
-from afm_pipe.evaluation.reference import SUMMARY, THUMBNAILS, spread_evenly
+from afm_pipe.evaluation.networks import LEGACY, NAMES, SPATIAL
+from afm_pipe.evaluation.precision_recall import MAX_REAL, NEIGHBORS, precision_recall
+from afm_pipe.evaluation.reference import SUMMARY, THUMBNAILS
 from afm_pipe.evaluation.statistics import Reference
+from afm_pipe.evaluation.thumbnails import Neighbors, Thumbnails, thumbnail
 from afm_pipe.params import Params
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import read_json
@@ -37,7 +37,7 @@ from afm_pipe.runtime.progress import Progress
 from afm_pipe.sampling.image_writers import grid
 from afm_pipe.sampling.sampler import Sampler, balanced_labels
 
-NEAREST_SAMPLES, NEAREST_SHOWN = 10, 3  # in the picture of nearest training images
+PICTURED, NEIGHBORS_MEASURED = 10, 3  # samples of the picture of nearest training images; neighbors of a sample
 CPU = torch.device("cpu")
 
 
@@ -52,9 +52,7 @@ class Evaluator:
         self.summary = read_json(reference_dir / SUMMARY)
         _check(params, self.summary, reference_dir)
         self.num_classes = len(self.summary["classes"])
-        self.networks = load_networks(
-            self.settings.features, reference_dir, device, dinov2_sha256=self.settings.dinov2_sha256
-        )
+        self.networks = load_networks(self.settings, reference_dir, device)
         self.references = [Reference.load(reference_dir, network) for network in self.networks]
         for reference in self.references:
             if reference.name in (LEGACY, SPATIAL):
@@ -70,8 +68,8 @@ class Evaluator:
         provenance: dict[str, Any],
         work_dir: Path | None = None,
         checkpoint_seconds: float = 60.0,
-    ) -> Generator[Progress, None, tuple[dict[str, Any], Image.Image] | None]:
-        """Measure a generator; return its metrics and a picture of samples above their nearest training images.
+    ) -> Generator[Progress, None, dict[str, Any] | None]:
+        """Measure a generator; return its metrics.
 
         For each network of evaluate.features: the Frechet and kernel distances to the real images, precision and
         recall, with keys as in `networks.NAMES`, followed by the sample count below 50,000 (fd_classifier_5k, fid,
@@ -93,41 +91,44 @@ class Evaluator:
         and protocol. Memory grows with the number of samples by their features only.
         Raises UserError for non-finite latents and for samples of another shape than the real images.
         """
-        is_main, count = sampler.group.is_main_process, self.settings.samples
+        count, size = self.settings.samples, sampler.micro_batch
+        is_main = sampler.group.is_main_process
         seen = MetricAccumulator(self.networks, count, self.num_classes)
         if work_dir is not None and is_main:
             seen.restore(work_dir)
         done = sampler.group.all_gather(seen.done)[0]
         saved = time.monotonic()
+
+        def measure(indices: range) -> list[Tensor]:
+            small = thumbnail(images := self._images(sampler, indices))
+            distances, _ = self.neighbors.nearest(small, NEIGHBORS_MEASURED)
+            return [small, distances, *(network(images) for network in self.networks)]
+
         pieces = sampler.micro_batches(range(done, count))
-        for indices, (small, near, which, *features) in map_across_ranks(pieces, self._measure(sampler), sampler.group):
-            labels = balanced_labels(indices, self.num_classes)
-            seen.add(EvalBatch(small, near, which, features), labels, pictured=indices.start < NEAREST_SAMPLES)
+        for indices, (small, distances, *features) in map_across_ranks(pieces, measure, sampler.group):
+            seen.add(features, small, distances, balanced_labels(indices, self.num_classes))
             if work_dir is not None and time.monotonic() - saved >= checkpoint_seconds:
                 seen.save(work_dir)
                 saved = time.monotonic()
             yield Progress(indices.stop, count, "samples")
-        if not is_main:
-            return None
-        metrics = self._metrics(seen) | {"protocol": provenance | self._protocol(sampler)}
-        return metrics, _picture(torch.cat(seen.pictured), torch.cat(seen.found), self.thumbnails)
+        return self._metrics(seen) | {"protocol": provenance | self._protocol(size)} if is_main else None
 
-    def _measure(self, sampler: Sampler) -> Callable[[range], list[Tensor]]:
-        """Return a function that measures the samples of a micro-batch, as `EvalBatch` holds them."""
+    def nearest(self, sampler: Sampler) -> Image.Image:
+        """Draw the first samples, each above its nearest training images, nearest first."""
+        samples = thumbnail(self._images(sampler, range(PICTURED)))
+        _, found = self.neighbors.nearest(samples, NEIGHBORS_MEASURED)  # (N, 3)
+        rows = [samples, *(self.thumbnails.images[neighbors] for neighbors in found.T)]
+        return grid(torch.cat(rows), columns=len(samples))
 
-        def measure(indices: range) -> list[Tensor]:
-            labels = balanced_labels(indices, self.num_classes)
-            images = sampler.images(indices, labels, self.settings.seed)  # (B, C, H, W)
-            if list(images.shape[1:]) != self.summary["image_shape"]:
-                raise UserError(
-                    f"Found samples of shape {list(images.shape[1:])}, expected {self.summary['image_shape']} as the "
-                    "real images: use the autoencoder and the generator of these params."
-                )
-            small = thumbnail(images)
-            near = self.neighbors.nearest(small, NEAREST_SHOWN)  # (B, 3) each
-            return [small, *near, *(network(images) for network in self.networks)]
-
-        return measure
+    def _images(self, sampler: Sampler, indices: range) -> Tensor:
+        """Generate samples (N, C, H, W) uint8."""
+        images = sampler.images(indices, balanced_labels(indices, self.num_classes), self.settings.seed)
+        if list(images.shape[1:]) != self.summary["image_shape"]:
+            raise UserError(
+                f"Found samples of shape {list(images.shape[1:])}, expected {self.summary['image_shape']} as the real "
+                "images: use the autoencoder and the generator of these params."
+            )
+        return images
 
     def _metrics(self, seen: MetricAccumulator) -> dict[str, Any]:
         count = self.settings.samples
@@ -137,15 +138,16 @@ class Evaluator:
         for stream, reference in zip(seen.streams, self.references, strict=True):
             names, features = NAMES[reference.name], stream.features
             measured = reference.measured(stream.statistics, features, labels, self.settings)
-            if names.precision and names.recall:
-                near = precision_recall(spread_evenly(reference.features, MAX_REAL), features, self.device)
-                measured[names.precision] = fraction(near.samples_within, near.samples)
-                measured[names.recall] = fraction(near.real_within, near.real)
+            if names.suffix is not None:
+                real = reference.features[spread_evenly(len(reference.features), MAX_REAL)]
+                near = precision_recall(real, features, self.device)
+                measured[f"precision{names.suffix}"] = fraction(near.samples_within, near.samples)
+                measured[f"recall{names.suffix}"] = fraction(near.real_within, near.real)
             for key, (value, interval) in measured.items():
                 metrics[f"{key}{suffix}"], intervals[f"{key}{suffix}"] = value, interval
-            if names.score and stream.network.probabilities is not None:
+            if stream.network.probabilities is not None:
                 probabilities = _in_parts(stream.network.probabilities)
-                metrics[f"{names.score}{suffix}"] = inception_score(features, probabilities, self.settings.seed)
+                metrics[f"inception_score{suffix}"] = inception_score(features, probabilities, self.settings.seed)
             if stream.network.head is not None:
                 correct = int((_in_parts(stream.network.predict)(features) == labels).sum())
                 metrics["class_accuracy"], intervals["class_accuracy"] = fraction(correct, count)
@@ -157,21 +159,21 @@ class Evaluator:
         metrics["nearest_distance_ratio"] = float(distances[:, 0].median()) / usual if usual > 0 else None
         return metrics | {"intervals": intervals}
 
-    def _protocol(self, sampler: Sampler) -> dict[str, Any]:
+    def _protocol(self, micro_batch: int) -> dict[str, Any]:
         settings, references = self.settings, self.references
         return {
             "samples": settings.samples,
             "seed": settings.seed,
             "noise": "sample i from its own generator seeded with seed + i",
             "label_mode": "balanced: sample i is of class i modulo the number of classes",
-            "micro_batch": sampler.micro_batch,
+            "micro_batch": micro_batch,
             "uint8_rule": "round",
             "decode_precision": "fp32",
             "feature_precision": "fp32",
             "statistics_precision": "fp64",
             "device": self.device.type,
             "features": {network.name: network.sha256 for network in self.networks},
-            "resize": {network.name: RESIZE[network.name] for network in self.networks},
+            "resize": {network.name: NAMES[network.name].resize for network in self.networks},
             "within_class_variance_network": self.networks[0].name,
             "kid_features": {
                 name: "rms 1" if NAMES[name].kid_rescaled else "as they are" for name in settings.features
@@ -192,7 +194,7 @@ class Evaluator:
 
 
 def _in_parts(network: Callable[[Tensor], Tensor]) -> Callable[[np.ndarray], np.ndarray]:
-    """Return a function on features (n, D) that hands them on a thousand at a time."""
+    """Return a function on features (N, D) that applies the network to a thousand at a time."""
     return lambda features: np.concatenate([network(x).cpu().numpy() for x in torch.from_numpy(features).split(1000)])
 
 
@@ -209,10 +211,3 @@ def _check(params: Params, summary: dict[str, Any], reference_dir: Path) -> None
             f"Found {reference_dir / SUMMARY} of images {summary['image_shape']}, expected {expected} as data says: "
             "build the reference again."
         )
-
-
-def _picture(samples: Tensor, found: Tensor, thumbnails: Thumbnails) -> Image.Image:
-    """Draw the first samples, each above its nearest training images, nearest first."""
-    samples, found = samples[:NEAREST_SAMPLES], found[:NEAREST_SAMPLES]
-    rows = [samples, *(thumbnails.images[found[:, place]] for place in range(found.shape[1]))]
-    return grid(torch.cat(rows), columns=len(samples))

@@ -37,6 +37,8 @@ def export(model_dir: Path, autoencoder_dir: Path, kind: str, out: Path) -> None
     Raises UserError for a model that does not fit its config, or for an `out` of another kind.
     """
     _check_out(kind, out)
+    if kind == "diffusers":
+        _require_autoencoder_kl(autoencoder_dir / "config.json")
     config, described = load_config(model_dir), read_json(model_dir / "config.json")
     path = model_dir / "generator.safetensors"
     tensors = load_tensors(path)
@@ -55,6 +57,13 @@ def export(model_dir: Path, autoencoder_dir: Path, kind: str, out: Path) -> None
             save_file(tensors, aside, {"format": "pt", METADATA: json.dumps(metadata, sort_keys=True)})
         else:
             _write_diffusers(aside, autoencoder_dir, config, described, tensors, sha256_file(path))
+
+
+def _require_autoencoder_kl(path: Path) -> None:
+    """Raise UserError for an autoencoder that the exported pipeline cannot decode with."""
+    found = read_json(path).get("_class_name")
+    if found != "AutoencoderKL":
+        raise UserError(f"Found {path} of a {found}, expected an AutoencoderKL: export as safetensors or released.")
 
 
 def exported_source() -> str:

@@ -1,7 +1,7 @@
-"""The schema of params.yaml: every knob that changes a number, typed, with its unit and its place in the paper.
+"""The schema of params.yaml: every setting that changes a number, typed, with its unit and its place in the paper.
 
-No field has a hidden default: what shapes a number is written in the file, so that DVC sees it change.
-A run is the `train` section with the run's own fields laid over it.
+Fields that change numbers have no defaults: they are in the file, so that DVC sees them change. A run is the `train`
+section merged with the run's own fields.
 """
 
 import re
@@ -17,24 +17,21 @@ from afm_pipe.params.images import (
     Encode,
     Evaluate,
     FeatureClassifier,
-    Features,
     Imported,
     Reference,
     Sample,
 )
 from afm_pipe.params.latent_spec import LatentSpec
 from afm_pipe.params.sizes import SIZES
-from afm_pipe.params.study import Axis, Check, Group, Place, Study, StudyTable, TableName, TrialSpec
-from afm_pipe.params.toy import Toy, ToyGuidance
+from afm_pipe.params.study import Check, Group, Place, Study, StudyTable, TableName, TrialSpec
+from afm_pipe.params.toy import Toy
 from afm_pipe.params.training import (
     Affine,
     Augmentation,
     Classifier,
     Ema,
-    GradientNormalization,
     Guidance,
     Guided,
-    Penalty,
     Phase,
     Run,
     Transport,
@@ -45,65 +42,48 @@ __all__ = [
     "Affine",
     "Augmentation",
     "AutoencoderParams",
-    "Axis",
     "Check",
     "Classifier",
     "Data",
     "Ema",
-    "Encode",
     "Evaluate",
     "FeatureClassifier",
-    "Features",
-    "GradientNormalization",
     "Group",
     "Guidance",
-    "Guided",
     "Imported",
     "LatentSpec",
     "Params",
-    "Penalty",
     "Phase",
-    "Place",
-    "Reference",
     "Run",
     "Sample",
-    "Study",
     "StudyTable",
     "Toy",
-    "ToyGuidance",
     "Transport",
     "TrialSpec",
     "deep_merge",
     "valid_name",
 ]
 
-RESERVED_NAMES = {
-    "autoencoder",
-    "classifier",
-    "encode",
-    "trials",
-    "dvclive",
-    "watch.html",
-}  # not runs, in models/ or work/
+RESERVED_NAMES = {"autoencoder", "classifier", "encode", "trials", "dvclive", "watch.html"}  # in models/ or work/
 
 
 class Params(Section):
-    """The whole of params.yaml."""
+    """The content of params.yaml."""
 
     seed: Seed
-    """Of everything random that is not a run's or a sample's; also a run's own, unless it names another."""
+    """Of data, autoencoder and classifiers; also the default of runs."""
     data: Data
     autoencoder: SerializeAsAny[AutoencoderParams]
     encode: Encode
     reference: Reference
     train: Run
-    """What all runs share."""
+    """Settings that all runs inherit."""
     runs: Annotated[dict[RunName, Run], Field(min_length=1)]
     classifier: Classifier | None
-    """Needed by phases with guidance."""
+    """Required by phases with guidance."""
     guided: dict[RunName, Guided]
     imported: dict[RunName, Imported]
-    """Models that are not trained here, sampled and measured like those that are."""
+    """Models trained elsewhere, sampled and measured like the runs."""
     sample: Sample
     evaluate: Evaluate
     toy: Toy
@@ -124,12 +104,12 @@ class Params(Section):
 
     @property
     def models(self) -> dict[str, Run]:
-        """All trained models by name: the runs, and the guided runs resolved."""
+        """All trained models by name: the runs, and the guided runs with all their phases."""
         return self.runs | {name: self._continued(guided) for name, guided in self.guided.items()}
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All models by name, the imported ones too: the rows of the tables."""
+        """Names of all models, including imported ones."""
         return (*self.runs, *self.guided, *self.imported)
 
     def _continued(self, guided: Guided) -> Run:
@@ -155,15 +135,18 @@ class Params(Section):
                 )
             if self.runs[guided.base].schedule == "auto":
                 raise ValueError(
-                    f"guided.{name}.from: expected a run of a fixed schedule, whose end is known; found {guided.base} "
+                    f"guided.{name}.from: expected a run with schedule fixed, whose end is known; found {guided.base} "
                     "with schedule auto"
                 )
             if guided.reload_discriminator is not None:
-                raise ValueError(f"guided.{name}.reload_discriminator: a guided run starts from its base's last D")
+                raise ValueError(
+                    f"guided.{name}.reload_discriminator: expected nothing, since a guided run starts from its base's "
+                    "last D"
+                )
         for name, run in self.runs.items():
             if run.guided:
                 raise ValueError(
-                    f"runs.{name}.phases: a guided phase continues a run under `guided`, with `from: {name}`"
+                    f"runs.{name}.phases: expected no guidance; put guided phases under `guided`, with `from: {name}`"
                 )
         for name, run in self.models.items():
             for phase in run.phases:
@@ -199,8 +182,8 @@ class Params(Section):
                     problem = error.errors()[0]
                     field, message = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
                     unknown = problem["type"] == "extra_forbidden"
-                    told = "found an unknown field" if unknown else f"found {problem['input']!r}, {message}"
-                    raise ValueError(f"{where}: {field}: {told}") from None
+                    mistake = "found an unknown field" if unknown else f"found {problem['input']!r}, {message}"
+                    raise ValueError(f"{where}: {field}: {mistake}") from None
                 except ValueError as error:
                     raise error if str(error).startswith(where) else ValueError(f"{where}: {error}") from None
         return self
@@ -220,10 +203,10 @@ class Params(Section):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of a latent."""
+        """(C, H, W) of a latent."""
         return self.latent_spec.shape
 
 
 def valid_name(name: str) -> bool:
-    """Tell whether a model may be called so."""
+    """Return whether a model can have this name."""
     return re.fullmatch(NAME, name) is not None

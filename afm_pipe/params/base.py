@@ -1,4 +1,4 @@
-"""What the sections of params.yaml are made of."""
+"""Base class and field types of the sections of params.yaml."""
 
 from typing import Annotated, Any
 
@@ -8,15 +8,15 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Epochs = Annotated[float, Field(gt=0, le=1e6)]
-Count = Annotated[int, Field(ge=1, le=10**9)]  # more is a slip of the hand, or meant to fill the memory
+Count = Annotated[int, Field(ge=1, le=10**9)]  # larger numbers are typing errors or exhaust the memory
 NotNegativeCount = Annotated[int, Field(ge=0, le=10**9)]
-Seed = Annotated[int, Field(ge=0, lt=2**62)]  # what every random generator takes, with an index added
+Seed = Annotated[int, Field(ge=0, lt=2**62)]  # valid for every random generator, plus an index
 NAME = r"^[a-z0-9][a-z0-9_.-]{0,63}$"
 RunName = Annotated[str, Field(pattern=NAME)]
 
 
 class Section(BaseModel):
-    """A part of params.yaml: unknown fields, infinity and NaN are refused, types are not coerced, nothing changes."""
+    """A section of params.yaml: frozen, without unknown fields, type coercion, infinity and NaN."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True

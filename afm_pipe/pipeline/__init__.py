@@ -7,7 +7,7 @@ from afm_pipe.pipeline.find import count_images, load_sampler, model_config, nam
 from afm_pipe.pipeline.images import autoencoder, classifier, encode, prepare, reference
 from afm_pipe.pipeline.results import report, tables, toy
 from afm_pipe.pipeline.runs import evaluate, export, export_samples, import_weights, sample
-from afm_pipe.pipeline.training import train
+from afm_pipe.pipeline.training import guide, train
 
 __all__ = [
     "autoencoder",
@@ -16,6 +16,7 @@ __all__ = [
     "evaluate",
     "export",
     "export_samples",
+    "guide",
     "import_weights",
     "count_images",
     "load_sampler",

@@ -1,4 +1,4 @@
-"""From images to latents and to what samples are held against; the classifiers."""
+"""Stages from images to latents and reference statistics, and the latent classifier."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,11 +13,11 @@ from afm_pipe.runtime.files import atomic_path, sha256_file, write_json
 from afm_pipe.runtime.lease import hold_lease
 from afm_pipe.runtime.progress import track
 
-IN_MEMORY = 4 << 30  # bytes; data sets of more pixels are read as they are needed
+IN_MEMORY = 4 << 30  # bytes; larger data sets are read on access
 
 
 def prepare(params: Params) -> None:
-    """Check, count and hash the images, and write their manifest; a built-in data set is written out first."""
+    """Check, count and hash the images, and write their manifest; a built-in data set is first written to disk."""
     from afm_pipe.data.manifest import write_manifest
     from afm_pipe.data.reading import build_manifest
     from afm_pipe.data.sources import BUILT_IN, materialize
@@ -56,7 +56,7 @@ def encode(params: Params, launch: Launch) -> None:
 
 
 def reference(params: Params, launch: Launch) -> None:
-    """Measure the real images: the statistics that samples are held against."""
+    """Compute the statistics of the real images, the reference that samples are compared with."""
     from afm_pipe.autoencoders import load_autoencoder
     from afm_pipe.data.manifest import read_manifest
     from afm_pipe.data.reading import LazyImages, load_images, require_images
@@ -68,12 +68,9 @@ def reference(params: Params, launch: Launch) -> None:
     if images.nbytes < IN_MEMORY:
         images = track("read images", load_images(manifest, params.data))
     else:
-        track("look for images", require_images(manifest, params.data))
+        track("check images", require_images(manifest, params.data))
     with atomic_path(paths.REFERENCE) as folder:
-        building = build_reference(
-            params, images, manifest.labels, manifest.classes, manifest.digest, vae, folder, device
-        )
-        track("reference", building)
+        track("reference", build_reference(params, manifest, images, vae, folder, device))
 
 
 def classifier(params: Params, launch: Launch) -> None:

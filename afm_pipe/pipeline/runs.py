@@ -127,14 +127,13 @@ def evaluate(params: Params, name: str, launch: Launch) -> None:
             if lease is not None:
                 provenance["code"] = begin_work(work_dir / identity, "evaluate")
             run = evaluator.evaluate(sampler, provenance, work_dir / identity, launch.checkpoint_seconds)
-            result = track(f"evaluate {name}", run)
-    if result is None:
+            metrics = track(f"evaluate {name}", run)
+    if metrics is None:
         return
-    metrics, nearest = result
     write_json(paths.metrics(name), metrics)
     shutil.rmtree(work_dir / identity, ignore_errors=True)
     with atomic_path(paths.samples(name) / "nearest.png") as aside:
-        nearest.save(aside, format="png")
+        evaluator.nearest(sampler).save(aside, format="png")
 
 
 def _imported(described: Any) -> bool:

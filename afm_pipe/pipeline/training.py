@@ -117,6 +117,14 @@ def _log_end(store: "RunStore", error: NotFiniteError, batch_size: int) -> None:
         store.append_event(Event(error.update, error.update * batch_size, "not_finite", str(error)))
 
 
+def guide(params: Params, name: str, launch: Launch) -> None:
+    """Train a guided run. Raises UserError for a run that is not one."""
+    if name not in params.guided:
+        known = ", ".join(params.guided) or "none"
+        raise UserError(f"Found no guided run {name!r} in params, expected one of {known}.")
+    train(params, name, launch)
+
+
 def _origin(
     params: Params, name: str, run: Run, device: "torch.device"
 ) -> tuple["Start | None", "torch.nn.Module | None", dict[str, str]]:

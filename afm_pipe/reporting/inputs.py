@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from afm_pipe.params import Params, Run
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
-from afm_pipe.runtime.files import read_json
+from afm_pipe.runtime.files import Model, read_json, read_model
 from afm_pipe.training.curves import Row, scan_curves
 from afm_pipe.training.events import Event, scan_events
 
@@ -115,7 +115,6 @@ class Inputs:
     published: dict[str, Any]
 
 
-Model = TypeVar("Model", bound=BaseModel)
 Line = TypeVar("Line")
 
 
@@ -156,14 +155,7 @@ def columns_of(rows: list[Row]) -> dict[str, list[float]]:
 
 def typed(model: type[Model], path: Path, stage: str) -> Model:
     """Read a JSON file into a model. Raises UserError naming file, field and stage when it is missing or wrong."""
-    stored = read_json(needed(path, stage))
-    try:
-        return model.model_validate(stored)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        what = f" with a wrong {where} ({first['msg']})" if where else f": {first['msg']}"
-        raise UserError(f"Found {path}{what}: run `dvc repro --force {stage}`.") from None
+    return read_model(model, needed(path, stage), f"run `dvc repro --force {stage}`")
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:

@@ -8,9 +8,14 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from afm_pipe.runtime.errors import UnwritableError, UserError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+Model = TypeVar("Model", bound="BaseModel")
 
 LARGEST_JSON = 1 << 30  # bytes; the manifest of ImageNet has about 150 million
 UNWRITABLE = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -93,6 +98,20 @@ def read_json(path: Path) -> Any:
         raise
     except (ValueError, RecursionError, OSError) as error:  # a number of 5,000 digits is a ValueError
         raise UserError(f"Found {path}, which is not JSON ({error}): delete it and run its stage again.") from None
+
+
+def read_model(model: "type[Model]", path: Path, remedy: str) -> "Model":
+    """Read a JSON file into a pydantic model. Raises UserError naming the file, the wrong field and the remedy."""
+    from pydantic import ValidationError
+
+    stored = read_json(path)
+    try:
+        return model.model_validate(stored)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        problem = f" with a wrong {field} ({first['msg']})" if field else f": {first['msg']}"
+        raise UserError(f"Found {path}{problem}: {remedy}.") from None
 
 
 def read_text(path: Path, max_bytes: int) -> str:

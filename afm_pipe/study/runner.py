@@ -1,8 +1,6 @@
 """Train and measure trials, several at a time, each in a process with one thread.
 
-A diverged trial is a result like any other. It has diverged if a loss was not finite, if its distance to the data at
-the end exceeds that at a third of the updates with disjoint intervals, or if its class accuracy at the end is near
-chance (study.collapsed). A trial that is merely short has not diverged.
+A trial that diverges (`statistics.divergence`) is a result like any other.
 """
 
 import multiprocessing
@@ -42,6 +40,7 @@ from afm_pipe.runtime.files import read_json, sha256_file, write_json
 from afm_pipe.runtime.lease import hold_lease
 from afm_pipe.runtime.progress import Progress, finish
 from afm_pipe.sampling.sampler import Sampler
+from afm_pipe.study.statistics import divergence
 from afm_pipe.study.trials import Trial
 from afm_pipe.training.checkpoints import RetentionPolicy
 from afm_pipe.training.cost import training_cost
@@ -155,7 +154,7 @@ class Worker:
         return {
             "fingerprint": trial.measurement,
             "settings": trial.run.model_dump(mode="json"),
-            "diverged": diverged(trained["not_finite"], measured, self._distance_key, self.params.study.collapsed),
+            "diverged": divergence(trained["not_finite"], measured, self._distance_key, self.params.study.collapsed),
             "probes": measured,
             "metrics": end["metrics"],
             "intervals": end["intervals"],
@@ -174,9 +173,9 @@ class Worker:
         shape, size = self.params.latent_shape, self.params.sample.micro_batch
         sampler = Sampler(flow, self.autoencoder, shape, self.latents.classes, size, self.device)
         provenance = {"weights": "EMA", "autoencoder_sha256": sha256_file(paths.AUTOENCODER_WEIGHTS)}
-        result = finish(self.evaluator.evaluate(sampler, provenance))
-        assert result is not None, "a single process is the main process"
-        return result[0]
+        metrics = finish(self.evaluator.evaluate(sampler, provenance))
+        assert metrics is not None, "a single process is the main process"
+        return metrics
 
     def _origin(self, trial: Trial) -> tuple[Start | None, nn.Module | None]:
         """Return what a trial continues, and what guides it, if anything. Raises UserError when its base diverged."""
@@ -197,18 +196,6 @@ class Worker:
     @property
     def _distance_key(self) -> str:
         return f"{NAMES[self.params.evaluate.features[0]].distance}{sample_suffix(self.params.study.samples)}"
-
-
-def diverged(not_finite: int | None, probes: Sequence[dict[str, Any]], key: str, collapsed: float) -> str | None:
-    """Return why a trial diverged, by the rule of this module, or None if it did not."""
-    if not_finite is not None:
-        return f"non-finite loss at update {not_finite}"
-    accuracy = probes[-1]["metrics"].get("class_accuracy") if probes else None
-    if accuracy is not None and accuracy <= collapsed:
-        return f"collapsed: class accuracy {accuracy:.0%}"
-    if len(probes) > 1 and probes[-1]["intervals"][key][0] > probes[0]["intervals"][key][1]:
-        return "worse at three times the updates"
-    return None
 
 
 def _by_training(trials: Sequence[Trial]) -> list[list[Trial]]:

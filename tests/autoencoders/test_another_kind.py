@@ -27,7 +27,7 @@ from afm_pipe.params.file import load_params
 from afm_pipe.planning.plan import latents_bytes
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
-from afm_pipe.runtime.files import read_json
+from afm_pipe.runtime.files import read_json, write_json
 from afm_pipe.runtime.progress import Progress, track
 from tests.conftest import DISCS, SMOKE, write_images
 
@@ -65,6 +65,7 @@ def params() -> Iterator[Params]:
             moments = {"mean": pixels.mean(0), "deviation": pixels.std(0).clamp(min=0.05)}
             folder.mkdir()
             save_file(moments, folder / paths.AUTOENCODER_WEIGHTS.name)
+            write_json(folder / "config.json", {"_class_name": "Pixels"})
 
         @classmethod
         def load(cls, params: Params, folder: Path) -> Self:
@@ -131,6 +132,12 @@ def test_a_run_is_trained_sampled_and_evaluated(project: Path) -> None:
     grid = np.asarray(Image.open(paths.samples("t4") / "grid.png"))
     assert grid.std() > 0
     assert read_json(paths.metrics("t4"))["protocol"]["samples"] == 30
+
+
+def test_export_to_diffusers_needs_an_autoencoder_kl(project: Path) -> None:
+    with pytest.raises(UserError, match="of a Pixels, expected an AutoencoderKL"):
+        pipeline.export("t4", "diffusers", project / "exported")
+    pipeline.export("t4", "safetensors", project / "exported.safetensors")
 
 
 def test_an_autoencoder_of_another_latent_space_is_refused(project: Path, params: Params) -> None:

@@ -12,7 +12,7 @@ from afm_pipe.autoencoders.kl import KLAutoencoder
 from afm_pipe.evaluation.reference import build_reference
 from afm_pipe.runtime.progress import track
 from afm_pipe.sampling.sampler import balanced_labels
-from tests.evaluation.painter import CLASSES, REAL_SEED, SHAPE, Painter, params_with, sampler_of
+from tests.evaluation.painter import REAL_SEED, SHAPE, Painter, manifest_of, params_with, sampler_of
 
 
 @pytest.fixture(scope="session")
@@ -39,5 +39,5 @@ def real(vae: Any) -> tuple[np.ndarray, np.ndarray]:
 @pytest.fixture(scope="session")
 def reference(real: tuple[np.ndarray, np.ndarray], vae: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reference")
-    track("reference", build_reference(params_with(), *real, CLASSES, "digest", vae, folder))
+    track("reference", build_reference(params_with(), manifest_of(real[1]), real[0], vae, folder))
     return folder

@@ -1,13 +1,18 @@
 """A generator whose best evaluation is known: the real images of these tests are its own samples."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from torch import Tensor, nn
 
+from afm_pipe.data.manifest import Manifest
 from afm_pipe.evaluation.evaluator import Evaluator
+from afm_pipe.evaluation.features import load_networks
+from afm_pipe.evaluation.networks import FeatureNetwork
 from afm_pipe.params import Params, deep_merge
 from afm_pipe.runtime.progress import track
 from afm_pipe.sampling.sampler import Sampler
@@ -61,12 +66,20 @@ def params_with(**changes: Any) -> Params:
     return Params.model_validate(deep_merge(deep_merge(raw, small), changes))
 
 
+def manifest_of(labels: np.ndarray, classes: Sequence[str] = CLASSES) -> Manifest:
+    return Manifest(Path(), tuple(classes), (), labels, (), "digest")
+
+
+def load_network(name: str, reference: Path = Path()) -> FeatureNetwork:
+    return load_networks(params_with().evaluate, reference, names=[name])[0]
+
+
 def sampler_of(generator: nn.Module, vae: Any, **more: Any) -> Sampler:
     return Sampler(generator, vae, SHAPE, CLASSES, MICRO_BATCH, **more)  # type: ignore[arg-type]
 
 
 def evaluate(generator: nn.Module, vae: Any, reference: Path, **changes: Any) -> dict[str, Any]:
     run = Evaluator(params_with(**changes), reference).evaluate(sampler_of(generator, vae), {"run": "painter"})
-    result = track("evaluate", run)
-    assert result is not None
-    return result[0]
+    metrics = track("evaluate", run)
+    assert metrics is not None
+    return metrics

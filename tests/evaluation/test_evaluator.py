@@ -17,13 +17,22 @@ from torch import Tensor
 
 from afm_pipe.autoencoders.kl import KLAutoencoder
 from afm_pipe.evaluation.evaluator import Evaluator
-from afm_pipe.evaluation.features import FeatureNetwork, load_network
-from afm_pipe.evaluation.nearest import Neighbors, Thumbnails, build_thumbnails, thumbnail
+from afm_pipe.evaluation.networks import FeatureNetwork
 from afm_pipe.evaluation.reference import build_reference
 from afm_pipe.evaluation.statistics import Reference
+from afm_pipe.evaluation.thumbnails import Neighbors, Thumbnails, build_thumbnails, thumbnail
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.progress import track
-from tests.evaluation.painter import CLASSES, REAL_SEED, Painter, evaluate, params_with, sampler_of
+from tests.evaluation.painter import (
+    CLASSES,
+    REAL_SEED,
+    Painter,
+    evaluate,
+    load_network,
+    manifest_of,
+    params_with,
+    sampler_of,
+)
 
 
 def global_numpy_state() -> list[int]:
@@ -65,7 +74,7 @@ def test_reference_pictures_hold_a_class_per_row(reference: Path, real: tuple[np
 def test_reference_bytes_are_the_same_again(
     reference: Path, real: tuple[np.ndarray, np.ndarray], vae: Any, tmp_path: Path
 ) -> None:
-    track("reference", build_reference(params_with(), *real, CLASSES, "digest", vae, tmp_path))
+    track("reference", build_reference(params_with(), manifest_of(real[1]), real[0], vae, tmp_path))
     for path in reference.iterdir():
         assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
 
@@ -81,9 +90,9 @@ def test_reference_refuses_images_of_another_size(
 ) -> None:
     images, labels = real
     with pytest.raises(UserError, match="data.image_size"):
-        track("r", build_reference(params_with(), images[..., :8], labels, CLASSES, "digest", vae, tmp_path))
+        track("r", build_reference(params_with(), manifest_of(labels), images[..., :8], vae, tmp_path))
     with pytest.raises(UserError, match="labels"):
-        track("r", build_reference(params_with(), images, labels[:-1], CLASSES, "digest", vae, tmp_path))
+        track("r", build_reference(params_with(), manifest_of(labels[:-1]), images, vae, tmp_path))
 
 
 def test_missing_inception_is_told_before_anything_is_built(
@@ -92,7 +101,7 @@ def test_missing_inception_is_told_before_anything_is_built(
     monkeypatch.setenv("AFM_WEIGHTS", str(tmp_path / "weights"))
     params = params_with(evaluate={"features": ["classifier", "inception_clean"]})
     with pytest.raises(UserError, match="inception-2015-12-05.pt"):
-        next(build_reference(params, *real, CLASSES, "digest", vae, tmp_path / "reference"))
+        next(build_reference(params, manifest_of(real[1]), real[0], vae, tmp_path / "reference"))
 
 
 def test_perfect_generator_scores_well_and_copies_nothing(vae: Any, reference: Path) -> None:
@@ -143,10 +152,7 @@ def test_evaluation_is_repeatable_and_leaves_global_random_states_alone(vae: Any
 
 def test_picture_shows_samples_above_their_nearest_training_images(vae: Any, reference: Path) -> None:
     params = params_with(evaluate={"seed": REAL_SEED})
-    result = track("evaluate", Evaluator(params, reference).evaluate(sampler_of(Painter(), vae), {}))
-    assert result is not None
-    picture = result[1]
-    pixels = np.asarray(picture)
+    pixels = np.asarray(Evaluator(params, reference).nearest(sampler_of(Painter(), vae)))
     assert pixels.shape == (2 + 4 * 18, 2 + 10 * 18)
     assert (pixels[2:18] == pixels[20:36]).all()  # copies: the nearest training image is the sample itself
     assert not (pixels[20:36] == pixels[38:54]).all()

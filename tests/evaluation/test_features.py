@@ -10,19 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from afm_pipe.evaluation.classifier import WEIGHTS, Classifier, load_classifier, save_classifier, train_classifier
-from afm_pipe.evaluation.features import (
-    INCEPTION_FILE,
-    NAMES,
-    FeatureNetwork,
-    inception_path,
-    load_network,
-    load_networks,
-)
+from afm_pipe.evaluation.features import INCEPTION_FILE, dinov2_path, inception_path, load_networks
 from afm_pipe.evaluation.inception import _resized
-from afm_pipe.evaluation.other_networks import dinov2_path
+from afm_pipe.evaluation.networks import NAMES, FeatureNetwork
 from afm_pipe.params import FeatureClassifier
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.progress import track
+from tests.evaluation.painter import load_network, params_with
 
 SETTINGS = FeatureClassifier(widths=(4, 8), features=6, lr=1e-2, batch_size=16, epochs=6, held_out=0.2)
 
@@ -65,7 +59,7 @@ def test_accuracy_is_of_images_never_trained_on() -> None:
 
 
 def test_one_image_a_class_leaves_none_to_measure_on() -> None:
-    with pytest.raises(UserError, match="at least 2 of some class"):
+    with pytest.raises(UserError, match="at least 2 in some class"):
         track("classifier", train_classifier(SETTINGS, np.zeros((3, 1, 8, 8), np.uint8), np.arange(3), 3, 0))
 
 
@@ -111,7 +105,7 @@ def test_missing_or_truncated_classifier_is_a_clear_error(tmp_path: Path) -> Non
 
 def test_only_inception_distances_are_called_fid() -> None:
     for name, names in NAMES.items():
-        assert ("fid" in names.distance) == ("FID" in names.title) == name.startswith("inception")
+        assert ("fid" in names.distance) == name.startswith("inception")
 
 
 class Mixed(nn.Module):
@@ -164,19 +158,25 @@ class StandIn(nn.Module):
 @pytest.fixture
 def sha256(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Put the stand-in where Inception belongs; return its hash."""
-    monkeypatch.setenv("AFM_WEIGHTS", str(tmp_path))
-    path = tmp_path / INCEPTION_FILE
-    torch.jit.script(StandIn()).save(str(path))
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return put_inception(StandIn(), tmp_path, monkeypatch)
 
 
-def load_inception(mode: str, sha256: str) -> FeatureNetwork:
-    return load_network(f"inception_{mode}", Path("unused"), inception_sha256=sha256)
+def put_inception(network: nn.Module, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("AFM_WEIGHTS", str(folder))
+    path = folder / INCEPTION_FILE
+    torch.jit.script(network).save(str(path))
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr("afm_pipe.evaluation.features.INCEPTION_SHA256", sha256)
+    return sha256
+
+
+def load_inception(mode: str) -> FeatureNetwork:
+    return load_network(f"inception_{mode}")
 
 
 @pytest.mark.parametrize("mode", ["clean", "legacy_tensorflow"])
 def test_inception_features_of_grey_equal_those_of_the_same_in_colour(mode: str, sha256: str) -> None:
-    network = load_inception(mode, sha256)
+    network = load_inception(mode)
     grey = torch.randint(0, 256, (3, 1, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     features = network(grey)
     assert features.shape == (3, 2048) and features.dtype == torch.float32
@@ -199,17 +199,17 @@ def test_clean_features_are_those_of_cleanfid_on_png_files(sha256: str, tmp_path
     for mode in ("clean", "legacy_tensorflow"):
         model = InceptionV3W(str(tmp_path), download=False, resize_inside=mode == "legacy_tensorflow")
         expected = get_files_features(files, model, num_workers=0, device=torch.device("cpu"), mode=mode, verbose=False)
-        np.testing.assert_allclose(load_inception(mode, sha256)(images).numpy(), expected, atol=1e-5)
+        np.testing.assert_allclose(load_inception(mode)(images).numpy(), expected, atol=1e-5)
 
 
 def test_clean_and_legacy_features_differ(sha256: str) -> None:
     images = torch.randint(0, 256, (2, 3, 20, 20), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    clean, legacy = (load_inception(mode, sha256)(images) for mode in ("clean", "legacy_tensorflow"))
+    clean, legacy = (load_inception(mode)(images) for mode in ("clean", "legacy_tensorflow"))
     assert (clean - legacy).abs().max() > 0.05 * legacy.abs().max()
 
 
 def test_one_pass_of_inception_gives_features_spatial_features_and_probabilities(sha256: str, tmp_path: Path) -> None:
-    pooled, spatial = load_networks(["inception_legacy_tensorflow"], Path("unused"), inception_sha256=sha256)
+    pooled, spatial = load_networks(params_with().evaluate, Path(), names=["inception_legacy_tensorflow"])
     images = torch.randint(0, 256, (3, 3, 40, 24), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     base = torch.jit.load(str(tmp_path / INCEPTION_FILE))
     features = pooled(images)
@@ -225,16 +225,15 @@ def test_one_pass_of_inception_gives_features_spatial_features_and_probabilities
     assert torch.allclose(found.view(3, 17, 17, 7)[0, 4, 9], expected[0, :7, 4, 9], atol=1e-5)  # channels stand last
 
 
-def test_an_inception_whose_layers_give_something_else_is_refused(tmp_path: Path, sha256: str) -> None:
-    path = tmp_path / INCEPTION_FILE
-    torch.jit.script(StandIn(spoilt=5.0)).save(str(path))
+def test_an_inception_with_other_layers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_inception(StandIn(spoilt=5.0), tmp_path, monkeypatch)
     with pytest.raises(UserError, match="whose layers are not as expected .features .* off its own"):
-        load_inception("legacy_tensorflow", hashlib.sha256(path.read_bytes()).hexdigest())
+        load_inception("legacy_tensorflow")
 
 
 def test_efficientnet_tells_photographs_apart_from_noise() -> None:
     pytest.importorskip("efficientnet_lite_pytorch")
-    network = load_network("efficientnet", Path("unused"))
+    network = load_network("efficientnet")
     grey = torch.randint(0, 256, (2, 1, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     features = network(grey)
     assert features.shape == (2, 1280) and features.std() > 0.01
@@ -244,7 +243,7 @@ def test_efficientnet_tells_photographs_apart_from_noise() -> None:
 def test_missing_dinov2_says_where_it_belongs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AFM_WEIGHTS", str(tmp_path))
     with pytest.raises(UserError, match="dinov2_vitl14.safetensors"):
-        load_network("dinov2", Path("unused"))
+        load_network("dinov2")
 
 
 def test_dinov2s_weights_are_known_by_a_hash_that_params_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,11 +251,11 @@ def test_dinov2s_weights_are_known_by_a_hash_that_params_hold(tmp_path: Path, mo
     path = tmp_path / "dinov2_vitl14.safetensors"
     path.write_bytes(b"other weights")
     found = hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setattr("afm_pipe.evaluation.other_networks.load_file", lambda *_: pytest.fail("it was loaded"))
-    with pytest.raises(UserError, match=f"with sha256 {found}, and evaluate.dinov2_sha256 null: .*put this hash there"):
-        load_network("dinov2", Path("unused"))
-    with pytest.raises(UserError, match=f"with sha256 {found}, expected {'3' * 64}: .*mend evaluate.dinov2_sha256"):
-        load_network("dinov2", Path("unused"), dinov2_sha256="3" * 64)
+    monkeypatch.setattr("afm_pipe.evaluation.features.load_file", lambda *_: pytest.fail("it was loaded"))
+    with pytest.raises(UserError, match=f"with sha256 {found}, and evaluate.dinov2_sha256 null: "):
+        load_network("dinov2")
+    with pytest.raises(UserError, match=f"with sha256 {found}, expected .* sha256 333"):
+        dinov2_path("3" * 64)
     assert dinov2_path(found) == path
 
 
@@ -267,7 +266,7 @@ def test_another_inception_file_is_refused_before_it_is_loaded(
     path.write_bytes(path.read_bytes()[:-100])
     monkeypatch.setattr(torch.jit, "load", lambda *_: pytest.fail("it was loaded"))
     with pytest.raises(UserError, match="Found .*inception.* with sha256 .*expected .*" + sha256) as error:
-        load_inception("clean", sha256)
+        load_inception("clean")
     assert str(path) in str(error.value) and "https://" in str(error.value)
 
 

@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from afm_pipe.evaluation.frechet import Statistics, frechet_and_map, frechet_distance
-from afm_pipe.evaluation.intervals import around, frechet_error, kernel_error, wilson
-from afm_pipe.evaluation.manifold import precision_recall
+from afm_pipe.evaluation.frechet import Statistics, frechet_distance
+from afm_pipe.evaluation.intervals import frechet_error, kernel_error, normal_interval, wilson
 from afm_pipe.evaluation.measures import inception_score
+from afm_pipe.evaluation.precision_recall import precision_recall
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.training.kernel_distance import kid, kid_of_subsets
 
@@ -29,9 +29,9 @@ def test_frechet_interval_covers_the_mean_of_other_draws(apart: float) -> None:
     for _ in range(400):
         x, labels = draw(random, 500, apart)
         own = Statistics.of(x)
-        value, pull = frechet_and_map(own.mu, own.sigma, mu, sigma)
+        value, pull = frechet_distance(own.mu, own.sigma, mu, sigma)
         values.append(value)
-        intervals.append(around(value, frechet_error(x, labels, mu, pull), 0.0))
+        intervals.append(normal_interval(value, frechet_error(x, labels, mu, pull), 0.0))
     truth = np.mean(values)
     covered = np.mean([low <= truth <= high for low, high in intervals])
     assert 0.9 <= covered <= 0.98
@@ -45,7 +45,7 @@ def test_kernel_interval_covers_the_mean_of_other_draws() -> None:
         x, labels = draw(random, 300, 0.3)
         each = kid_of_subsets(real, x, 8, 100, seed)
         values.append(each.mean())
-        intervals.append(around(values[-1], kernel_error(real, x, labels, each)))
+        intervals.append(normal_interval(values[-1], kernel_error(real, x, labels, each)))
     truth = np.mean(values)
     assert 0.9 <= np.mean([low <= truth <= high for low, high in intervals]) <= 0.98
 
@@ -54,7 +54,7 @@ def test_noise_counts_within_a_class() -> None:
     x, labels = np.repeat([[0.0], [50.0]], 100, axis=0), np.repeat([0, 1], 100)
     x = x + np.random.default_rng(0).normal(size=x.shape)
     own = Statistics.of(x)
-    _, pull = frechet_and_map(own.mu, own.sigma, np.zeros(1), np.eye(1))
+    _, pull = frechet_distance(own.mu, own.sigma, np.zeros(1), np.eye(1))
     assert frechet_error(x, labels, np.zeros(1), pull) < 0.3 * frechet_error(x, 0 * labels, np.zeros(1), pull)
 
 
@@ -62,9 +62,9 @@ def test_the_map_is_the_gradient_of_the_distance() -> None:
     random = np.random.default_rng(0)
     a, b, step = (m @ m.T for m in random.normal(size=(3, 5, 5)))
     mu = random.normal(size=5)
-    _, pull = frechet_and_map(mu, a, 0 * mu, b)
+    _, pull = frechet_distance(mu, a, 0 * mu, b)
     np.testing.assert_allclose(pull @ a @ pull, b, rtol=1e-8, atol=1e-8)  # it carries one Gaussian to the other
-    ahead, behind = (frechet_distance(mu, a + h * step, 0 * mu, b) for h in (1e-5, -1e-5))
+    ahead, behind = (frechet_distance(mu, a + h * step, 0 * mu, b)[0] for h in (1e-5, -1e-5))
     assert (ahead - behind) / 2e-5 == pytest.approx(np.trace((np.eye(5) - pull) @ step), rel=1e-5)
 
 
@@ -100,7 +100,7 @@ def test_precision_and_recall_are_those_of_the_definition(monkeypatch: pytest.Mo
     random = np.random.default_rng(0)
     real, samples = random.normal(size=(90, 3)), random.normal(size=(70, 3)) * 0.5 + 0.4
     for tile in ((128, 2048), (7, 2), (20, 31)):
-        monkeypatch.setattr("afm_pipe.evaluation.manifold.TILE", tile)
+        monkeypatch.setattr("afm_pipe.evaluation.precision_recall.TILE", tile)
         found = precision_recall(real, samples)
         shares = found.samples_within / found.samples, found.real_within / found.real
         assert shares == pytest.approx(brute(real, samples))

@@ -10,19 +10,18 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from afm_pipe.evaluation import manifold
-from afm_pipe.evaluation.accumulate import EvalBatch, MetricAccumulator
+from afm_pipe.evaluation.accumulate import MetricAccumulator
 from afm_pipe.evaluation.evaluator import Evaluator
-from afm_pipe.evaluation.features import LEGACY, SPATIAL, FeatureNetwork, load_network
 from afm_pipe.evaluation.frechet import Statistics
-from afm_pipe.evaluation.manifold import precision_recall
 from afm_pipe.evaluation.measures import inception_score, within_class_variance
+from afm_pipe.evaluation.networks import LEGACY, SPATIAL, FeatureNetwork
+from afm_pipe.evaluation.precision_recall import precision_recall
 from afm_pipe.evaluation.reference import build_reference
 from afm_pipe.evaluation.statistics import Reference
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import read_json, sha256_file
 from afm_pipe.runtime.progress import track
-from tests.evaluation.painter import CLASSES, Painter, params_with, sampler_of
+from tests.evaluation.painter import Painter, load_network, manifest_of, params_with, sampler_of
 
 DIM = 64
 DISTANCES = 3 * 4  # bytes of a sample's distances to its nearest training images
@@ -66,11 +65,9 @@ def test_of_a_sample_only_features_and_three_distances_are_kept() -> None:
 
     def kept(samples: int) -> int:
         seen = MetricAccumulator([network], samples, 5)
-        for start in range(0, samples, 50):
+        for _ in range(0, samples, 50):
             images = torch.randint(0, 256, (50, 3, 32, 32), dtype=torch.uint8)
-            near = torch.rand(50, 3)
-            batch = EvalBatch(images, near, near, [network(images)])
-            seen.add(batch, torch.arange(50) % 5, pictured=start == 0)
+            seen.add([network(images)], images, torch.rand(50, 3), torch.arange(50) % 5)
         assert len(seen.streams[0].features) == samples
         return held(seen, set())
 
@@ -79,7 +76,7 @@ def test_of_a_sample_only_features_and_three_distances_are_kept() -> None:
 
 @pytest.mark.parametrize("measure", ["distances", "precision and recall", "score"])
 def test_measuring_makes_no_copy_of_the_features(measure: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifold, "TILE", (64, 256))
+    monkeypatch.setattr("afm_pipe.evaluation.precision_recall.TILE", (64, 256))
     monkeypatch.setattr("afm_pipe.evaluation.measures.SCORE_PART", 250)
     monkeypatch.setattr("afm_pipe.evaluation.intervals.BLOCK", 64)
     monkeypatch.setattr("afm_pipe.evaluation.intervals.KERNEL_ROWS", 500)
@@ -150,7 +147,7 @@ def test_of_networks_with_adms_statistics_only_what_is_used_is_passed_through(
 ) -> None:
     pooled, spatial = Counting(), Counting()
 
-    def load(names: list[str], folder: Path, *_: Any, **__: Any) -> list[FeatureNetwork]:
+    def load(settings: Any, folder: Path, device: Any = None, names: Any = None) -> list[FeatureNetwork]:
         found = {
             "classifier": lambda: [load_network("classifier", folder)],
             LEGACY: lambda: [
@@ -158,7 +155,7 @@ def test_of_networks_with_adms_statistics_only_what_is_used_is_passed_through(
                 FeatureNetwork(SPATIAL, 5, "1" * 64, spatial),
             ],
         }
-        return [network for name in names for network in found[name]()]
+        return [network for name in names or settings.features for network in found[name]()]
 
     monkeypatch.setattr("afm_pipe.evaluation.reference.load_networks", load)
     monkeypatch.setattr("afm_pipe.evaluation.evaluator.load_networks", load)
@@ -166,7 +163,7 @@ def test_of_networks_with_adms_statistics_only_what_is_used_is_passed_through(
     names = [LEGACY, "classifier"] if first else ["classifier", LEGACY]
     changes = {"features": names, "adm_reference": {"file": "adm.npz", "sha256": sha256_file(adm)}}
     params, folder = params_with(evaluate=changes), tmp_path / "reference"
-    track("reference", build_reference(params, *real, CLASSES, "digest", vae, folder))
+    track("reference", build_reference(params, manifest_of(real[1]), real[0], vae, folder))
     rebuilt, batch = params.evaluate.samples, 20
     assert pooled.seen == (60 if first else 0) + batch + rebuilt
     assert spatial.seen == rebuilt
@@ -177,10 +174,13 @@ def test_of_networks_with_adms_statistics_only_what_is_used_is_passed_through(
     found = evaluator.references
     assert {each.count for each in found} == {300}
     assert [each.source for each in found].count(f"adm {sha256_file(adm)}") == 2
-    result = track("evaluate", evaluator.evaluate(sampler_of(Painter(), vae), {}))
-    assert result is not None
-    metrics = result[0]
-    assert metrics["fid_240"] > 0 and metrics["sfid_240"] > 0 and metrics["within_class_variance_features"] > 0
+    metrics = track("evaluate", evaluator.evaluate(sampler_of(Painter(), vae), {}))
+    assert (
+        metrics is not None
+        and metrics["fid_240"] > 0
+        and metrics["sfid_240"] > 0
+        and metrics["within_class_variance_features"] > 0
+    )
 
 
 def test_a_reference_of_another_adm_file_than_params_name_is_refused(
@@ -201,7 +201,7 @@ def test_a_reference_of_another_adm_file_than_params_name_is_refused(
         return params_with(evaluate={"features": [LEGACY], "adm_reference": named})
 
     right, folder = sha256_file(adm), tmp_path / "reference"
-    track("r", build_reference(params("adm.npz", None), *real, CLASSES, "digest", vae, folder))
+    track("r", build_reference(params("adm.npz", None), manifest_of(real[1]), real[0], vae, folder))
     for sha256 in (right, None):
         Evaluator(params("adm.npz", sha256), folder)
     with pytest.raises(

@@ -344,10 +344,10 @@ def test_imported_models_are_rows_of_the_report(tmp_path: Path, monkeypatch: pyt
     for number, name in enumerate(("grid.png", "interpolation.png", "nearest.png")):
         write_picture(paths.samples("outside") / name, number)
     write_report(params, paths.REPORT, paths.RENDERED)
-    rows = (tmp_path / "results" / "report" / "runs.md").read_text()
+    rows = (tmp_path / "results" / "rendered" / "runs.md").read_text()
     (row,) = (row for row in rows.splitlines() if row.startswith("| outside |"))
     assert "| b2 |" in row and "| imported |" in row
-    assert "outside" in (tmp_path / "results" / "report" / "costs.csv").read_text()
+    assert "outside" in (tmp_path / "results" / "rendered" / "costs.csv").read_text()
     assert "outside" not in (tmp_path / "results" / "report" / "curves.svg").read_text()
     (paths.samples("outside") / "grid.png").unlink()
     with pytest.raises(UserError, match="dvc repro sample-imported@outside"):

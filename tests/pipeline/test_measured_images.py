@@ -18,6 +18,7 @@ from afm_pipe.runtime import paths
 from afm_pipe.runtime.files import read_json
 from afm_pipe.runtime.progress import track
 from afm_pipe.sampling.sampler import Sampler
+from tests.evaluation.painter import manifest_of
 from tests.sampling.test_requests import project  # noqa: F401 (fixture)
 
 SAMPLES = 23  # no whole number of batches of 6, nor of 10 classes
@@ -45,7 +46,7 @@ def measured(project: Path) -> np.ndarray:  # noqa: F811
         images = np.random.default_rng(0).integers(0, 256, (60, 1, 32, 32)).astype(np.uint8)
         labels, names = np.sort(np.arange(60) % 10), [f"digit {i}" for i in range(10)]
         vae = load_autoencoder(params, paths.AUTOENCODER)
-        track("reference", build_reference(params, images, labels, names, "digest", vae, paths.REFERENCE))
+        track("reference", build_reference(params, manifest_of(labels, names), images, vae, paths.REFERENCE))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Sampler, "images", watched)
             done = afm("evaluate", "one")
@@ -53,7 +54,7 @@ def measured(project: Path) -> np.ndarray:  # noqa: F811
         assert read_json(paths.metrics("one"))["protocol"]["samples"] == SAMPLES
     finally:
         os.chdir(before)
-    return np.concatenate(seen)[:, 0]
+    return np.concatenate(seen)[:SAMPLES, 0]  # the last call draws the nearest images
 
 
 def test_images_kept_are_those_that_evaluation_measured(

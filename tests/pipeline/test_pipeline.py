@@ -90,6 +90,16 @@ def test_a_second_repro_runs_nothing(clone: Path) -> None:
     assert repro(clone) == []
 
 
+def test_an_edited_docstring_reruns_nothing_and_status_says_it(clone: Path) -> None:
+    source = clone / "afm_pipe" / "training" / "trainer.py"
+    before = source.read_text()
+    source.write_text(before.replace('"""', '"""Edited. ', 1))
+    assert repro(clone) == []
+    (said,) = [line for line in shell(clone, "afm-pipe", "status").splitlines() if "other source code" in line]
+    assert "t4, t4-no-transport, table transport (objective " in said
+    source.write_text(before)
+
+
 def test_changing_one_run_reruns_that_run_alone(clone: Path) -> None:
     edit(clone, "runs.t4.lr", 0.0011)
     assert repro(clone) == [*(f"{stage}@t4" for stage in RUN_STAGES), "report"]

@@ -20,7 +20,7 @@ from afm_pipe.params import Params
 from afm_pipe.params.file import load_params
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
-from afm_pipe.study.runner import diverged
+from afm_pipe.study.statistics import divergence
 from afm_pipe.study.trials import Trials
 from tests.conftest import ROOT
 
@@ -243,11 +243,13 @@ def test_divergence_is_distinguished_from_a_short_run_by_its_probes() -> None:
     def probe(low: float, high: float, right: float = 0.5) -> dict:
         return {"intervals": {"fd": [low, high]}, "metrics": {"class_accuracy": right}}
 
-    assert diverged(None, [probe(90, 110), probe(40, 60)], "fd", 0.25) is None
-    assert diverged(None, [probe(90, 110), probe(300, 320)], "fd", 0.25) == "worse at three times the updates"
-    assert diverged(None, [probe(90, 110), probe(105, 130)], "fd", 0.25) is None  # the intervals overlap
-    assert diverged(None, [probe(500, 510, 0.1), probe(250, 260, 0.2)], "fd", 0.25) == ("collapsed: class accuracy 20%")
-    assert diverged(7, [], "fd", 0.25) == "non-finite loss at update 7"
+    assert divergence(None, [probe(90, 110), probe(40, 60)], "fd", 0.25) is None
+    assert divergence(None, [probe(90, 110), probe(300, 320)], "fd", 0.25) == "worse at three times the updates"
+    assert divergence(None, [probe(90, 110), probe(105, 130)], "fd", 0.25) is None  # the intervals overlap
+    assert divergence(None, [probe(500, 510, 0.1), probe(250, 260, 0.2)], "fd", 0.25) == (
+        "collapsed: class accuracy 20%"
+    )
+    assert divergence(7, [], "fd", 0.25) == "non-finite loss at update 7"
 
 
 def test_then_continues_the_trained_trial_with_guidance(declare: Callable[..., Params]) -> None:

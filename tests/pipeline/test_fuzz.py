@@ -28,7 +28,7 @@ from afm_pipe.data.latents import Latents
 from afm_pipe.data.latents_format import CLASSES, DONE, LABELS, MOMENTS, read_provenance
 from afm_pipe.data.manifest import Manifest, columns_digest, read_manifest, write_manifest
 from afm_pipe.data.tars import index_tar
-from afm_pipe.evaluation.nearest import Thumbnails, build_thumbnails
+from afm_pipe.evaluation.thumbnails import Thumbnails, build_thumbnails
 from afm_pipe.models.model_files import load_config, load_tensors
 from afm_pipe.models.released import Contents, read_tensors, recognize
 from afm_pipe.params import Imported, Params

@@ -1,6 +1,8 @@
-"""Precision and recall: how many samples lie among the real images, and how many real images among the samples.
+"""Improved precision and recall (Kynkaanniemi et al. 2019).
 
-Shapes: N samples, M real images, D features.
+Precision is the fraction of samples that lie on the manifold of the real images, recall the converse.
+
+Legend: N samples, M real images, D features.
 """
 
 from collections.abc import Iterator
@@ -12,14 +14,14 @@ from torch import Tensor
 
 from afm_pipe.runtime.errors import UserError
 
-NEIGHBORS = 3  # k of Kynkaanniemi et al. 2019
+NEIGHBORS = 3  # k
 MAX_REAL = 10_000  # real images, as in ADM's reference batch
-TILE = (128, 2048)  # rows and columns of distances held at a time: they stay in the processor's cache
+TILE = (128, 2048)  # rows and columns of distances computed at a time: they fit the processor's cache
 CPU = torch.device("cpu")
 
 
 class PrecisionRecall(NamedTuple):
-    """Samples within a real image's ball of N, and real images within a sample's ball of M."""
+    """Samples within a ball of the real images, of N; real images within a ball of the samples, of M."""
 
     samples_within: int
     samples: int
@@ -28,41 +30,41 @@ class PrecisionRecall(NamedTuple):
 
 
 def precision_recall(real: np.ndarray, samples: np.ndarray, device: torch.device = CPU) -> PrecisionRecall:
-    """Count by the improved precision and recall of Kynkaanniemi et al. (2019) on features (M, D) and (N, D).
+    """Count samples and real images in each other's balls, on features (M, D) and (N, D).
 
-    A ball reaches from each point of a set to its third nearest other one. Distances are float64, a tile of them at a
-    time, and so are features. Raises UserError for fewer than four points of a set.
+    A ball reaches from a point to its third nearest neighbor in the same set. Distances are float64, a tile at a time.
+    Raises UserError for fewer than four points in a set.
     """
     for what, found in (("samples", samples), ("real images", real)):
         if len(found) <= NEIGHBORS:
             raise UserError(f"Found {len(found)} {what}, expected more than {NEIGHBORS} for precision and recall.")
-    centre = torch.from_numpy(real.mean(axis=0, dtype=np.float64))  # distances cancel less around it
-    x, y = _Points(samples, centre, device), _Points(real, centre, device)
+    center = torch.from_numpy(real.mean(axis=0, dtype=np.float64))  # centered distances lose fewer digits
+    x, y = _Points(samples, center, device), _Points(real, center, device)
     return PrecisionRecall(*_within(x, y, _radii(x), _radii(y)))
 
 
 class _Points:
-    """Features (n, D) around a centre, some of them in float64 at a time."""
+    """Centered features (n, D), converted to float64 in parts."""
 
-    def __init__(self, features: np.ndarray, centre: Tensor, device: torch.device) -> None:
-        self._features, self._centre, self.device = torch.from_numpy(features), centre, device
+    def __init__(self, features: np.ndarray, center: Tensor, device: torch.device) -> None:
+        self._features, self._center, self.device = torch.from_numpy(features), center, device
 
     def __len__(self) -> int:
         return len(self._features)
 
     def part(self, start: int, size: int) -> tuple[Tensor, Tensor]:
-        """Return some of the points (b, D) and their squared lengths (b,)."""
-        points = (self._features[start : start + size].double() - self._centre).to(self.device)
+        """Return a range of points (b, D) and their squared norms (b,)."""
+        points = (self._features[start : start + size].double() - self._center).to(self.device)
         return points, points.square().sum(dim=1)
 
 
 def _radii(points: _Points) -> Tensor:
-    """Return the squared distance of each point to its third nearest other (n,)."""
+    """Return the squared distance of each point to its third nearest neighbor (n,)."""
     nearest = torch.full((len(points), NEIGHBORS + 1), torch.inf, dtype=torch.float64, device=points.device)
     for top, left, squared in _tiles(points, points):
         last = min(top + squared.shape[0], left + squared.shape[1])
         own = torch.arange(max(top, left), max(top, left, last), device=points.device)
-        squared[own - top, own - left] = -1.0  # itself first, whatever rounding says
+        squared[own - top, own - left] = -1.0  # the point itself sorts first, whatever the rounding
         found = squared.topk(min(NEIGHBORS + 1, squared.shape[1]), dim=1, largest=False).values
         rows = nearest[top : top + len(squared)]
         rows[:] = torch.cat([rows, found], dim=1).topk(NEIGHBORS + 1, dim=1, largest=False).values
@@ -70,7 +72,7 @@ def _radii(points: _Points) -> Tensor:
 
 
 def _within(x: _Points, y: _Points, x_radii: Tensor, y_radii: Tensor) -> tuple[int, int, int, int]:
-    """Count the points of each set within a ball of the other, and the points."""
+    """Return the points of each set within a ball of the other, each followed by the size of the set."""
     of_x, of_y = (torch.zeros(len(each), dtype=torch.bool, device=each.device) for each in (x, y))
     for top, left, squared in _tiles(x, y):
         rows, columns = slice(top, top + squared.shape[0]), slice(left, left + squared.shape[1])
@@ -80,7 +82,7 @@ def _within(x: _Points, y: _Points, x_radii: Tensor, y_radii: Tensor) -> tuple[i
 
 
 def _tiles(a: _Points, b: _Points) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield the first row, the first column and the squared distances of some of `a` to some of `b`."""
+    """Yield tiles of squared distances from `a` to `b`: first row, first column, distances."""
     height, width = TILE
     for left in range(0, len(b), width):
         columns, column_squares = b.part(left, width)

@@ -25,7 +25,8 @@ from afm_pipe.data.listing import list_images
 from afm_pipe.data.manifest import columns_digest, read_manifest
 from afm_pipe.data.reading import require_images
 from afm_pipe.distributed.launch import Launch
-from afm_pipe.evaluation.nearest import Thumbnails, build_thumbnails, load_arrays
+from afm_pipe.evaluation.arrays import load_arrays
+from afm_pipe.evaluation.thumbnails import Thumbnails, build_thumbnails
 from afm_pipe.params import Imported, Params
 from afm_pipe.params.file import load_params
 from afm_pipe.runtime import paths
@@ -200,7 +201,7 @@ def test_a_manifest_of_another_folder_is_not_followed(discs: Path, discs_params:
         ("[" * 5000, "more than 32 nested levels"),
         ("a: " + "9" * 5000, "not plain YAML"),
         ("a: 2001-13-45", "not plain YAML"),
-        ("? [x]\n: y", "a key that is no word"),
+        ("? [x]\n: y", "a key that is not a scalar"),
         ("a: !!python/object/apply:os.mkdir [exploded]", "not plain YAML"),
         ("x" * 300_000, "expected at most 262,144"),
         ("a: 1\na: 2", "found a twice"),
@@ -232,7 +233,7 @@ def test_hostile_yaml_is_refused(text: str, words: str) -> None:
         ("runs.dvclive={}", "expected another name than dvclive, which is taken"),
         ("runs.t4={seed: [" + "x, " * 5000 + "x]}", r"runs\.t4\.seed: found \['x'.{50,70}\.\.\., expected"),
         ("runs.²=1", "mistake"),
-        ("train.phases.²=1", "params has no place"),
+        ("train.phases.²=1", "params has no train.phases"),
         ("train.lr=" + "9" * 5000, "whose value is not YAML"),
     ],
 )
