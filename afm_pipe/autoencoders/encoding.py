@@ -120,7 +120,7 @@ class _Rows(NamedTuple):
     @classmethod
     def of(cls, path: Path) -> "_Rows":
         with h5py.File(path, "r", locking=False) as file:
-            rows = rows_of(file)
+            rows = file[rows_of(file)]
             row_bytes = rows.dtype.itemsize * int(np.prod(rows.shape[1:]))
             return cls(path, row_offset(rows), row_offset(file[DONE]), row_bytes, file[DONE][:])
 
@@ -247,8 +247,8 @@ def _require_room(partial: Path, needed: int) -> None:
 def _is_readable(partial: Path) -> bool:
     try:
         with h5py.File(partial, "r", locking=False) as file:
-            return {LABELS, CLASSES, DONE} <= set(file) and rows_of(file) is not None
-    except (OSError, KeyError):
+            return {LABELS, CLASSES, DONE, rows_of(file)} <= set(file)
+    except OSError:
         return False
 
 

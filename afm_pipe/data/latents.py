@@ -13,15 +13,33 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import h5py
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from afm_pipe.data.latents_format import REMEDY, provenance_fingerprint, read_contents, settings
+from afm_pipe.data.latents_format import (
+    CLASSES,
+    DEVIATION,
+    DONE,
+    FORMAT_VERSION,
+    LABELS,
+    MEAN,
+    MOMENTS,
+    REMEDY,
+    open_latents_file,
+    provenance_fingerprint,
+    read_attributes,
+    row_offset,
+    rows_of,
+    settings,
+)
 from afm_pipe.data.order import ALL
 from afm_pipe.params import LatentSpec, Params
 from afm_pipe.runtime.errors import UserError
+
+KINDS = {"f": "float16", "i": "int64", "S": "text of one length", "b": "bool"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,18 +62,15 @@ class Latents:
         Raises UserError when it is missing, cut short, partial, not a latents file, of another autoencoder, or made
         with other settings than params; the message says which.
         """
-        found = read_contents(path)
-        mean, deviation = (None if each is None else torch.from_numpy(each) for each in (found.mean, found.deviation))
-        factor = float(found.provenance["scaling_factor"])
-        spec = LatentSpec(found.latent_shape, found.stochastic, factor, mean, deviation)
-        latents = cls(path, spec, found.labels, found.classes, found.provenance, found.num_mirrors, found.offset)
+        with open_latents_file(path) as file:
+            latents = _read(file, path)
         if params is not None:
             latents._check(params)
-        made_with = found.provenance["vae_sha256"]
-        if autoencoder_sha256 is not None and made_with != autoencoder_sha256:
+        found = latents.provenance["vae_sha256"]
+        if autoencoder_sha256 is not None and found != autoencoder_sha256:
             raise UserError(
-                f"Found {path} made with the autoencoder of sha256 {made_with}, expected the one of "
-                f"{autoencoder_sha256}: {REMEDY}."
+                f"Found {path} made with the autoencoder of sha256 {found}, expected the one of {autoencoder_sha256}: "
+                f"{REMEDY}."
             )
         return latents
 
@@ -168,3 +183,90 @@ class Latents:
                 f"Found {self.path} with latents of shape {self.latent_shape}, expected {expected_spec.shape} "
                 f"as params say: {REMEDY}."
             )
+
+
+def _read(file: h5py.File, path: Path) -> Latents:
+    rows_name = rows_of(file)
+    normalized = MEAN in file or DEVIATION in file
+    kinds = {rows_name: "f", LABELS: "i", CLASSES: "S", DONE: "b"} | ({MEAN: "f", DEVIATION: "f"} if normalized else {})
+    for name in kinds:
+        link = file.get(name, getlink=True)
+        if not isinstance(link, h5py.HardLink) or not isinstance(file[name], h5py.Dataset):
+            raise UserError(f"Found {path} without a data set {name} of its own, expected one: {REMEDY}.")
+    provenance = read_attributes(file, path)
+    version = provenance.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(f"Found {path} of format {version}, expected {FORMAT_VERSION}: {REMEDY}.")
+    missing = {"vae_sha256", "scaling_factor", "manifest_digest"} - set(provenance)
+    if missing:
+        raise UserError(f"Found {path} without its provenance ({', '.join(sorted(missing))}): {REMEDY}.")
+    factor = _scaling_factor(provenance["scaling_factor"], path)
+
+    size = path.stat().st_size
+    for name, kind in kinds.items():
+        _check_stored(file[name], kind, path, size)
+    rows, labels, classes, done = file[rows_name], file[LABELS][:], file[CLASSES][:], file[DONE][:]
+    stochastic = rows_name == MOMENTS
+    if rows.dtype != "<f2" or rows.ndim != 5 or rows.shape[1] not in (1, 2) or (stochastic and rows.shape[2] % 2):
+        channels = "2 x channels" if stochastic else "channels"
+        raise UserError(
+            f"Found {rows_name} of {rows.dtype} and shape {rows.shape} in {path}, expected float16 of "
+            f"(images, mirrors, {channels}, height, width): {REMEDY}."
+        )
+    num_images = len(rows)
+    if labels.dtype != "<i8" or labels.shape != (num_images,) or done.dtype != bool or done.shape != (num_images,):
+        raise UserError(f"Found labels or done map of another shape than the {num_images} images in {path}: {REMEDY}.")
+    if not done.all():
+        raise UserError(
+            f"Found {path} partial, with {int(done.sum())} of {num_images} images encoded: {REMEDY} (encoded images "
+            "under work/ are kept)."
+        )
+    if num_images == 0 or labels.min() < 0 or labels.max() >= len(classes):
+        raise UserError(f"Found labels outside the {len(classes)} classes in {path}, or no image: {REMEDY}.")
+    _, num_mirrors, channels, height, width = rows.shape
+    shape = channels // 2 if stochastic else channels, height, width
+    mean, deviation = _normalization(file, shape, path) if normalized else (None, None)
+    return Latents(
+        path=path,
+        spec=LatentSpec(shape, stochastic, factor, mean, deviation),
+        labels=labels,
+        classes=tuple(os.fsdecode(name) for name in classes),
+        provenance=provenance,
+        num_mirrors=num_mirrors,
+        _offset=row_offset(rows),
+    )
+
+
+def _check_stored(dataset: h5py.Dataset, kind: str, path: Path, size: int) -> None:
+    """Raise UserError unless the values of a data set have the expected kind and lie in this file of `size` bytes.
+
+    A few bytes of HDF5 can declare terabytes, or the contents of any other file.
+    """
+    name = dataset.name.removeprefix("/")
+    if dataset.dtype.kind != kind:
+        raise UserError(
+            f"Found {name} of {dataset.dtype} and shape {dataset.shape} in {path}, expected {KINDS[kind]}: {REMEDY}."
+        )
+    end = row_offset(dataset) + math.prod(dataset.shape) * dataset.dtype.itemsize
+    if end > size:
+        raise UserError(f"Found {path} cut short: {name} would end at byte {end:,} of {size:,}: {REMEDY}.")
+
+
+def _scaling_factor(text: str, path: Path) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise UserError(f"Found {path} with scaling_factor {text[:40]!r}, expected a number above 0: {REMEDY}.")
+    return value
+
+
+def _normalization(file: h5py.File, shape: tuple[int, int, int], path: Path) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation (c, h, w)."""
+    if any(file[name].shape != shape or file[name].dtype != "<f4" for name in (MEAN, DEVIATION)):
+        raise UserError(f"Found mean or deviation of another shape than latents {shape} in {path}: {REMEDY}.")
+    mean, deviation = (torch.from_numpy(file[name][:]) for name in (MEAN, DEVIATION))
+    if not (mean.isfinite().all() and deviation.isfinite().all() and (deviation > 0).all()):
+        raise UserError(f"Found mean or deviation not finite, or a deviation not above 0, in {path}: {REMEDY}.")
+    return mean, deviation

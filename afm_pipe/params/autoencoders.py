@@ -82,6 +82,8 @@ class KLParams(AutoencoderParams):
             raise ValueError("expected `pretrained` or `train`, found neither")
         if self.pretrained is not None and self.sha256 is None:
             raise ValueError("expected `sha256` beside `pretrained`: weights from outside are checked before use")
+        if self.pretrained is not None and self.scaling_factor == "measured":
+            raise ValueError("expected a number as `scaling_factor` beside `pretrained` (0.18215 for SD-VAE)")
         if self.pretrained is None and self.train and 2 ** (len(self.train.block_out_channels) - 1) != self.downsample:
             raise ValueError(
                 f"expected downsample {2 ** (len(self.train.block_out_channels) - 1)} for "

@@ -201,7 +201,7 @@ def holder_of(folder: Path) -> str | None:
 
 def _is_end(event: Event) -> bool:
     """Return whether an event ended its run: a non-finite loss that no rollback followed."""
-    not_finite = event.kind == "not_finite" or "not finite" in event.text
+    not_finite = event.kind == "not_finite" or "finite" in event.text
     return event.kind in FATAL and not_finite and "rolled_back_to" not in event.evidence
 
 
