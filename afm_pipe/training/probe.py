@@ -51,7 +51,7 @@ class Probe:
             else _trained(latents, run)
         )
         generator = stream_generator(run.seed, "probe")
-        chosen = _in_equal_shares(torch.as_tensor(latents.labels), run.monitor.probe.samples, generator)
+        chosen = equal_shares(torch.as_tensor(latents.labels), run.monitor.probe.samples, generator)
         self.labels = torch.as_tensor(latents.labels)[chosen]  # (N,)
         real = latents.draw(chosen, generator)  # (N, C, H, W)
         self.noise = torch.randn(real.shape, generator=generator)
@@ -153,7 +153,7 @@ def _trained(latents: Latents, run: Run) -> _Small:
     return _Small(body.requires_grad_(False), head.requires_grad_(False))
 
 
-def _in_equal_shares(labels: Tensor, samples: int, generator: torch.Generator) -> Tensor:
+def equal_shares(labels: Tensor, samples: int, generator: torch.Generator) -> Tensor:
     """Choose at most `samples` of the data set, in equal shares of its classes: at least two of a class.
 
     Where that is more than `samples`, only some classes are chosen.
