@@ -249,7 +249,8 @@ def test_only_inception_distances_are_called_fid() -> None:
     assert titles.metric("kid_clean_1234").title == "KID-1234 (clean)"
     for key in ("fd_classifier_5k", "kid_classifier_5k", "fd_dinov2", "kid_dinov2"):
         assert "FID" not in titles.metric(key).title
-        assert "KID" not in titles.metric(key).title
+    assert titles.metric("kid_classifier_5k").title == "KID-5k (classifier)"
+    assert titles.metric("kid_dinov2").title == "KID (dinov2)"
 
 
 def test_a_phase_says_all_that_is_done_in_it() -> None:
