@@ -112,8 +112,10 @@ def test_bf16_measures_the_penalty_of_a_discriminator_that_has_a_slope() -> None
         with torch.no_grad():
             found[bf16] = gradient_penalty(network(x, labels), network(away, labels), BF16_EPSILON).item()
     assert found[True] == pytest.approx(found[False], rel=0.1)
-    with pytest.raises(ValidationError, match="penalty.epsilon to be at least 0.05 with precision bf16"):
-        Run.model_validate(RUN.model_dump() | {"precision": "bf16"})
+    penalty = RUN.penalty.model_dump() | {"precision": "bf16"}
+    with pytest.raises(ValidationError, match="penalty.epsilon of at least 0.05 with penalties in bf16"):
+        Run.model_validate(RUN.model_dump() | {"precision": "bf16", "penalty": penalty})
+    Run.model_validate(RUN.model_dump() | {"precision": "bf16"})
 
 
 def test_a_non_finite_loss_stops_all_updates_on_the_device_and_is_raised_when_it_is_read(
