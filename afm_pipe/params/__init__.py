@@ -38,34 +38,6 @@ from afm_pipe.params.training import (
     Transport,
 )
 
-__all__ = [
-    "AdmReference",
-    "Affine",
-    "Augmentation",
-    "AutoencoderParams",
-    "Check",
-    "Classifier",
-    "Data",
-    "Ema",
-    "Evaluate",
-    "FeatureClassifier",
-    "Group",
-    "Guidance",
-    "Imported",
-    "LatentSpec",
-    "Params",
-    "Phase",
-    "Run",
-    "Selection",
-    "Sample",
-    "StudyTable",
-    "Toy",
-    "Transport",
-    "TrialSpec",
-    "deep_merge",
-    "valid_name",
-]
-
 RESERVED_NAMES = {"autoencoder", "classifier", "encode", "trials", "dvclive", "watch.html"}  # in models/ or work/
 
 
@@ -142,8 +114,7 @@ class Params(Section):
                     f"guided.{name}.from: expected a run with schedule fixed, whose end is known; found {guided.base} "
                     "with schedule auto"
                 )
-            kept = self.runs[guided.base].keep_discriminators
-            reload = guided.reload_discriminator
+            kept, reload = self.runs[guided.base].keep_discriminators, guided.reload_discriminator
             if isinstance(reload, float | int) and reload not in kept:
                 known = ", ".join(f"{epoch:g}" for epoch in kept) or "none"
                 raise ValueError(

@@ -134,7 +134,7 @@ def test_thumbnails_that_do_not_belong_together_are_refused() -> None:
     arrays = dict(np.load("x.npz"))
     for name, array in (("labels", np.arange(4)), ("images", np.zeros((5, 8), np.uint8)), ("ratio", np.array("x"))):
         np.savez("y.npz", **(arrays | {name: array}))
-        refused(lambda: Thumbnails.load(Path("y.npz")), "do not belong together")
+        refused(lambda: Thumbnails.load(Path("y.npz")), "do not match")
 
 
 # Images and their list

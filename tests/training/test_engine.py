@@ -18,6 +18,7 @@ from afm_pipe.models.discriminator import Discriminator
 from afm_pipe.models.generator import Generator
 from afm_pipe.models.model_files import ModelConfig
 from afm_pipe.objectives import build_objective
+from afm_pipe.objectives.adversarial_flow.batches import Draw
 from afm_pipe.objectives.adversarial_flow.losses import gradient_penalty, perturb
 from afm_pipe.params import Run
 from afm_pipe.params.file import load_params
@@ -54,6 +55,13 @@ def vector(trainer: Trainer) -> Tensor:
     return torch.cat([tensor.flatten() for tensor in weights(trainer.state).values()])
 
 
+def without_numbers(draw: Draw) -> Draw:
+    """Return a draw whose real latents are not finite."""
+    ((part,),) = draw.discriminator
+    batch = part.batch._replace(real=part.batch.real * float("nan"))
+    return draw._replace(discriminator=[[part._replace(batch=batch)]])
+
+
 def kept_bytes(trainer: Trainer) -> int:
     """Return the bytes that D's backward pass needs, besides its weights."""
     kept: dict[int, int] = {}
@@ -62,9 +70,9 @@ def kept_bytes(trainer: Trainer) -> int:
         kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return tensor
 
-    (part,), discriminator = trainer.draw(), trainer.state.networks["discriminator"]
+    ((part,),), discriminator = trainer.draw().discriminator, trainer.state.networks["discriminator"]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        logits = discriminator(part.d_batch.real, part.d_batch.labels)
+        logits = discriminator(part.batch.real, part.batch.labels)
     del logits
     return sum(kept.values()) - sum(p.untyped_storage().nbytes() for p in discriminator.parameters())
 
@@ -126,10 +134,10 @@ def test_a_non_finite_loss_stops_all_updates_on_the_device_and_is_raised_when_it
     update(trainer)
     trainer.learner.require_finite()
     before = {name: tensor.clone() for name, tensor in weights(trainer.state).items() if not name.startswith("ema")}
-    (healthy,) = trainer.draw()
-    broken = healthy._replace(d_batch=healthy.d_batch._replace(real=healthy.d_batch.real * float("nan")))
-    trainer.update([broken])
-    trainer.update([healthy])
+    healthy = trainer.draw()
+    broken = without_numbers(healthy)
+    trainer.update(broken)
+    trainer.update(healthy)
     assert all(torch.equal(weights(trainer.state)[name], tensor) for name, tensor in before.items())
     with pytest.raises(NotFiniteError, match="at update 1") as stopped:
         trainer.learner.require_finite()
@@ -140,9 +148,9 @@ def test_a_non_finite_loss_is_raised_before_the_update_on_a_cpu(make: Callable[.
     trainer = make()
     update(trainer)
     before = vector(trainer)
-    (healthy,) = trainer.draw()
+    healthy = trainer.draw()
     with pytest.raises(NotFiniteError, match="at update 1"):
-        trainer.update([healthy._replace(d_batch=healthy.d_batch._replace(real=healthy.d_batch.real * float("nan")))])
+        trainer.update(without_numbers(healthy))
     assert torch.equal(vector(trainer), before)
     assert trainer.state.update == 1
 
