@@ -251,7 +251,7 @@ class TrainingMonitor(Callback):
     def _keep_adversary(self) -> None:
         """Keep D where it may be reloaded later; remove those that no state refers to any more."""
         reloads = any(phase.reload_discriminator == "stall" for phase in self.run.phases)
-        if not (self.act or self.auto or reloads):
+        if self.training.objective.adversary is None or not (self.act or self.auto or reloads):
             return
         memory, update = self.memory, self.state.update
         memory.adversaries = [*memory.adversaries, update][-self.run.monitor.act.candidates - SPARE :]
@@ -276,7 +276,7 @@ class TrainingMonitor(Callback):
     @property
     def _adversary(self) -> nn.Module:
         name = self.training.objective.adversary
-        assert name is not None, "params refuse reloads of D without one"
+        assert name is not None, "without an adversary none is kept, so none is reloaded"
         return self.state.networks[name]
 
     def _load_adversary(self, update: int) -> None:

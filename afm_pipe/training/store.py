@@ -18,7 +18,7 @@ from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from afm_pipe.models.model_files import load_exactly, load_tensors, save_tensors
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import atomic_path, remove_leftovers
-from afm_pipe.training.curves import Row, append_curve, read_curves, write_curves
+from afm_pipe.training.curves import Row, append_curve, write_curves
 from afm_pipe.training.events import FILE, Event, append_event, read_events, write_events
 from afm_pipe.training.sharding import full_tensors, shard_like
 
@@ -28,11 +28,6 @@ class RunStore:
 
     def __init__(self, folder: Path, group: ProcessGroup = SINGLE_PROCESS) -> None:
         self.folder, self.group = folder, group
-
-    @property
-    def curves(self) -> Path:
-        """The curves so far, as CSV."""
-        return self.folder / "curves.csv"
 
     @property
     def checkpoints(self) -> Path:
@@ -53,16 +48,12 @@ class RunStore:
     def write_rows(self, rows: Sequence[Row], columns: tuple[str, ...]) -> None:
         """Rewrite the curves."""
         if self.group.is_main_process:
-            write_curves(self.curves, rows, columns)
+            write_curves(self.folder / "curves.csv", rows, columns)
 
     def append_row(self, row: Row) -> None:
         """Append a row to the curves."""
         if self.group.is_main_process:
-            append_curve(self.curves, row)
-
-    def read_rows(self) -> list[Row]:
-        """Return the rows written so far."""
-        return read_curves(self.curves)
+            append_curve(self.folder / "curves.csv", row)
 
     def write_events(self, events: Sequence[Event]) -> None:
         """Rewrite the event log."""
