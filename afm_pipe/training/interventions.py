@@ -8,6 +8,7 @@ from collections.abc import Collection
 
 from afm_pipe.objectives.schedules import update_at
 from afm_pipe.params import Run
+from afm_pipe.runtime.errors import UserError
 from afm_pipe.training.callback import Callback, Training
 
 
@@ -18,7 +19,13 @@ class Interventions(Callback):
     """
 
     def __init__(self, training: Training, run: Run) -> None:
-        self.training, self.run = training, run
+        """Check the phases. Raises UserError when one reloads the adversary of an objective that has none."""
+        self.training, self.run, self.adversary = training, run, training.objective.adversary or ""
+        if not self.adversary and any(phase.reload_discriminator is not None for phase in run.phases):
+            raise UserError(
+                f"Found reload_discriminator in a phase of objective {training.objective.name}, expected none, since "
+                "the objective has no discriminator: remove it from the phase."
+            )
 
     def before_update(self) -> None:
         """Keep or reload the adversary, and replace G by its moving average."""
@@ -28,8 +35,7 @@ class Interventions(Callback):
         for phase in run.phases:
             end = update_at(run, phase.until_epoch, num_images)
             if isinstance(phase.reload_discriminator, float | int):
-                assert self.training.objective.adversary is not None
-                adversary = state.networks[self.training.objective.adversary]
+                adversary = state.networks[self.adversary]
                 then = update_at(run, phase.reload_discriminator, num_images)
                 path = store.adversary(then, "epoch")
                 self._keep({then})

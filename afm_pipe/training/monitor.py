@@ -264,7 +264,7 @@ class TrainingMonitor(Callback):
     @property
     def _adversary(self) -> nn.Module:
         name = self.training.objective.adversary
-        assert name is not None, "params refuse reloads of D without one"
+        assert name is not None, "without an adversary none is kept, so none is reloaded"
         return self.state.networks[name]
 
     def _load_adversary(self, update: int) -> None:

@@ -34,12 +34,15 @@ class Watched(NamedTuple):
     d_accuracy: str | None
     output_scale: str | None
     transport_distance: str | None
+    scheduled: tuple[str, ...]
+    """Loss weights, which an alarm shows as evidence."""
 
     @classmethod
     def of(cls, objective: type[Objective] | Objective) -> "Watched":
         """Return the columns of an objective; a rule whose column is missing never fires."""
         one = {role: next(iter(objective.with_role(role)), None) for role in ROLES}
-        return cls(tuple(objective.with_role("adversarial_loss")), **one)
+        losses, scheduled = objective.with_role("adversarial_loss"), (term.name for term in objective.scheduled)
+        return cls(tuple(losses), **one, scheduled=tuple(scheduled))
 
 
 def alarms_of_rows(run: Run, watched: Watched, rows: Sequence[Row]) -> list[Alarm]:
@@ -93,7 +96,9 @@ def identity(run: Run, watched: Watched, rows: Sequence[Row]) -> Alarm | None:
     distance = seen[watched.transport_distance] * steps
     if distance < run.monitor.identity.transport_rms:
         text = f"G moves its noise by an rms of {distance:.3g}, below {run.monitor.identity.transport_rms:g}"
-        return Alarm("identity", text, {"transport_rms": distance, "transport": rows[-1]["transport"]})
+        return Alarm(
+            "identity", text, {"transport_rms": distance} | {name: rows[-1][name] for name in watched.scheduled}
+        )
     return None
 
 

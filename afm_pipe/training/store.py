@@ -32,11 +32,6 @@ class RunStore:
         self.folder, self.group = folder, group
 
     @property
-    def curves(self) -> Path:
-        """The curves so far, as CSV."""
-        return self.folder / "curves.csv"
-
-    @property
     def checkpoints(self) -> Path:
         """The folder of checkpoints."""
         return self.folder / "checkpoints"
@@ -55,16 +50,12 @@ class RunStore:
     def write_rows(self, rows: Sequence[Row], columns: tuple[str, ...]) -> None:
         """Rewrite the curves."""
         if self.group.is_main_process:
-            write_curves(self.curves, rows, columns)
+            write_curves(self.folder / "curves.csv", rows, columns)
 
     def append_row(self, row: Row) -> None:
         """Append a row to the curves."""
         if self.group.is_main_process:
-            append_curve(self.curves, row)
-
-    def read_rows(self) -> list[Row]:
-        """Return the rows written so far."""
-        return read_curves(self.curves)
+            append_curve(self.folder / "curves.csv", row)
 
     def write_events(self, events: Sequence[Event]) -> None:
         """Rewrite the event log."""
