@@ -20,7 +20,7 @@ from afm_pipe.models.model_files import load_exactly, load_tensors, save_tensors
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import atomic_path, read_json, remove_leftovers
 from afm_pipe.training.checkpoints import checkpoints
-from afm_pipe.training.curves import Row, append_curve, read_curves, write_curves
+from afm_pipe.training.curves import Row, append_curve, write_curves
 from afm_pipe.training.events import FILE, Event, append_event, read_events, write_events
 from afm_pipe.training.sharding import full_tensors, shard_like
 
