@@ -127,14 +127,14 @@ def test_an_array_that_inflates_a_thousandfold_is_refused() -> None:
     refused(lambda: load_arrays(Path("x.npz"), ("mu",)), "would become 83,88")
 
 
-def test_thumbnails_that_do_not_belong_together_are_refused() -> None:
+def test_thumbnails_that_do_not_match_are_refused() -> None:
     images = torch.randint(0, 256, (5, 1, 8, 8), dtype=torch.uint8)
     whole = build_thumbnails(images, np.arange(5))
     whole.save(Path("x.npz"))
     arrays = dict(np.load("x.npz"))
     for name, array in (("labels", np.arange(4)), ("images", np.zeros((5, 8), np.uint8)), ("ratio", np.array("x"))):
         np.savez("y.npz", **(arrays | {name: array}))
-        refused(lambda: Thumbnails.load(Path("y.npz")), "do not belong together")
+        refused(lambda: Thumbnails.load(Path("y.npz")), "do not match")
 
 
 # Images and their list
