@@ -37,33 +37,6 @@ from afm_pipe.params.training import (
     Transport,
 )
 
-__all__ = [
-    "AdmReference",
-    "Affine",
-    "Augmentation",
-    "AutoencoderParams",
-    "Check",
-    "Classifier",
-    "Data",
-    "Ema",
-    "Evaluate",
-    "FeatureClassifier",
-    "Group",
-    "Guidance",
-    "Imported",
-    "LatentSpec",
-    "Params",
-    "Phase",
-    "Run",
-    "Sample",
-    "StudyTable",
-    "Toy",
-    "Transport",
-    "TrialSpec",
-    "deep_merge",
-    "valid_name",
-]
-
 RESERVED_NAMES = {"autoencoder", "classifier", "encode", "trials", "dvclive", "watch.html"}  # in models/ or work/
 
 
