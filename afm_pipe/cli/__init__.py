@@ -269,7 +269,9 @@ def plan(
     ] = None,
     gpus: Annotated[int, typer.Option(help="So many GPUs; they share each batch.")] = 8,
     gpu: Annotated[str, typer.Option(help="a100, h100, h200 or b200.")] = "h100",
-    utilisation: Annotated[float, typer.Option(help="Share of the GPU's peak that is reached.")] = 0.4,
+    utilization: Annotated[
+        float, typer.Option("--utilization", "--utilisation", help="Fraction of the GPU's peak that is reached.")
+    ] = 0.4,
     precision: Annotated[str, typer.Option(help="fp32, tf32 or bf16.")] = "tf32",
     micro_batch: MicroBatch = None,
     checkpoint: Annotated[
@@ -286,7 +288,7 @@ def plan(
     loaded = load_params(params, overrides or ())
     from afm_pipe.planning.plan import machine
 
-    planned = machine(gpu, gpus, utilisation, precision, micro_batch, checkpoint, shard)
+    planned = machine(gpu, gpus, utilization, precision, micro_batch, checkpoint, shard)
     typer.echo(answers.plan_study(loaded, runs or [], planned, images))
 
 

@@ -48,15 +48,24 @@ class Parts(NamedTuple):
 
 @cache
 def measure(run: Run, config: ModelConfig, batch_size: int, penalised: int | None = None) -> Work:
-    """Count one update of a run on a batch of `batch_size`, without guidance; shapes alone, nothing is computed.
+    """Count one update of a run on a batch, without guidance.
 
-    D's penalties are taken on `penalised` images, left out on the run's share; lazy ones are counted by their mean
-    over updates.
+    D's penalties are taken on `penalised` images, by default on the run's share; lazy penalties count by their mean
+    over updates. Every count is linear in the number of blocks, so one and two blocks are counted.
     """
     if penalised is None:
         penalised = max(round(batch_size * run.penalty.batch_fraction), 1)
+    one, two = (_measure(run, config, batch_size, penalised, blocks) for blocks in (1, 2))
+    depth = SIZES[config.size].depth
+    forward, *parts, d_kept, g_kept = (a + (depth - 1) * (b - a) for a, b in zip(one, two, strict=True))
+    return Work(forward, sum(parts), max(d_kept, g_kept), Parts(*parts))
+
+
+def _measure(run: Run, config: ModelConfig, batch_size: int, penalised: int, blocks: int) -> tuple[float, ...]:
+    """Return a forward pass of G, the four parts of an update, and the bytes kept by the D step and by the G step."""
     with torch.device("meta"):
         generator, discriminator = build_generator(config), build_discriminator(config)
+        del generator.blocks[blocks:], discriminator.blocks[blocks:]
         flow, latents = Flow(generator, config.form, config.nfe), torch.empty(batch_size, *config.latent_shape)
         times = (None, None) if config.nfe == 1 else (torch.empty(batch_size), torch.empty(batch_size))
         batch = Batch(latents, torch.empty_like(latents), torch.zeros(batch_size, dtype=torch.int64), *times)
@@ -71,20 +80,20 @@ def measure(run: Run, config: ModelConfig, batch_size: int, penalised: int | Non
         with _Counter() as g_step:
             generator_step(flow, discriminator, batch, 1.0, None)
     weights = [*generator.parameters(), *discriminator.parameters()]
-    activations = max(step.kept_bytes(weights) for step in (d_step, g_step))
 
     def mean(direction: str) -> float:  # over updates with penalties and without, both steps
         with_, without, g = (getattr(step, direction) for step in (d_step, d_step_without, g_step))
         return (with_ + (run.penalty.every - 1) * without) / run.penalty.every + g
 
-    of_g = 2 * alone.forward_flops, alone.backward_flops
-    parts = Parts(
-        generator_forward=alone.forward_flops * (1 if run.reuse_forward else 2),
-        generator_backward=of_g[1],
-        discriminator_forward=mean("forward_flops") - of_g[0],
-        discriminator_backward=mean("backward_flops") - of_g[1],
+    return (
+        alone.forward_flops,
+        alone.forward_flops * (1 if run.reuse_forward else 2),
+        alone.backward_flops,
+        mean("forward_flops") - 2 * alone.forward_flops,
+        mean("backward_flops") - alone.backward_flops,
+        d_step.kept_bytes(weights),
+        g_step.kept_bytes(weights),
     )
-    return Work(alone.forward_flops, sum(parts), activations, parts)
 
 
 @cache
