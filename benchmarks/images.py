@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
+from afm_pipe.autoencoders import load_autoencoder
 from afm_pipe.autoencoders.encoding import encode_dataset
-from afm_pipe.autoencoders.kl import decode, encode_moments, load_autoencoder
 from afm_pipe.data.manifest import Manifest, build_manifest, load_images
 from afm_pipe.models.flow import Flow
 from afm_pipe.models.model_files import ModelConfig, build_generator
 from afm_pipe.params import Params
 from afm_pipe.runtime import paths
-from afm_pipe.sampling.generate import noise, stream_images, to_uint8
+from afm_pipe.sampling.generate import noise, stream_images
 from benchmarks.inputs import CLASS_COUNT, photographs, sd_vae
 from benchmarks.measuring import Row, in_turns, speed_row
 
@@ -38,7 +38,7 @@ def encode(params: Params, quick: bool) -> Iterator[Row]:
             def bare(own: Any = own, vae: Any = vae, images: Any = images, size: int = size) -> None:
                 for batch in images.split(size):
                     for side in (batch, batch.flip(-1)) if own.data.mirror else (batch,):
-                        encode_moments(vae, side, own.encode.precision)
+                        vae.encode(side, own.encode.precision)
 
             def load(own: Any = own, manifest: Any = manifest) -> None:
                 _finish(load_images(manifest, own.data))
@@ -68,7 +68,7 @@ def sampling(params: Params, quick: bool) -> Iterator[Row]:
         def bare(flow: Any = flow, vae: Any = vae, size: int = size, shape: Any = shape, count: int = count) -> None:
             z, labels = torch.randn(size, *shape), torch.zeros(size, dtype=torch.int64)
             for _ in range(count // size):
-                decode(vae, flow.sample(z, labels))
+                vae.decode(flow.sample(z, labels))
 
         decoded = torch.zeros(size, own.data.channels, own.data.image_size, own.data.image_size)
         seconds = in_turns(
@@ -76,7 +76,7 @@ def sampling(params: Params, quick: bool) -> Iterator[Row]:
             whole=whole,
             bare=bare,
             noise=partial(noise, 0, range(count), shape),
-            quantise=partial(to_uint8, decoded),
+            quantise=partial(vae.spec.to_uint8, decoded),
         )
         spent = median(seconds["whole"])
         drawing, rounding = median(seconds["noise"]) / spent, median(seconds["quantise"]) * (count // size) / spent
@@ -142,7 +142,7 @@ def _sources(params: Params, quick: bool) -> Iterator[tuple[str, Params, Any, Ma
     if Path(params.data.root).exists() and paths.AUTOENCODER_WEIGHTS.exists():
         manifest = _finish(build_manifest(params.data))
         title = f"the default's autoencoder, {manifest.num_images:,} digits of 32 x 32"
-        yield title, params, load_autoencoder(paths.AUTOENCODER), manifest
+        yield title, params, load_autoencoder(params, paths.AUTOENCODER), manifest
     else:
         print("encode: the default's is not measured, since its images and autoencoder are not here (make repro)")
 
@@ -151,7 +151,13 @@ def _models(params: Params, quick: bool) -> Iterator[tuple[str, Params, Flow, An
     if paths.AUTOENCODER_WEIGHTS.exists():
         count = 4 * params.sample.micro_batch
         config = ModelConfig(size="t4", channels=4, latent_size=params.latent_shape[1], num_classes=CLASS_COUNT)
-        yield "t4 and the default's autoencoder", params, _flow(config), load_autoencoder(paths.AUTOENCODER), count
+        yield (
+            "t4 and the default's autoencoder",
+            params,
+            _flow(config),
+            load_autoencoder(params, paths.AUTOENCODER),
+            count,
+        )
     own = params.model_copy(
         update={
             "data": params.data.model_copy(update={"image_size": SD_IMAGE, "channels": 3}),

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from afm_pipe.data.latents import CLASSES, DONE, FORMAT_VERSION, LABELS, MOMENTS, Latents
+from afm_pipe.data.latents import Latents
+from afm_pipe.data.latents_format import DONE, FORMAT_VERSION, MOMENTS, lay_out
+from afm_pipe.params import LatentSpec
 
 CLASS_COUNT = 10
 
@@ -17,16 +19,13 @@ def latents_file(path: Path, images: int, shape: tuple[int, int, int]) -> Latent
     """Write a latents file of random moments of latents (C, H, W), and open it as a training does."""
     channels, height, width = shape
     random = np.random.default_rng(0)
-    early = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    early.set_layout(h5py.h5d.CONTIGUOUS)
-    early.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-    with h5py.File(path, "w") as file:
-        names = ("vae_sha256", "manifest_digest")
-        file.attrs.update(dict.fromkeys(names, "0" * 64) | {"format_version": FORMAT_VERSION, "scaling_factor": "1.0"})
-        file.create_dataset(LABELS, data=np.arange(images) % CLASS_COUNT)
-        file.create_dataset(CLASSES, data=np.array([b"%d" % number for number in range(CLASS_COUNT)]))
-        file.create_dataset(DONE, data=np.ones(images, bool))
-        moments = file.create_dataset(MOMENTS, (images, 1, 2 * channels, height, width), "<f2", dcpl=early)
+    names = ("vae_sha256", "manifest_digest")
+    attributes = dict.fromkeys(names, "0" * 64) | {"format_version": FORMAT_VERSION, "scaling_factor": "1.0"}
+    classes = [str(number) for number in range(CLASS_COUNT)]
+    lay_out(path, LatentSpec(shape, stochastic=True), 1, np.arange(images) % CLASS_COUNT, classes, attributes)
+    with h5py.File(path, "r+") as file:
+        file[DONE][:] = True
+        moments = file[MOMENTS]
         for start in range(0, images, 1024):
             count = min(1024, images - start)
             block = random.random((count, 1, 2 * channels, height, width), np.float32)
@@ -45,10 +44,12 @@ def photographs(root: Path, count: int) -> None:
 
 
 def sd_vae() -> Any:
-    """Return an untrained autoencoder of SD-VAE's shape."""
+    """Return an untrained autoencoder of SD-VAE's shape for images of 256 x 256 pixels."""
     from diffusers import AutoencoderKL
+
+    from afm_pipe.autoencoders.kl import KLAutoencoder
 
     torch.manual_seed(0)
     kinds = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
     shape = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4}
-    return AutoencoderKL(**kinds, **shape, scaling_factor=0.18215).eval().requires_grad_(False)
+    return KLAutoencoder(AutoencoderKL(**kinds, **shape, scaling_factor=0.18215), 256)

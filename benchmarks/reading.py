@@ -30,7 +30,7 @@ def latents(params: Params, quick: bool) -> Iterator[Row]:
 
         def read(latents: Latents) -> None:
             for batch in rows:
-                latents.moments(batch, np.zeros(BATCH, np.int64))
+                latents.read(batch, np.zeros(BATCH, np.int64))
 
         def gather(array: np.ndarray) -> None:
             for batch in rows:
@@ -61,7 +61,7 @@ def latents(params: Params, quick: bool) -> Iterator[Row]:
                 if each:
                     fresh = copy.copy(unmapped)
                     _drop(path)
-                fresh.moments(batch, np.zeros(BATCH, np.int64))
+                fresh.read(batch, np.zeros(BATCH, np.int64))
 
         def plain(batches: np.ndarray, each: bool) -> None:
             with path.open("rb") as opened:

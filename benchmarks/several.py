@@ -73,24 +73,17 @@ def _member(rank: int, size: int, port: int, run: Run, folder: str) -> Iterator[
     import torch
 
     from afm_pipe.data.latents import Latents
-    from afm_pipe.models.model_files import run_config
-    from afm_pipe.training.engine import keep_freed_memory
-    from afm_pipe.training.state import TrainingState
-    from benchmarks.inputs import CLASS_COUNT
-    from benchmarks.training import B2_SHAPE, CPU, OurTraining
+    from benchmarks.training import CPU, one_update, trainer_of
 
     torch.set_num_threads(1)
-    keep_freed_memory()
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with init_distributed(CPU) as together:
-        latents = Latents.open(Path(folder) / "latents.h5")
-        config = run_config(run, B2_SHAPE, CLASS_COUNT)
-        training = OurTraining(run, latents, TrainingState.fresh(config, run, CPU), config, together)
+        trainer = trainer_of(run, Latents.open(Path(folder) / "latents.h5"), together)
 
         def update() -> float:
             together.barrier()
             started = time.perf_counter()
-            training.update()
+            one_update(trainer)
             return time.perf_counter() - started
 
         def matmul() -> float:

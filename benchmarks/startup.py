@@ -51,21 +51,15 @@ def startup(params: Params, quick: bool) -> Iterator[Row]:
 
 
 def first_update() -> None:
-    """Do the first update of the small default, on made-up latents."""
-    import torch
-
-    from afm_pipe.models.model_files import run_config
+    """Make the first update of the small default, on random latents."""
     from afm_pipe.params.file import load_params
-    from afm_pipe.training.state import TrainingState
-    from benchmarks.inputs import CLASS_COUNT, latents_file
-    from benchmarks.training import OurTraining
+    from benchmarks.inputs import latents_file
+    from benchmarks.training import one_update, trainer_of
 
     params = load_params()
-    run = params.runs["t4-short"]
-    config = run_config(run, params.latent_shape, CLASS_COUNT)
     with tempfile.TemporaryDirectory() as folder:
         latents = latents_file(Path(folder) / "latents.h5", 256, params.latent_shape)
-        OurTraining(run, latents, TrainingState.fresh(config, run, torch.device("cpu")), config).update()
+        one_update(trainer_of(params.runs["t4-short"], latents))
 
 
 def _times(

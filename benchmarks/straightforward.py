@@ -20,15 +20,14 @@ from torch import Tensor, nn
 from afm_pipe.models.dit import Attention, Block, DiT, PatchEmbed
 from afm_pipe.models.generator import FinalLayer
 from afm_pipe.params import Run
-from afm_pipe.training.state import TrainingState
 
 
 class Straightforward:
-    """G, D, their optimizers and G's moving average, beginning as a `TrainingState` does. One step, direct form."""
+    """G, D, their optimizers and G's moving average, for the direct form in one step."""
 
-    def __init__(self, state: TrainingState, run: Run) -> None:
+    def __init__(self, run: Run, generator: DiT, discriminator: DiT) -> None:
         self.run, self.mean_square, self.count = run, torch.zeros(()), 0
-        self.generator, self.discriminator = plain(state.generator), plain(state.discriminator)
+        self.generator, self.discriminator = plain(generator), plain(discriminator)
         self.ema = copy.deepcopy(self.generator).requires_grad_(False)
         options: dict[str, Any] = {"lr": run.lr, "betas": run.betas, "eps": run.eps, "weight_decay": run.weight_decay}
         self.adam_g = torch.optim.AdamW(self.generator.parameters(), foreach=False, **options)
@@ -81,7 +80,7 @@ class Straightforward:
 
 
 class _Normalized(torch.autograd.Function):
-    """Identity whose backward pass normalises the gradient, as the paper states it."""
+    """Identity whose backward pass normalizes the gradient, as the paper states it."""
 
     @staticmethod
     def forward(context: Any, fake: Tensor, owner: Straightforward) -> Tensor:
@@ -111,8 +110,7 @@ def clip(module: nn.Module, largest: float | None) -> float:
 
 
 def plain(network: DiT) -> DiT:
-    """Return a copy of a network with the same weights whose modules compute as they read in the paper."""
-    network = copy.deepcopy(network)
+    """Make the modules of a network compute as they read in the paper; return it."""
     for module in network.modules():
         for kind, forward in FORWARDS.items():
             if isinstance(module, kind):

@@ -12,16 +12,12 @@ import torch
 
 from afm_pipe.data.latents import Latents
 from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from afm_pipe.models.flow import Flow
 from afm_pipe.models.model_files import ModelConfig, run_config
-from afm_pipe.objectives.adversarial_flow.batches import Batches
+from afm_pipe.objectives import build_objective
 from afm_pipe.params import Params, Run
-from afm_pipe.params.training import BF16_EPSILON
 from afm_pipe.planning.counting import measure
-from afm_pipe.training.engine import keep_freed_memory
-from afm_pipe.training.schedules import setting_at
-from afm_pipe.training.state import TrainingState
-from afm_pipe.training.update import Updates
+from afm_pipe.training.engine import Engine
+from afm_pipe.training.trainer import Runtime, Task, Trainer
 from benchmarks.beside import Beside, Works
 from benchmarks.inputs import CLASS_COUNT, latents_file, sd_vae
 from benchmarks.measuring import Row, in_turns, matmul_rate, speed_row
@@ -33,74 +29,57 @@ SHOWN = 12  # operators in the table of where the time goes
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
 
 
-class OurTraining:
-    """The very parts that `afm_pipe.training.loop` puts together, one update at a time."""
+def trainer_of(
+    run: Run,
+    latents: Latents,
+    group: ProcessGroup = SINGLE_PROCESS,
+    engine: Engine = Engine(),  # noqa: B008  # an immutable value
+) -> Trainer:
+    """Return a trainer at its first update; it writes nothing unless its `train` runs."""
+    objective = build_objective(run, run_config(run, latents.latent_shape, latents.num_classes))
+    runtime = Runtime(latents.path.parent / "work", group=group, engine=engine)
+    return Trainer(Task(objective, latents, "benchmark"), runtime)
 
-    def __init__(
-        self,
-        run: Run,
-        latents: Latents,
-        state: TrainingState,
-        config: ModelConfig,
-        ranks: ProcessGroup = SINGLE_PROCESS,
-    ):
-        self.run, self.latents, self.state = run, latents, state
-        self.batches = Batches(latents, run, CPU, ranks)
-        self.updates = Updates(state, Flow(state.generator, config.form, config.nfe), run, ranks)
 
-    def draw(self) -> tuple[Any, Any]:
-        """Return the parts of the next batch and its setting."""
-        setting = setting_at(self.run, self.state.update, self.latents.num_images)
-        return self.batches.parts(setting.phase, None, self.state.update * self.run.batch_size), setting
-
-    def update(self) -> None:
-        """Draw a batch and update D, G and the moving average."""
-        for network in (
-            self.state.generator,
-            self.state.discriminator,
-        ):  # which a run in bf16 may share with one in fp32
-            network.bf16 = self.run.precision == "bf16"
-        self.updates.update(*self.draw())
-        self.state.update += 1
+def one_update(trainer: Trainer, bf16: bool = False) -> None:
+    """Draw a batch and update D, G and the moving average."""
+    for network in trainer.state.networks.values():
+        network.bf16 = bf16  # type: ignore[assignment]
+    trainer.update(trainer.draw())
 
 
 class PlainTraining:
     """The straightforward update on the batches of ours; online, from images through a VAE."""
 
-    def __init__(self, drawing: OurTraining, vae: Any = None) -> None:
-        self.drawing, self.vae = drawing, vae
-        self.step = Straightforward(drawing.state, drawing.run)
+    def __init__(self, run: Run, latents: Latents, vae: Any = None) -> None:
+        self.objective = build_objective(run, run_config(run, latents.latent_shape, latents.num_classes))
+        self.batches, self.num_images, self.vae = self.objective.batches(latents, CPU), latents.num_images, vae
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.seed)
+            self.step = Straightforward(run, **self.objective.build_networks())
 
     def update(self, online: bool = False) -> None:
         """Draw a batch and update D, G and the moving average."""
-        ((part,), setting) = self.drawing.draw()
+        now = self.objective.hyperparameters(self.step.count, self.num_images)
+        (part,) = self.batches.draw(self.step.count, now)
         real = (part.d_batch.real, part.g_batch.real)
         if online:
             images = torch.rand(len(real[0]), 3, 256, 256) * 2 - 1
             real = (online_encode(self.vae, images), online_encode(self.vae, images.flip(-1)))
         sources, labels = (part.d_batch.source, part.g_batch.source), (part.d_batch.labels, part.g_batch.labels)
-        self.step.update(real, sources, labels, part.noise, setting.transport)
+        self.step.update(real, sources, labels, part.noise, now.weights["transport"])
 
 
 @contextmanager
 def plain_training(run: Run, latents: Path, vae: bool) -> Iterator[Works]:
     """Give the works of the straightforward update, for a process of its own."""
-    opened = Latents.open(latents)
-    config = run_config(run, opened.latent_shape, CLASS_COUNT)
-    drawing = OurTraining(run, opened, TrainingState.fresh(config, run, CPU), config)
-    plain = PlainTraining(drawing, sd_vae() if vae else None)
+    plain = PlainTraining(run, Latents.open(latents), sd_vae().model if vae else None)
     yield {"plain": plain.update, "online": partial(plain.update, True)}
 
 
 def b2_run(params: Params, batch_size: int = 4) -> Run:
     """Return the default's run at the paper's B/2."""
     return params.runs["t4-short"].model_copy(update={"size": "b2", "batch_size": batch_size})
-
-
-def in_bf16(run: Run) -> Run:
-    """Return a run in bf16, with the step of its penalties that this asks for."""
-    penalty = run.penalty.model_copy(update={"epsilon": BF16_EPSILON})
-    return run.model_copy(update={"precision": "bf16", "penalty": penalty})
 
 
 def b2_latents(folder: Path) -> Latents:
@@ -113,24 +92,21 @@ def b2(params: Params, quick: bool) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         latents, run = b2_latents(Path(folder)), b2_run(params)
         beside = stack.enter_context(Beside(plain_training, run, latents.path, True))
-        keep_freed_memory()  # as every training on a CPU does; the plain one, beside, does not
-        config = run_config(run, B2_SHAPE, CLASS_COUNT)
-        state = TrainingState.fresh(config, run, CPU)
-        fp32 = OurTraining(run, latents, state, config)
-        bf16 = OurTraining(in_bf16(run), latents, state, config)
+        config, trainer = run_config(run, B2_SHAPE, CLASS_COUNT), trainer_of(run, latents)
+        update = partial(one_update, trainer)
         rates: list[float] = []
         works: dict[str, Callable[[], Any]] = {
             "matmul": lambda: rates.append(matmul_rate()),
-            "fp32": fp32.update,
+            "fp32": update,
             "plain": lambda: beside.do("plain"),
-            "bf16": bf16.update,
+            "bf16": partial(update, bf16=True),
             "online": lambda: beside.do("online"),
-            "draw": lambda: [fp32.draw() for _ in range(5)],
+            "draw": lambda: [trainer.draw() for _ in range(5)],
         }
         seconds = in_turns(1 if quick else 2, **works)
         shape, theirs = "B/2, 4 x 32 x 32, batch 4", "straightforward update"
         yield speed_row("b2", f"{shape}, fp32", seconds, "fp32", "plain", theirs, bar=">= 1.1")
-        where = list(_where("b2", shape, fp32.update))
+        where = list(_where("b2", shape, update))
         yield _floor_row("b2", f"{shape}, fp32", run, config, seconds["fp32"], rates, where, bar=">= 0.8")
         yield speed_row(
             "b2", f"{shape}, fp32", seconds, "fp32", "online", "the same, encoding online in bf16", bar=">= 1.4"
@@ -146,22 +122,21 @@ def small(params: Params, quick: bool) -> Iterator[Row]:
         run = params.runs["t4-short"]
         latents = latents_file(Path(folder) / "latents.h5", 5000, params.latent_shape)
         config = run_config(run, params.latent_shape, CLASS_COUNT)
-        state = TrainingState.fresh(config, run, CPU)
-        ours = OurTraining(run, latents, state, config)
+        trainer = trainer_of(run, latents)
+        update = partial(one_update, trainer)
         beside = stack.enter_context(Beside(plain_training, run, latents.path, False))
-        keep_freed_memory()
         rates: list[float] = []
         seconds = in_turns(
             8 if quick else 40,
             warm=3,
             matmul=lambda: rates.append(matmul_rate(seconds=0.0)),
-            ours=ours.update,
+            ours=update,
             plain=lambda: beside.do("plain"),
-            draw=ours.draw,
+            draw=trainer.draw,
         )
         shape = "t4, 4 x 8 x 8, batch 64"
         yield speed_row("small", f"{shape}, fp32", seconds, "ours", "plain", "straightforward update")
-        where = list(_where("small", shape, ours.update))
+        where = list(_where("small", shape, update))
         yield _floor_row("small", f"{shape}, fp32", run, config, seconds["ours"], rates, where)
         yield _wait_row("small", shape, median(seconds["draw"]), median(seconds["ours"]))
         yield from where

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from afm_pipe.training.loop import Trained, train
 from torch import Tensor
 
 from afm_pipe.distributed.process_group import ProcessGroup, init_distributed
@@ -23,7 +24,6 @@ from afm_pipe.params import Guidance, Phase, Run
 from afm_pipe.params.file import load_params
 from afm_pipe.params.sizes import SIZES
 from afm_pipe.params.training import Augmentation
-from afm_pipe.training.loop import Trained, train
 from tests.conftest import SMOKE
 
 BATCH, UPDATES, IMAGES = 12, 20, 60

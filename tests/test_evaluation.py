@@ -16,6 +16,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
 
+from afm_pipe.autoencoders.kl import KLAutoencoder
 from afm_pipe.evaluation.features import FeatureNetwork, load_network
 from afm_pipe.evaluation.metrics import evaluate_run
 from afm_pipe.evaluation.nearest import Neighbours, Thumbnails, build_thumbnails, thumbnail
@@ -67,11 +68,11 @@ def vae() -> Any:
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        vae: Any = AutoencoderKL(
+        model = AutoencoderKL(
             in_channels=1, out_channels=1, block_out_channels=(8, 16, 32), norm_num_groups=8, **blocks
         )
-    vae.decoder.conv_out.weight.data *= 4  # untrained, it paints in faint greys
-    return vae.eval()
+    model.decoder.conv_out.weight.data *= 4  # untrained, it paints in faint greys
+    return KLAutoencoder(model, SHAPE[1] * 4)
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +238,7 @@ def test_samples_of_another_size_are_refused(reference: Path) -> None:
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     other = AutoencoderKL(in_channels=1, out_channels=1, block_out_channels=(8, 16), norm_num_groups=8, **blocks)
     with pytest.raises(UserError, match=r"Found samples of shape \[1, 8, 8\], expected \[1, 16, 16\]"):
-        evaluate(Painter(), other, reference)
+        evaluate(Painter(), KLAutoencoder(other, 8), reference)
 
 
 def test_latents_that_are_not_finite_are_refused(vae: Any, reference: Path) -> None:

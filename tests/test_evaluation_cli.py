@@ -10,8 +10,8 @@ from click.testing import Result
 from PIL import Image
 from typer.testing import CliRunner
 
-from afm_pipe.autoencoders.kl import load_autoencoder
-from afm_pipe.cli import app
+from afm_pipe.autoencoders import load_autoencoder
+from afm_pipe.cli.app import app
 from afm_pipe.evaluation import metrics
 from afm_pipe.evaluation.reference import build_reference
 from afm_pipe.params.file import load_params
@@ -44,7 +44,7 @@ def measured(project: Path) -> np.ndarray:  # noqa: F811
         params = load_params(overrides=OVERRIDES)
         images = np.random.default_rng(0).integers(0, 256, (60, 1, 32, 32)).astype(np.uint8)
         labels, names = np.sort(np.arange(60) % 10), [f"digit {i}" for i in range(10)]
-        vae = load_autoencoder(paths.AUTOENCODER)
+        vae = load_autoencoder(params, paths.AUTOENCODER)
         track("reference", build_reference(params, images, labels, names, "digest", vae, paths.REFERENCE))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(metrics, "generate_images", watched)

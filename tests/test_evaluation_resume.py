@@ -26,7 +26,7 @@ from tests.test_evaluation import Painter, evaluate, params_with, real, referenc
 SCRIPT = """
 import sys, time, torch
 from pathlib import Path
-from diffusers import AutoencoderKL
+from afm_pipe.autoencoders.kl import KLAutoencoder
 from afm_pipe.evaluation.metrics import evaluate_run
 from tests.test_evaluation import Painter, params_with
 
@@ -35,7 +35,7 @@ class Slow(Painter):
         time.sleep(0.2)
         return super().sample(x, labels)
 
-vae = AutoencoderKL.from_pretrained(sys.argv[1], low_cpu_mem_usage=False).eval()
+vae = KLAutoencoder.load(params_with(), Path(sys.argv[1]))
 run = evaluate_run(params_with(), Slow(), vae, Path(sys.argv[2]), {}, work_dir=Path(sys.argv[3]), checkpoint_seconds=0)
 for tick in run:
     print(tick.done, flush=True)
@@ -47,7 +47,7 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same_numbers(
     reference: Path,  # noqa: F811
     tmp_path: Path,
 ) -> None:
-    vae.save_pretrained(tmp_path / "vae")
+    vae.save(tmp_path / "vae")
     words = [sys.executable, "-c", SCRIPT, str(tmp_path / "vae"), str(reference), str(tmp_path / "work")]
     child = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
     assert child.stdout is not None

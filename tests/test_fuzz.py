@@ -23,17 +23,17 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
-from afm_pipe.cli import status
 from afm_pipe.data.images import decode_image
-from afm_pipe.data.latents import CLASSES, DONE, LABELS, MOMENTS, Latents
+from afm_pipe.data.latents import Latents
+from afm_pipe.data.latents_format import CLASSES, DONE, LABELS, MOMENTS, read_provenance
 from afm_pipe.data.manifest import Manifest, _digest, read_manifest, write_manifest
-from afm_pipe.data.provenance import read_provenance
 from afm_pipe.data.tars import index_tar
 from afm_pipe.evaluation.nearest import Thumbnails, build_thumbnails
 from afm_pipe.models.model_files import load_config, load_tensors
 from afm_pipe.models.released import Contents, read_tensors, recognise
 from afm_pipe.params import Imported, Params
 from afm_pipe.params.file import load_params
+from afm_pipe.reporting import status
 from afm_pipe.reporting.inputs import Cost, _read_events, read_curve, typed
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import read_json

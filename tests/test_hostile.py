@@ -19,9 +19,9 @@ from torch import Tensor
 
 from afm_pipe import pipeline
 from afm_pipe.data.images import list_images, load_image
-from afm_pipe.data.latents import CLASSES, LABELS, MOMENTS, Latents
+from afm_pipe.data.latents import Latents
+from afm_pipe.data.latents_format import CLASSES, LABELS, MOMENTS, read_provenance
 from afm_pipe.data.manifest import _digest, read_manifest, require_images
-from afm_pipe.data.provenance import read_provenance
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.evaluation.nearest import Thumbnails, build_thumbnails, load_arrays
 from afm_pipe.params import Imported, Params

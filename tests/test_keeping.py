@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from afm_pipe.training.loop import train
 
 from afm_pipe.data.latents import Latents
 from afm_pipe.distributed.launch import load_launch
@@ -18,7 +19,6 @@ from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import try_append
 from afm_pipe.training.checkpoints import RetentionPolicy, checkpoints, staying
 from afm_pipe.training.events import FILE, read_events
-from afm_pipe.training.loop import train
 from afm_pipe.training.state import TrainingState
 
 CPU = torch.device("cpu")

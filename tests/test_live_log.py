@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from afm_pipe import pipeline
-from afm_pipe.cli import plan as answers
+from afm_pipe.cli.status import watch as show_live
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.params import Params
 from afm_pipe.reporting.watch import PAGE, watch
@@ -116,5 +116,5 @@ def test_seconds_that_cannot_be_waited_are_refused_before_anything_is_said(
     discs_params: Params, seconds: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(UserError, match=f"--every {seconds:g}, expected 1 to 86,400 seconds"):
-        answers.watch(discs_params, seconds)
+        show_live(discs_params, seconds)
     assert not capsys.readouterr().out

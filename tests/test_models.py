@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from afm_pipe.objectives.adversarial_flow.step import Batch, PenaltyNoise, discriminator_step, generator_step
 
 from afm_pipe.models.discriminator import Discriminator
 from afm_pipe.models.flow import Flow
@@ -18,7 +19,6 @@ from afm_pipe.models.model_files import (
     save_model,
     save_tensors,
 )
-from afm_pipe.objectives.adversarial_flow.step import Batch, PenaltyNoise, discriminator_step, generator_step
 from afm_pipe.params import Run
 from afm_pipe.params.sizes import ModelSize
 from afm_pipe.runtime.errors import UserError

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from afm_pipe.training.classifier import accuracy_by_level, train_latent_classifier
 
 from afm_pipe import pipeline
 from afm_pipe.data.order import ALL
@@ -17,14 +18,13 @@ from afm_pipe.models.classifier import LatentClassifier, load_latent_classifier
 from afm_pipe.models.model_files import ModelConfig
 from afm_pipe.objectives.adversarial_flow.augment import affine_view, discriminator_view
 from afm_pipe.objectives.adversarial_flow.guidance import guide_at_times, guide_to_data
+from afm_pipe.objectives.schedules import update_at
 from afm_pipe.params import Affine, Augmentation, Guidance, Params, Phase, Run
 from afm_pipe.params.sizes import ModelSize
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.progress import track
-from afm_pipe.training.classifier import accuracy_by_level, train_latent_classifier
 from afm_pipe.training.interventions import intervene
-from afm_pipe.training.schedules import update_at
 from afm_pipe.training.state import TrainingState
 from tests.test_models import golden
 

@@ -14,7 +14,7 @@ import yaml
 from diffusers import AutoencoderKL
 
 from afm_pipe import pipeline
-from afm_pipe.autoencoders.kl import save_autoencoder
+from afm_pipe.autoencoders.kl import KLAutoencoder
 from afm_pipe.models.exports import export
 from afm_pipe.models.model_files import (
     ModelConfig,
@@ -84,7 +84,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
     vae: Any = AutoencoderKL(in_channels=1, out_channels=1, block_out_channels=(8, 16, 32), norm_num_groups=8, **blocks)
     vae.register_to_config(scaling_factor=0.5)
-    save_autoencoder(vae, paths.AUTOENCODER)
+    KLAutoencoder(vae, 32).save(paths.AUTOENCODER)
     return tmp_path
 
 

@@ -13,8 +13,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from typer.testing import CliRunner
 
-from afm_pipe.autoencoders.kl import save_autoencoder
-from afm_pipe.cli import app
+from afm_pipe.autoencoders.kl import KLAutoencoder
+from afm_pipe.cli.app import app
 from afm_pipe.models.model_files import ModelConfig, build_discriminator, build_generator, save_model
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
@@ -37,7 +37,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         vae.decoder.conv_out.weight.mul_(20)  # an untrained decoder gives nearly the same grey for everything
     vae.register_to_config(scaling_factor=0.5)
-    save_autoencoder(vae, folder / paths.AUTOENCODER)
+    KLAutoencoder(vae, 32).save(folder / paths.AUTOENCODER)
     for name, nfe in (("one", 1), ("two", 2), ("free", "any")):
         config = ModelConfig(
             size="t4", channels=4, latent_size=8, num_classes=10, nfe=nfe, form="direct" if nfe == 1 else "residual"

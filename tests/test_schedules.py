@@ -3,8 +3,8 @@
 import pytest
 
 from afm_pipe.data.order import Order, stream_generator
+from afm_pipe.objectives.schedules import cosine, ema_decay_at, num_updates, setting_at
 from afm_pipe.params import Ema, Phase, Run, Transport
-from afm_pipe.training.schedules import cosine, ema_decay_at, num_updates, setting_at
 from tests.test_models import golden
 
 

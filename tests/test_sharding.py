@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 import torch
+from afm_pipe.training.loop import Trained, train
+from afm_pipe.training.update import Updates
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
@@ -30,10 +32,8 @@ from afm_pipe.runtime.errors import UserError
 from afm_pipe.training import loop
 from afm_pipe.training.checkpoints import checkpoints, load_latest, save_checkpoint
 from afm_pipe.training.engine import Engine
-from afm_pipe.training.loop import Trained, train
 from afm_pipe.training.sharding import local
 from afm_pipe.training.state import TrainingState
-from afm_pipe.training.update import Updates
 from tests.conftest import ROOT
 from tests.rank_worker import CPU, RandomLatents, run_of
 

@@ -14,10 +14,12 @@ import pytest
 from typer.testing import CliRunner
 
 from afm_pipe import pipeline
-from afm_pipe.cli import app, status
-from afm_pipe.cli.why import FAILED, status_text, why
+from afm_pipe.cli.app import app
+from afm_pipe.cli.status import status_text
+from afm_pipe.cli.why import FAILED, why
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.params import Params
+from afm_pipe.reporting import status
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import NotFiniteError
 
@@ -68,13 +70,13 @@ def test_a_run_is_followed_from_nothing_over_a_kill_to_its_end(project: Path, ch
 
     stopped = status.standing(params, "t4")
     assert stopped.state == "stopped" and stopped.holder is None and stopped.phase == "1 of 1"
-    assert "afm-pipe train t4: it goes on where it stopped" in why(params, "t4")[0]
+    assert "afm-pipe train t4: it resumes where it stopped" in why(params, "t4")[0]
 
     pipeline.train(params, "t4", LAUNCH)
     done = status.standing(params, "t4")
     assert (done.state, done.update, done.total) == ("finished", 30, 30)
     text, code = why(params, "t4")
-    assert text.startswith("t4: finished after 30 updates; no alarm was raised.") and code == 0
+    assert text.startswith("t4: finished after 30 updates, without alarms.") and code == 0
     assert "update 30: D tells " in text
     assert status.standing(params, "g").state == "not begun"  # what it waited for is there
     pipeline.train(params, "g", LAUNCH)
@@ -95,7 +97,7 @@ def test_a_loss_that_is_not_finite_is_told_with_its_update_and_what_to_try(
     assert failed.events[-1].update == error.value.update
     text, code = why(params, "t4")
     assert code == FAILED
-    assert f"failed at update {error.value.update}" in text and "Lower lr (halve it)" in text
+    assert f"failed at update {error.value.update}" in text and "Halve lr" in text
     with pytest.raises(NotFiniteError):
         pipeline.train(params, "t4", LAUNCH)
     assert len(status.standing(params, "t4").events) == 1  # the same end is not told twice
@@ -190,6 +192,6 @@ def test_the_commands_print_the_table_and_exit_with_what_it_means(project: Path)
         [sys.executable, "-m", "afm_pipe", "why", "nope"], capture_output=True, text=True, check=False
     )
     assert unknown.returncode == 1 and "expected one of t4" in unknown.stderr
-    quick = "import sys; from afm_pipe.cli import app; app(['status'], standalone_mode=False); print(*sys.modules)"
+    quick = "import sys; from afm_pipe.cli.app import app; app(['status'], standalone_mode=False); print(*sys.modules)"
     ran = subprocess.run([sys.executable, "-c", quick], capture_output=True, text=True, check=True)
     assert "torch" not in ran.stdout.splitlines()[-1].split()

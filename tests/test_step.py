@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from afm_pipe.objectives.adversarial_flow.step import Batch, PenaltyNoise, discriminator_step, generator_step
 
 from afm_pipe.models.discriminator import Discriminator
 from afm_pipe.models.flow import Flow
@@ -19,7 +20,6 @@ from afm_pipe.objectives.adversarial_flow.losses import (
     transport_cost,
 )
 from afm_pipe.objectives.adversarial_flow.normalizer import GradientNormalizer
-from afm_pipe.objectives.adversarial_flow.step import Batch, PenaltyNoise, discriminator_step, generator_step
 from afm_pipe.params import Run
 from tests.test_models import NETWORKS, golden
 

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from afm_pipe.training.loop import kept, train
 from safetensors.torch import load_file
 
 from afm_pipe.data.latents import Latents
@@ -17,7 +18,6 @@ from afm_pipe.params import Params, Run, deep_merge
 from afm_pipe.params.file import load_params
 from afm_pipe.runtime.errors import NotFiniteError, UserError
 from afm_pipe.training.events import FILE, Event, read_events
-from afm_pipe.training.loop import kept, train
 from afm_pipe.training.probe import Probe
 from afm_pipe.training.state import TrainingState
 

@@ -1,8 +1,9 @@
-"""Look at the machine before work is begun on it: what is there, what is missing, what to do about it."""
+"""Check what a project needs before work starts: packages, device, data, weights, disk and memory."""
 
 import platform
 import shutil
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,7 @@ PACKAGES = ("torch", "torchvision", "diffusers", "dvc", "clean-fid", "h5py", "sc
 
 
 class Finding(NamedTuple):
-    """One line: what was looked at, what was found, whether that will do, and what to do if not."""
+    """One line: what was checked, what was found, whether it will do, and the remedy if not."""
 
     what: str
     found: str
@@ -26,14 +27,15 @@ class Finding(NamedTuple):
 
 
 def examine(params_path: Path) -> list[Finding]:
-    """Return what was found, in the order a person would mend it in."""
-    findings = [_python(), *map(_package, PACKAGES), _git(), _device()]
+    """Return the findings, in the order in which to fix them."""
+    device, launch = _device()
+    findings = [_python(), *map(_package, PACKAGES), _git(), device]
     try:
         params = load_params(params_path)
     except UserError as error:
-        return [*findings, Finding("params", str(error), False, f"Mend {params_path}.")]
-    findings.append(Finding("params", f"{params_path}, {len(params.runs)} runs"))
-    return [*findings, _data(params), *_weights(params), _disk(params), *_memory(params)]
+        return [*findings, Finding("params", str(error), False, f"Fix {params_path}.")]
+    findings += [Finding("params", f"{params_path}, {len(params.runs)} runs"), _data(params), *_weights(params)]
+    return findings if launch is None else [*findings, _disk(params, launch), _memory(params, launch)]
 
 
 def _python() -> Finding:
@@ -53,18 +55,18 @@ def _git() -> Finding:
     return Finding("git", found or "not on PATH", found is not None, "Install git: DVC needs it.")
 
 
-def _device() -> Finding:
+def _device() -> tuple[Finding, Launch | None]:
     import torch
 
     try:
         launch = load_launch()
     except UserError as error:
-        return Finding("launch settings", str(error), False, "Mend that setting, or leave it out.")
+        return Finding("launch settings", str(error), False, "Fix that setting, or remove it."), None
     try:
         device = launch.torch_device()
     except UserError as error:
-        return Finding("device", str(error), False, "Set AFM_DEVICE to a device of this machine, or leave it out.")
-    return Finding("device", f"{device}, {machine_name(device)}, {torch.get_num_threads()} threads")
+        return Finding("device", str(error), False, "Set AFM_DEVICE to a device of this machine, or unset it."), None
+    return Finding("device", f"{device}, {machine_name(device)}, {torch.get_num_threads()} threads"), launch
 
 
 def _data(params: Params) -> Finding:
@@ -73,9 +75,9 @@ def _data(params: Params) -> Finding:
         return Finding("data", f"{paths.MANIFEST} lists the images of {root}")
     if params.data.source not in ("folder", "tar"):
         return Finding("data", f"{params.data.source}, which `dvc repro` writes to {root}")
-    there = root.is_dir() if params.data.source == "folder" else root.is_file()
+    exists = root.is_dir() if params.data.source == "folder" else root.is_file()
     remedy = f"Put your images into {root}, one folder per class or one archive of them, or set data.root."
-    return Finding("data", f"{root} {'is there' if there else 'is missing'}", there, remedy)
+    return Finding("data", f"{root} {'exists' if exists else 'is missing'}", exists, remedy)
 
 
 def _weights(params: Params) -> list[Finding]:
@@ -83,52 +85,48 @@ def _weights(params: Params) -> list[Finding]:
     from afm_pipe.evaluation.features import inception_path
     from afm_pipe.evaluation.other_networks import dinov2_path
 
+    settings, needed = params.evaluate, dict[str, Callable[[], Path]]()
+    if any(name.startswith("inception") for name in settings.features):
+        needed["Inception"] = inception_path
+    adm = settings.adm_reference
+    if adm is not None:
+        needed["ADM's statistics"] = lambda: adm_path(adm)[0]
+    if "dinov2" in settings.features:
+        needed["DINOv2"] = lambda: dinov2_path(settings.dinov2_sha256)
     findings = []
-    if any(name.startswith("inception") for name in params.evaluate.features):
+    for name, find in needed.items():
         try:
-            findings.append(Finding("Inception", str(inception_path())))
+            findings.append(Finding(name, str(find())))
         except UserError as error:
-            findings.append(Finding("Inception", "missing or another", False, str(error)))
-    if params.evaluate.adm_reference is not None:
-        try:
-            findings.append(Finding("ADM's statistics", str(adm_path(params.evaluate.adm_reference)[0])))
-        except UserError as error:
-            findings.append(Finding("ADM's statistics", "missing or another", False, str(error)))
-    if "dinov2" in params.evaluate.features:
-        try:
-            findings.append(Finding("DINOv2", str(dinov2_path(params.evaluate.dinov2_sha256))))
-        except UserError as error:
-            findings.append(Finding("DINOv2", "missing or another", False, str(error)))
-    pretrained = params.autoencoder.pretrained
+            findings.append(Finding(name, "missing or another file", False, str(error)))
+    pretrained = getattr(params.autoencoder, "pretrained", None)
     if pretrained is not None:
-        place = "a local folder" if Path(pretrained).is_dir() else "no local folder, so a name on the hub"
+        place = (
+            "a local folder" if Path(pretrained).is_dir() else "not a local folder, so a name on the Hugging Face Hub"
+        )
         findings.append(Finding("autoencoder", f"{pretrained}, {place}"))
     return findings
 
 
-def _disk(params: Params) -> Finding:
-    """Compare the free disk with two checkpoints of each run; the latents check for their own room."""
+def _disk(params: Params, launch: Launch) -> Finding:
+    """Compare the free disk space with the checkpoints of all runs; encoding checks the space for latents."""
     from afm_pipe.pipeline import run_budget
 
-    needed = sum(2 * run_budget(params, name, Launch()).checkpoint_bytes for name in params.runs)
+    kept = launch.keep_checkpoints
+    needed = sum(kept * run_budget(params, name, launch).checkpoint_bytes for name in params.runs)
     free = shutil.disk_usage(".").free
-    found = f"{free / 2**30:.0f} GiB free, about {needed / 2**30:.1f} needed for checkpoints"
-    return Finding("disk", found, free > needed, "Make room, or train fewer runs at a time and remove their work/RUN.")
+    found = f"{free / 2**30:.0f} GiB free, about {needed / 2**30:.1f} GiB needed for checkpoints"
+    return Finding("disk", found, free > needed, "Free disk space, or train fewer runs at a time and remove work/RUN.")
 
 
-def _memory(params: Params) -> list[Finding]:
+def _memory(params: Params, launch: Launch) -> Finding:
     from afm_pipe.pipeline import run_budget
     from afm_pipe.planning.budget import require_memory
 
-    try:
-        launch = load_launch()
-        device = launch.torch_device()
-    except UserError:
-        return []  # the device's own line says so
     needs = {name: run_budget(params, name, launch) for name in params.runs}
     largest = max(needs, key=lambda name: needs[name].memory_bytes)
     try:
-        require_memory(needs[largest], largest, device)
+        require_memory(needs[largest], largest, launch.torch_device())
     except UserError as error:
-        return [Finding("memory", f"too little for the run {largest}", False, str(error))]
-    return [Finding("memory", f"enough for the largest run, {largest}: {needs[largest].memory_bytes / 2**30:.1f} GiB")]
+        return Finding("memory", f"too little for the run {largest}", False, str(error))
+    return Finding("memory", f"enough for the largest run, {largest}: {needs[largest].memory_bytes / 2**30:.1f} GiB")

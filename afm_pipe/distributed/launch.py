@@ -1,8 +1,7 @@
-"""How the machine is used, which never changes a number's meaning and so never stands in params.yaml.
+"""Launch settings: how this machine is used. They change speed and memory, never the run, so params.yaml has none.
 
-A setting comes from a flag of a command where it has one, else from the environment (AFM_ and its name in capitals:
-AFM_DEVICE, AFM_NPROC_PER_NODE, ...), else from the key of its name in an untracked launch.toml, else from the defaults
-here.
+A flag of the command comes first, then an environment variable (AFM_DEVICE, AFM_NPROC_PER_NODE, ...), then a key of the
+untracked launch.toml, then the default.
 """
 
 import os
@@ -11,7 +10,8 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from afm_pipe.runtime.errors import UserError
 
@@ -21,49 +21,60 @@ if TYPE_CHECKING:
 LAUNCH_FILE = Path("launch.toml")
 
 
-class Launch(BaseModel):
-    """Settings of the machine, not of the study."""
+class Launch(BaseSettings):
+    """Settings of the machine; arguments of the constructor are flags."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="AFM_", toml_file=LAUNCH_FILE, extra="forbid", frozen=True)
 
     device: str = "auto"
-    """A torch device such as cpu, cuda or cuda:1; auto: cuda where there is one."""
+    """A torch device such as cpu, cuda or cuda:1; auto: cuda if available."""
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0
-    """A killed training loses at most about this much."""
+    """Seconds between checkpoints, the most that a killed run loses."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
-    """So many of each training stay on disk, beside the one that is being written; an older one serves where the newest
-    is damaged."""
+    """Number of checkpoints that each run keeps; an older one is used if the newest is damaged."""
     keep_every_epochs: Annotated[float, Field(gt=0)] | None = None
-    """Of each run stay on disk, too, the first checkpoint after each so many epochs; left out: none."""
+    """Also keep the first checkpoint after every N epochs; None: no further ones."""
     keep_best: bool = False
-    """And the first checkpoint at or after the watch's best probe so far."""
+    """Also keep the first checkpoint at or after the monitor's best probe."""
     workers: Annotated[int, Field(ge=1)] | None = None
-    """Processes, of one thread each, that train the cells of tables; left out: one for each core, one on a GPU."""
+    """One-thread processes that train a table's trials; None: one per core, or one on a GPU."""
     checkpoint_activations: bool = False
-    """Of G and D keep only what goes into each block, and compute the inside again: more time, less memory."""
+    """Recompute activations inside the blocks of G and D in the backward pass: more time, less memory."""
     compile: bool = False
     """torch.compile the blocks of G and D: for GPUs; on a CPU it takes a minute and gains little."""
     tf32: bool = True
-    """On NVIDIA GPUs, let float32 matrix products round their inputs to TF32, as the paper does."""
+    """On NVIDIA GPUs, round the inputs of float32 matrix products to TF32, as the paper does."""
     ema_on_cpu: bool = False
-    """Keep G's moving average in the machine's memory instead of the GPU's."""
+    """Keep the EMA weights of G in host memory."""
     shard: bool = False
-    """Of G, D, their optimizers and moving average keep on each rank its share alone: for what fits no single card."""
+    """Shard G, D, their optimizers and the EMA weights over the processes (FSDP2), for models too large for one GPU."""
 
     nproc_per_node: Annotated[int, Field(ge=1)] | None = None
-    """Processes to start on this machine, each of which computes its share of every batch; left out: one."""
+    """Processes to start on this machine; each computes its shard of every batch; None: one."""
     nnodes: Annotated[int, Field(ge=1)] = 1
-    """Machines that work together; the command is started on each."""
+    """Machines that train together; start the command on each."""
     rendezvous: str | None = None
-    """HOST:PORT at which the machines meet, where there are several: any free port of any one of them."""
+    """HOST:PORT where several machines meet: any free port of one of them."""
     max_restarts: Annotated[int, Field(ge=0)] = 0
-    """So often all ranks are started anew after one has failed, from the newest checkpoint."""
+    """How often all processes are restarted from the newest checkpoint after one has failed."""
     micro_batch: Annotated[int, Field(ge=1)] | None = None
-    """Images of a batch that a device takes at once; less takes less memory; left out: the rank's whole share."""
+    """Images of a batch per forward pass: fewer take less memory; None: the process's whole shard."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        *unused: PydanticBaseSettingsSource,
+        **no_dotenv_nor_secrets: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read flags, the environment and launch.toml, in this order."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
     @property
-    def ranks(self) -> int:
-        """How many there are on all machines."""
+    def world_size(self) -> int:
+        """Number of processes on all machines."""
         return (self.nproc_per_node or 1) * self.nnodes
 
     @model_validator(mode="after")
@@ -72,20 +83,20 @@ class Launch(BaseModel):
             raise ValueError(f"expected rendezvous, HOST:PORT, for {self.nnodes} machines to meet at")
         for other in ("compile", "ema_on_cpu"):
             if self.shard and getattr(self, other):
-                raise ValueError(f"expected shard or {other}, not both: what is sharded is neither compiled nor moved")
+                raise ValueError(f"expected shard or {other}, not both: sharded weights are neither compiled nor moved")
         return self
 
     def num_workers(self, device: "torch.device") -> int:
-        """Return how many processes train cells."""
+        """Return the number of processes that train trials."""
         return self.workers or (1 if device.type == "cuda" else os.cpu_count() or 1)
 
     def torch_device(self) -> "torch.device":
-        """Return the device. Raises UserError when this machine does not have it."""
+        """Return the device. Raises UserError if this machine does not have it."""
         import torch
 
         name = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
         if name == "cuda" and "LOCAL_RANK" in os.environ:
-            name = f"cuda:{os.environ['LOCAL_RANK']}"  # each rank has its own
+            name = f"cuda:{os.environ['LOCAL_RANK']}"  # one GPU per process
         try:
             device = torch.device(name)
             torch.empty(0, device=device)
@@ -98,36 +109,31 @@ class Launch(BaseModel):
 
 
 def load_launch(**flags: Any) -> Launch:
-    """Return the launch settings; `flags` that are not None come first.
+    """Return the launch settings; a flag that is None was not given.
 
-    Raises UserError naming the setting that is wrong and where it stands.
+    Raises UserError naming the wrong setting and where to fix it.
     """
-    settings: dict[str, Any] = {}
-    if LAUNCH_FILE.exists():
-        try:
-            settings = tomllib.loads(LAUNCH_FILE.read_text())
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"Found {LAUNCH_FILE}, which is not TOML: {error}.") from None
-    for name in Launch.model_fields:
-        variable = f"AFM_{name.upper()}"
-        if variable in os.environ:
-            settings[name] = os.environ[variable]
-    settings |= {name: value for name, value in flags.items() if value is not None}
+    flags = {name: value for name, value in flags.items() if value is not None}
     try:
-        return Launch.model_validate(settings)
+        return Launch(**flags)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"Found {LAUNCH_FILE}, which is not TOML: {error}.") from None
     except ValidationError as error:
         problem = error.errors()[0]
-        found = f" {'.'.join(map(str, problem['loc']))} = {problem['input']!r}" if problem["loc"] else "s"
-        name = str(problem["loc"][0]) if problem["loc"] else ""
-        flag = f"--{name.replace('_', '-')}" if flags.get(name) is not None else ""
-        where = f"in {flag}" if flag else f"in the environment (AFM_*) or in {LAUNCH_FILE}"
-        raise UserError(
-            f"Found launch setting{found}: {problem['msg'].removeprefix('Value error, ')}. Mend it {where}."
-        ) from None
+        message = problem["msg"].removeprefix("Value error, ")
+        if not problem["loc"]:
+            raise UserError(f"Found launch settings: {message}. Fix AFM_* or {LAUNCH_FILE}.") from None
+        name = str(problem["loc"][0])
+        variable, where = f"AFM_{name.upper()}", str(LAUNCH_FILE)
+        if name in flags:
+            where = f"--{name.replace('_', '-')}"
+        elif variable in os.environ:
+            where = f"the environment variable {variable}"
+        raise UserError(f"Found launch setting {name} = {problem['input']!r}: {message}. Fix {where}.") from None
 
 
 def machine_name(device: "torch.device") -> str:
-    """Return what computes: the GPU's name, or the processor's and its number of cores."""
+    """Return the name of the GPU, or of the processor and its number of cores."""
     import torch
 
     if device.type == "cuda":
@@ -137,5 +143,5 @@ def machine_name(device: "torch.device") -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
-        pass  # not Linux, or a processor without a name there
+        pass  # not Linux, or no name there
     return f"{name}, {os.cpu_count()} cores"

@@ -30,7 +30,7 @@ def launch_processes(launch: Launch) -> Launch:
     if under_launcher():
         stop_with_parent()  # which can no longer end the ranks when it is gone
         return launch
-    if launch.ranks == 1:
+    if launch.world_size == 1:
         return launch
     raise SystemExit(run_processes(launch, own_command()))
 

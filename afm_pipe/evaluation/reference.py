@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from afm_pipe.autoencoders.kl import decode, encode_moments, sample_latent
 from afm_pipe.evaluation.adm import adm_path, adm_references
 from afm_pipe.evaluation.classifier import save_classifier, train_classifier
 from afm_pipe.evaluation.features import LEGACY, SPATIAL, FeatureNetwork, load_networks
@@ -21,7 +20,7 @@ from afm_pipe.params import Params
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import write_json
 from afm_pipe.runtime.progress import Progress
-from afm_pipe.sampling.generate import grid, noise, to_uint8
+from afm_pipe.sampling.generate import grid, noise
 
 SUMMARY, THUMBNAILS = "summary.json", "thumbnails.npz"
 MAX_FEATURES = 50_000  # kept for KID; mean and covariance are of all images
@@ -96,7 +95,7 @@ def build_reference(
     collected = [FeatureStream(network, len(chosen)) for network in networks]
     for start in range(0, len(chosen), size):
         rows = chosen[start : start + size]
-        rebuilt = _reconstructed(params, vae, images, rows, device)
+        rebuilt = _reconstructed(params, vae, images, rows)
         for stream in collected:
             stream.add(rebuilt)
         yield Progress(len(visited) + start + len(rows), total, "images", "features of reconstructions")
@@ -111,7 +110,7 @@ def build_reference(
     thumbnails.save(folder / THUMBNAILS)
     summary["thumbnails"] = len(kept)
 
-    _draw(params, vae, images, labels, folder, device)
+    _draw(params, vae, images, labels, folder)
     write_json(folder / SUMMARY, summary)
     return summary
 
@@ -145,15 +144,14 @@ def _rows(images: np.ndarray, rows: np.ndarray) -> Tensor:
 
 
 @torch.inference_mode()
-def _reconstructed(params: Params, vae: Any, images: np.ndarray, rows: np.ndarray, device: torch.device) -> Tensor:
-    """Return images (B, C, H, W) uint8 as the autoencoder gives them back, through a sample of the posterior."""
-    mean, std = encode_moments(vae, _rows(images, rows).to(device), params.encode.precision)
-    drawn = noise(params.seed, [int(row) for row in rows], params.latent_shape).to(device)
-    latents = sample_latent(mean, std, drawn, vae.config.scaling_factor)
-    return to_uint8(decode(vae, latents)).cpu()
+def _reconstructed(params: Params, vae: Any, images: np.ndarray, rows: np.ndarray) -> Tensor:
+    """Return images (B, C, H, W) uint8 encoded and decoded, through a posterior sample of a stochastic autoencoder."""
+    encoded = vae.encode(_rows(images, rows), params.encode.precision)
+    drawn = noise(params.seed, [int(row) for row in rows], vae.spec.shape)
+    return vae.spec.to_uint8(vae.decode(vae.sample(encoded, drawn))).cpu()
 
 
-def _draw(params: Params, vae: Any, images: np.ndarray, labels: np.ndarray, folder: Path, device: torch.device) -> None:
+def _draw(params: Params, vae: Any, images: np.ndarray, labels: np.ndarray, folder: Path) -> None:
     """Write the first images of the first classes, and their reconstructions, one class a row."""
     columns = params.sample.per_class
     real, rebuilt = [], []
@@ -161,7 +159,7 @@ def _draw(params: Params, vae: Any, images: np.ndarray, labels: np.ndarray, fold
         rows = np.flatnonzero(labels == label)[:columns]
         blank = torch.full((columns - len(rows), *images.shape[1:]), 255, dtype=torch.uint8)  # a class of too few
         real.append(torch.cat([_rows(images, rows), blank]))
-        rebuilt.append(torch.cat([_reconstructed(params, vae, images, rows, device), blank]))
+        rebuilt.append(torch.cat([_reconstructed(params, vae, images, rows), blank]))
     grid(torch.cat(real), columns).save(folder / "real.png")
     grid(torch.cat(rebuilt), columns).save(folder / "reconstructed.png")
 

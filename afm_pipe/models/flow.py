@@ -8,20 +8,37 @@ from torch import Tensor, nn
 from afm_pipe.models.generator import Generator
 from afm_pipe.runtime.errors import UserError
 
+Form = Literal["direct", "residual"]
+
+
+def transport_map(
+    network: nn.Module,
+    form: Form,
+    x: Tensor,
+    labels: Tensor,
+    s: Tensor | None = None,
+    t: Tensor | None = None,
+) -> Tensor:
+    """Map latents x (N, C, H, W) at times s to times t, (N,) each; left out, from noise to data in one step.
+
+    Direct form: g(x_s, s, t); residual form: x_s - (s - t) g(x_s, s, t). Noise is at time 1, data at 0.
+    """
+    output = network(x, labels, s, t)
+    if form == "direct":
+        return output
+    return x - output if s is None or t is None else x - (s - t)[:, None, None, None] * output
+
 
 class Flow(nn.Module):
-    """G in direct form, g(x_s, s, t), or residual form, x_s - (s - t) g(x_s, s, t); noise is at time 1, data at 0."""
+    """A generator in direct or residual form, as `transport_map` applies it, and its sampling."""
 
-    def __init__(self, network: Generator, form: Literal["direct", "residual"], nfe: int | Literal["any"]) -> None:
+    def __init__(self, network: Generator, form: Form, nfe: int | Literal["any"]) -> None:
         super().__init__()
         self.network, self.form, self.nfe = network, form, nfe
 
     def forward(self, x: Tensor, labels: Tensor, s: Tensor | None = None, t: Tensor | None = None) -> Tensor:
         """Map latents x (N, C, H, W) at times s to times t, (N,) each; left out, from noise to data in one step."""
-        output = self.network(x, labels, s, t)
-        if self.form == "direct":
-            return output
-        return x - output if s is None or t is None else x - (s - t)[:, None, None, None] * output
+        return transport_map(self.network, self.form, x, labels, s, t)
 
     def sample(self, z: Tensor, labels: Tensor, steps: int | None = None) -> Tensor:
         """Take noise z (N, C, H, W) to data in equal steps: as many as it was trained for, or for any-step as asked.

@@ -1,1 +1,37 @@
-"""What training optimizes."""
+"""What training optimizes: each objective in a module of its own, found by name (`params.objectives`)."""
+
+import importlib
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from afm_pipe.params.objectives import OBJECTIVES
+from afm_pipe.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from afm_pipe.models.model_files import ModelConfig
+    from afm_pipe.objectives.base import Objective
+    from afm_pipe.params import Run
+
+_registered: dict[str, "type[Objective]"] = {}
+T = TypeVar("T", bound="type[Objective]")
+
+
+def register(objective: T) -> T:
+    """Make an objective known by its name: a class decorator."""
+    _registered[objective.name] = objective
+    return objective
+
+
+def find_objective(name: str) -> "Any":
+    """Return the class of an objective. Raises UserError for a name that is unknown."""
+    if name not in _registered and name in OBJECTIVES:
+        importlib.import_module(OBJECTIVES[name])
+    if name not in _registered:
+        raise UserError(f"Found no objective {name!r}, expected one of {', '.join(OBJECTIVES)}.")
+    return _registered[name]
+
+
+def build_objective(run: "Run", config: "ModelConfig", classifier: "nn.Module | None" = None) -> "Objective":
+    """Return the objective that a run names, for its model; `classifier` guides phases with guidance."""
+    return find_objective(run.objective)(run, config, classifier)

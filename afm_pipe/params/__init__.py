@@ -7,13 +7,12 @@ A run is the `train` section with the run's own fields laid over it.
 import re
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, SerializeAsAny, ValidationError, model_validator
 
+from afm_pipe.params.autoencoders import AutoencoderParams
 from afm_pipe.params.base import NAME, RunName, Section, Seed
 from afm_pipe.params.images import (
     AdmReference,
-    Autoencoder,
-    AutoencoderTraining,
     Data,
     Encode,
     Evaluate,
@@ -23,6 +22,7 @@ from afm_pipe.params.images import (
     Reference,
     Sample,
 )
+from afm_pipe.params.latent_spec import LatentSpec
 from afm_pipe.params.sizes import SIZES
 from afm_pipe.params.study import Axis, Check, Group, Place, Study, StudyTable, TableName
 from afm_pipe.params.toy import Toy, ToyGuidance
@@ -44,8 +44,7 @@ __all__ = [
     "AdmReference",
     "Affine",
     "Augmentation",
-    "Autoencoder",
-    "AutoencoderTraining",
+    "AutoencoderParams",
     "Axis",
     "Check",
     "Classifier",
@@ -60,6 +59,7 @@ __all__ = [
     "Guidance",
     "Guided",
     "Imported",
+    "LatentSpec",
     "Params",
     "Penalty",
     "Phase",
@@ -92,7 +92,7 @@ class Params(Section):
     seed: Seed
     """Of everything random that is not a run's or a sample's; also a run's own, unless it names another."""
     data: Data
-    autoencoder: Autoencoder
+    autoencoder: SerializeAsAny[AutoencoderParams]
     encode: Encode
     reference: Reference
     train: Run
@@ -142,11 +142,7 @@ class Params(Section):
         taken = RESERVED_NAMES & set(self.names) | {name for name in self.names if self.names.count(name) > 1}
         if taken:
             raise ValueError(f"runs: expected another name than {', '.join(sorted(taken))}, which is taken")
-        if self.data.image_size % self.autoencoder.downsample:
-            raise ValueError(
-                f"data.image_size: expected a multiple of autoencoder.downsample {self.autoencoder.downsample}, "
-                f"found {self.data.image_size}"
-            )
+        latent_size = self.latent_shape[1]
         for name, guided in self.guided.items():
             if guided.base not in self.runs:
                 raise ValueError(f"guided.{name}.from: expected a run ({', '.join(self.runs)}), found {guided.base}")
@@ -173,9 +169,9 @@ class Params(Section):
                 self._check_guidance(name, run, phase)
         for name, run in self.runs.items():
             patch = SIZES[run.size].patch
-            if self.latent_size % patch:
+            if latent_size % patch:
                 raise ValueError(
-                    f"runs.{name}.size: expected a patch that divides the latent side {self.latent_size}, "
+                    f"runs.{name}.size: expected a patch that divides the latent side {latent_size}, "
                     f"found {run.size} with patch {patch}"
                 )
         return self
@@ -229,14 +225,14 @@ class Params(Section):
         return Cell(place.row, place.column, place.seed, base, run, steps)
 
     @property
-    def latent_size(self) -> int:
-        """Side of a latent, in latent pixels."""
-        return self.data.image_size // self.autoencoder.downsample
+    def latent_spec(self) -> LatentSpec:
+        """Spec of the latents, as far as params know it."""
+        return self.autoencoder.latent_spec(self.data)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of a latent."""
-        return self.autoencoder.latent_channels, self.latent_size, self.latent_size
+        return self.latent_spec.shape
 
 
 class Cell(NamedTuple):

@@ -9,7 +9,8 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from afm_pipe.params import Imported, Params
+from afm_pipe.params import AutoencoderParams, Imported, Params
+from afm_pipe.params.renames import old_keys
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import read_text
@@ -18,8 +19,8 @@ LARGEST, DEEPEST = 1 << 18, 32  # bytes, and nested levels; a params file is wri
 SHOWN = 20  # mistakes, and three times as many characters of a value
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML without anchors, which can make a small file large, without a key given twice, and not too deep."""
+class Loader(yaml.SafeLoader):
+    """YAML without aliases, which can make a small file large; without duplicate keys; at most DEEPEST levels."""
 
     depth = 0
 
@@ -53,13 +54,41 @@ class _Loader(yaml.SafeLoader):
 
 
 def load_params(path: Path = paths.PARAMS, overrides: Iterable[str] = ()) -> Params:
-    """Load a params file with `dotted.path=value` overrides laid over it.
+    """Load a params file and apply `dotted.path=value` overrides.
 
-    Raises UserError with the dotted path, the value found and what was expected, for everything that is wrong.
+    Raises UserError naming, for every mistake, the dotted path, the value found and what was expected.
     """
-    raw = _parse(path)
+    raw = parse(read(path), path)
+    _refuse_old_keys(raw, str(path), f"run `afm-pipe migrate {path}`")
     for override in overrides:
         _override(raw, override)
+        _refuse_old_keys(raw, f"the override {override!r}", "use the new name")
+    return validate(raw, path)
+
+
+def read(path: Path) -> str:
+    """Read the text of a params file."""
+    try:
+        return read_text(path, LARGEST)
+    except FileNotFoundError:
+        raise UserError(f"Found no {path} in {Path.cwd()}: run this in the project's root.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"Found {path}, which is not plain YAML: {error}.") from None
+
+
+def parse(text: str, path: Path) -> dict[str, Any]:
+    """Parse the text of a params file. Raises UserError if it is not plain YAML with sections."""
+    try:
+        raw = yaml.load(text, Loader)  # a SafeLoader
+    except Exception as error:  # PyYAML leaves a date of month 13, a number of 5,000 digits and more to Python
+        raise UserError(f"Found {path}, which is not plain YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"Found {path} holding {type(raw).__name__}, expected sections such as data, train and runs.")
+    return raw
+
+
+def validate(raw: dict[str, Any], path: Path) -> Params:
+    """Return the params of a parsed file. Raises UserError listing every mistake."""
     try:
         return Params.model_validate(raw)
     except ValidationError as error:
@@ -90,21 +119,19 @@ def json_schema() -> str:
     for name in ("Run", "RunOverrides"):
         schema["$defs"][name]["properties"]["transport"] = number_too
     schema["$defs"]["Phase"]["properties"]["transport"] = number_too
+    kinds = [kind.model_json_schema() for kind in AutoencoderParams.kinds.values()]
+    for kind in kinds:
+        schema["$defs"] |= kind.pop("$defs", {})
+    del schema["$defs"]["AutoencoderParams"]
+    schema["properties"]["autoencoder"] = {"anyOf": kinds}
     return json.dumps(schema, indent=1, sort_keys=True) + "\n"
 
 
-def _parse(path: Path) -> dict[str, Any]:
-    try:
-        raw = yaml.load(read_text(path, LARGEST), _Loader)  # a SafeLoader
-    except FileNotFoundError:
-        raise UserError(f"Found no {path} in {Path.cwd()}: run this in the project's root.") from None
-    except UserError:
-        raise
-    except Exception as error:  # PyYAML leaves a date of month 13, a number of 5,000 digits and more to Python
-        raise UserError(f"Found {path}, which is not plain YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"Found {path} holding {type(raw).__name__}, expected sections such as data, train and runs.")
-    return raw
+def _refuse_old_keys(raw: dict[str, Any], where: str, remedy: str) -> None:
+    keys = old_keys(raw)
+    if keys:
+        lines = "".join(f"\n  {key}" for key in keys[:SHOWN])
+        raise UserError(f"Found keys of version 0.1 in {where}: {remedy}.{lines}")
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
@@ -112,10 +139,12 @@ def _override(raw: dict[str, Any], override: str) -> None:
     if not equals or not dotted:
         raise UserError(f"Found the override {override!r}, expected PATH=VALUE such as train.batch_size=64.")
     try:
-        value = yaml.load(text[: LARGEST + 1], _Loader)
+        value = yaml.load(text[: LARGEST + 1], Loader)
     except Exception:  # as above
         raise UserError(f"Found the override {override!r}, whose value is not YAML.") from None
     *parents, last = dotted.split(".")
+    if len(parents) > DEEPEST:
+        raise UserError(f"Found the override {override[:80]!r} with more than {DEEPEST} levels.")
     here: Any = raw
     for step in parents:
         here = (
@@ -144,17 +173,18 @@ def _in_words(path: Path, raw: dict[str, Any], error: ValidationError) -> str:
         field = list(problem["loc"][:3])  # a run, a field of it
         if field[:1] == ["runs"] and len(field) == 3 and field[2] != "[key]" and not _stands_in(raw, field):
             continue  # inherited from train, where it is reported already
-        lines.append(f"  {_one_in_words(place, problem)}")
+        lines.append(f"  {_one_in_words(raw, place, problem)}")
     lines = list(dict.fromkeys(lines))
     more = f"\n  and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
     return f"Found {len(lines)} mistake{'s' * (len(lines) != 1)} in {path}:\n" + "\n".join(lines[:SHOWN]) + more
 
 
-def _one_in_words(place: list[Any], problem: Any) -> str:
+def _one_in_words(raw: Any, place: list[Any], problem: Any) -> str:
     dotted = ".".join(map(str, place))
     if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(str(place[-1]), _fields_at(place[:-1]), n=1)
-        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(_fields_at(place[:-1]))}"
+        fields = _fields_at(raw, place[:-1])
+        near = difflib.get_close_matches(str(place[-1]), fields, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(fields)}"
         return f"{dotted}: found an unknown field, {hint}"
     if problem["type"] == "missing":
         return f"{dotted}: found nothing, expected a value"
@@ -183,7 +213,7 @@ def _stands_in(raw: Any, place: list[Any]) -> bool:
     return True
 
 
-def _fields_at(place: list[Any]) -> list[str]:
+def _fields_at(raw: Any, place: list[Any]) -> list[str]:
     """Return the field names of the section at a place in the file."""
     section: Any = Params
     for part in place:
@@ -193,6 +223,8 @@ def _fields_at(place: list[Any]) -> list[str]:
                 return []
             annotation = fields[part].annotation
             section = annotation if get_origin(annotation) is dict else _section_in(annotation)
+            if section is AutoencoderParams:
+                section = section.kinds.get(raw["autoencoder"]["kind"])
         elif get_origin(section) is dict:
             section = get_args(section)[1]
     if not (isinstance(section, type) and issubclass(section, BaseModel)):

@@ -1,10 +1,10 @@
-"""Params of everything around training: images, autoencoder, latents, reference, samples, evaluation, imports."""
+"""Params around training: images, encoding, reference, samples, evaluation, imports."""
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from afm_pipe.params.base import Count, NotNegative, Positive, Section, Seed
+from afm_pipe.params.base import Count, Positive, Section, Seed
 
 Features = Literal["classifier", "efficientnet", "dinov2", "inception_clean", "inception_legacy_tensorflow"]
 
@@ -25,52 +25,6 @@ class Data(Section):
     """Also encode each image mirrored left to right, and train on both alike."""
     min_images: Count
     """Fewer images than this are taken for a mistake."""
-
-
-class AutoencoderTraining(Section):
-    """Training of a small KL autoencoder, for data that no pretrained one serves."""
-
-    block_out_channels: Annotated[tuple[Count, ...], Field(strict=False, min_length=1)]
-    """Channels per resolution; each further entry halves the side."""
-    layers_per_block: Count
-    norm_groups: Count
-    mid_attention: bool
-    kl_weight: NotNegative
-    """Weight of the KL divergence, summed over a latent and averaged over the batch, per pixel value of the image."""
-    lr: Positive
-    """Peak learning rate of Adam; it falls linearly to 0."""
-    batch_size: Count
-    updates: Count
-
-
-class Autoencoder(Section):
-    """The map between images and latents."""
-
-    kind: Literal["kl"]
-    """kl: diffusers AutoencoderKL, of which SD-VAE is one."""
-    latent_channels: Count
-    downsample: Count
-    """Image pixels per latent pixel, along a side."""
-    scaling_factor: Literal["measured"] | Positive
-    """Factor on latents: 0.18215 for SD-VAE; measured: 1 / standard deviation over the training images."""
-    pretrained: str | None
-    """Folder or hub name of a diffusers AutoencoderKL; null: train one as `train` says."""
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
-    """Expected sha256 of the pretrained diffusion_pytorch_model.safetensors."""
-    train: AutoencoderTraining | None
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> "Autoencoder":
-        if self.pretrained is None and self.train is None:
-            raise ValueError("expected `pretrained` or `train`, found neither")
-        if self.pretrained is not None and self.sha256 is None:
-            raise ValueError("expected `sha256` beside `pretrained`: weights from outside are checked before use")
-        if self.pretrained is None and self.train and 2 ** (len(self.train.block_out_channels) - 1) != self.downsample:
-            raise ValueError(
-                f"expected downsample {2 ** (len(self.train.block_out_channels) - 1)} for "
-                f"{len(self.train.block_out_channels)} block_out_channels, found {self.downsample}"
-            )
-        return self
 
 
 class Encode(Section):

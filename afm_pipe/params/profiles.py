@@ -45,21 +45,21 @@ def activate(name: str, folder: Path = paths.PROFILES, active: Path = paths.PARA
     text = SCHEMA.sub(rf"\g<1>{paths.SCHEMA}", profiles[name].path.read_text())  # it lies beside params.yaml
     if active.is_file() and active.read_text() == text:
         return Switch(False, None)
-    kept = _keep(active, name) if active.exists() else None
+    kept = keep_copy(active, name) if active.exists() else None
     with atomic_path(active) as aside:
         aside.write_text(text)
     return Switch(True, kept)
 
 
-def _keep(active: Path, name: str) -> Path:
-    """Copy a file to ACTIVE.before-NAME.yaml, or with a number where there is one."""
-    kept, number = active.with_name(f"{active.stem}.before-{name}.yaml"), 1
-    while kept.exists():
+def keep_copy(path: Path, reason: str) -> Path:
+    """Copy a file to NAME.before-REASON.yaml beside it, with a number if that exists; return the copy's path."""
+    copy, number = path.with_name(f"{path.stem}.before-{reason}.yaml"), 1
+    while copy.exists():
         number += 1
-        kept = active.with_name(f"{active.stem}.before-{name}.{number}.yaml")
-    with atomic_path(kept) as aside:
-        shutil.copyfile(active, aside)
-    return kept
+        copy = path.with_name(f"{path.stem}.before-{reason}.{number}.yaml")
+    with atomic_path(copy) as aside:
+        shutil.copyfile(path, aside)
+    return copy
 
 
 def _first_comment(path: Path) -> str:

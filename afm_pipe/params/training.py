@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from afm_pipe.params.base import Count, Epochs, Fraction, NotNegative, NotNegativeCount, Positive, Section, Seed
 from afm_pipe.params.monitor import Monitor
+from afm_pipe.params.objectives import OBJECTIVES
 from afm_pipe.params.sizes import SIZES
 
 BF16_EPSILON = 0.05
@@ -115,7 +116,7 @@ class Run(Section):
     """One training, complete: the `train` section with a run's own fields laid over it."""
 
     seed: Seed
-    objective: Literal["adversarial_flow"]
+    objective: Literal[tuple(OBJECTIVES)]  # type: ignore[valid-type]  # pydantic reads the names from the table
     """What is optimized."""
     size: Literal[tuple(SIZES)]  # type: ignore[valid-type]  # pydantic reads the names from the table
     nfe: Annotated[int, Field(ge=1, le=1024)] | Literal["any"]

@@ -56,7 +56,7 @@ def run_budget(params: Params, name: str, launch: Launch, ranks: int | None = No
 
     manifest = count_images(params)
     config = model_config(params, name, len(manifest.classes) if manifest else 1000)
-    run, ranks, parts = named_run(params, name), ranks or launch.ranks, launch.micro_batch
+    run, ranks, parts = named_run(params, name), ranks or launch.world_size, launch.micro_batch
     return budget(run, config, ranks, parts, launch.checkpoint_activations, launch.shard)
 
 
@@ -76,14 +76,14 @@ def open_latents(params: Params) -> "Latents":
 
 def load_sampler(params: Params, name: str, device: "torch.device") -> "Sampler":
     """Return a model ready to draw from. Raises UserError when the autoencoder is not that of its latents."""
-    from afm_pipe.autoencoders.kl import load_autoencoder
+    from afm_pipe.autoencoders import load_autoencoder
     from afm_pipe.models.model_files import load_config, load_generator
     from afm_pipe.sampling.requests import Sampler
 
     folder = find_model(name)
     generator, described = load_generator(folder, device), read_json(folder / "config.json")
-    config, vae = load_config(folder), load_autoencoder(paths.AUTOENCODER, device)
-    found = (vae.config.latent_channels, vae.config.scaling_factor)
+    config, vae = load_config(folder), load_autoencoder(params, paths.AUTOENCODER, device)
+    found = (vae.spec.shape[0], vae.spec.scaling_factor or 1.0)
     factor, names = described.get("scaling_factor"), described.get("classes")
     if not _describes(factor, names, config.num_classes):
         raise UserError(

@@ -8,7 +8,7 @@ from afm_pipe.distributed.launch import Launch
 from afm_pipe.params import Params
 from afm_pipe.pipeline.find import open_latents
 from afm_pipe.runtime import paths
-from afm_pipe.runtime.files import atomic_path, write_json
+from afm_pipe.runtime.files import atomic_path, sha256_file, write_json
 from afm_pipe.runtime.lease import hold_lease
 from afm_pipe.runtime.progress import track
 
@@ -29,43 +29,35 @@ def prepare(params: Params) -> None:
 
 
 def autoencoder(params: Params, launch: Launch) -> None:
-    """Fetch the pretrained autoencoder, or train a small one on the images."""
-    from afm_pipe.autoencoders.kl import fetch_pretrained, save_autoencoder, train_autoencoder
-    from afm_pipe.data.manifest import load_images, read_manifest
+    """Make the autoencoder that params describe: fetch a pretrained one, or train a small one on the images."""
+    from afm_pipe.autoencoders import autoencoder_kind
 
     with atomic_path(paths.AUTOENCODER) as folder:
-        if params.autoencoder.pretrained is not None:
-            fetch_pretrained(params, folder)
-            return
-        images = track("read images", load_images(read_manifest(paths.MANIFEST), params.data))
-        training = train_autoencoder(params.autoencoder, images, params.seed, launch.torch_device())
-        trained = track("autoencoder", training)
-        save_autoencoder(trained.autoencoder, folder)
-        write_json(folder / "training.json", {"reconstruction_mse": trained.reconstruction_mse})
+        track("autoencoder", autoencoder_kind(params).make(params, folder, launch.torch_device()))
 
 
 def encode(params: Params, launch: Launch) -> None:
-    """Encode every image to its latent moments, from where an interrupted encoding stopped."""
+    """Encode every image to its latent, from where an interrupted encoding stopped."""
+    from afm_pipe.autoencoders import load_autoencoder
     from afm_pipe.autoencoders.encoding import encode_dataset
-    from afm_pipe.autoencoders.kl import autoencoder_sha256, load_autoencoder
     from afm_pipe.data.manifest import read_manifest
     from afm_pipe.distributed.process_group import init_distributed
 
     device = launch.torch_device()
-    vae, identity = load_autoencoder(paths.AUTOENCODER, device), autoencoder_sha256(paths.AUTOENCODER)
-    manifest, work_dir = read_manifest(paths.MANIFEST), paths.WORK / "encode"
+    vae = load_autoencoder(params, paths.AUTOENCODER, device)
+    identity, manifest = sha256_file(paths.AUTOENCODER_WEIGHTS), read_manifest(paths.MANIFEST)
     with init_distributed(device) as ranks:
-        track("encode", encode_dataset(params, manifest, vae, identity, paths.LATENTS, work_dir, device, ranks))
+        track("encode", encode_dataset(params, manifest, vae, identity, paths.LATENTS, paths.WORK / "encode", ranks))
 
 
 def reference(params: Params, launch: Launch) -> None:
     """Measure the real images: the statistics that samples are held against."""
-    from afm_pipe.autoencoders.kl import load_autoencoder
+    from afm_pipe.autoencoders import load_autoencoder
     from afm_pipe.data.manifest import UnreadImages, load_images, read_manifest, require_images
     from afm_pipe.evaluation.reference import build_reference
 
     device, manifest = launch.torch_device(), read_manifest(paths.MANIFEST)
-    vae = load_autoencoder(paths.AUTOENCODER, device)
+    vae = load_autoencoder(params, paths.AUTOENCODER, device)
     images: Any = UnreadImages(manifest, params.data)
     if images.nbytes < IN_MEMORY:
         images = track("read images", load_images(manifest, params.data))
@@ -79,14 +71,15 @@ def reference(params: Params, launch: Launch) -> None:
 
 
 def classifier(params: Params, launch: Launch) -> None:
-    """Train the classifier that guides, from where an interrupted training stopped; without one in params, say so."""
+    """Train the classifier that guides, from where an interrupted session stopped; without one in params, say so."""
     from afm_pipe.distributed.process_group import init_distributed
     from afm_pipe.models.model_files import save_tensors
+    from afm_pipe.objectives.latent_classifier import ClassifierTraining, accuracy_by_level
     from afm_pipe.params.versions import versions
     from afm_pipe.runtime.environment import env_rank
     from afm_pipe.runtime.identity import fingerprint
     from afm_pipe.training.checkpoints import RetentionPolicy
-    from afm_pipe.training.classifier import accuracy_by_level, train_latent_classifier
+    from afm_pipe.training.trainer import Runtime, Task, Trainer
 
     settings, device = params.classifier, launch.torch_device()
     if settings is None:
@@ -97,29 +90,20 @@ def classifier(params: Params, launch: Launch) -> None:
         return
     latents = open_latents(params)
     described = {"classifier": settings.model_dump(), "seed": params.seed}
-    identity = fingerprint(described, {"latents": latents.fingerprint()}, versions("data", "objective"))
-    work_dir = paths.WORK / "classifier"
-    with init_distributed(device) as ranks, hold_lease(work_dir) if ranks.is_main_process else nullcontext() as lease:
-        training = train_latent_classifier(
-            settings,
-            latents,
-            params.seed,
-            work_dir / identity,
-            identity,
-            device,
-            launch.checkpoint_seconds,
-            ranks,
-            launch.micro_batch,
-            RetentionPolicy(launch.keep_checkpoints, own=lease.check) if lease else RetentionPolicy(),
-        )
-        trained = track("classifier", training)
+    identity = fingerprint(described, {"latents": latents.fingerprint()}, versions("classifier"))
+    objective = ClassifierTraining(settings, params.seed, latents.latent_shape, len(latents.classes))
+    work_dir, seconds = paths.WORK / "classifier", launch.checkpoint_seconds
+    with init_distributed(device) as group, hold_lease(work_dir) if group.is_main_process else nullcontext() as lease:
+        retention = RetentionPolicy(launch.keep_checkpoints, own=lease.check) if lease else RetentionPolicy()
+        runtime = Runtime(work_dir / identity, device, seconds, group, launch.micro_batch, retention)
+        trained = track("classifier", Trainer(Task(objective, latents, identity), runtime).train())
         if lease is None:
             return
         lease.check()
         channels, latent_size, _ = latents.latent_shape
         shape = {"size": settings.size, "channels": channels, "latent_size": latent_size}
-        accuracy = accuracy_by_level(trained.ema, latents, params.seed, device)
+        accuracy = accuracy_by_level(trained.state.ema, latents, params.seed, device)
         with atomic_path(paths.CLASSIFIER) as folder:
             folder.mkdir()
-            save_tensors(folder / "classifier.safetensors", trained.ema.state_dict())
+            save_tensors(folder / "classifier.safetensors", trained.state.ema.state_dict())
             write_json(folder / "config.json", described | shape | {"num_classes": len(latents.classes)} | accuracy)

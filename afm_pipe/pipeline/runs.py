@@ -159,7 +159,6 @@ def _compute(samples: "Iterator[object]") -> None:
 
 def evaluate(params: Params, name: str, launch: Launch) -> None:
     """Measure a run's samples against the reference."""
-    from afm_pipe.autoencoders.kl import autoencoder_sha256
     from afm_pipe.distributed.process_group import init_distributed
     from afm_pipe.evaluation.metrics import Evaluator, assist, evaluate_run
     from afm_pipe.params.versions import versions
@@ -178,7 +177,7 @@ def evaluate(params: Params, name: str, launch: Launch) -> None:
         "weights": "EMA",
         "images_seen": read_json(paths.model(name) / "config.json")["images_seen"],
         "generator_sha256": sha256_file(paths.model(name) / "generator.safetensors"),
-        "autoencoder_sha256": autoencoder_sha256(paths.AUTOENCODER),
+        "autoencoder_sha256": sha256_file(paths.AUTOENCODER_WEIGHTS),
     }
     tools = Evaluator(params, paths.REFERENCE, device)
     measured = {
@@ -189,7 +188,7 @@ def evaluate(params: Params, name: str, launch: Launch) -> None:
     }
     hashes = {reference.name: reference.sha256 for reference in tools.references}
     hashes |= {"thumbnails": sha256_file(paths.REFERENCE / "thumbnails.npz")}
-    identity = fingerprint(measured, hashes, versions("sampling", "evaluation"))
+    identity = fingerprint(measured, hashes, versions("evaluate"))
     work_dir = paths.WORK / name / "evaluate"
     with init_distributed(device) as ranks:
         if not ranks.is_main_process:

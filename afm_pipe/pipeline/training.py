@@ -11,33 +11,33 @@ from afm_pipe.pipeline.find import model_config, named_run, open_latents, run_bu
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import NotFiniteError, UserError
 from afm_pipe.runtime.files import atomic_path, read_json, sha256_file, write_json
-from afm_pipe.runtime.lease import hold_lease
+from afm_pipe.runtime.lease import Lease, hold_lease
 from afm_pipe.runtime.progress import track
-from afm_pipe.training.events import FATAL
 
 if TYPE_CHECKING:
     import torch
 
     from afm_pipe.models.model_files import ModelConfig
+    from afm_pipe.training.checkpoints import RetentionPolicy
     from afm_pipe.training.state import Start, TrainingState
+    from afm_pipe.training.store import RunStore
 
 
 def train(params: Params, name: str, launch: Launch) -> None:
-    """Train a run to its end, from where an interrupted training stopped, and write its model, curves and cost.
+    """Train a run to its end, from where an interrupted session stopped, and write its model, curves and cost.
 
     A guided run starts from the model of the run it continues.
     """
     from afm_pipe.distributed.process_group import init_distributed
+    from afm_pipe.objectives import build_objective
     from afm_pipe.params.versions import run_identity
     from afm_pipe.planning.budget import require_memory
     from afm_pipe.study.trials import probes
-    from afm_pipe.training.checkpoints import RetentionPolicy
     from afm_pipe.training.curves import write_curves
     from afm_pipe.training.engine import Engine
-    from afm_pipe.training.events import FILE, read_events, write_events
+    from afm_pipe.training.events import write_events
     from afm_pipe.training.live_log import logged
-    from afm_pipe.training.loop import train as train_loop
-    from afm_pipe.training.schedules import update_at
+    from afm_pipe.training.trainer import Runtime, Task, Trainer
 
     run, device = named_run(params, name), launch.torch_device()
     latents = open_latents(params)
@@ -46,67 +46,72 @@ def train(params: Params, name: str, launch: Launch) -> None:
     identity = run_identity(run, params.latent_shape, latents.fingerprint(), origins)
     if start is not None:
         _require_base(start, config, paths.model(params.guided[name].base))
-    keep_at = probes(run, latents.num_images, continues=start is not None)  # as a cell of a table would
-    epochs = launch.keep_every_epochs
-    every = None if epochs is None else max(update_at(run, epochs, latents.num_images), 1)
-    keeping = RetentionPolicy(launch.keep_checkpoints, every=every, best=launch.keep_best)
+    objective = build_objective(run, config, guide)
+    keep_at = probes(run, latents.num_images, continues=start is not None)  # as a trial of a table would
+    task = Task(objective, latents, identity, start, keep_at)
     work_dir = paths.WORK / name
-    with init_distributed(device) as ranks, hold_lease(work_dir) if ranks.is_main_process else nullcontext() as lease:
-        require_memory(run_budget(params, name, launch, ranks.world_size), name, device)
-        ranks.barrier()  # nobody has taken any memory while another looks
-        training = train_loop(
-            run,
-            config,
-            latents,
-            work_dir / identity,
-            identity,
-            device,
-            launch.checkpoint_seconds,
-            start,
-            guide,
-            keep_at,
-            ranks,
-            launch.micro_batch,
-            keeping._replace(own=lease.check) if lease else keeping,
-            Engine.of(launch),
+    with init_distributed(device) as group, hold_lease(work_dir) if group.is_main_process else nullcontext() as lease:
+        require_memory(run_budget(params, name, launch, group.world_size), name, device)
+        group.barrier()  # no process has taken any memory while another looks
+        retention = _retention(launch, run, latents.num_images, lease)
+        trainer = Trainer(
+            task,
+            Runtime(
+                work_dir / identity,
+                device,
+                launch.checkpoint_seconds,
+                group,
+                launch.micro_batch,
+                retention,
+                Engine.of(launch),
+            ),
         )
         if lease is None:
-            track(f"train {name}", training)
+            track(f"train {name}", trainer.train())
             return
-        live = logged(training, work_dir / identity / "curves.csv", paths.WORK / "dvclive" / name)
+        live = logged(trainer.train(), trainer.store, paths.WORK / "dvclive" / name)
         try:
             trained = track(f"train {name}", live)
         except NotFiniteError as error:
-            _write_down(work_dir / identity, error, run.batch_size)
+            _log_end(trainer.store, error, run.batch_size)
             raise
         for note in trained.notes:
             print(note)
         lease.check()
         description = {
-            "model": config.model_dump(),
+            "model": objective.describe(),
             "name": name,
             "run": run.model_dump(),
             "classes": list(latents.classes),
-            "scaling_factor": latents.scaling_factor,
+            "scaling_factor": latents.spec.scaling_factor,
             "provenance": {"fingerprint": identity, "latents": latents.provenance, **origins},
             "updates": trained.state.update,
             "images_seen": trained.state.update * run.batch_size,
         }
         _write_model(name, trained.state, description)
-        write_curves(paths.curves(name), trained.state.rows)
-        write_events(paths.events(name), read_events(work_dir / identity / FILE))
+        write_curves(paths.curves(name), trained.state.rows, objective.columns())
+        write_events(paths.events(name), trainer.store.read_events())
         own_updates = trained.state.update - (start.update if start else 0)
-        write_json(paths.costs(name), _cost(trained.state, own_updates, run.batch_size, device, ranks.world_size))
+        write_json(paths.costs(name), _cost(trained.state, own_updates, run.batch_size, device, group.world_size))
 
 
-def _write_down(folder: Path, error: NotFiniteError, batch_size: int) -> None:
-    """Put the end of a training into its log of events, unless its watch has done so."""
-    from afm_pipe.training.events import FILE, Event, append_event, read_events
+def _retention(launch: Launch, run: Run, num_images: int, lease: Lease | None) -> "RetentionPolicy":
+    from afm_pipe.objectives.schedules import update_at
+    from afm_pipe.training.checkpoints import RetentionPolicy
 
-    known = read_events(folder / FILE)
+    epochs = launch.keep_every_epochs
+    every = None if epochs is None else max(update_at(run, epochs, num_images), 1)
+    policy = RetentionPolicy(launch.keep_checkpoints, every=every, best=launch.keep_best)
+    return policy if lease is None else policy._replace(own=lease.check)
+
+
+def _log_end(store: "RunStore", error: NotFiniteError, batch_size: int) -> None:
+    """Log the event that ended a run, unless its monitor has done so."""
+    from afm_pipe.training.events import FATAL, Event
+
+    known = store.read_events()
     if not known or (known[-1].update, known[-1].kind in FATAL) != (error.update, True):
-        event = Event(error.update, error.update * batch_size, "not_finite", str(error))
-        append_event(folder / FILE, event)
+        store.append_event(Event(error.update, error.update * batch_size, "not_finite", str(error)))
 
 
 def _origin(
@@ -125,7 +130,7 @@ def _origin(
         updates = described.get("updates") if isinstance(described, dict) else None
         if type(updates) is not int or updates < 1:
             raise UserError(f"Found {base / 'config.json'} without its number of updates: train {base.name} again.")
-        start = Start(load_tensors(files["generator"]), load_tensors(files["discriminator"]), updates)
+        start = Start({part: load_tensors(file) for part, file in files.items()}, updates)
     if run.guided:
         guide = load_latent_classifier(paths.CLASSIFIER, device)
         files["classifier"] = paths.CLASSIFIER / "classifier.safetensors"
@@ -139,15 +144,15 @@ def _require_base(start: "Start", config: "ModelConfig", folder: Path) -> None:
     from afm_pipe.models.model_files import build_discriminator, build_generator, require_fit
 
     with torch.device("meta"):
-        require_fit(build_generator(config), start.generator, folder / "generator.safetensors")
-        require_fit(build_discriminator(config), start.discriminator, folder / "discriminator.safetensors")
+        for part, build in (("generator", build_generator), ("discriminator", build_discriminator)):
+            require_fit(build(config), start.networks[part], folder / f"{part}.safetensors")
 
 
 def _write_model(name: str, state: "TrainingState", description: dict[str, Any]) -> None:
     from afm_pipe.models.model_files import save_model
 
     with atomic_path(paths.model(name)) as folder:
-        save_model(folder, state.ema, state.discriminator, description)
+        save_model(folder, state.ema, state.networks["discriminator"], description)
 
 
 def _cost(state: "TrainingState", updates: int, batch_size: int, device: "torch.device", ranks: int) -> dict[str, Any]:

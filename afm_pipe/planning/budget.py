@@ -7,30 +7,29 @@ from typing import NamedTuple
 import psutil
 import torch
 
-from afm_pipe.models.model_files import ModelConfig, build_discriminator, build_generator, count_parameters
-from afm_pipe.objectives.adversarial_flow.batches import num_micro_batches
+from afm_pipe.models.model_files import ModelConfig, count_parameters
+from afm_pipe.objectives import build_objective
+from afm_pipe.objectives.base import num_micro_batches
 from afm_pipe.params import Run
-from afm_pipe.planning.counting import FLOAT, checkpointed_bytes, measure
+from afm_pipe.planning.counting import FLOAT, measure
 from afm_pipe.runtime.errors import UserError
 
-G_COPIES = 5  # weights, gradients, EMA, two moments of AdamW
-D_COPIES = 4  # the same without the EMA
+COPIES = 4  # weights, gradients, two moments of AdamW; the sampled network has an EMA as well
 RUNTIME = 600 << 20  # bytes of an imported torch, allocator slack and small buffers
 
 
 class Budget(NamedTuple):
     """Memory of a run on one device; float32."""
 
-    generator_parameters: int
-    discriminator_parameters: int
+    parameters: dict[str, int]  # by network
     state_bytes: int  # weights, gradients, moments, EMA
-    activation_bytes: int  # kept for the backward pass of the larger of the two steps
-    checkpoint_bytes: int  # on disk
+    activation_bytes: int  # kept for the backward pass of the largest step
+    checkpoint_bytes: int  # on disk: the state without gradients
 
     @property
     def gradient_bytes(self) -> int:
         """Bytes that every update sums over the devices."""
-        return FLOAT * (self.generator_parameters + self.discriminator_parameters)
+        return FLOAT * sum(self.parameters.values())
 
     @property
     def memory_bytes(self) -> int:
@@ -57,21 +56,21 @@ def budget(
     1 / world_size of the state, and on top two units of weights (the current one and the next) and of their gradients,
     where a unit is a block or everything outside the blocks.
     """
+    objective = build_objective(run, config)
     with torch.device("meta"):
-        networks = build_generator(config), build_discriminator(config)
-    images, penalized = largest_part(run, world_size * num_micro_batches(run.batch_size, world_size, micro_batch))
-    if checkpoint_activations:
-        activations = checkpointed_bytes(config, 2 * (images + penalized), images)
-    else:
-        activations = measure(run, config, images, penalized).activation_bytes
-    g, d = map(count_parameters, networks)
-    state = FLOAT * (G_COPIES * g + D_COPIES * d)
+        networks = objective.build_networks()
+    parts = world_size * num_micro_batches(run.batch_size, world_size, micro_batch)
+    work = measure(run, config, *largest_part(run, parts), checkpoint_activations)
+    parameters = {name: count_parameters(network) for name, network in networks.items()}
+    whole = FLOAT * (COPIES * sum(parameters.values()) + parameters[objective.sampled])
+    state = whole
     if shard and world_size > 1:
-        in_block = [sum(p.numel() for p in network.blocks[0].parameters()) for network in networks]
-        in_blocks = [sum(p.numel() for p in network.blocks.parameters()) for network in networks]
-        outside = [sum(p.numel() for p in net.parameters()) - n for net, n in zip(networks, in_blocks, strict=True)]
-        state = state // world_size + 4 * FLOAT * max(in_block + outside)
-    return Budget(g, d, state, round(activations), FLOAT * ((G_COPIES - 1) * g + (D_COPIES - 1) * d))
+        units = []
+        for network in networks.values():
+            blocks = [sum(p.numel() for p in block.parameters()) for block in getattr(network, "blocks", ())]
+            units += [max(blocks, default=0), sum(p.numel() for p in network.parameters()) - sum(blocks)]
+        state = whole // world_size + 4 * FLOAT * max(units)
+    return Budget(parameters, state, round(work.activation_bytes), whole - FLOAT * sum(parameters.values()))
 
 
 def require_memory(needs: Budget, run_name: str, device: torch.device) -> None:

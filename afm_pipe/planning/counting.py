@@ -1,22 +1,23 @@
-"""What an update computes and what it keeps, counted on the meta device from the very steps that train.
+"""FLOPs and activation memory of an update, counted by running the objective's own update on the meta device.
 
-Shapes alone: nothing is computed, nothing allocated, and no data is needed.
+Only shapes are computed: nothing is allocated, and no data is needed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from afm_pipe.models.classifier import LatentClassifier
 from afm_pipe.models.dit import Block
-from afm_pipe.models.flow import Flow
-from afm_pipe.models.model_files import ModelConfig, build_discriminator, build_generator
-from afm_pipe.objectives.adversarial_flow.step import Batch, PenaltyNoise, discriminator_step, generator_step
+from afm_pipe.models.model_files import ModelConfig
+from afm_pipe.objectives import build_objective
+from afm_pipe.objectives.base import Hyperparameters, Objective
 from afm_pipe.params import Params, Run
 from afm_pipe.params.sizes import SIZES, ModelSize
 
@@ -24,21 +25,21 @@ FLOAT = 4  # bytes
 
 
 class Work(NamedTuple):
-    """One update of D and one of G on a batch; a multiplication and an addition are two FLOPs."""
+    """One update on a batch; a multiplication and an addition are two FLOPs."""
 
-    forward_flops: float  # of G on the batch: the unit of paper Table 12
+    forward_flops: float  # of the sampled network on the batch: the unit of paper Table 12
     flops: float
-    activation_bytes: float  # kept for the backward pass, at the larger of the two steps; float32
+    activation_bytes: float  # kept for the backward pass, at the largest step; float32
     parts: "Parts"  # of flops
 
     @property
     def units(self) -> float:
-        """The work in forward passes of G."""
+        """Work in forward passes of the sampled network."""
         return self.flops / self.forward_flops
 
 
 class Parts(NamedTuple):
-    """FLOPs of an update by network and direction, the steps of D and G together."""
+    """FLOPs of an update by network and direction: of the sampled network, and of all others."""
 
     generator_forward: float
     generator_backward: float
@@ -46,54 +47,110 @@ class Parts(NamedTuple):
     discriminator_backward: float
 
 
+class Step(NamedTuple):
+    """One optimizer step of an update, with everything since the step before."""
+
+    network: str
+    forward_flops: float
+    backward_flops: float
+    kept_bytes: int  # for the backward pass
+
+
 @cache
-def measure(run: Run, config: ModelConfig, batch_size: int, penalised: int | None = None) -> Work:
+def measure(
+    run: Run, config: ModelConfig, batch_size: int, penalized: int | None = None, checkpoint_activations: bool = False
+) -> Work:
     """Count one update of a run on a batch, without guidance.
 
-    D's penalties are taken on `penalised` images, by default on the run's share; lazy penalties count by their mean
-    over updates. Every count is linear in the number of blocks, so one and two blocks are counted.
+    `penalized` images take part in penalties, by default the run's share; lazy penalties count by their mean over
+    updates. Every count is linear in the number of blocks, so networks of one and of two blocks are counted.
     """
-    if penalised is None:
-        penalised = max(round(batch_size * run.penalty.batch_fraction), 1)
-    one, two = (_measure(run, config, batch_size, penalised, blocks) for blocks in (1, 2))
-    depth = SIZES[config.size].depth
-    forward, *parts, d_kept, g_kept = (a + (depth - 1) * (b - a) for a, b in zip(one, two, strict=True))
-    return Work(forward, sum(parts), max(d_kept, g_kept), Parts(*parts))
+    objective, depth = build_objective(run, config), SIZES[config.size].depth
+
+    def count(blocks: int) -> list[float]:
+        networks = _shallow(objective, depth, blocks)
+        calls: list[bool] = []  # forward passes of the sampled network: whether with gradients
+        with torch.device("meta"):
+            with _Counter() as alone:
+                objective.example_forward(networks, batch_size).sum().backward()
+            for network in networks.values():
+                network.checkpointing = checkpoint_activations  # type: ignore[assignment]
+            networks[objective.sampled].register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+            steps = count_update(objective, objective.example_batch(batch_size, penalized), networks)
+            forwards, backwards = len(calls), sum(calls)
+            updates = [steps]
+            if run.penalty.every > 1:
+                unpenalized = count_update(objective, objective.example_batch(batch_size, 0), networks)
+                updates += [unpenalized] * (run.penalty.every - 1)
+        forward, backward = (
+            sum(getattr(step, field) for update in updates for step in update) / len(updates)
+            for field in ("forward_flops", "backward_flops")
+        )
+        own = forwards * alone.forward_flops, backwards * alone.backward_flops
+        return [alone.forward_flops, *own, forward - own[0], backward - own[1], *(step.kept_bytes for step in steps)]
+
+    forward, *parts = (one + (depth - 1) * (two - one) for one, two in zip(count(1), count(2), strict=True))
+    return Work(forward, sum(parts[:4]), max(parts[4:]), Parts(*parts[:4]))
 
 
-def _measure(run: Run, config: ModelConfig, batch_size: int, penalised: int, blocks: int) -> tuple[float, ...]:
-    """Return a forward pass of G, the four parts of an update, and the bytes kept by the D step and by the G step."""
+def count_update(objective: Objective, batch: Any, networks: Mapping[str, nn.Module] | None = None) -> list[Step]:
+    """Return the steps of one update on a micro-batch of `objective.example_batch`."""
     with torch.device("meta"):
-        generator, discriminator = build_generator(config), build_discriminator(config)
-        del generator.blocks[blocks:], discriminator.blocks[blocks:]
-        flow, latents = Flow(generator, config.form, config.nfe), torch.empty(batch_size, *config.latent_shape)
-        times = (None, None) if config.nfe == 1 else (torch.empty(batch_size), torch.empty(batch_size))
-        batch = Batch(latents, torch.empty_like(latents), torch.zeros(batch_size, dtype=torch.int64), *times)
-        noise = PenaltyNoise(torch.empty_like(latents[:penalised]), torch.empty_like(latents[:penalised]))
-        with _Counter() as alone:
-            flow(batch.source, batch.labels, batch.s, batch.t).sum().backward()
-        with _Counter() as d_step:
-            discriminator_step(flow, discriminator, batch, noise, run)
-        with _Counter() as d_step_without:
-            discriminator_step(flow, discriminator, batch, None, run)
-        discriminator.requires_grad_(False)
-        with _Counter() as g_step:
-            generator_step(flow, discriminator, batch, 1.0, None)
-    weights = [*generator.parameters(), *discriminator.parameters()]
+        networks = networks or objective.build_networks()
+        learner = _CountingLearner(networks, objective.build_buffers(torch.device("meta")))
+        with learner.counter:
+            objective.update(learner, [batch], objective.hyperparameters(0, 1))
+    # With activation checkpointing the backward pass holds what one block keeps, besides the inputs of all blocks.
+    return [
+        step._replace(kept_bytes=step.kept_bytes + max((n * block_bytes(*block) for n, *block in blocks), default=0))
+        for step, blocks in learner.steps
+    ]
 
-    def mean(direction: str) -> float:  # over updates with penalties and without, both steps
-        with_, without, g = (getattr(step, direction) for step in (d_step, d_step_without, g_step))
-        return (with_ + (run.penalty.every - 1) * without) / run.penalty.every + g
 
-    return (
-        alone.forward_flops,
-        alone.forward_flops * (1 if run.reuse_forward else 2),
-        alone.backward_flops,
-        mean("forward_flops") - 2 * alone.forward_flops,
-        mean("backward_flops") - alone.backward_flops,
-        d_step.kept_bytes(weights),
-        g_step.kept_bytes(weights),
-    )
+def _shallow(objective: Objective, depth: int, blocks: int) -> dict[str, nn.Module]:
+    """Return networks that keep the first `blocks` of `depth` blocks; networks of another depth stay as they are."""
+    with torch.device("meta"):
+        networks = objective.build_networks()
+    for network in networks.values():
+        if len(getattr(network, "blocks", ())) == depth:
+            del network.blocks[blocks:]  # type: ignore[union-attr, operator]
+    return networks
+
+
+class _CountingLearner:
+    """Counts the steps of an objective's update, on the meta device."""
+
+    def __init__(self, networks: Mapping[str, nn.Module], buffers: Mapping[str, Tensor]) -> None:
+        self.networks, self.buffers, self.counter = networks, buffers, _Counter()
+        self.weights = [weight for network in networks.values() for weight in network.parameters()]
+        self.recomputed: set[tuple[int, ModelSize, int]] = set()  # images, size and tokens of checkpointed blocks
+        self.steps: list[tuple[Step, set[tuple[int, ModelSize, int]]]] = []
+        for network in networks.values():
+            if getattr(network, "checkpointing", False):
+                for block in network.blocks:  # type: ignore[union-attr]
+                    block.register_forward_pre_hook(lambda _, inputs, size=network.size: self._recompute(size, *inputs))
+
+    def _recompute(self, size: ModelSize, tokens: Tensor, condition: Tensor) -> None:
+        if torch.is_grad_enabled():
+            self.recomputed.add((len(tokens), size, tokens.shape[1]))
+
+    def module(self, name: str) -> nn.Module:
+        return self.networks[name]
+
+    def accumulate(self, name: str, last: bool) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def sum(self, figures: Sequence[Tensor]) -> Tensor:
+        return torch.stack([*figures]).sum(0)
+
+    def step(self, name: str, loss: Tensor, hyperparameters: Hyperparameters) -> Tensor:
+        counter = self.counter
+        kept = counter.kept_bytes(self.weights)
+        self.steps.append((Step(name, counter.forward_flops, counter.backward_flops, kept), self.recomputed))
+        self.recomputed = set()
+        counter.reset()
+        self.networks[name].zero_grad(set_to_none=True)
+        return torch.zeros(())
 
 
 @cache
@@ -121,20 +178,6 @@ def block_bytes(size: ModelSize, tokens: int, frozen: bool = False) -> int:
         return kept_by(lambda: block(x, condition), list(block.parameters())) // 2
 
 
-def checkpointed_bytes(config: ModelConfig, judged: float, made: float) -> float:
-    """Return the bytes kept for the backward pass when of every block only its input is, and the inside of one block.
-
-    `judged` images go through D in its own step, `made` through G in the other.
-    """
-    size = SIZES[config.size]
-    tokens = (config.latent_size // size.patch) ** 2
-    g_block, d_block = block_bytes(size, tokens), block_bytes(size, tokens + 1)
-    g_in, d_in = FLOAT * tokens * size.width, FLOAT * (tokens + 1) * size.width
-    of_d = judged * (size.depth * d_in + d_block)
-    of_g = made * (config.repeats * size.depth * g_in + size.depth * d_in + max(g_block, d_block))
-    return max(of_d, of_g)
-
-
 def kept_by(work: Callable[[], object], weights: list[torch.nn.Parameter]) -> int:
     """Return the bytes that some work keeps for its backward pass, besides `weights`."""
     with _Counter() as counter:
@@ -150,10 +193,14 @@ class _Counter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self.reset()
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
+
+    def reset(self) -> None:
+        """Count from nothing."""
         self.forward_flops = self.backward_flops = 0.0
         self._kept: dict[int, torch.UntypedStorage] = {}  # alive, so that no number is given twice
         self._attention: dict[int, torch.UntypedStorage] = {}
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
 
     def kept_bytes(self, weights: list[torch.nn.Parameter]) -> int:
         """Return the bytes kept besides the weights and attention maps, which fused attention does not keep."""

@@ -8,13 +8,13 @@ from math import prod
 from typing import Literal, NamedTuple, cast, get_args
 
 from afm_pipe.models.model_files import run_config
+from afm_pipe.objectives.schedules import update_at
 from afm_pipe.params import Params
 from afm_pipe.planning.budget import Budget, budget, largest_part
 from afm_pipe.planning.counting import Work, guidance_flops, measure
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.progress import Progress
 from afm_pipe.runtime.tables import table_text
-from afm_pipe.training.schedules import update_at
 
 Precision = Literal["fp32", "tf32", "bf16"]
 DAY = 86400.0  # seconds
@@ -171,8 +171,8 @@ def latents_bytes(params: Params, num_images: int) -> int:
 
 
 def row_bytes(params: Params) -> int:
-    """Return the size of one row of latents.h5: mean and deviation in float16."""
-    return 2 * 2 * prod(params.latent_shape)
+    """Return the size of one row of latents.h5, in float16."""
+    return 2 * prod(params.latent_spec.encoded_shape)
 
 
 def plan_text(
@@ -188,13 +188,15 @@ def plan_text(
         yield Progress(done, len(names), "runs", name)
         plans.append(plan_run(params, name, num_images, num_classes, machine))
     yield Progress(len(names), len(names), "runs")
-    header = ("run", "G", "D", "TFLOP/update", "G forwards", "images", "updates", "GB/device", "days", "disk GB")
+    networks = list({name: None for plan in plans for name in plan.budget.parameters})
+    header = ("run", *networks, "TFLOP/update", "G forwards", "images", "updates", "GB/device", "days", "disk GB")
     capacity, latents = GPUS[machine.gpu].memory, latents_bytes(params, num_images)
     days, disk = sum(plan.days for plan in plans), sum(plan.disk_bytes for plan in plans) + latents
+    stored = "moments" if params.latent_spec.stochastic else "latents"
     lines = [
-        table_text(header, [_row(plan, capacity) for plan in plans]),
+        table_text(header, [_row(plan, networks, capacity) for plan in plans]),
         f"Total: about {figure(days)} days and {figure(disk / 1e9)} GB of disk, {figure(latents / 1e9)} for latents "
-        f"({num_images:,} images{', both mirrors' if params.data.mirror else ''}, float16 moments).",
+        f"({num_images:,} images{', both mirrors' if params.data.mirror else ''}, float16 {stored}).",
         f"On {machine.gpus} x {machine.gpu} in {machine.precision}: {machine.peak / 1e12:g} TFLOP/s each by the data "
         f"sheet (dense), of which {machine.utilization:.0%} is assumed to be reached (--utilization).",
         *NOTES,
@@ -208,12 +210,11 @@ def plan_text(
     return "\n".join(lines)
 
 
-def _row(plan: Plan, capacity: float) -> list[str]:
-    memory = plan.memory_bytes / 1e9
+def _row(plan: Plan, networks: Sequence[str], capacity: float) -> list[str]:
+    memory, parameters = plan.memory_bytes / 1e9, plan.budget.parameters
     return [
         plan.name,
-        f"{plan.budget.generator_parameters / 1e6:,.4g}M",
-        f"{plan.budget.discriminator_parameters / 1e6:,.4g}M",
+        *(f"{parameters[name] / 1e6:,.4g}M" if name in parameters else "" for name in networks),
         figure(plan.work.flops / 1e12),
         f"{plan.work.units:.1f}",
         f"{figure(plan.images / 1e6)}M",

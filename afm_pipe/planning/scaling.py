@@ -32,7 +32,7 @@ def tables(params: Params) -> str:
     updates, times, total = [], [], [0.0] * len(WORLDS)
     for plan in plans:
         needs, latents = plan.budget, 2 * params.models[plan.name].batch_size * row_bytes(params)  # of D and of G
-        counts = (f"{count / 1e6:.0f}M" for count in (needs.generator_parameters, needs.discriminator_parameters))
+        counts = (f"{count / 1e6:.0f}M" for count in needs.parameters.values())
         work = (plan.work.units, plan.work.flops / 1e12, needs.gradient_bytes / 1e9, latents / 1e6)
         updates.append([f"`{plan.name}`", *counts, *map(figure, work), f"{plan.updates:,}"])
         row = [f"`{plan.name}`"]

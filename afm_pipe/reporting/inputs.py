@@ -221,9 +221,10 @@ def _text(path: Path, stage: str) -> str:
 
 
 def _reconstruction_mse(params: Params) -> float | None:
-    if params.autoencoder.pretrained is not None:
+    path = needed(paths.AUTOENCODER, "autoencoder") / "training.json"
+    if not path.exists():
         return None  # nothing was trained, so nothing was measured while training
-    value = _mapping(paths.AUTOENCODER / "training.json", "autoencoder").get("reconstruction_mse")
+    value = _mapping(path, "autoencoder").get("reconstruction_mse")
     return float(value) if isinstance(value, int | float) else None
 
 

@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from afm_pipe.data.provenance import read_provenance
+from afm_pipe.data.latents_format import provenance_fingerprint, read_provenance
+from afm_pipe.objectives.schedules import num_updates, update_at
 from afm_pipe.params import Params, Run
 from afm_pipe.params.versions import run_identity
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import read_text, sha256_file
 from afm_pipe.training.events import FATAL
-from afm_pipe.training.schedules import num_updates, update_at
 
 LARGEST_LOG, LARGEST_SMALL = 1 << 28, 1 << 24  # bytes; a run has at most some thousand rows
 FRESH = 30.0  # seconds after its last touch in which a lease counts as held
@@ -241,15 +241,13 @@ def printable(text: str) -> str:
 
 def _identity(params: Params, name: str, run: Run, provenance: dict[str, str]) -> str:
     """Return the fingerprint that training a run would have now, as `afm_pipe.pipeline.training` makes it."""
-    from hashlib import sha256
-
     files = {}
     if name in params.guided:
         base = paths.model(params.guided[name].base)
         files = {part: base / f"{part}.safetensors" for part in ("generator", "discriminator")}
     if run.guided:
         files["classifier"] = paths.CLASSIFIER / "classifier.safetensors"
-    latents = sha256(json.dumps(provenance, sort_keys=True).encode()).hexdigest()
+    latents = provenance_fingerprint(provenance)
     return run_identity(run, params.latent_shape, latents, {part: sha256_file(file) for part, file in files.items()})
 
 

@@ -128,7 +128,7 @@ def _grid(studied: Studied, key: str, new: set[tuple[str, str]]) -> Table:
 def _list(studied: Studied, new: set[tuple[str, str]]) -> Table:
     """Build a table of one axis: quality, share that diverged, and cost of each of its settings."""
     distance = titles.metric(studied.distance_key)
-    alarms = any(cell.events is not None for cell in studied.results.cells)
+    alarms = any(cell.events is not None for cell in studied.results.trials)
     columns = (
         Column("row", studied.table.rows.title, numeric=False),
         Column(studied.distance_key or "distance", distance.title or "Distance", distance.meaning),
@@ -178,7 +178,7 @@ def _alarms(cells: Sequence[StudyCell], source: str, where: str) -> Cell:
 
 def _phases(studied: Studied) -> Table:
     """Build the table of the distance at the end of every phase."""
-    phases = sorted({probe.phase for cell in studied.results.cells for probe in cell.probes if probe.phase})
+    phases = sorted({probe.phase for cell in studied.results.trials for probe in cell.probes if probe.phase})
     columns = (
         Column("row", studied.table.rows.title, numeric=False),
         *(Column(f"phase_{phase}", f"Phase {phase}", "At its end") for phase in phases),
@@ -211,7 +211,7 @@ def _title(key: str) -> str:
 
 def _caption(studied: Studied, what: str) -> str:
     """Say what, how much of it was run, at what scale and at what cost."""
-    cells, places = studied.results.cells, len(studied.places) * len(studied.table.seeds)
+    cells, places = studied.results.trials, len(studied.places) * len(studied.table.seeds)
     seeds, count = len(studied.table.seeds), f"{len(cells)} cell{'s' * (len(cells) != 1)}"
     spent = sum({cell.training or place: cell.cost.seconds or 0 for place, cell in studied.cells.items()}.values())
     alone = " Updates, units and time are those of what continues another training, alone."
@@ -236,7 +236,7 @@ def _note(studied: Studied, new: set[tuple[str, str]]) -> str:
     parts = ["Mean ± standard deviation over seeds; the CSV file has the lowest and the highest."] if several else []
     if any(len(_with_number(studied, *place)) == 1 for place in studied.places):
         parts.append("In brackets: the 95 % interval of measuring one training; another seed may lie outside.")
-    if any(cell.diverged for cell in studied.results.cells):
+    if any(cell.diverged for cell in studied.results.trials):
         parts.append(DIVERGED)
     if new:
         parts.append(f"{ONLY}: only in the study, not among this profile's own cells.")

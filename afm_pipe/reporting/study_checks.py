@@ -159,7 +159,7 @@ def _values(studied: Studied, check: Check, cells: Sequence[StudyCell], trained:
     """Return the measure of each cell: of distances the logarithm, of yes and no 1 and 0."""
     if check.measure == "distance":
         key = studied.distance_key
-        worst = max((v for cell in studied.results.cells if (v := cell.metrics.get(key)) is not None), default=1.0)
+        worst = max((v for cell in studied.results.trials if (v := cell.metrics.get(key)) is not None), default=1.0)
         found = [cell.metrics.get(key) for cell in cells]
         return [math.log(max(WORSE * worst if value is None else value, 1e-12)) for value in found]
     if check.measure == "alarms":

@@ -95,12 +95,12 @@ class StudyFile(BaseModel):
     table: StudyTable
     scale: str
     machine: str
-    cells: tuple[StudyCell, ...]
+    trials: tuple[StudyCell, ...]
 
     @model_validator(mode="after")
     def _declared(self) -> "StudyFile":
         declared = {(place.row, place.column, place.seed) for place in self.table.places()}
-        found = [(cell.row, cell.column, cell.seed) for cell in self.cells]
+        found = [(cell.row, cell.column, cell.seed) for cell in self.trials]
         for row, column, seed in found:
             name = f"cell {row} x {column}, seed {seed}" if column else f"cell {row}, seed {seed}"
             if (row, column, seed) not in declared:
@@ -137,13 +137,13 @@ class Studied:
     @cached_property
     def cells(self) -> dict[tuple[str, str, int], StudyCell]:
         """Its cells by row, column and seed."""
-        return {(cell.row, cell.column, cell.seed): cell for cell in self.results.cells}
+        return {(cell.row, cell.column, cell.seed): cell for cell in self.results.trials}
 
     @cached_property
     def distance_key(self) -> str:
         """The first distance that its cells were measured by; empty where none has a number."""
-        measured = [cell.metrics for cell in self.results.cells]
-        measured += [probe.metrics for cell in self.results.cells for probe in cell.probes]
+        measured = [cell.metrics for cell in self.results.trials]
+        measured += [probe.metrics for cell in self.results.trials for probe in cell.probes]
         keys = titles.in_order(key for metrics in measured for key in metrics if titles.is_distance(key))
         return keys[0] if keys else ""
 
@@ -252,7 +252,7 @@ def _in_order(results: StudyFile) -> StudyFile:
         names = seen + [label for label in axis.settings if label not in seen]
         return axis.model_copy(update={"settings": {label: axis.settings[label] for label in names}})
 
-    table, cells = results.table, results.cells
+    table, cells = results.table, results.trials
     axes = {"rows": ordered(table.rows, [cell.row for cell in cells])}
     if table.columns is not None:
         axes["columns"] = ordered(table.columns, [cell.column for cell in cells])

@@ -25,11 +25,13 @@ class Progress(NamedTuple):
 
 def track(title: str, ticks: Generator[Progress, None, T]) -> T:
     """Drive a generator of ticks to its end, showing progress and time left; return what it returns."""
-    render = _silent if env_rank() > 0 else _live if sys.stderr.isatty() else _plain
-    return render(title, ticks)
+    if env_rank() > 0:
+        return finish(ticks)
+    return (_live if sys.stderr.isatty() else _plain)(title, ticks)
 
 
-def _silent(title: str, ticks: Generator[Progress, None, T]) -> T:
+def finish(ticks: Generator[Progress, None, T]) -> T:
+    """Drive a generator to its end silently; return what it returns."""
     while True:
         try:
             next(ticks)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from afm_pipe.autoencoders.kl import decode
+from afm_pipe.autoencoders.base import Autoencoder
 from afm_pipe.distributed.mapping import map_across_ranks
 from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from afm_pipe.models.flow import Flow
@@ -78,7 +78,7 @@ def generate_images(
     images: dict[int, Tensor] = {}
     for wanted, slots in _micro_batches(indices, micro_batch):
         batch = _latent_batch(generator, seed, indices, labels, wanted, slots, latent_shape, micro_batch, device, steps)
-        decoded = to_uint8(_decode(vae, batch))  # all slots: decoding rounds by batch size too
+        decoded = _decode(vae, batch)  # all slots: decoding rounds by batch size too
         images.update(zip(wanted, decoded[slots].cpu(), strict=True))
     return torch.stack([images[position] for position in range(len(indices))])
 
@@ -95,7 +95,7 @@ def images_of(
     """Generate and decode at most a micro-batch of given noises (B, c, h, w): (B, C, H, W) uint8 on the CPU."""
     places = [f"noise {i}" for i in range(len(z))]
     latents = _whole_batch(generator, z, labels, list(range(len(z))), places, micro_batch, device, steps)
-    return to_uint8(_decode(vae, latents))[: len(z)].cpu()
+    return _decode(vae, latents)[: len(z)].cpu()
 
 
 def stream_images(
@@ -126,11 +126,6 @@ def stream_images(
 def micro_batches(indices: range, size: int) -> list[range]:
     """Cut indices, of which the first begins a micro-batch, into micro-batches."""
     return [indices[start : start + size] for start in range(0, len(indices), size)]
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """Quantise images in [-1, 1] by rounding; what a PNG file of them would give back."""
-    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def grid(images: Tensor | np.ndarray, columns: int, gap: int = 2) -> Image.Image:
@@ -193,11 +188,11 @@ def _whole_batch(
 
 
 @torch.inference_mode()
-def _decode(vae: Any, latents: Tensor) -> Tensor:
-    images = decode(vae, latents)
+def _decode(vae: Autoencoder, latents: Tensor) -> Tensor:
+    images = vae.decode(latents)
     if not images.isfinite().all():
         raise UserError("Found decoded images that are not finite, expected numbers: train the autoencoder again.")
-    return images
+    return vae.spec.to_uint8(images)
 
 
 def _micro_batches(indices: Sequence[int], size: int) -> Iterator[tuple[list[int], list[int]]]:

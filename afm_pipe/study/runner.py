@@ -12,15 +12,14 @@ import signal
 from collections.abc import Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 import torch
 from torch import nn
 
-from afm_pipe.autoencoders.kl import load_autoencoder
+from afm_pipe.autoencoders import load_autoencoder
 from afm_pipe.data.latents import Latents
-from afm_pipe.distributed.launch import machine_name
 from afm_pipe.evaluation.measures import sample_suffix
 from afm_pipe.evaluation.metrics import Evaluator, evaluate_run
 from afm_pipe.evaluation.networks import NAMES
@@ -34,19 +33,21 @@ from afm_pipe.models.model_files import (
     run_config,
     save_tensors,
 )
+from afm_pipe.objectives import build_objective
 from afm_pipe.params import Params
 from afm_pipe.runtime import paths, signals
 from afm_pipe.runtime.errors import NotFiniteError, UserError
 from afm_pipe.runtime.files import read_json, sha256_file, write_json
 from afm_pipe.runtime.lease import hold_lease
-from afm_pipe.runtime.progress import Progress
+from afm_pipe.runtime.progress import Progress, finish
 from afm_pipe.study.trials import Trial, Units
 from afm_pipe.training.checkpoints import RetentionPolicy
-from afm_pipe.training.events import FILE, as_json, read_events
-from afm_pipe.training.loop import kept, train
+from afm_pipe.training.cost import training_cost
+from afm_pipe.training.events import as_json
 from afm_pipe.training.state import Start
+from afm_pipe.training.store import RunStore
+from afm_pipe.training.trainer import Runtime, Task, Trainer
 
-T = TypeVar("T")
 TRAINED = "trained.json"  # in a cell's folder, once its training is over
 
 
@@ -112,7 +113,7 @@ class Worker:
     @cached_property
     def autoencoder(self) -> Any:
         """What decodes samples."""
-        return load_autoencoder(paths.AUTOENCODER, self.device)
+        return load_autoencoder(self.params, paths.AUTOENCODER, self.device)
 
     def run(self, group: Sequence[Trial]) -> None:
         """Train the one training of a group of cells, and measure each of them."""
@@ -128,36 +129,21 @@ class Worker:
             if record.is_file():
                 return read_json(record)
             config, (start, guide) = self._config(job), self._origin(job)
-            training = train(
-                run,
-                config,
-                self.latents,
-                job.folder,
-                job.training,
-                self.device,
-                self.checkpoint_seconds,
-                start,
-                guide,
-                job.probes(self.latents.num_images),
-                keeping=RetentionPolicy(own=lease.check),
-            )
+            objective = build_objective(run, config, guide)
+            task = Task(objective, self.latents, job.training, start, job.probes(self.latents.num_images))
+            retention = RetentionPolicy(own=lease.check)
+            trainer = Trainer(task, Runtime(job.folder, self.device, self.checkpoint_seconds, retention=retention))
             try:
-                state = _finish(training).state
-                updates, seconds, not_finite = state.update, round(state.seconds["training"], 1), None
-                save_tensors(job.folder / "discriminator.safetensors", state.discriminator.state_dict())
+                state = finish(trainer.train()).state
+                updates, seconds, not_finite = state.update, state.seconds["training"], None
+                save_tensors(job.folder / "discriminator.safetensors", state.networks["discriminator"].state_dict())
             except NotFiniteError as error:
                 updates, seconds, not_finite = error.update, None, error.update
             lease.check()
             updates -= start.update if start else 0
-            cost = {
-                "machine": machine_name(self.device),
-                "threads": torch.get_num_threads(),
-                "seconds": seconds,
-                "updates": updates,
-                "images": updates * run.batch_size,
-                "units": self.units(self.params, job.cell.base, run, config),
-            }
-            events = as_json(read_events(job.folder / FILE))
+            cost = training_cost(updates, run.batch_size, seconds, self.device)
+            cost["units"] = self.units(self.params, job.cell.base, run, config)
+            events = as_json(trainer.store.read_events())
             trained = {"cost": cost, "not_finite": not_finite, "events": events}
             write_json(record, trained)
             if job.owner is None:
@@ -169,7 +155,7 @@ class Worker:
         measured: list[dict[str, Any]] = []
         protocol: dict[str, Any] = {}
         for update, phase in job.probes(self.latents.num_images).items():
-            if not kept(job.folder, update).is_file():
+            if not RunStore(job.folder).kept(update).is_file():
                 break  # it diverged before
             metrics = self._metrics(job, update)
             protocol, intervals = metrics.pop("protocol"), metrics.pop("intervals")
@@ -191,7 +177,7 @@ class Worker:
         }
 
     def _metrics(self, job: Trial, update: int) -> dict[str, Any]:
-        config, weights = self._config(job), kept(job.folder, update)
+        config, weights = self._config(job), RunStore(job.folder).kept(update)
         generator = build_generator(config)
         load_exactly(generator, load_tensors(weights), weights)
         generator = generator.to(self.device).eval().requires_grad_(False)
@@ -206,7 +192,7 @@ class Worker:
             self.device,
             evaluator=self.evaluator,
         )
-        metrics, _ = _finish(measuring)
+        metrics, _ = finish(measuring)
         return metrics
 
     def _origin(self, job: Trial) -> tuple[Start | None, nn.Module | None]:
@@ -218,8 +204,9 @@ class Worker:
         if read_json(base.folder / TRAINED)["not_finite"] is not None:
             raise UserError(f"Found the base of the cell {_label(job)} diverged, expected one to continue: change it.")
         update = max(base.probes(self.latents.num_images))
-        tensors = load_tensors(kept(base.folder, update)), load_tensors(base.folder / "discriminator.safetensors")
-        return Start(*tensors, update), guide
+        generator = RunStore(base.folder).load_kept(update)
+        discriminator = load_tensors(base.folder / "discriminator.safetensors")
+        return Start({"generator": generator, "discriminator": discriminator}, update), guide
 
     def _config(self, job: Trial) -> ModelConfig:
         return run_config(job.cell.run, self.params.latent_shape, self.latents.num_classes)
@@ -253,15 +240,6 @@ def _by_training(jobs: Sequence[Trial]) -> list[list[Trial]]:
 
 def _label(job: Trial) -> str:
     return " x ".join(filter(None, (job.cell.row, job.cell.column))) + f", seed {job.cell.seed}"
-
-
-def _finish(ticks: Generator[Progress, None, T]) -> T:
-    """Drive a generator to its end, saying nothing of its progress."""
-    while True:
-        try:
-            next(ticks)
-        except StopIteration as end:
-            return end.value
 
 
 _worker: Worker  # of a process of the pool

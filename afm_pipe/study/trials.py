@@ -4,21 +4,19 @@ A cell is known by two fingerprints: of its training, under which its weights ar
 which its result is. A killed study goes on where it stopped, one changed cell runs alone, tables share their cells.
 """
 
-import json
 from collections.abc import Iterable
 from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from afm_pipe.data.provenance import read_provenance
+from afm_pipe.data.latents_format import provenance_fingerprint, read_provenance
+from afm_pipe.objectives.schedules import num_updates, update_at
 from afm_pipe.params import Cell, Params, Run
 from afm_pipe.params.versions import run_identity, versions
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import read_json, sha256_file, write_json
 from afm_pipe.runtime.identity import fingerprint
-from afm_pipe.training.schedules import num_updates, update_at
 
 
 class Units(Protocol):
@@ -91,7 +89,7 @@ class Trials:
 
     @cached_property
     def _latents(self) -> str:
-        return sha256(json.dumps(self.provenance, sort_keys=True).encode()).hexdigest()
+        return provenance_fingerprint(self.provenance)
 
     @cached_property
     def _classifier(self) -> str:
@@ -117,7 +115,7 @@ class Trials:
             "evaluate": self.params.evaluate.model_dump(mode="json"),
             "micro_batch": self.params.sample.micro_batch,
         }
-        measurement = fingerprint(settings, self._measured_with, versions("sampling", "evaluation", "tables"))
+        measurement = fingerprint(settings, self._measured_with, versions("table"))
         return Trial(cell, training, measurement, base, self._owner(cell.run), base and self._owner(cell.base))
 
     def _training(self, run: Run, origins: dict[str, str]) -> str:

@@ -7,13 +7,13 @@ and change a number by rounding at most (activation checkpointing not even that)
 import ctypes
 import sys
 from functools import cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
+from torch import nn
 
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.models.dit import DiT
-from afm_pipe.params import Run
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
@@ -37,14 +37,16 @@ class Engine(NamedTuple):
         """Return the engine that launch settings ask for."""
         return cls(launch.checkpoint_activations, launch.compile, launch.tf32, launch.ema_on_cpu, launch.shard)
 
-    def prepare(self, run: Run, device: torch.device, *networks: DiT) -> None:
-        """Have networks that a run trains on a device compute this way."""
+    def prepare(self, precision: Literal["fp32", "bf16"], device: torch.device, *networks: nn.Module) -> None:
+        """Make networks that are trained on a device compute this way."""
         if device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.tf32
         if device.type == "cpu":
             keep_freed_memory()
         for network in networks:
-            network.bf16 = run.precision == "bf16"
+            if not isinstance(network, DiT):
+                continue
+            network.bf16 = precision == "bf16"
             network.checkpointing = self.checkpoint_activations
             if self.compile:
                 for block in network.blocks:  # alike, so that one compilation serves all

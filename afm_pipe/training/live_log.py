@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import TextIO, TypeVar
 
 from afm_pipe.runtime.progress import Progress
+from afm_pipe.training.store import RunStore
 
 T = TypeVar("T")
 
 
-def logged(ticks: Generator[Progress, None, T], curves: Path, folder: Path) -> Generator[Progress, None, T]:
+def logged(ticks: Generator[Progress, None, T], store: RunStore, folder: Path) -> Generator[Progress, None, T]:
     """Pass ticks on, after each logging the rows that `curves` has got to DVCLive under `folder`.
 
     The step is the update. Neither git, dvc.yaml nor experiments are touched: those are the caller's and DVC's.
     """
     log: _Log | None = None
+    curves = store.curves
     try:
         while True:
             try:

@@ -1,7 +1,7 @@
-"""The watch's probe: how good samples of G's moving average are, cheaply: neither decoded nor seen by evaluation.
+"""The monitor's probe: a cheap measure of the moving average's samples, without decoding them.
 
-Features are those of a small network that is trained on the latents when a training starts. Network, noise, classes and
-the latents compared with are functions of the seed, the same at every probe, so that probes differ by G alone.
+Features are those of a small network that is trained on the latents when a run starts. Network, noise, classes and the
+real latents are functions of the seed, the same at every probe, so that probes differ by G alone.
 
 Shapes: N samples, C, H, W of latents, F features.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from afm_pipe.data.latents import Latents
 from afm_pipe.data.order import Order, stream_generator
-from afm_pipe.models.flow import Flow
+from afm_pipe.objectives.base import Sampler
 from afm_pipe.params import Run
 from afm_pipe.training.kernel_distance import kid
 from afm_pipe.training.rules import Probed
@@ -27,7 +27,7 @@ WORST = 1e12  # a distance that is not finite: logs hold numbers alone
 
 
 class Probe:
-    """Measures generators of one run; made anew at every start, always the same."""
+    """Measures generators of one run; built at every start, always the same."""
 
     def __init__(self, latents: Latents, run: Run, device: torch.device) -> None:
         self.run, self.device = run, device
@@ -44,10 +44,12 @@ class Probe:
         self.real_spread = float(real.var(0).mean())
 
     @torch.no_grad()
-    def __call__(self, flow: Flow) -> Probed:
-        """Return the kernel distance, and over the data's: share in the right class, variances."""
+    def __call__(self, sampler: Sampler) -> Probed:
+        """Return the kernel distance, and relative to the data's: class accuracy, variances."""
         parts = zip(self.noise.split(self.run.batch_size), self.labels.split(self.run.batch_size), strict=True)
-        samples = torch.cat([flow.sample(z.to(self.device), c.to(self.device)).cpu().to(self.dtype) for z, c in parts])
+        samples = torch.cat(
+            [sampler.sample(z.to(self.device), c.to(self.device)).cpu().to(self.dtype) for z, c in parts]
+        )
         if not samples.isfinite().all():
             return {"kid": WORST, "class_accuracy": 0.0, "variance": 0.0, "spread": 0.0}
         features, classes = self._seen(samples)
@@ -60,7 +62,7 @@ class Probe:
         }
 
     def _right(self, classes: Tensor) -> float:
-        """Return the share of classes (N,) that are the ones asked for; never zero, it is divided by."""
+        """Return the share of classes (N,) that are the requested ones; never zero, since it is a divisor."""
         return max(float((classes == self.labels).float().mean()), 1 / len(classes))
 
     @torch.no_grad()
@@ -71,7 +73,7 @@ class Probe:
 
 
 def _trained(latents: Latents, run: Run, device: torch.device) -> tuple[nn.Module, nn.Module]:
-    """Train the network that probes see with to tell classes apart, on the CPU: it is tiny."""
+    """Train the feature network to classify latents, on the CPU: it is tiny."""
     channels, updates = latents.latent_shape[0], run.monitor.probe.updates
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)

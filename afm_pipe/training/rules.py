@@ -1,14 +1,18 @@
-"""The rules of the watch: each looks at what is known of a training and says what is wrong, or nothing.
+"""The rules of the monitor: each looks at what is known of a run and returns an alarm, or nothing.
 
-Pure functions of rows of the curves and of probes. docs/watch.md states each rule, and where its threshold comes from.
+Pure functions of rows of the curves and of probes. docs/monitor.md states each rule and where its threshold comes
+from.
 """
 
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from afm_pipe.objectives.base import Objective, Role
 from afm_pipe.params import Run
 from afm_pipe.training.curves import Row
+
+ROLES: tuple[Role, ...] = ("d_accuracy", "output_scale", "transport_distance")
 
 Probed = dict[str, float]  # update, epoch, kid, class_accuracy, variance, spread
 
@@ -21,26 +25,43 @@ class Alarm(NamedTuple):
     evidence: dict[str, float]
 
 
-def alarms_of_rows(run: Run, rows: Sequence[Row]) -> list[Alarm]:
-    """Ask the rules that need the curves alone."""
-    return [alarm for alarm in (divergence(run, rows), identity(run, rows)) if alarm is not None]
+class Watched(NamedTuple):
+    """The columns of the curves that rules look at, by role (`objectives.base.Term`)."""
+
+    adversarial_loss: tuple[str, ...]
+    d_accuracy: str | None
+    output_scale: str | None
+    transport_distance: str | None
+
+    @classmethod
+    def of(cls, objective: type[Objective] | Objective) -> "Watched":
+        """Return the columns of an objective; a rule without its column never fires."""
+        one = {role: next(iter(objective.with_role(role)), None) for role in ROLES}
+        return cls(tuple(objective.with_role("adversarial_loss")), **one)
 
 
-def alarms_of_probes(run: Run, rows: Sequence[Row], probes: Sequence[Probed]) -> list[Alarm]:
-    """Ask the rules that need a probe, right after one."""
-    found = (spread_lost(run, probes), stagnation(run, rows, probes), collapse(run, probes))
+def alarms_of_rows(run: Run, watched: Watched, rows: Sequence[Row]) -> list[Alarm]:
+    """Return the alarms of the rules that need the curves alone."""
+    return [alarm for alarm in (divergence(run, watched, rows), identity(run, watched, rows)) if alarm is not None]
+
+
+def alarms_of_probes(run: Run, watched: Watched, rows: Sequence[Row], probes: Sequence[Probed]) -> list[Alarm]:
+    """Return the alarms of the rules that need a probe, right after one."""
+    found = (spread_lost(run, probes), stagnation(run, watched, rows, probes), collapse(run, probes))
     return [alarm for alarm in found if alarm is not None]
 
 
-def divergence(run: Run, rows: Sequence[Row]) -> Alarm | None:
+def divergence(run: Run, watched: Watched, rows: Sequence[Row]) -> Alarm | None:
     """Losses are not finite or explode, or samples are much larger than data."""
     limits = run.monitor.divergence
-    seen = _means(run, rows, "d_adversarial", "g_adversarial", "output_scale")
-    if seen is None:
+    columns = (*watched.adversarial_loss, *([watched.output_scale] if watched.output_scale else []))
+    seen = _means(run, rows, *columns)
+    if not seen:
         return None
-    loss, scale = max(seen["d_adversarial"], seen["g_adversarial"]), seen["output_scale"]
+    loss = max((seen[name] for name in watched.adversarial_loss), default=0.0)
+    scale = seen.get(watched.output_scale or "", 0.0)
     if not all(map(math.isfinite, seen.values())):
-        return Alarm("divergence", "losses are no longer numbers", seen)
+        return Alarm("divergence", "losses are not finite", seen)
     if not _settled(run, rows[-1]):
         return None
     if loss > limits.loss:
@@ -59,26 +80,28 @@ def spread_lost(run: Run, probes: Sequence[Probed]) -> Alarm | None:
     return None
 
 
-def identity(run: Run, rows: Sequence[Row]) -> Alarm | None:
+def identity(run: Run, watched: Watched, rows: Sequence[Row]) -> Alarm | None:
     """G returns nearly what it is given."""
-    seen = _means(run, rows, "transport_rms")
+    if watched.transport_distance is None:
+        return None
+    seen = _means(run, rows, watched.transport_distance)
     if seen is None or not _settled(run, rows[-1]):
         return None
     steps = 3 if run.nfe == "any" else run.nfe  # the root mean square of s - t over pairs of times is a third
-    move = seen["transport_rms"] * steps
+    move = seen[watched.transport_distance] * steps
     if move < run.monitor.identity.transport_rms:
         text = f"G moves its noise by {move:.3g} of its size, below {run.monitor.identity.transport_rms:g}"
-        return Alarm("identity", text, {"move": move, "transport": rows[-1]["transport"]})
+        return Alarm("identity", text, {"transport_rms": move, "transport": rows[-1]["transport"]})
     return None
 
 
-def stagnation(run: Run, rows: Sequence[Row], probes: Sequence[Probed]) -> Alarm | None:
+def stagnation(run: Run, watched: Watched, rows: Sequence[Row], probes: Sequence[Probed]) -> Alarm | None:
     """Quality stops improving while D wins."""
     limits = run.monitor.stagnation
-    if not stopped_improving(run, probes):
+    if watched.d_accuracy is None or not stopped_improving(run, probes):
         return None
     since = probes[-limits.probes - 1]["update"]
-    wins = [row["d_accuracy"] for row in rows if row["update"] > since]
+    wins = [row[watched.d_accuracy] for row in rows if row["update"] > since]
     accuracy = sum(wins) / len(wins)
     if accuracy <= limits.d_accuracy:
         return None

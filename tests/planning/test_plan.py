@@ -8,7 +8,7 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from afm_pipe.cli import app
+from afm_pipe.cli.app import app
 from afm_pipe.models.model_files import ModelConfig, run_config
 from afm_pipe.params import Params
 from afm_pipe.params.file import load_params
@@ -68,13 +68,11 @@ def test_a_plan_follows_from_images_peak_and_utilization(params: Params) -> None
     plan = plan_run(params, "b2", 1_281_167, 1000, EIGHT)
     assert plan.updates == -(-170 * 1_281_167 // 256)
     assert plan.compute_seconds == pytest.approx(plan.work.flops / (8 * 0.4 * 494.5e12))
-    gradients = 4 * (plan.budget.generator_parameters + plan.budget.discriminator_parameters)
+    gradients = 4 * sum(plan.budget.parameters.values())
     assert plan.reduce_seconds == pytest.approx(2 * 7 / 8 * gradients / (0.8 * 450e9))
     assert plan.days == pytest.approx(plan.updates * (plan.compute_seconds + plan.reduce_seconds) / 86400)
-    assert (round(plan.budget.generator_parameters / 1e6), round(plan.budget.discriminator_parameters / 1e6)) == (
-        130,
-        129,
-    )
+    millions = {name: round(count / 1e6) for name, count in plan.budget.parameters.items()}
+    assert millions == {"generator": 130, "discriminator": 129}
     half = plan._replace(machine=EIGHT._replace(utilization=0.2))
     assert half.compute_seconds == pytest.approx(2 * plan.compute_seconds)
     bf16 = plan._replace(machine=EIGHT._replace(precision="bf16"))

@@ -1,6 +1,6 @@
 """The loss terms of adversarial flow models as pure functions (paper section 3; symbols there).
 
-Shapes: N batch, n penalised part of it; logits (N,), latents (N, C, H, W). Every term is a 0-d tensor.
+Shapes: N batch, n penalized part of it; logits (N,), latents (N, C, H, W). Every term is a 0-d tensor.
 """
 
 from typing import NamedTuple
@@ -10,23 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class DiscriminatorTerms(NamedTuple):
-    """Unweighted terms of D's loss."""
-
-    adversarial: Tensor
-    r1: Tensor
-    r2: Tensor
-    logit_centering: Tensor
-
-
-class GeneratorTerms(NamedTuple):
-    """Terms of G's loss, unweighted but for guidance."""
-
-    adversarial: Tensor
-    transport: Tensor
-    guidance: Tensor  # lambda_cg times the classifier's cross entropy; 0 in phases without
-
-
 class Logits(NamedTuple):
     """D's logits of one D step: real, generated, and both moved a small step in a random direction."""
 
@@ -34,19 +17,6 @@ class Logits(NamedTuple):
     fake: Tensor  # (N,)
     real_moved: Tensor  # (n,)
     fake_moved: Tensor  # (n,)
-
-
-def discriminator_terms(logits: Logits, epsilon: float, weighting: Tensor | float = 1.0) -> DiscriminatorTerms:
-    """Return the terms of D's loss: relativistic, R1 and R2 by finite difference, logit logit_centering.
-
-    `weighting` is w(s, t), a number or (n,), and multiplies the penalties.
-    """
-    return DiscriminatorTerms(
-        adversarial=relativistic(logits.real, logits.fake),
-        r1=gradient_penalty(logits.real, logits.real_moved, epsilon, weighting),
-        r2=gradient_penalty(logits.fake, logits.fake_moved, epsilon, weighting),
-        logit_centering=(logits.real + logits.fake).square().mean(),
-    )
 
 
 def relativistic(higher: Tensor, lower: Tensor) -> Tensor:
@@ -64,6 +34,11 @@ def gradient_penalty(logits: Tensor, moved: Tensor, epsilon: float, weighting: T
     return (weighting * ((moved - logits[: len(moved)]) / epsilon).square()).mean()
 
 
+def logit_centering(real: Tensor, fake: Tensor) -> Tensor:
+    """Return mean (D(x) + D(G(z)))^2, which keeps logits around 0."""
+    return (real + fake).square().mean()
+
+
 def transport_cost(output: Tensor, source: Tensor, weighting: Tensor | float = 1.0) -> Tensor:
     """Return the optimal transport loss: mean over samples of |G(x_s) - x_s|^2 / (elements * w)."""
     return ((output - source).square().flatten(1).mean(1) / weighting).mean()
@@ -75,7 +50,7 @@ def step_weighting(s: Tensor, t: Tensor) -> Tensor:
 
 
 def moved(x: Tensor, noise: Tensor, epsilon: float) -> Tensor:
-    """Return x + epsilon noise: where D is asked again for the penalties."""
+    """Return x + epsilon noise."""
     return torch.add(x, noise, alpha=epsilon)
 
 

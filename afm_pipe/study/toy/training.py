@@ -15,20 +15,19 @@ from torch.func import vmap
 
 from afm_pipe.objectives.adversarial_flow.guidance import guide_to_data
 from afm_pipe.objectives.adversarial_flow.losses import (
-    DiscriminatorTerms,
     Logits,
-    discriminator_terms,
     interpolate,
     moved,
     relativistic,
     step_weighting,
     transport_cost,
 )
+from afm_pipe.objectives.adversarial_flow.terms import D_TERMS, Judged
+from afm_pipe.objectives.schedules import ema_decay_at
 from afm_pipe.params import Ema, Guidance, Toy
 from afm_pipe.runtime.progress import Progress
 from afm_pipe.study.toy import mixture
 from afm_pipe.study.toy.networks import CODES, Mlps, codes
-from afm_pipe.training.schedules import ema_decay_at
 
 _UPDATES_PER_TICK = 20
 
@@ -167,13 +166,11 @@ def _discriminator_loss(g: Map, critic: Mlps, batch: Batch, noise: Tensor, toy: 
     logits = Logits(*_judge(g, critic, everything, t, labels).split(sizes, dim=1))
     weighting = step_weighting(batch.s, batch.t)[:, :n]
 
-    def of_seed(logits: Logits, weighting: Tensor) -> DiscriminatorTerms:
-        return discriminator_terms(logits, epsilon, weighting)
+    def of_seed(logits: Logits, weighting: Tensor) -> tuple[Tensor, ...]:
+        return tuple(each.value(Judged(logits, epsilon, weighting)) for each in D_TERMS)
 
-    terms = vmap(of_seed)(logits, weighting)  # (S,) each
-    return (
-        terms.adversarial + toy.penalty.weight * (terms.r1 + terms.r2) + toy.logit_centering * terms.logit_centering
-    ).sum()
+    adversarial, r1, r2, centering = vmap(of_seed)(logits, weighting)  # (S,) each
+    return (adversarial + toy.penalty.weight * (r1 + r2) + toy.logit_centering * centering).sum()
 
 
 def _generator_loss(g: Map, critic: Mlps, batch: Batch, setting: Setting, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,84 @@
+"""What an autoencoder of any kind does.
+
+A folder of one holds what its kind writes there, and its tensors in diffusion_pytorch_model.safetensors, whose sha256
+identifies it.
+
+Legend: B images of a batch, C, H, W channels, height and width of images, c, h, w of latents, e of `encoded_shape`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator
+from pathlib import Path
+from typing import ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from afm_pipe.params import LatentSpec, Params
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.progress import Progress
+
+
+class Autoencoder(ABC):
+    """The map between images and latents. A subclass names its kind: `class Mine(Autoencoder, kind="mine")`."""
+
+    kinds: ClassVar[dict[str, type["Autoencoder"]]] = {}
+
+    spec: LatentSpec
+    device: torch.device = torch.device("cpu")
+
+    def __init_subclass__(cls, kind: str) -> None:
+        Autoencoder.kinds[kind] = cls
+
+    @classmethod
+    @abstractmethod
+    def make(cls, params: Params, folder: Path, device: torch.device) -> Generator[Progress, None, None]:
+        """Train or fetch the autoencoder that params describe, and write it into `folder`."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, params: Params, folder: Path) -> Self:
+        """Load the autoencoder of `folder`. Raises UserError when the folder is not one of this kind."""
+
+    @abstractmethod
+    def to(self, device: torch.device | str) -> Self:
+        """Move to a device, and return itself."""
+
+    def check(self, params: Params) -> None:
+        """Raise UserError unless the latents are those that params describe."""
+        if self.spec.shape != params.latent_shape:
+            raise UserError(
+                f"Found an autoencoder with latents of shape {self.spec.shape}, expected {params.latent_shape}: fix "
+                "params or take another."
+            )
+
+    @abstractmethod
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """Encode pixels (B, C, H, W) in the spec's `image_range` to (B, e, h, w)."""
+
+    @abstractmethod
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Decode latents (B, c, h, w), denormalized, to pixels (B, C, H, W) in the spec's `image_range`."""
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, precision: Literal["fp32", "bf16"] = "fp32") -> Tensor:
+        """Encode `images` (B, C, H, W) uint8 to (B, e, h, w) float32, before normalization.
+
+        That is the mean and the standard deviation of a stochastic kind, the latents of a deterministic one.
+        """
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return self._encode(self.spec.to_pixels(images.to(self.device))).float()
+
+    def sample(self, encoded: Tensor, noise: Tensor) -> Tensor:
+        """Draw normalized latents (B, c, h, w) from `encoded` (B, e, h, w), with `noise` if stochastic."""
+        if self.spec.stochastic:
+            mean, std = encoded.chunk(2, dim=1)
+            encoded = mean + std * noise.to(mean.device)
+        return self.spec.normalize(encoded)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode normalized `latents` (B, c, h, w) to pixels (B, C, H, W) float32, in fp32 under autocast too."""
+        with torch.autocast(self.device.type, enabled=False):
+            pixels = self._decode(self.spec.denormalize(latents.to(self.device, torch.float32)))
+        return pixels.clamp(*self.spec.image_range)

@@ -1,0 +1,413 @@
+"""The commands of `afm-pipe`. Heavy imports happen inside the command that needs them, so --help is instant."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from afm_pipe.runtime import paths
+from afm_pipe.runtime.commands import user_command
+from afm_pipe.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from afm_pipe.distributed.launch import Launch
+    from afm_pipe.params import Params
+
+app = typer.Typer(
+    help="Adversarial flow models as one declarative pipeline. `dvc repro` runs all stages; these run one.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+DATA, RUNS, LOOK, MODELS, PARAMS, MACHINE = "Pipeline: data", "Pipeline: runs", "Look", "Models", "Params", "Machine"
+
+ParamsFile = Annotated[Path, typer.Option("--params", help="The params file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override a param; repeatable.")
+]
+Nproc = Annotated[int | None, typer.Option("--nproc-per-node", help="Processes on this machine, one per GPU or core.")]
+MicroBatch = Annotated[
+    int | None, typer.Option("--micro-batch", help="Images per forward pass of a device; changes memory, not the run.")
+]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run in params.")]
+ModelName = Annotated[str, typer.Argument(metavar="NAME", help="A model under models/: a run or an imported model.")]
+
+
+def _params(path: Path, overrides: list[str] | None = None) -> "Params":
+    from afm_pipe.params.file import load_params
+
+    return load_params(path, overrides or ())
+
+
+def _launch(nproc: int | None = None, micro_batch: int | None = None) -> "Launch":
+    from afm_pipe.distributed.launch import load_launch
+
+    return load_launch(nproc_per_node=nproc, micro_batch=micro_batch)
+
+
+def _start(nproc: int | None, micro_batch: int | None = None) -> "Launch":
+    """Return the launch settings; if they want several processes, only in each of these."""
+    from afm_pipe.distributed.torchrun import launch_processes
+
+    return launch_processes(_launch(nproc, micro_batch))
+
+
+@app.command(rich_help_panel=DATA)
+@user_command
+def prepare(params: ParamsFile = paths.PARAMS, overrides: Overrides = None) -> None:
+    """Check, count and hash the images.  Example: afm-pipe prepare"""
+    from afm_pipe import pipeline
+
+    pipeline.prepare(_params(params, overrides))
+
+
+@app.command(rich_help_panel=DATA)
+@user_command
+def autoencoder(params: ParamsFile = paths.PARAMS, overrides: Overrides = None) -> None:
+    """Train or fetch the autoencoder.  Example: afm-pipe autoencoder --set autoencoder.train.updates=200"""
+    from afm_pipe import pipeline
+
+    pipeline.autoencoder(_params(params, overrides), _launch())
+
+
+@app.command(rich_help_panel=DATA)
+@user_command
+def encode(nproc: Nproc = None, params: ParamsFile = paths.PARAMS, overrides: Overrides = None) -> None:
+    """Encode the images to latents; resumable.  Example: afm-pipe encode"""
+    from afm_pipe import pipeline
+
+    pipeline.encode(_params(params, overrides), _start(nproc))
+
+
+@app.command(rich_help_panel=DATA)
+@user_command
+def reference(params: ParamsFile = paths.PARAMS, overrides: Overrides = None) -> None:
+    """Compute the statistics of the real images.  Example: afm-pipe reference"""
+    from afm_pipe import pipeline
+
+    pipeline.reference(_params(params, overrides), _launch())
+
+
+@app.command(rich_help_panel=DATA)
+@user_command
+def classifier(
+    nproc: Nproc = None, micro_batch: MicroBatch = None, params: ParamsFile = paths.PARAMS, overrides: Overrides = None
+) -> None:
+    """Train the classifier used for guidance; resumable.  Example: afm-pipe classifier"""
+    from afm_pipe import pipeline
+
+    pipeline.classifier(_params(params, overrides), _start(nproc, micro_batch))
+
+
+@app.command(rich_help_panel=RUNS)
+@user_command
+def train(
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run in params.")] = None,
+    size: Annotated[str | None, typer.Option(help="Train the run named like this model size.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print params, parameters, updates and memory.")] = False,
+    nproc: Nproc = None,
+    micro_batch: MicroBatch = None,
+    params: ParamsFile = paths.PARAMS,
+    overrides: Overrides = None,
+) -> None:
+    """Train a run; resumable.  Example: afm-pipe train --size t4 --nproc-per-node 2"""
+    from afm_pipe import pipeline
+    from afm_pipe.cli.plan import dry_run_text
+
+    loaded = _params(params, overrides)
+    name = _run_name(loaded, run, size)
+    if dry_run:
+        typer.echo(dry_run_text(loaded, name, _launch(nproc, micro_batch)))
+    else:
+        pipeline.train(loaded, name, _start(nproc, micro_batch))
+
+
+@app.command(rich_help_panel=RUNS)
+@user_command
+def guide(
+    run: RunName,
+    nproc: Nproc = None,
+    micro_batch: MicroBatch = None,
+    params: ParamsFile = paths.PARAMS,
+    overrides: Overrides = None,
+) -> None:
+    """Continue a trained run with its guided phase; resumable.  Example: afm-pipe guide t4-guided"""
+    from afm_pipe import pipeline
+
+    loaded = _params(params, overrides)
+    if run not in loaded.guided:
+        raise UserError(f"Found no guided run {run!r} in params, expected one of {', '.join(loaded.guided) or 'none'}.")
+    pipeline.train(loaded, run, _start(nproc, micro_batch))
+
+
+@app.command(rich_help_panel=RUNS)
+@user_command
+def sample(
+    run: ModelName,
+    classes: Annotated[str | None, typer.Option(help="Class numbers or names, separated by commas.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Image i uses seed + i.")] = None,
+    per_class: Annotated[int | None, typer.Option(help="Images per class, in rows.")] = None,
+    count: Annotated[int | None, typer.Option(help="Total number of images, cycling through the classes.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps, for any-step models.")] = None,
+    grid: Annotated[Path | None, typer.Option(help="Write one grid as a PNG file.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Write numbered PNG files into this folder.")] = None,
+    npz: Annotated[Path | None, typer.Option(help="Write arr_0 (N, H, W, C) and labels into one file.")] = None,
+    interpolate: Annotated[str | None, typer.Option(help="Interpolate between these seeds, such as 0,1,2.")] = None,
+    frames: Annotated[int, typer.Option(help="Frames from one seed to the next, both included.")] = 8,
+    nproc: Nproc = None,
+    params: ParamsFile = paths.PARAMS,
+    overrides: Overrides = None,
+) -> None:
+    """Draw samples, by default the report's grid.  Example: afm-pipe sample t4 --classes 3,7 --grid out.png"""
+    from afm_pipe import pipeline
+    from afm_pipe.sampling.requests import Request
+
+    request = Request(
+        classes=classes,
+        seed=seed,
+        per_class=per_class,
+        count=count,
+        steps=steps,
+        grid=grid,
+        images=images,
+        npz=npz,
+        interpolate=interpolate,
+        frames=frames,
+    )
+    pipeline.sample(_params(params, overrides), run, _start(nproc), request)
+
+
+@app.command(rich_help_panel=RUNS)
+@user_command
+def evaluate(run: RunName, nproc: Nproc = None, params: ParamsFile = paths.PARAMS, overrides: Overrides = None) -> None:
+    """Measure a run's samples.  Example: afm-pipe evaluate t4"""
+    from afm_pipe import pipeline
+
+    pipeline.evaluate(_params(params, overrides), run, _start(nproc))
+
+
+@app.command(rich_help_panel=RUNS)
+@user_command
+def tables(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[TABLE]...", help="Tables in params; default: all.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write into this folder instead of results/tables/.")] = None,
+    params: ParamsFile = paths.PARAMS,
+    overrides: Overrides = None,
+) -> None:
+    """Train and measure the trials of tables; resumable.  Example: afm-pipe tables transport_decay"""
+    from afm_pipe import pipeline
+
+    pipeline.tables(_params(params, overrides), names or [], _launch(), out)
+
+
+@app.command(rich_help_panel=RUNS)
+@user_command
+def toy(params: ParamsFile = paths.PARAMS, overrides: Overrides = None) -> None:
+    """Run the 1-D toy experiment.  Example: afm-pipe toy --set toy.pairs=5000"""
+    from afm_pipe import pipeline
+
+    pipeline.toy(_params(params, overrides), _launch())
+
+
+@app.command(rich_help_panel=RUNS)
+@user_command
+def report(
+    watch: Annotated[bool, typer.Option("--watch", help="Show the runs in training, until Ctrl-C.")] = False,
+    every: Annotated[float, typer.Option(help="With --watch: seconds between updates of the page.")] = 5.0,
+    params: ParamsFile = paths.PARAMS,
+    overrides: Overrides = None,
+) -> None:
+    """Write the page and the tables, or a live page.  Example: afm-pipe report --watch"""
+    from afm_pipe import pipeline
+    from afm_pipe.cli.status import watch as show_live
+
+    if watch:
+        show_live(_params(params, overrides), every)
+    else:
+        pipeline.report(_params(params, overrides))
+
+
+@app.command(rich_help_panel=LOOK)
+@user_command
+def status(params: ParamsFile = paths.PARAMS) -> None:
+    """Show all runs: state, phase, progress, time left, health.  Example: afm-pipe status"""
+    from afm_pipe.cli.status import status_text
+
+    typer.echo(status_text(_params(params)))
+
+
+@app.command(rich_help_panel=LOOK)
+@user_command
+def why(run: RunName, params: ParamsFile = paths.PARAMS) -> None:
+    """Explain the state of a run and what to try; exit code 3 if it failed.  Example: afm-pipe why t4"""
+    from afm_pipe.cli.why import why as explain
+
+    text, code = explain(_params(params), run)
+    typer.echo(text)
+    raise typer.Exit(code)
+
+
+@app.command(rich_help_panel=LOOK)
+@user_command
+def summary(params: ParamsFile = paths.PARAMS) -> None:
+    """Print the metrics of all measured runs.  Example: afm-pipe summary"""
+    from afm_pipe.cli.status import summary_text
+
+    typer.echo(summary_text(_params(params)))
+
+
+@app.command("import", rich_help_panel=MODELS)
+@user_command
+def import_weights(
+    file: Annotated[str, typer.Argument(help="Weights: .pth, .pt or .safetensors.")],
+    name: Annotated[str, typer.Option(help="Name of the new model: models/NAME.")],
+    nfe: Annotated[str | None, typer.Option(help="Steps it was trained for, if its tensors do not show them.")] = None,
+    repeats: Annotated[int | None, typer.Option(help="How often its blocks run: 1, 2 or 4.")] = None,
+    form: Annotated[str | None, typer.Option(help="direct or residual, if not as released.")] = None,
+    classes: Annotated[str | None, typer.Option(help="Text file of class names, one per line.")] = None,
+    params: ParamsFile = paths.PARAMS,
+    overrides: Overrides = None,
+) -> None:
+    """Make a model from released weights.  Example: afm-pipe import xl2_1nfe_guided_FID2.38.pth --name xl2-released"""
+    from afm_pipe import pipeline
+    from afm_pipe.params.file import imported
+
+    steps = int(nfe) if nfe is not None and nfe.isdecimal() else nfe
+    options = {"file": file, "nfe": steps, "repeats": repeats, "form": form, "classes": classes}
+    pipeline.import_weights(_params(params, overrides), name, imported(options))
+
+
+@app.command(rich_help_panel=MODELS)
+@user_command
+def export(
+    run: ModelName,
+    kind: Annotated[str, typer.Option("--format", help="released, safetensors, diffusers or adm-npz.")],
+    out: Annotated[Path, typer.Option(help="File to write, or folder for diffusers.")],
+    params: ParamsFile = paths.PARAMS,
+    overrides: Overrides = None,
+) -> None:
+    """Export a model, or its samples (adm-npz).  Example: afm-pipe export t4 --format adm-npz --out t4.npz"""
+    from afm_pipe import pipeline
+
+    if kind == "adm-npz":
+        pipeline.export_samples(_params(params, overrides), run, _launch(), out)
+    else:
+        pipeline.export(run, kind, out)
+
+
+@app.command(rich_help_panel=PARAMS)
+@user_command
+def profile(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A file under profiles/, without .yaml.")] = None,
+) -> None:
+    """Replace params.yaml by a profile, keeping a copy; or list profiles.  Example: afm-pipe profile imagenet256"""
+    from afm_pipe.params.profiles import activate, list_profiles
+
+    if name is None:
+        for each in list_profiles():
+            typer.echo(f"{each.name:12} {each.words}")
+        return
+    switch = activate(name)
+    typer.echo(f"{paths.PARAMS} is {'now' if switch.changed else 'already'} the profile {name}.")
+    if switch.kept:
+        typer.echo(f"The old one is {switch.kept}.")
+
+
+@app.command(rich_help_panel=PARAMS)
+@user_command
+def migrate(
+    file: Annotated[Path, typer.Argument(help="A params file of version 0.1.")] = paths.PARAMS,
+) -> None:
+    """Rename the keys of a params file of version 0.1, keeping a copy.  Example: afm-pipe migrate params.yaml"""
+    from afm_pipe.params.migrate import migrate as rewrite
+
+    keys, kept = rewrite(file)
+    for key in keys:
+        typer.echo(key)
+    typer.echo(f"{file}: {len(keys)} keys rewritten; the old file is {kept}." if keys else f"{file} is up to date.")
+
+
+@app.command(rich_help_panel=PARAMS)
+def schema() -> None:
+    """Print the JSON schema of params.yaml.  Example: afm-pipe schema > params.schema.json"""
+    from afm_pipe.params.file import json_schema
+
+    typer.echo(json_schema(), nl=False)
+
+
+@app.command(rich_help_panel=MACHINE)
+@user_command
+def doctor(params: ParamsFile = paths.PARAMS) -> None:
+    """Check the machine: each line is ok or says what to do.  Example: afm-pipe doctor"""
+    from afm_pipe.cli.doctor import examine
+
+    findings = examine(params)
+    for finding in findings:
+        typer.echo(f"{'ok ' if finding.ok else 'FIX'}  {finding.what}: {finding.found}")
+        if not finding.ok:
+            typer.echo(f"     {finding.remedy}")
+    raise typer.Exit(0 if all(finding.ok for finding in findings) else 1)
+
+
+@app.command(rich_help_panel=MACHINE)
+@user_command
+def plan(
+    runs: Annotated[list[str] | None, typer.Argument(metavar="[RUN]...", help="Runs in params; default: all.")] = None,
+    gpus: Annotated[int, typer.Option(help="Number of GPUs; they share each batch.")] = 8,
+    gpu: Annotated[str, typer.Option(help="a100, h100, h200 or b200.")] = "h100",
+    utilization: Annotated[
+        float, typer.Option("--utilization", "--utilisation", help="Fraction of the GPU's peak that training reaches.")
+    ] = 0.4,
+    precision: Annotated[str, typer.Option(help="fp32, tf32 or bf16.")] = "tf32",
+    micro_batch: MicroBatch = None,
+    checkpoint: Annotated[
+        bool, typer.Option("--checkpoint-activations", help="Recompute activations in the backward pass.")
+    ] = False,
+    shard: Annotated[bool, typer.Option("--shard", help="Shard weights and optimizers over the GPUs (FSDP2).")] = False,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Number of images, before `prepare` has counted them.")
+    ] = None,
+    params: ParamsFile = paths.PARAMS,
+    overrides: Overrides = None,
+) -> None:
+    """Estimate FLOPs, memory, days and disk; trains nothing.  Example: afm-pipe plan xl2 --gpus 8 --gpu h100"""
+    from afm_pipe.cli.plan import plan_text
+    from afm_pipe.planning.plan import machine
+
+    loaded = _params(params, overrides)
+    planned = machine(gpu, gpus, utilization, precision, micro_batch, checkpoint, shard)
+    typer.echo(plan_text(loaded, runs or [], planned, images))
+
+
+@app.command(rich_help_panel=MACHINE, context_settings={"ignore_unknown_options": True})
+@user_command
+def sbatch(
+    command: Annotated[list[str], typer.Argument(metavar="COMMAND...", help="The command, without afm-pipe.")],
+    nodes: Annotated[int, typer.Option(min=1, help="Number of machines.")] = 1,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs per machine.")] = 8,
+    time: Annotated[str, typer.Option(help="SLURM time limit, after which the job is requeued.")] = "24:00:00",
+) -> None:
+    """Print a SLURM script that requeues when preempted.  Example: afm-pipe sbatch train xl2 --nodes 2 > xl2.sbatch"""
+    from afm_pipe.distributed.sbatch import batch_script
+
+    typer.echo(batch_script(command, nodes, gpus, time), nl=False)
+
+
+def _run_name(params: "Params", run: str | None, size: str | None) -> str:
+    """Return the run given by its name or by its size."""
+    if (run is None) == (size is None):
+        raise UserError("Found " + ("both RUN and --size" if run else "neither RUN nor --size") + ", expected one.")
+    if run is not None:
+        return run
+    assert size is not None
+    if size in params.runs and params.runs[size].size == size:
+        return size
+    of_size = [name for name, each in params.runs.items() if each.size == size]
+    if of_size:
+        raise UserError(f"Found no run named {size}, but runs of that size: {', '.join(of_size)}. Name one as RUN.")
+    sizes = sorted({each.size for each in params.runs.values()})
+    raise UserError(
+        f"Found no run of size {size!r}, expected one of {', '.join(sizes)}: add a run with `size: {size}` to params."
+    )

@@ -1,0 +1,73 @@
+"""The text of `afm-pipe status` and `afm-pipe summary`, and the live page of `afm-pipe report --watch`."""
+
+from collections.abc import Sequence
+
+from afm_pipe.params import Params
+from afm_pipe.reporting.status import Standing, cells_line, standings
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.tables import table_text
+
+DAY = 86_400  # seconds
+LONGEST_NOTE = 60  # characters
+
+
+def status_text(params: Params) -> str:
+    """Return a table of all runs, and a line on the trials of tables."""
+    header = ["run", "state", "phase", "updates", "left", "health", "last event", "note"]
+    rows = []
+    for each in standings(params):
+        last = each.events[-1] if each.events else None
+        rows.append(
+            [
+                each.name,
+                each.state,
+                each.phase,
+                progress_text(each),
+                _duration(each.seconds_left) if each.seconds_left is not None else "-",
+                each.health,
+                f"{last.kind} at {last.update:,}" if last else "-",
+                each.why if len(each.why) <= LONGEST_NOTE else f"{each.why[: LONGEST_NOTE - 3]}...",
+            ]
+        )
+    line = cells_line(params)
+    return table_text(header, rows).replace("\n\n", "\n").strip("\n") + (f"\n  {line}" if line else "")
+
+
+def progress_text(each: Standing) -> str:
+    """Return how many updates of how many a run has done."""
+    if each.total is None:
+        return f"{each.update:,}" if each.update else "-"
+    share = f" ({min(each.update / each.total, 1):.0%})" if each.total else ""
+    return f"{each.update:,} of {each.total:,}{share}"
+
+
+def _duration(seconds: float) -> str:
+    parts: Sequence[tuple[float, str]] = ((DAY, "d"), (3600, "h"), (60, "min"))
+    return next((f"{seconds / size:.1f} {unit}" for size, unit in parts if seconds >= size), f"{seconds:.0f} s")
+
+
+def summary_text(params: Params) -> str:
+    """Return the metrics of all measured runs as a table; the report has their settings too."""
+    from afm_pipe.reporting.inputs import read_inputs
+    from afm_pipe.reporting.tables import run_table
+
+    inputs = read_inputs(params)
+    table = run_table(inputs)
+    shown = {"run", "seconds"}.union(*(record.metrics for record in inputs.runs))
+    chosen = [index for index, column in enumerate(table.columns) if column.key in shown]
+    rows = [*table.rows, *([table.footer] if table.footer else [])]
+    header = [table.columns[index].title for index in chosen]
+    return table_text(header, [[row[index].text for index in chosen] for row in rows])
+
+
+def watch(params: Params, seconds: float) -> None:
+    """Rewrite the live page every few seconds until Ctrl-C."""
+    from afm_pipe.reporting.watch import PAGE, watch
+
+    if not 1 <= seconds <= DAY:
+        raise UserError(f"Found --every {seconds:g}, expected 1 to {DAY:,} seconds.")
+    print(f"Open {PAGE.resolve()} in a browser; Ctrl-C ends.", flush=True)
+    try:
+        watch(params, seconds)
+    except KeyboardInterrupt:
+        print("The page is no longer updated; training was not touched.")

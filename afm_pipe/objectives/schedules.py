@@ -1,0 +1,33 @@
+"""What holds at which moment of a run. Time is images seen by G."""
+
+from bisect import bisect_right
+from math import ceil, cos, pi
+
+from afm_pipe.params import Ema, Phase, Run
+
+
+def num_updates(run: Run, num_images: int) -> int:
+    """Return the number of G updates until the last phase's end, rounded up to whole batches."""
+    return update_at(run, run.phases[-1].until_epoch, num_images)
+
+
+def update_at(run: Run, epoch: float, num_images: int) -> int:
+    """Return the first update that starts when G has seen `epoch` epochs or more."""
+    return ceil(round(epoch * num_images) / run.batch_size)
+
+
+def phase_at(run: Run, update: int, num_images: int) -> Phase:
+    """Return the phase of an update (counted from 0) on a data set of `num_images` images."""
+    ends = [update_at(run, phase.until_epoch, num_images) for phase in run.phases]
+    return run.phases[min(bisect_right(ends, update), len(ends) - 1)]
+
+
+def cosine(start: float, end: float, update: float, updates: int) -> float:
+    """Return a half cosine over `updates` updates, from start at the first to end at the last and ever after."""
+    progress = min(update / max(updates - 1, 1), 1.0)
+    return end + (start - end) * (1 + cos(pi * progress)) / 2
+
+
+def ema_decay_at(ema: Ema, update: int) -> float:
+    """Return the decay of the moving average at an update, counted from 0."""
+    return min(ema.decay, (1 + update) / (10 + update)) if ema.warmup else ema.decay

@@ -1,0 +1,101 @@
+"""Params of the autoencoder, one class per kind.
+
+To add a kind, add its class here and its module, named like the kind, to `afm_pipe/autoencoders/`.
+"""
+
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+from pydantic import Field, ModelWrapValidatorHandler, field_validator, model_validator
+
+from afm_pipe.params.base import Count, NotNegative, Positive, Section
+from afm_pipe.params.images import Data
+from afm_pipe.params.latent_spec import LatentSpec
+
+
+class AutoencoderParams(Section):
+    """The map between images and latents. `kind` decides which fields there are."""
+
+    kinds: ClassVar[dict[str, type["AutoencoderParams"]]] = {}
+
+    kind: str
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Register the kind that the subclass's `kind: Literal[...]` names."""
+        AutoencoderParams.kinds.update(dict.fromkeys(get_args(cls.model_fields["kind"].annotation), cls))
+
+    @field_validator("kind")
+    @classmethod
+    def _known(cls, kind: str) -> str:
+        if kind not in cls.kinds:
+            raise ValueError(f"expected {' or '.join(cls.kinds)}, found {kind!r:.40}")
+        return kind
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _of_kind(cls, raw: Any, handler: ModelWrapValidatorHandler["AutoencoderParams"]) -> "AutoencoderParams":
+        if cls is not AutoencoderParams or not isinstance(raw, dict):
+            return handler(raw)
+        kind = handler({"kind": raw["kind"]} if "kind" in raw else {}).kind
+        return cls.kinds[kind].model_validate(raw)
+
+    def latent_spec(self, data: Data) -> LatentSpec:
+        """Return the spec of the images' latents, as far as params know it. Raises ValueError where none fits."""
+        raise NotImplementedError
+
+
+class KLTraining(Section):
+    """Training of a small KL autoencoder, for data that no pretrained one serves."""
+
+    block_out_channels: Annotated[tuple[Count, ...], Field(strict=False, min_length=1)]
+    """Channels per resolution; each further entry halves the side."""
+    layers_per_block: Count
+    norm_groups: Count
+    mid_attention: bool
+    kl_weight: NotNegative
+    """Weight of the KL divergence, summed over a latent and averaged over the batch, per pixel value of the image."""
+    lr: Positive
+    """Peak learning rate of Adam; it falls linearly to 0."""
+    batch_size: Count
+    updates: Count
+
+
+class KLParams(AutoencoderParams):
+    """A diffusers AutoencoderKL, of which SD-VAE is one."""
+
+    kind: Literal["kl"]
+    """kl: diffusers AutoencoderKL, of which SD-VAE is one."""
+    latent_channels: Count
+    downsample: Count
+    """Image pixels per latent pixel, along a side."""
+    scaling_factor: Literal["measured"] | Positive
+    """Factor on latents: 0.18215 for SD-VAE; measured: 1 / standard deviation over the training images."""
+    pretrained: str | None
+    """Folder or hub name of a diffusers AutoencoderKL; null: train one as `train` says."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
+    """Expected sha256 of the pretrained diffusion_pytorch_model.safetensors."""
+    train: KLTraining | None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "KLParams":
+        if self.pretrained is None and self.train is None:
+            raise ValueError("expected `pretrained` or `train`, found neither")
+        if self.pretrained is not None and self.sha256 is None:
+            raise ValueError("expected `sha256` beside `pretrained`: weights from outside are checked before use")
+        if self.pretrained is None and self.train and 2 ** (len(self.train.block_out_channels) - 1) != self.downsample:
+            raise ValueError(
+                f"expected downsample {2 ** (len(self.train.block_out_channels) - 1)} for "
+                f"{len(self.train.block_out_channels)} block_out_channels, found {self.downsample}"
+            )
+        return self
+
+    def latent_spec(self, data: Data) -> LatentSpec:
+        """Return the spec of the images' latents, as far as params know it. Raises ValueError where none fits."""
+        if data.image_size % self.downsample:
+            raise ValueError(
+                f"data.image_size: expected a multiple of autoencoder.downsample {self.downsample}, "
+                f"found {data.image_size}"
+            )
+        side = data.image_size // self.downsample
+        factor = None if self.scaling_factor == "measured" else self.scaling_factor
+        return LatentSpec((self.latent_channels, side, side), stochastic=True, scaling_factor=factor)

@@ -1,0 +1,36 @@
+"""Record what training costs, in the one form that runs and trials share."""
+
+import resource
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from afm_pipe.distributed.launch import machine_name
+
+
+def training_cost(updates: int, batch_size: int, seconds: float | None, device: torch.device) -> dict[str, Any]:
+    """Return the cost of some updates on this machine; `seconds` is None where a non-finite loss ended them."""
+    return {
+        "machine": machine_name(device),
+        "threads": torch.get_num_threads(),  # of each process
+        "seconds": None if seconds is None else round(seconds, 1),
+        "updates": updates,
+        "images": updates * batch_size,
+    }
+
+
+def run_cost(
+    updates: int, batch_size: int, seconds: Mapping[str, float], device: torch.device, num_processes: int
+) -> dict[str, Any]:
+    """Return the cost of a run, with rates, time shares and peak memory; `seconds` are the clocks of its state."""
+    total = seconds["training"]
+    return training_cost(updates, batch_size, total, device) | {
+        "device": str(device),
+        "ranks": num_processes,
+        "updates_per_second": updates / total,
+        "images_per_second": updates * batch_size / total,
+        "data_wait_share": seconds["data_wait"] / total,
+        "checkpoint_share": seconds["saving"] / total,
+        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,  # Linux counts in KiB
+    }

@@ -1,0 +1,144 @@
+"""From losses to steps: gradients summed over processes, optimizers, the moving average, non-finite losses.
+
+Whole networks go through DistributedDataParallel, whose hook sums gradients while the backward pass runs; sharded ones
+through FSDP2 (`sharding.py`). Losses weigh by their share of the batch, so gradients add up and are never averaged.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from afm_pipe.distributed.process_group import ProcessGroup
+from afm_pipe.objectives.base import Hyperparameters
+from afm_pipe.objectives.schedules import ema_decay_at
+from afm_pipe.params import Ema
+from afm_pipe.runtime.errors import NotFiniteError
+from afm_pipe.training.sharding import full_tensor, local
+from afm_pipe.training.state import TrainingState
+
+NEVER = 2**31 - 1
+
+
+class Learner:
+    """Steps the networks of a state, the same on every process."""
+
+    def __init__(self, state: TrainingState, ema: Ema, group: ProcessGroup) -> None:
+        self.state, self.ema, self.group = state, ema, group
+        self.modules: dict[str, nn.Module] = dict(state.networks)
+        if group.world_size > 1 and state.shares.world_size == 1:
+            self.modules = {name: _data_parallel(network) for name, network in state.networks.items()}
+        device = state.sums.device
+        # The update that first had a non-finite loss, on the device; from then on no optimizer steps.
+        self._diverged_at = torch.full((), NEVER, device=device)
+        # Elsewhere than on a CPU reading a number makes the host wait for the device: once a row is enough.
+        self._reads_at_once = device.type == "cpu"
+
+    @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        """The bare networks: their backward passes send nothing."""
+        return self.state.networks
+
+    @property
+    def buffers(self) -> Mapping[str, Tensor]:
+        """The objective's own tensors."""
+        return self.state.buffers
+
+    def module(self, name: str) -> nn.Module:
+        """Return a network whose backward pass sums its gradients over the processes."""
+        return self.modules[name]
+
+    @contextmanager
+    def accumulate(self, name: str, last: bool) -> Iterator[None]:
+        """Run a backward pass of `module(name)` within this; only the `last` of a batch sends gradients.
+
+        Sharded networks send in every backward pass: their whole gradients would not fit.
+        """
+        module = self.modules[name]
+        if last or not isinstance(module, DistributedDataParallel):
+            yield
+            return
+        with module.no_sync():
+            yield
+
+    def sum(self, figures: Sequence[Tensor]) -> Tensor:
+        """Sum figures over the micro-batches of this process and over processes."""
+        return self.group.all_reduce(figures[0] if len(figures) == 1 else torch.stack([*figures]).sum(0))
+
+    def step(self, name: str, loss: Tensor, hyperparameters: Hyperparameters) -> Tensor:
+        """Step a network's optimizer and clear its gradients; return their norm before clipping.
+
+        Raises NotFiniteError, before the weights change, when the loss of the whole batch is not finite.
+        """
+        network, optimizer = self.networks[name], self.state.optimizers[name]
+        if self._reads_at_once:
+            if not math.isfinite(loss.item()):
+                raise _not_finite(f"a {name} loss of {loss.item()}", self.state.update)
+        else:
+            now = torch.where(loss.isfinite(), NEVER, self.state.update)
+            torch.minimum(self._diverged_at, now, out=self._diverged_at)
+            optimizer.found_inf = (self._diverged_at < NEVER).float()  # type: ignore[attr-defined]  # read by AdamW
+        norm = nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None], foreach=True)
+        if hyperparameters.gradient_clip is not None:
+            nn.utils.clip_grads_with_norm_(network.parameters(), hyperparameters.gradient_clip, norm, foreach=True)
+        for group in optimizer.param_groups:
+            group["lr"] = hyperparameters.lr[name]
+        optimizer.step()
+        self._clear(name)
+        return full_tensor(norm)
+
+    @torch.no_grad()
+    def update_ema(self) -> None:
+        """Move the average towards the sampled network's weights."""
+        averages: list[Tensor] = [local(average) for average in self.state.ema.parameters()]
+        sampled = self.networks[self.state.sampled]
+        weights = [local(weight).to(averages[0].device) for weight in sampled.parameters()]
+        torch._foreach_lerp_(averages, weights, 1 - ema_decay_at(self.ema, self.state.update))
+
+    def require_finite(self) -> None:
+        """Raise NotFiniteError if any loss so far was not finite; the weights are those before it."""
+        update = int(self._diverged_at)
+        if update < NEVER:
+            raise _not_finite("a non-finite loss", update)
+
+    def abandon(self) -> None:
+        """Leave no trace of an unfinished update but in the weights."""
+        self._diverged_at.fill_(NEVER)
+        for name, network in self.networks.items():
+            network.requires_grad_(True)
+            self._clear(name)
+
+    def _clear(self, name: str) -> None:
+        self.networks[name].zero_grad(set_to_none=True)
+
+
+def _data_parallel(network: nn.Module) -> DistributedDataParallel:
+    """Wrap a network whose weights are the same on every process, so that its gradients are summed."""
+    device = next(network.parameters()).device
+    module = DistributedDataParallel(
+        network,
+        device_ids=[device] if device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+    module.register_comm_hook(None, _sum_gradients)
+    return module
+
+
+def _sum_gradients(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Sum a bucket of gradients over the processes: DistributedDataParallel's own hook averages them."""
+    work: Any = dist.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda future: future.value()[0])
+
+
+def _not_finite(found: str, update: int) -> NotFiniteError:
+    return NotFiniteError(
+        f"Found {found} at update {update}, expected a finite one: the weights before it are kept. Lower lr, or raise "
+        "the weight of the transport or the penalty.",
+        update,
+    )

@@ -1,0 +1,244 @@
+"""The one trainer: updates an objective's networks from batches, logs, checkpoints; killed at any moment, it resumes.
+
+The task is what shapes numbers, the runtime what does not. Stages, trials of tables and the latent classifier all train
+through it. To resume, call it again with the same task and folder.
+"""
+
+import signal
+import time
+from collections.abc import Collection, Generator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from afm_pipe.data.latents import Latents
+from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup, report_lost_rank
+from afm_pipe.objectives.base import Hyperparameters, Objective
+from afm_pipe.params import Run
+from afm_pipe.runtime.errors import NotFiniteError, UserError
+from afm_pipe.runtime.progress import Progress
+from afm_pipe.runtime.signals import Request, Stopped, shutdown_requested
+from afm_pipe.training.callback import Action, Callback
+from afm_pipe.training.checkpoints import RetentionPolicy, Writer, load_latest
+from afm_pipe.training.engine import Engine
+from afm_pipe.training.interventions import Interventions
+from afm_pipe.training.learner import Learner
+from afm_pipe.training.monitor import TrainingMonitor
+from afm_pipe.training.state import Start, TrainingState
+from afm_pipe.training.store import RunStore
+
+MAX_ROWS = 1000  # in the curves of a run; rows are at least MIN_UPDATES_PER_ROW updates apart
+MIN_UPDATES_PER_ROW = 10
+
+
+@dataclass(frozen=True)
+class Task:
+    """What shapes the numbers of a run."""
+
+    objective: Objective
+    latents: Latents
+    identity: str
+    start: Start | None = None
+    """What a continued run begins from."""
+    keep_at: Collection[int] = ()
+    """Updates after which the moving average is kept, at `RunStore.kept`."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how a run is trained, which changes no number but by rounding."""
+
+    work_dir: Path
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    checkpoint_seconds: float = 60.0
+    group: ProcessGroup = SINGLE_PROCESS
+    micro_batch: int | None = None
+    """Images that a device takes at once; left out: the process's whole share of a batch."""
+    retention: RetentionPolicy = RetentionPolicy()  # an immutable value
+    engine: Engine = Engine()
+
+
+class Trained(NamedTuple):
+    """A finished run."""
+
+    state: TrainingState
+    notes: list[str]  # what a person should know of how it went
+
+
+class Trainer:
+    """Trains a task to its end, from its newest checkpoint, else from its start, else from fresh weights."""
+
+    def __init__(self, task: Task, runtime: Runtime) -> None:
+        """Build the state and bring it to the newest checkpoint.
+
+        Raises UserError on a checkpoint of another identity, or where processes found different ones.
+        """
+        self.task, self.runtime = task, runtime
+        self.objective, self.latents, self.group = task.objective, task.latents, runtime.group
+        settings = self.objective.settings
+        run = settings if isinstance(settings, Run) else None
+        auto = run is not None and run.schedule == "auto"
+        self.total = self.objective.num_updates(self.latents.num_images)
+        self.row_every = max(MIN_UPDATES_PER_ROW, self.total // MAX_ROWS)
+        self.store = RunStore(runtime.work_dir, self.group)
+        self.batches = self.objective.batches(self.latents, runtime.device, self.group, runtime.micro_batch)
+        self.state = TrainingState.fresh(self.objective, runtime.device, runtime.engine, self.group, keep_best=auto)
+        if task.start is not None:
+            self.state.begin_from(task.start)
+        self.notes = load_latest(self.store.checkpoints, self.state, task.identity)
+        _require_same_update(self.group, self.state.update)
+        self.learner = Learner(self.state, settings.ema, self.group)
+        self.callbacks: list[Callback] = []
+        if run is not None:
+            self.callbacks = [Interventions(self, run), TrainingMonitor(self, run, task.identity)]
+        self._stopped = False  # by a callback
+
+    def train(self) -> Generator[Progress, None, Trained]:
+        """Train; a termination signal makes it finish the update, write a checkpoint and raise Stopped.
+
+        Raises NotFiniteError on a non-finite loss, before it reaches the weights.
+        """
+        state, store, group = self.state, self.store, self.group
+        store.clean()
+        store.write_rows(state.rows, self.objective.columns())
+        for callback in self.callbacks:
+            callback.begin()
+        self._stopped = any(callback.finished for callback in self.callbacks)
+        yield self._progress()
+        active = group.is_main_process or state.shares.world_size > 1
+        retention, seconds = self.runtime.retention, self.runtime.checkpoint_seconds
+        writing = Writer(store.checkpoints, self.task.identity, seconds, retention, active, state.shares)
+        self._lapped = time.monotonic()
+        with report_lost_rank(), shutdown_requested() as request, writing as writer:
+            while state.update < self.total and not self._stopped:
+                coming = state.update + 1
+                row_due = coming == self.total or coming % self.row_every == 0
+                batch = self._draw(writer, row_due)
+                for callback in self.callbacks:
+                    callback.before_update()
+                saving = None
+                try:
+                    state.sums += self.update(batch)
+                    saving = group.any(request.number is not None or writer.due())
+                    if row_due or saving or state.update in self.task.keep_at:
+                        self.learner.require_finite()
+                except NotFiniteError as error:
+                    self.learner.abandon()
+                    self._recover(error)
+                    continue
+                if state.update in self.task.keep_at:
+                    store.save(store.kept(state.update), state.ema)
+                if row_due and self._row() is Action.RESTORED:
+                    continue
+                ended = state.update == self.total or self._stopped
+                if saving or ended:
+                    self._save(writer, request, ended)
+                if row_due:
+                    yield self._progress(writer.trouble)
+            self.notes += writer.notes
+        for callback in self.callbacks:
+            callback.end()
+        if self._stopped:  # what stands for the end of the schedule
+            for update in sorted(each for each in self.task.keep_at if each >= state.update):
+                store.save(store.kept(update), state.ema)
+        if state.shares.world_size > 1:
+            state.gather(self.objective)
+        return Trained(state, self.notes)
+
+    def hyperparameters(self) -> Hyperparameters:
+        """Return what the next update uses."""
+        found = self.objective.hyperparameters(self.state.update, self.latents.num_images)
+        for callback in self.callbacks:
+            found = callback.adjust(found)
+        return found
+
+    def draw(self) -> list[Any]:
+        """Return the micro-batches of the next update."""
+        return self.batches.draw(self.state.update, self.hyperparameters())
+
+    def update(self, batch: list[Any]) -> Tensor:
+        """Make one update; return its figures. Raises NotFiniteError on a CPU, before the weights change."""
+        self._used = self.hyperparameters()
+        figures = self.objective.update(self.learner, batch, self._used)
+        self.learner.update_ema()
+        self.state.update += 1
+        return figures
+
+    def try_update(self) -> None:
+        """Make one update that is not logged. Raises NotFiniteError where its loss is not finite."""
+        try:
+            self.update(self.draw())
+            self.learner.require_finite()
+        except NotFiniteError:
+            self.learner.abandon()
+            raise
+
+    def _draw(self, writer: Writer, row_due: bool) -> list[Any]:
+        waited = time.monotonic()
+        try:
+            batch = self.draw()
+            if row_due:
+                for callback in self.callbacks:
+                    callback.prepare()
+        except UserError:  # the data are gone: what was trained so far is kept
+            if self.state.shares.world_size == 1:  # else the other processes would have to be here too
+                writer.finish(self.state)
+            raise
+        self.state.seconds["data_wait"] += time.monotonic() - waited
+        return batch
+
+    def _recover(self, error: NotFiniteError) -> None:
+        """Go back to an earlier update where a callback can; else raise the error."""
+        actions = [callback.not_finite(error) for callback in self.callbacks]
+        if Action.RESTORED not in actions:
+            raise error
+
+    def _row(self) -> Action:
+        """Append a row to the curves, and do what the callbacks find to do."""
+        state, start = self.state, self.task.start
+        since = state.update - (state.rows[-1]["update"] if state.rows else start.update if start else 0)
+        now = self._used
+        seen = state.update * self.objective.settings.batch_size
+        clock = (state.update, seen, seen / self.latents.num_images, now.lr[self.objective.sampled])
+        values = (*clock, *(now.weights[term.name] for term in self.objective.scheduled))
+        state.rows.append(dict(zip(self.objective.columns(), (*values, *(state.sums / since).tolist()), strict=True)))
+        self.store.append_row(state.rows[-1])
+        state.sums.zero_()
+        actions = []
+        for callback in self.callbacks:
+            actions.append(callback.after_row())
+            if actions[-1] is Action.RESTORED:
+                return Action.RESTORED
+        self._stopped = Action.STOP in actions
+        return Action.STOP if self._stopped else Action.CONTINUE
+
+    def _save(self, writer: Writer, request: Request, ended: bool) -> None:
+        """Write a checkpoint; raise Stopped where a signal requested it."""
+        now, seconds = time.monotonic(), self.state.seconds
+        seconds["training"] += now - self._lapped
+        self._lapped = now
+        stop = self.group.any(request.number is not None)
+        if ended or stop:
+            writer.finish(self.state)
+        else:
+            writer.save(self.state)
+        seconds["saving"] += time.monotonic() - now
+        if stop and not ended:
+            raise Stopped(request.number or signal.SIGTERM)
+
+    def _progress(self, trouble: str = "") -> Progress:
+        facts = self.objective.progress(self.state.rows[-1]) if self.state.rows else ""
+        return Progress(self.state.update, self.total, "updates", f"{facts}  {trouble}".strip())
+
+
+def _require_same_update(group: ProcessGroup, update: int) -> None:
+    """Raise UserError when processes found checkpoints of different updates."""
+    found = group.all_gather(update)
+    if len(set(found)) > 1:
+        raise UserError(
+            f"Found the processes at updates {', '.join(map(str, found))}, expected one for all: put work/ where every "
+            "machine sees the same files."
+        )

@@ -1,0 +1,137 @@
+"""The command line as a person meets it."""
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from afm_pipe.cli.app import app
+from tests.conftest import ROOT, SMOKE
+
+COMMANDS = ["prepare", "autoencoder", "encode", "reference", "train", "sample", "evaluate", "report", "doctor", "toy"]
+HEAVY = {"torch", "diffusers", "dvc", "matplotlib", "h5py", "numpy", "scipy", "PIL", "cleanfid"}
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+    runner = CliRunner()
+    return lambda *words: runner.invoke(app, list(words))
+
+
+def test_help_imports_nothing_heavy() -> None:
+    times = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "afm_pipe", "--help"], capture_output=True, text=True, check=True
+    ).stderr
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in times.splitlines()}
+    assert "typer" in imported
+    assert not imported & HEAVY
+
+
+def test_help_groups_the_commands_and_gives_an_example_of_each(run) -> None:
+    text = run("--help").output
+    assert all(group in text for group in ("Pipeline: data", "Pipeline: runs", "Look", "Models", "Params", "Machine"))
+    for command in COMMANDS:
+        assert f"afm-pipe {command}" in " ".join(run(command, "--help").output.split())
+
+
+def test_a_mistake_is_one_line_without_a_stack_trace(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "afm_pipe", "train", "t4"], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr == f"error: Found no params.yaml in {tmp_path}: run this in the project's root.\n"
+
+
+def test_dry_run_prints_params_counts_updates_and_memory(run) -> None:
+    text = run("train", "--size", "t4", "--dry-run", "--set", "train.batch_size=32", "--params", str(SMOKE)).output
+    for part in (
+        "batch_size: 32",
+        "generator      1,365,440 parameters (assuming 1,000 classes; `afm-pipe prepare` counts them)",
+        "updates        0.5 epochs",
+        "memory         about 0.",
+    ):
+        assert part in text
+
+
+def test_dry_run_counts_the_memory_of_one_process_under_launch_settings(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def memory(*flags: str) -> tuple[float, str]:
+        text = run("train", "t4", "--dry-run", "--params", str(SMOKE), *flags).output
+        (line,) = [each for each in text.splitlines() if each.startswith("memory")]
+        return float(line.split(" weights and optimizers, ")[1].split()[0]), line
+
+    whole, shared = memory(), memory("--nproc-per-node", "2", "--micro-batch", "8")
+    assert "processes" not in whole[1]
+    assert "(on each of 2 processes, micro-batches of 8)" in shared[1]
+    assert shared[0] < 0.5 * whole[0]
+    monkeypatch.setenv("AFM_CHECKPOINT_ACTIVATIONS", "1")
+    assert memory()[0] < whole[0] and "activations recomputed" in memory()[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--size", "xl2"], "Found no run of size 'xl2', expected one of t4"),
+        (["train", "--size", "t2", "--set", "train.size=t2", "--set", "runs.t2={size: t4}"], "runs of that size: t4, "),
+        (["train"], "neither RUN nor --size"),
+        (["train", "t4", "--size", "t4"], "both RUN and --size"),
+        (["train", "t5", "--dry-run"], "Found no run 't5' in params, expected one of t4, t4-no-transport"),
+        (["train", "t4", "--set", "train.lrr=1"], "train.lrr: found an unknown field, did you mean lr?"),
+        (["encode"], "Found no models/autoencoder"),
+        (["report"], "dvc repro"),
+        (["sample", "t4"], "Found no models/t4/config.json"),
+    ],
+)
+def test_mistakes_are_explained(run, words: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    result = run(*words, "--params", str(SMOKE))
+    assert result.exit_code == 1
+    assert message in result.stderr
+
+
+def test_a_launch_setting_that_is_wrong_is_named(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AFM_DEVICE", "warp")
+    result = run("train", "t4", "--params", str(SMOKE))
+    assert result.exit_code == 1
+    assert "Found the device 'warp', which is not usable here" in result.stderr
+    Path("launch.toml").write_text("devize = 'cpu'")
+    assert "Found launch setting devize" in run("train", "t4", "--params", str(SMOKE)).stderr
+
+
+def test_a_wrong_flag_is_named_as_one_and_a_wrong_setting_as_one(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "Fix --micro-batch." in run("train", "t4", "--micro-batch", "0", "--params", str(SMOKE)).stderr
+    assert run("plan", "t4", "--images", "-5", "--params", str(SMOKE)).exit_code == 2
+    monkeypatch.setenv("AFM_WORKERS", "x")
+    assert "FIX  launch settings: Found launch setting workers = 'x'" in run("doctor", "--params", str(SMOKE)).output
+
+
+def test_doctor_names_what_is_missing_and_the_remedy(run) -> None:
+    result = run("doctor", "--params", str(ROOT / "params.yaml"))
+    assert result.exit_code == 0
+    assert result.output.count("ok  ") == len(result.output.splitlines())
+    text = SMOKE.read_text().replace("features: [classifier]", "features: [inception_clean]")
+    Path("params.yaml").write_text(text.replace("source: mnist5k", "source: folder"))
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert "FIX  data: data/images is missing" in result.output
+    assert "FIX  Inception: missing or another file" in result.output
+    assert "inception-2015-12-05.pt" in result.output
+
+
+def test_doctor_tells_which_weights_of_the_evaluation_are_there(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AFM_WEIGHTS", ".")
+    text = SMOKE.read_text().replace("features: [classifier]", "features: [inception_legacy_tensorflow, dinov2]")
+    text = text.replace("adm_reference: null", "adm_reference: {file: adm.npz, sha256: null}")
+    Path("params.yaml").write_text(text)
+    missing = run("doctor").output
+    assert "FIX  ADM's statistics: missing or another file" in missing and "Found no adm.npz" in missing
+    assert "FIX  DINOv2: missing or another file" in missing and "Found no dinov2_vitl14.safetensors" in missing
+    Path("adm.npz").write_bytes(b"statistics")
+    Path("dinov2_vitl14.safetensors").write_bytes(b"weights")
+    unknown, sha256 = run("doctor").output, hashlib.sha256(b"weights").hexdigest()
+    assert "ok   ADM's statistics: adm.npz" in unknown
+    assert "FIX  DINOv2" in unknown and sha256 in unknown
+    Path("params.yaml").write_text(text.replace("dinov2_sha256: null", f"dinov2_sha256: {sha256}"))
+    assert "ok   DINOv2: dinov2_vitl14.safetensors" in run("doctor").output
