@@ -12,7 +12,7 @@ from afm_pipe.params.file import load_params
 from afm_pipe.params.sizes import SIZES, ModelSize
 from afm_pipe.planning.budget import budget
 from afm_pipe.planning.counting import block_bytes, guidance_flops, kept_by, measure
-from afm_pipe.planning.scaling import CLASSES, PAGE, PROFILE, page_with_tables
+from afm_pipe.planning.scaling import CLASSES, PAGE, PROFILE, page_with_tables, tables
 from tests.conftest import ROOT
 
 
@@ -24,6 +24,14 @@ def params() -> Params:
 def test_page_is_up_to_date(params: Params) -> None:
     page = (ROOT / PAGE).read_text()
     assert page_with_tables(page, params) == page, "run `python -m afm_pipe.planning.scaling`"
+
+
+def test_smallest_runs_of_the_page_are_up_to_date(params: Params) -> None:
+    smallest = {"runs": {"b2": params.runs["b2"]}, "guided": {"b2-guided": params.guided["b2-guided"]}}
+    rows = [row for row in tables(params.model_copy(update=smallest)).splitlines() if not row.startswith("| all |")]
+    assert sum(row.startswith("| `b2") for row in rows) == 5
+    missing = set(rows) - set((ROOT / PAGE).read_text().splitlines())
+    assert not missing, "run `python -m afm_pipe.planning.scaling`"
 
 
 # The terms of docs/scaling.md, per image: T tokens, W width, L blocks.
