@@ -19,7 +19,7 @@ help:
 	@echo "make bench      time it beside plain implementations: benchmarks/results.md (about 10 minutes, idle machine)"
 	@echo "make fuzz       damaged and hostile files for every loader, some minutes (FUZZ_EXAMPLES=2000 of each)"
 	@echo "make crash-test  50 kills of trainings at random moments; rewrites docs/crash-test.json"
-	@echo "make clean      remove what the pipeline made, but no environment and no weights"
+	@echo "make clean      remove what the pipeline made, but no environment, images or weights"
 
 repro: $(INSTALLED)
 	@echo "== dvc repro: runs the stages that have changed; to resume after an interruption, run make repro again"
@@ -49,7 +49,7 @@ bench: $(INSTALLED)
 	@$(ON_PATH) python -m benchmarks
 
 fuzz: $(INSTALLED)
-	@$(ON_PATH) OMP_NUM_THREADS=1 FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) pytest tests/test_fuzz.py --hypothesis-profile fuzz
+	@$(ON_PATH) OMP_NUM_THREADS=1 FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) pytest tests/pipeline/test_fuzz.py --hypothesis-profile fuzz
 
 crash-test: $(INSTALLED)
 	@$(ON_PATH) OMP_NUM_THREADS=1 python -m tests.crash --kills 50
@@ -74,4 +74,5 @@ $(INSTALLED): pyproject.toml
 	@touch $(INSTALLED)
 
 clean:
-	rm -rf data models samples reference results/curves results/events results/costs results/metrics results/tables results/report results/rendered results/toy work
+	rm -rf data/manifest.json data/latents.h5 models samples reference work
+	rm -rf $(addprefix results/,curves events costs metrics tables report rendered toy)

@@ -20,15 +20,15 @@ import typer
 
 from afm_pipe import pipeline
 from afm_pipe.distributed.launch import load_launch
-from afm_pipe.evaluation import reference as reference_module
-from afm_pipe.evaluation.features import FeatureNetwork
+from afm_pipe.evaluation import statistics as statistics_module
+from afm_pipe.evaluation.evaluator import Evaluator
 from afm_pipe.evaluation.frechet import Statistics
-from afm_pipe.evaluation.metrics import Evaluator, evaluate_run
+from afm_pipe.evaluation.networks import FeatureNetwork
 from afm_pipe.params import Params
 from afm_pipe.params.file import load_params
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.commands import user_command
-from afm_pipe.sampling.generate import stream_images
+from afm_pipe.sampling.sampler import Sampler, balanced_labels
 
 REAL = 2_000  # real images of the untrained network: random features of their size cost as much
 
@@ -48,12 +48,12 @@ def main(
         put_inception_in(tools, device)
     generation, forward, whole, tail, intervals = ([] for _ in range(5))
     for _ in range(rounds):
-        made, passed = generate_and_pass(params, sampler.generator, sampler.vae, tools, device)
+        made, passed = generate_and_pass(params, sampler, tools)
         generation.append(made)
         forward.append(passed)
         with timed("frechet_error", "kernel_error") as spent:
             started = last = time.perf_counter()
-            for _ in evaluate_run(params, sampler.generator, sampler.vae, paths.REFERENCE, {}, device, evaluator=tools):
+            for _ in tools.evaluate(sampler, {}):
                 last = time.perf_counter()
             ended = time.perf_counter()
         whole.append(ended - started)
@@ -67,13 +67,11 @@ def main(
     print(f"ratio of the whole, intervals not counted {(min(whole) - min(intervals)) / parts:.3f}")
 
 
-def generate_and_pass(
-    params: Params, generator: Any, vae: Any, tools: Evaluator, device: torch.device
-) -> tuple[float, float]:
+def generate_and_pass(params: Params, sampler: Sampler, tools: Evaluator) -> tuple[float, float]:
     """Return the seconds of generating the samples, and of their forward passes."""
     settings, started, passes = params.evaluate, time.perf_counter(), 0.0
-    samples = stream_images(generator, vae, params, settings.seed, settings.samples, tools.num_classes, device)
-    for _, _, images in samples:
+    labels = balanced_labels(range(settings.samples), tools.num_classes)
+    for images in sampler.stream(labels, settings.seed):
         before = time.perf_counter()
         for network in tools.networks:
             network(images)
@@ -112,17 +110,17 @@ class timed:  # noqa: N801 (read as a verb)
     """Time the calls of functions that measuring takes from the intervals' module."""
 
     def __init__(self, *names: str) -> None:
-        self.whole: dict[str, Callable[..., Any]] = {name: getattr(reference_module, name) for name in names}
+        self.whole: dict[str, Callable[..., Any]] = {name: getattr(statistics_module, name) for name in names}
         self.seconds: list[float] = []
 
     def __enter__(self) -> "timed":
         for name, function in self.whole.items():
-            setattr(reference_module, name, self._around(function))
+            setattr(statistics_module, name, self._around(function))
         return self
 
     def __exit__(self, *_: object) -> None:
         for name, function in self.whole.items():
-            setattr(reference_module, name, function)
+            setattr(statistics_module, name, function)
 
     def _around(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:

@@ -11,12 +11,13 @@ import torch
 
 from afm_pipe.autoencoders import load_autoencoder
 from afm_pipe.autoencoders.encoding import encode_dataset
-from afm_pipe.data.manifest import Manifest, build_manifest, load_images
+from afm_pipe.data.manifest import Manifest
+from afm_pipe.data.reading import build_manifest, load_images
 from afm_pipe.models.flow import Flow
 from afm_pipe.models.model_files import ModelConfig, build_generator
 from afm_pipe.params import Params
 from afm_pipe.runtime import paths
-from afm_pipe.sampling.generate import noise, stream_images
+from afm_pipe.sampling.sampler import Sampler, balanced_labels, seeded_noise
 from benchmarks.inputs import CLASS_COUNT, photographs, sd_vae
 from benchmarks.measuring import Row, in_turns, speed_row
 
@@ -61,7 +62,8 @@ def sampling(params: Params, quick: bool) -> Iterator[Row]:
         size, shape = own.sample.micro_batch, own.latent_shape
 
         def whole(own: Any = own, flow: Any = flow, vae: Any = vae, count: int = count) -> None:
-            for _ in stream_images(flow, vae, own, 0, count, CLASS_COUNT):
+            sampler = Sampler(flow, vae, own.latent_shape, (), own.sample.micro_batch)
+            for _ in sampler.stream(balanced_labels(range(count), CLASS_COUNT), 0):
                 pass
 
         @torch.inference_mode()
@@ -75,7 +77,7 @@ def sampling(params: Params, quick: bool) -> Iterator[Row]:
             (1 if quick else 2) if size < 10 else 10,
             whole=whole,
             bare=bare,
-            noise=partial(noise, 0, range(count), shape),
+            noise=partial(seeded_noise, 0, range(count), shape),
             quantise=partial(vae.spec.to_uint8, decoded),
         )
         spent = median(seconds["whole"])
@@ -90,7 +92,7 @@ def sampling(params: Params, quick: bool) -> Iterator[Row]:
 def evaluation(params: Params, quick: bool) -> Iterator[Row]:
     """Evaluation of a trained run, where there is one, beside generation and the networks' bare forward passes."""
     from afm_pipe import pipeline
-    from afm_pipe.evaluation.metrics import Evaluator, evaluate_run
+    from afm_pipe.evaluation.evaluator import Evaluator
     from benchmarks.evaluation import generate_and_pass, timed
 
     run = next((name for name in params.runs if (paths.model(name) / "config.json").exists()), None)
@@ -105,12 +107,12 @@ def evaluation(params: Params, quick: bool) -> Iterator[Row]:
 
     def whole() -> None:
         with timed("frechet_error", "kernel_error") as spent, timed("kid_of_subsets") as measuring:
-            _finish(evaluate_run(params, sampler.generator, sampler.vae, paths.REFERENCE, {}, device, evaluator=tools))
+            _finish(tools.evaluate(sampler, {}))
         intervals.append(sum(spent.seconds))
         kernel.append(sum(measuring.seconds))
 
     def parts() -> None:
-        generate_and_pass(params, sampler.generator, sampler.vae, tools, device)
+        generate_and_pass(params, sampler, tools)
 
     seconds = in_turns(1 if quick else 4, whole=whole, parts=parts)
     seconds["whole"] = [spent - own for spent, own in zip(seconds["whole"], intervals[1:], strict=True)]

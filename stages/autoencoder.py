@@ -1,4 +1,4 @@
-"""Train a small KL autoencoder on the images, or fetch the pretrained one, into models/autoencoder.
+"""Train a small autoencoder on the images, or download a pretrained one, into models/autoencoder.
 
 python stages/autoencoder.py
 dvc repro autoencoder

@@ -1,4 +1,4 @@
-"""Train the classifier that guides, on noisy latents, into models/classifier.
+"""Train the guidance classifier on noisy latents, into models/classifier.
 
     python stages/classifier.py
     dvc repro classifier

@@ -1,4 +1,4 @@
-"""Encode the images to latent moments in data/latents.h5.
+"""Encode the images to latents, into data/latents.h5.
 
     python stages/encode.py
     dvc repro encode

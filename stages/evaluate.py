@@ -1,7 +1,9 @@
-"""Measure the samples of a run into metrics/RUN.json.
+"""Measure the samples of a model, into results/metrics/NAME.json.
 
-python stages/evaluate.py t4
-dvc repro evaluate@t4
+    python stages/evaluate.py t4
+    dvc repro evaluate@t4
+
+To resume, run the same command again.
 """
 
 import typer

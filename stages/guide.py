@@ -1,4 +1,4 @@
-"""Continue a trained run with its guided phase, into models/RUN, with its curves and its cost.
+"""Continue a trained run with its guided phase, into models/RUN, with its curves and cost.
 
     python stages/guide.py t4-guided
     dvc repro guide@t4-guided
@@ -17,7 +17,7 @@ from afm_pipe.runtime.commands import user_command
 
 @user_command
 def main(run: str) -> None:
-    pipeline.train(load_params(), run, launch_processes(load_launch()))
+    pipeline.guide(load_params(), run, launch_processes(load_launch()))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Turn weights from outside into a model: models/NAME, like a trained run's.
+"""Make a model from weights trained elsewhere, into models/NAME.
 
 python stages/import.py NAME
 dvc repro import@NAME

@@ -1,4 +1,4 @@
-"""Check, count and hash the images, and write data/manifest.json.
+"""Check, count and hash the images, into data/manifest.json.
 
 python stages/prepare.py
 dvc repro prepare

@@ -1,4 +1,4 @@
-"""Measure the real images into reference/: what samples are held against.
+"""Compute the statistics of the real images, into reference/.
 
 python stages/reference.py
 dvc repro reference

@@ -1,4 +1,4 @@
-"""Write the page and the tables into reports/.
+"""Write the page and the tables, into results/report/ and results/rendered/.
 
 python stages/report.py
 dvc repro report

@@ -1,4 +1,4 @@
-"""Draw the sample grid of a run into samples/RUN.
+"""Draw the sample grid of a model, into samples/NAME.
 
 python stages/sample.py t4
 dvc repro sample@t4

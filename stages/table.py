@@ -1,4 +1,4 @@
-"""Train and measure the cells of one table of the study, those that no other table has done, into tables/TABLE.json.
+"""Train and measure the trials of a table, into results/tables/TABLE.json.
 
     python stages/table.py transport_decay
     dvc repro table@transport_decay

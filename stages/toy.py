@@ -1,4 +1,4 @@
-"""Run the study on a line, and write its numbers, maps and figures into toy/.
+"""Run the 1-D toy experiment, into results/toy/.
 
 python stages/toy.py
 dvc repro toy

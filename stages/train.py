@@ -1,4 +1,4 @@
-"""Train a run into models/RUN, with its curves and its cost.
+"""Train a run, into models/RUN, with its curves and cost.
 
     python stages/train.py t4
     dvc repro train@t4

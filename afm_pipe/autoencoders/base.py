@@ -45,12 +45,14 @@ class Autoencoder(ABC):
         """Move to a device, and return itself."""
 
     def check(self, params: Params) -> None:
-        """Raise UserError unless the latents are those that params describe."""
-        if self.spec.shape != params.latent_shape:
-            raise UserError(
-                f"Found an autoencoder with latents of shape {self.spec.shape}, expected {params.latent_shape}: fix "
-                "params or take another."
-            )
+        """Raise UserError unless the latent space is the one that params describe."""
+        for name in ("shape", "stochastic", "image_range"):
+            found, expected = getattr(self.spec, name), getattr(params.latent_spec, name)
+            if found != expected:
+                raise UserError(
+                    f"Found an autoencoder whose latents have {name} {found}, expected {expected}: fix params or take "
+                    "another."
+                )
 
     @abstractmethod
     def _encode(self, pixels: Tensor) -> Tensor:

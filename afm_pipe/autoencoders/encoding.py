@@ -37,13 +37,14 @@ from afm_pipe.data.latents_format import (
     rows_of,
     settings,
 )
-from afm_pipe.data.manifest import Manifest, image_batches, require_images
+from afm_pipe.data.manifest import Manifest
+from afm_pipe.data.reading import image_batches, require_images
 from afm_pipe.distributed.mapping import map_across_ranks
 from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from afm_pipe.params import Params
 from afm_pipe.params.versions import versions
 from afm_pipe.runtime.errors import UserError
-from afm_pipe.runtime.files import atomic_path
+from afm_pipe.runtime.files import atomic_path, remove_leftovers
 from afm_pipe.runtime.identity import fingerprint
 from afm_pipe.runtime.lease import hold_lease
 from afm_pipe.runtime.progress import Progress
@@ -62,22 +63,15 @@ def encode_dataset(
 ) -> Generator[Progress, None, None]:
     """Encode all images of the manifest to the latents file `path`, from where a partial file in `work_dir` stopped.
 
-    Every process calls it, with the same paths on a disk they share. A partial file of other images, settings, weights
-    or versions is deleted. Raises UserError when images are missing or changed, the autoencoder does not fit params, a
-    latent is not finite, the disk is full, or another run encodes in `work_dir`.
+    Every process calls it, with the same paths on a disk they share. Raises UserError when images are missing or
+    changed, the autoencoder does not fit params, a latent is not finite, the disk is full, or another run encodes in
+    `work_dir`.
     """
     autoencoder.check(params)
     if ranks.is_main_process:
         yield from require_images(manifest, params.data)
-    provenance = {
-        "format_version": FORMAT_VERSION,
-        **settings(params),
-        "vae_sha256": autoencoder_sha256,
-        "scaling_factor": repr(autoencoder.spec.scaling_factor),
-        "image_count": str(manifest.num_images),
-        "manifest_digest": manifest.digest,
-    }
-    partial = work_dir / f"latents.{fingerprint(provenance, {}, versions('encode'))}.h5"
+    provenance = provenance_of(params, manifest, autoencoder, autoencoder_sha256)
+    partial = work_dir / partial_name(provenance)
     try:
         with hold_lease(work_dir) if ranks.is_main_process else nullcontext():
             if ranks.is_main_process:
@@ -94,6 +88,25 @@ def encode_dataset(
         ) from None
 
 
+def provenance_of(
+    params: Params, manifest: Manifest, autoencoder: Autoencoder, autoencoder_sha256: str
+) -> dict[str, str]:
+    """Return what the latents file of these images, settings and weights says of itself."""
+    return {
+        "format_version": FORMAT_VERSION,
+        **settings(params),
+        "vae_sha256": autoencoder_sha256,
+        "scaling_factor": repr(autoencoder.spec.scaling_factor),
+        "image_count": str(manifest.num_images),
+        "manifest_digest": manifest.digest,
+    }
+
+
+def partial_name(provenance: dict[str, str]) -> str:
+    """Return the name of the partial file of a provenance, for today's versions."""
+    return f"latents.{fingerprint(provenance, {}, versions('encode'))}.h5"
+
+
 class _Rows(NamedTuple):
     """Where the rows and the done map lie in a partial file."""
 
@@ -107,7 +120,7 @@ class _Rows(NamedTuple):
     @classmethod
     def of(cls, path: Path) -> "_Rows":
         with h5py.File(path, "r", locking=False) as file:
-            rows = rows_of(file)
+            rows = file[rows_of(file)]
             row_bytes = rows.dtype.itemsize * int(np.prod(rows.shape[1:]))
             return cls(path, row_offset(rows), row_offset(file[DONE]), row_bytes, file[DONE][:])
 
@@ -121,10 +134,8 @@ class _Rows(NamedTuple):
 def _prepare(
     partial: Path, params: Params, manifest: Manifest, autoencoder: Autoencoder, provenance: dict[str, str]
 ) -> None:
-    """Lay out the partial file unless there is one, and delete those of other provenance."""
-    others = {*partial.parent.glob("latents.*.h5"), *partial.parent.glob(".latents.*.partial")} - {partial}
-    for other in others:
-        other.unlink()
+    """Lay out the partial file unless there is one."""
+    remove_leftovers(partial.parent)
     if not _is_readable(partial):
         num_mirrors = 2 if params.data.mirror else 1
         row_bytes = 2 * num_mirrors * int(np.prod(autoencoder.spec.encoded_shape))
@@ -236,8 +247,8 @@ def _require_room(partial: Path, needed: int) -> None:
 def _is_readable(partial: Path) -> bool:
     try:
         with h5py.File(partial, "r", locking=False) as file:
-            return {LABELS, CLASSES, DONE} <= set(file) and rows_of(file) is not None
-    except (OSError, KeyError):
+            return {LABELS, CLASSES, DONE, rows_of(file)} <= set(file)
+    except OSError:
         return False
 
 

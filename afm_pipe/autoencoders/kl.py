@@ -22,8 +22,9 @@ from torch import Tensor
 from afm_pipe.autoencoders.base import Autoencoder
 from afm_pipe.autoencoders.hub import CONFIG, WEIGHTS, download
 from afm_pipe.autoencoders.kl_training import moments, train_kl
-from afm_pipe.data.manifest import load_images, read_manifest
+from afm_pipe.data.manifest import read_manifest
 from afm_pipe.data.order import stream_generator
+from afm_pipe.data.reading import load_images
 from afm_pipe.params import LatentSpec, Params
 from afm_pipe.params.autoencoders import KLParams
 from afm_pipe.runtime import paths
@@ -41,8 +42,7 @@ class KLAutoencoder(Autoencoder, kind="kl"):
 
     def __init__(self, model: AutoencoderKL, image_size: int) -> None:
         self.model, config = model.eval().requires_grad_(False), model.config
-        self.downsample = 2 ** (len(config.block_out_channels) - 1)
-        side = image_size // self.downsample
+        side = image_size // 2 ** (len(config.block_out_channels) - 1)
         self.spec = LatentSpec((config.latent_channels, side, side), True, float(config.scaling_factor))
         self.device = model.device
 
@@ -97,18 +97,14 @@ class KLAutoencoder(Autoencoder, kind="kl"):
             aside.write_text(self.model.to_json_string())
 
     def check(self, params: Params) -> None:
-        """Raise UserError unless it has the shapes that params name and a scaling factor as its only normalization."""
-        config, settings = self.model.config, _settings(params)
-        checks = [
-            ("autoencoder.latent_channels", config.latent_channels, settings.latent_channels),
-            ("autoencoder.downsample", self.downsample, settings.downsample),
-            ("data.channels", config.in_channels, params.data.channels),
-            ("data.channels", config.out_channels, params.data.channels),
-        ]
-        for name, found, expected in checks:
-            if found != expected:
+        """Raise UserError unless it fits params and normalizes by a scaling factor alone."""
+        super().check(params)
+        config = self.model.config
+        for found in (config.in_channels, config.out_channels):
+            if found != params.data.channels:
                 raise UserError(
-                    f"Found an autoencoder with {name} {found}, expected {expected}: fix params or take another."
+                    f"Found an autoencoder of {found} image channels, expected {params.data.channels} (data.channels): "
+                    "fix params or take another."
                 )
         if config.shift_factor is not None or config.latents_mean is not None or config.latents_std is not None:
             raise UserError(
@@ -136,11 +132,9 @@ def train_autoencoder(
 ) -> Generator[Progress, None, TrainedAutoencoder]:
     """Train an autoencoder on `images` (N, C, H, W) uint8 and set its scaling factor.
 
-    Raises UserError when params have no training section or the loss is not finite.
+    Raises UserError when the loss is not finite.
     """
-    if params.train is None:
-        raise UserError("Found autoencoder.train null, expected its settings: fill them in, or set pretrained.")
-    model = yield from train_kl(params, params.train, images, seed, device)
+    model = yield from train_kl(params, images, seed, device)
     side, factor = images.shape[2], params.scaling_factor
     if factor == "measured":
         factor = measured_scaling_factor(KLAutoencoder(model, side), images, seed)
@@ -178,13 +172,7 @@ def fetch_pretrained(params: Params, folder: Path) -> None:
     Raises UserError naming file, found and expected hash and where to put the files, or what does not fit params.
     """
     settings = _settings(params)
-    if settings.pretrained is None or settings.sha256 is None:
-        raise UserError("Found autoencoder.pretrained null, expected a folder or hub name: set it, or train one.")
-    if settings.scaling_factor == "measured":
-        raise UserError(
-            "Found autoencoder.scaling_factor measured with pretrained weights, expected the number that goes with "
-            "them: set it (0.18215 for SD-VAE)."
-        )
+    assert settings.pretrained is not None
     local = Path(settings.pretrained).expanduser()
     source = local if local.is_dir() else download(settings.pretrained)
     _require_files(source)

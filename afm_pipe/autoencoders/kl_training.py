@@ -22,13 +22,15 @@ UPDATES_PER_TICK = 10
 
 
 def train_kl(
-    params: KLParams, train: KLTraining, images: NDArray[np.uint8], seed: int, device: torch.device
+    params: KLParams, images: NDArray[np.uint8], seed: int, device: torch.device
 ) -> Generator[Progress, None, AutoencoderKL]:
     """Train an AutoencoderKL on `images` (N, C, H, W) uint8; return it in eval mode.
 
     Loss: squared error per pixel value + kl_weight * KL summed over a latent / pixel values of an image; Adam, lr
     linearly to 0. Raises UserError when the loss is not finite.
     """
+    train = params.train
+    assert train is not None
     model = _untrained(params, train, images.shape[1], images.shape[2], seed).to(device).train()
     adam = torch.optim.Adam(model.parameters(), lr=train.lr)
     order = Order(len(images), seed, "autoencoder")

@@ -82,8 +82,7 @@ def _data(params: Params) -> Finding:
 
 def _weights(params: Params) -> list[Finding]:
     from afm_pipe.evaluation.adm import adm_path
-    from afm_pipe.evaluation.features import inception_path
-    from afm_pipe.evaluation.other_networks import dinov2_path
+    from afm_pipe.evaluation.features import dinov2_path, inception_path
 
     settings, needed = params.evaluate, dict[str, Callable[[], Path]]()
     if any(name.startswith("inception") for name in settings.features):

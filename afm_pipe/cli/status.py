@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from afm_pipe.params import Params
-from afm_pipe.reporting.status import Standing, cells_line, standings
+from afm_pipe.reporting.status import RunStatus, all_statuses, code_line, trials_line
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.tables import table_text
 
@@ -12,10 +12,10 @@ LONGEST_NOTE = 60  # characters
 
 
 def status_text(params: Params) -> str:
-    """Return a table of all runs, and a line on the trials of tables."""
+    """Return a table of all runs, a line on the trials of tables, and one on results made by other source code."""
     header = ["run", "state", "phase", "updates", "left", "health", "last event", "note"]
     rows = []
-    for each in standings(params):
+    for each in all_statuses(params):
         last = each.events[-1] if each.events else None
         rows.append(
             [
@@ -26,14 +26,14 @@ def status_text(params: Params) -> str:
                 _duration(each.seconds_left) if each.seconds_left is not None else "-",
                 each.health,
                 f"{last.kind} at {last.update:,}" if last else "-",
-                each.why if len(each.why) <= LONGEST_NOTE else f"{each.why[: LONGEST_NOTE - 3]}...",
+                each.note if len(each.note) <= LONGEST_NOTE else f"{each.note[: LONGEST_NOTE - 3]}...",
             ]
         )
-    line = cells_line(params)
-    return table_text(header, rows).replace("\n\n", "\n").strip("\n") + (f"\n  {line}" if line else "")
+    lines = [line for line in (trials_line(params), code_line(params)) if line]
+    return "\n  ".join([table_text(header, rows).replace("\n\n", "\n").strip("\n"), *lines])
 
 
-def progress_text(each: Standing) -> str:
+def progress_text(each: RunStatus) -> str:
     """Return how many updates of how many a run has done."""
     if each.total is None:
         return f"{each.update:,}" if each.update else "-"

@@ -2,7 +2,8 @@
 
 from afm_pipe.cli.status import progress_text
 from afm_pipe.params import Params
-from afm_pipe.reporting.status import Event, Standing, finite, printable, standing
+from afm_pipe.reporting.status import RunStatus, run_status
+from afm_pipe.training.events import Event
 
 SHOWN = 12  # events
 ADVICE = {
@@ -34,7 +35,7 @@ FAILED = 3  # exit code for a run that needs a person
 
 def why(params: Params, name: str) -> tuple[str, int]:
     """Return what happened to a run and what to try, and the exit code: `FAILED` if it needs a person, else 0."""
-    each = standing(params, name)
+    each = run_status(params, name)
     lines = [f"{name}: {_headline(each)}"]
     if each.update and each.state != "finished":
         lines.append(f"Update {progress_text(each)}, phase {each.phase}.")
@@ -43,43 +44,42 @@ def why(params: Params, name: str) -> tuple[str, int]:
         if len(each.events) > SHOWN:
             lines.insert(-SHOWN, f"  {len(each.events) - SHOWN} earlier events, then:")
     lines += _last_row(each)
-    if each.unread:
-        lines.append(f"{each.unread} unreadable lines of its logs were skipped.")
+    if each.damaged:
+        lines.append(f"{each.damaged} unreadable lines of its logs were skipped.")
     advice = _advice(each, name in params.guided)
     if advice:
         lines += ["", "What to try:"] + [f"  {text}" for text in advice]
     return "\n".join(lines), FAILED if each.state == "failed" else 0
 
 
-def _headline(each: Standing) -> str:
+def _headline(each: RunStatus) -> str:
     if each.state == "finished":
-        note = f" ({each.why})" if each.why else ""
-        if each.alarms:
-            return f"finished after {each.update:,} updates{note}, with {len(each.alarms)} alarms."
-        return f"finished after {each.update:,} updates{note}, without alarms."
+        note = f" ({each.note})" if each.note else ""
+        count = len(each.alarms)
+        alarms = f"with {count} alarm{'s' * (count > 1)}" if count else "without alarms"
+        return f"finished after {each.update:,} updates{note}, {alarms}."
     words = {
-        "training": f"in training, {each.why}.",
+        "training": f"in training, {each.note}.",
         "stopped": "stopped before its end; no process trains it.",
-        "failed": f"failed at update {each.events[-1].update if each.events else each.update:,}: {each.why}.",
-        "waiting": f"not begun: waiting {each.why}.",
+        "failed": f"failed at update {each.events[-1].update if each.events else each.update:,}: {each.note}.",
+        "waiting": f"not begun: waiting {each.note}.",
         "not begun": "not begun.",
-        "outdated": f"{each.why}; its model is not the one that params describe now.",
+        "outdated": f"{each.note}; its model is not the one that params describe now.",
     }
     return words[each.state]
 
 
 def _event_text(event: Event) -> str:
-    evidence = ", ".join(f"{printable(k)} {v:.4g}" for k, v in event.evidence.items() if v is not None)
-    action = f"; {printable(event.action)}" if event.action else ""
+    evidence = ", ".join(f"{name} {value:.4g}" for name, value in event.evidence.items() if value is not None)
+    action = f"; {event.action}" if event.action else ""
     return f"update {event.update:,}: {event.kind}: {event.text}" + (f" [{evidence}]" if evidence else "") + action
 
 
-def _last_row(each: Standing) -> list[str]:
+def _last_row(each: RunStatus) -> list[str]:
     """Describe the last row of the curves."""
-    rows = list(finite(each.rows))
-    if not rows:
+    last = each.last_row
+    if last is None:
         return []
-    last = rows[-1]
     names = {
         "d_accuracy": "D accuracy {:.0%}",
         "logit_gap": "logit gap {:.2f}",
@@ -91,7 +91,7 @@ def _last_row(each: Standing) -> list[str]:
     return ["", f"Last row of the curves, update {int(last['update']):,}: {', '.join(found)}."]
 
 
-def _advice(each: Standing, guided: bool) -> list[str]:
+def _advice(each: RunStatus, guided: bool) -> list[str]:
     command = f"afm-pipe {'guide' if guided else 'train'} {each.name}"
     stage = f"dvc repro {'guide' if guided else 'train'}@{each.name}"
     if each.state == "waiting":

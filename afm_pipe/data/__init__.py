@@ -1,1 +1,1 @@
-"""Images in: folders of classes, their manifest, their latents, and the order training sees them in."""
+"""Images, their manifest and latents, and the order in which training sees them."""

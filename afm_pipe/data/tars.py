@@ -1,4 +1,4 @@
-"""Images inside a tar archive, read where they lie: the archive is indexed once, nothing is unpacked.
+"""Images inside a tar archive, read in place: the archive is indexed once and never unpacked.
 
 Two layouts: the official tar of tars (ILSVRC2012_img_train.tar holds n01440764.tar, which holds that class's images),
 and one archive of CLASS/IMAGE or train/CLASS/IMAGE.
@@ -12,7 +12,8 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from afm_pipe.data.images import EXTENSIONS, MAX_BYTES, named
+from afm_pipe.data.images import MAX_BYTES
+from afm_pipe.data.listing import Listing, checked_listing
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.progress import Progress
 
@@ -21,29 +22,20 @@ LARGEST_HEADER = 1 << 20  # bytes; a long name, or pax attributes
 
 
 class Span(NamedTuple):
-    """Where a file's bytes lie in the archive."""
+    """Where the bytes of a file lie in the archive."""
 
     offset: int
     size: int
 
 
-class TarIndex(NamedTuple):
-    """The images of an archive, in the order of a folder's: classes, then files, in plain string order."""
+def index_tar(path: Path) -> Generator[Progress, None, tuple[Listing, list[Span]]]:
+    """List the images of an archive, and where each lies, without reading them; hidden files are ignored.
 
-    classes: list[str]
-    images: list[tuple[str, int]]  # (CLASS/IMAGE, label)
-    spans: list[Span]
-
-
-def index_tar(path: Path) -> Generator[Progress, None, TarIndex]:
-    """Find every image of an archive without reading the images.
-
-    Hidden files are passed over, as in folders. Raises UserError naming the member on links, devices, sparse files,
-    absolute paths, paths with `..`, files given twice or that are no images, and on a compressed, damaged or truncated
-    archive.
+    Raises UserError naming the member on links, devices, sparse files, absolute paths, paths with `..`, duplicate files
+    and files that are not images, and on a compressed, damaged or truncated archive.
     """
     if not path.is_file():
-        raise UserError(f"Found no file {path}, expected a tar archive: check data.root, or say data.source: folder.")
+        raise UserError(f"Found no file {path}, expected a tar archive: check data.root, or set data.source: folder.")
     found: dict[str, dict[str, Span]] = {}
     with path.open("rb") as file:
         whole = Span(0, os.fstat(file.fileno()).st_size)
@@ -54,21 +46,22 @@ def index_tar(path: Path) -> Generator[Progress, None, TarIndex]:
                 where = f"{path}/{'/'.join(parts)}"
                 for inner, inner_span in _members(file.fileno(), span, where):
                     if len(inner) != 1:
-                        raise UserError(f"Found the folder {inner[0]} in {where}, expected images alone: pack it anew.")
+                        raise UserError(f"Found the folder {inner[0]} in {where}, expected images only: repack it.")
                     _add(images, inner[0], inner_span, where)
                 continue
             inside = parts[1:] if parts[0] == "train" and len(parts) == 3 else parts
             if len(inside) != 2:
                 raise UserError(
-                    f"Found {'/'.join(parts)} in {path}, expected CLASS/IMAGE, train/CLASS/IMAGE or CLASS.tar alone: "
+                    f"Found {'/'.join(parts)} in {path}, expected CLASS/IMAGE, train/CLASS/IMAGE or CLASS.tar only: "
                     "pack the class folders and nothing else."
                 )
             _add(found.setdefault(inside[0], {}), inside[1], span, str(path))
-    return _listed(found, path)
+    listing = checked_listing({name: list(images) for name, images in found.items()}, path)
+    return listing, [found[name][image] for name in listing.classes for image in sorted(found[name])]
 
 
 def read_span(handle: int, span: Span) -> bytes:
-    """Read a file's bytes out of an open archive, from any thread. Raises OSError when the archive is cut short."""
+    """Read the bytes of a file in an open archive, from any thread. Raises OSError when the archive is cut short."""
     if span.size > MAX_BYTES:
         raise OSError(errno.EFBIG, f"more than {MAX_BYTES:,} bytes")
     content = os.pread(handle, span.size, span.offset)
@@ -78,7 +71,7 @@ def read_span(handle: int, span: Span) -> bytes:
 
 
 class _Window(io.RawIOBase):
-    """A stretch of an open file as a file of its own, of which tarfile reads the headers."""
+    """A span of an open file as a file, for tarfile to read headers from."""
 
     def __init__(self, handle: int, span: Span) -> None:
         self.handle, self.span, self.position = handle, span, 0
@@ -100,7 +93,7 @@ class _Window(io.RawIOBase):
 
 
 def _members(handle: int, span: Span, where: str) -> Iterator[tuple[list[str], Span]]:
-    """Yield the path (in parts) and the place of each visible file of the archive at `span`."""
+    """Yield the path (in parts) and the span of each visible file of the archive at `span`."""
     try:
         tar = tarfile.open(fileobj=_Window(handle, span), mode="r:")  # noqa: SIM115  # it holds nothing open
         last = -1
@@ -109,54 +102,37 @@ def _members(handle: int, span: Span, where: str) -> Iterator[tuple[list[str], S
             parts = _checked(member, where)
             at = Span(span.offset + member.offset_data, member.size)
             if not last < tar.offset <= span.size:
-                raise UserError(f"Found {where} cut short within {member.name}, expected all of it: fetch it again.")
+                raise UserError(f"Found {where} cut short within {member.name}: download it again.")
             last = tar.offset
             if member.isreg() and not any(part.startswith(".") for part in parts):
                 yield parts, at
     except UserError:
         raise
-    except Exception as error:  # whatever tarfile makes of damaged or hostile bytes
+    except Exception as error:  # whatever tarfile raises for damaged or hostile bytes
         raise UserError(
-            f"Found {where}, which is no whole tar archive without compression ({error}): fetch it again, "
+            f"Found {where}, which is not a complete, uncompressed tar archive ({error}): download it again, "
             "or decompress it."
         ) from None
     # tarfile takes a damaged header, and a cut between two members, for the end.
     if os.pread(handle, BLOCK, span.offset + tar.offset) != bytes(BLOCK):
-        raise UserError(f"Found {where} damaged or cut short after {tar.offset} bytes: fetch it again.")
+        raise UserError(f"Found {where} damaged or cut short after {tar.offset} bytes: download it again.")
 
 
 def _checked(member: tarfile.TarInfo, where: str) -> list[str]:
     parts = [part for part in member.name.split("/") if part not in ("", ".")]
     if member.name.startswith("/") or ".." in parts:
-        raise UserError(f"Found the path {member.name!r} in {where}, expected one within the archive: pack it anew.")
+        raise UserError(f"Found the path {member.name!r} in {where}, expected one within the archive: repack it.")
     if not (member.isdir() or member.isreg()) or member.issparse():
         raise UserError(
-            f"Found {member.name!r} in {where}, which is a link, a device or a sparse file; expected plain files: "
-            "pack it anew, with `tar --dereference`."
+            f"Found {member.name!r} in {where}, which is a link, a device or a sparse file; expected regular files: "
+            "repack it with `tar --dereference`."
         )
     if member.size < 0 or (member.isreg() and not parts):
-        raise UserError(f"Found {member.name!r} of {member.size} bytes in {where}, expected a file: fetch it again.")
+        raise UserError(f"Found {member.name!r} of {member.size} bytes in {where}, expected a file: download it again.")
     return parts
 
 
 def _add(images: dict[str, Span], name: str, span: Span, where: str) -> None:
     if name in images:
-        raise UserError(f"Found {name} twice in {where}, expected it once: pack it anew.")
+        raise UserError(f"Found {name} twice in {where}, expected it once: repack it.")
     images[name] = span
-
-
-def _listed(found: dict[str, dict[str, Span]], path: Path) -> TarIndex:
-    if not found:
-        raise UserError(f"Found no image in {path}, expected CLASS.tar or CLASS/IMAGE in it: check data.root.")
-    classes = sorted(found)
-    empty = [name for name in classes if not found[name]]
-    if empty:
-        raise UserError(f"Found no image of class {named(empty)} in {path}, expected at least one: fetch it again.")
-    images = [(f"{name}/{image}", label) for label, name in enumerate(classes) for image in sorted(found[name])]
-    unknown = [image for image, _ in images if Path(image).suffix.lower() not in EXTENSIONS]
-    if unknown:
-        raise UserError(
-            f"Found {named(unknown)} in {path}, expected only files ending in {', '.join(sorted(EXTENSIONS))}: "
-            "pack it anew without the rest."
-        )
-    return TarIndex(classes, images, [found[name][image] for name in classes for image in sorted(found[name])])

@@ -1,1 +1,1 @@
-"""Processes that work together: how they start, and how they share work."""
+"""Groups of processes: launch settings, starting them, and sharing work between them."""

@@ -1,4 +1,4 @@
-"""Pieces of work map_across_ranks to the ranks, and what comes of them brought to the first rank in order."""
+"""Work shared over processes, with its results on the main process."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
@@ -11,25 +11,25 @@ P = TypeVar("P")
 
 
 def map_across_ranks(
-    pieces: Sequence[P], compute: Callable[[P], Sequence[Tensor]], ranks: ProcessGroup
+    pieces: Sequence[P], compute: Callable[[P], Sequence[Tensor]], group: ProcessGroup
 ) -> Iterator[tuple[P, list[Tensor]]]:
-    """Compute each piece on one rank, in turn; yield pieces and results in order on the first rank, none on others.
+    """Compute each piece on one process; yield pieces and results in order on the main process, nothing on the others.
 
-    Every rank must go through it to the end. Which rank computes a piece changes nothing in it, so the first rank sees
-    what it would have seen alone.
+    Every process must iterate to the end. A process computes every `world_size`-th piece, in order; if the result of a
+    piece depends on the piece alone, the main process yields the same as a single process.
     """
-    for start in range(0, len(pieces), ranks.world_size):
-        together = pieces[start : start + ranks.world_size]
-        own = list(compute(together[ranks.rank])) if ranks.rank < len(together) else []
-        yield from zip(together, _on_first(own, ranks), strict=False)
+    for start in range(0, len(pieces), group.world_size):
+        current = pieces[start : start + group.world_size]
+        results = list(compute(current[group.rank])) if group.rank < len(current) else []
+        yield from zip(current, _gather_to_main(results, group), strict=False)
 
 
-def _on_first(own: list[Tensor], ranks: ProcessGroup) -> list[list[Tensor]]:
-    """Return every rank's tensors on the first rank; they travel as safetensors, which runs nothing when it is read."""
-    if ranks.world_size == 1:
-        return [own]
+def _gather_to_main(tensors: list[Tensor], group: ProcessGroup) -> list[list[Tensor]]:
+    """Return every process's tensors on the main process, sent as safetensors, which cannot carry code."""
+    if group.world_size == 1:
+        return [tensors]
     from safetensors.torch import load, save
 
-    packed = save({str(place): tensor.contiguous() for place, tensor in enumerate(own)})
-    found = [load(content) for content in ranks.gather_to_main(packed)]
-    return [[tensors[str(place)] for place in range(len(tensors))] for tensors in found]
+    sent = save({str(place): tensor.contiguous() for place, tensor in enumerate(tensors)})
+    received = [load(content) for content in group.gather_to_main(sent)]
+    return [[each[str(place)] for place in range(len(each))] for each in received]

@@ -1,8 +1,8 @@
-"""The processes that do one piece of work together: which of them this is, and what they tell each other.
+"""The group of processes that share one piece of work, and how they communicate.
 
-Under `torchrun` (or `--nproc-per-node`, which starts it) every process runs the same code as one rank of several; else
-it is alone. Where a number is a sum over the batch, each rank sums its own share and `sum_` adds these up, so that
-nothing but speed depends on how many there are.
+Under `torchrun` (or `--nproc-per-node`, which starts it) every process runs the same code as one rank of the group. A
+sum over the batch is the sum of each rank's shard, reduced over the group, so the number of processes changes nothing
+but speed.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,61 +20,47 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """This process among those that work together."""
+    """This process's place in the group."""
 
     rank: int = 0
     world_size: int = 1
-    device: Any = "cpu"  # where what they tell each other must lie
+    device: Any = "cpu"  # of the tensors that are communicated
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this is the rank that writes files and speaks."""
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
     @property
     def shard(self) -> slice:
-        """Which of the samples of a batch are this rank's: every `size`-th, so that any first part is shared evenly."""
+        """This rank's samples of a batch: a strided shard, so that any prefix of the batch is shared evenly."""
         return slice(self.rank, None, self.world_size)
 
     def all_reduce(self, tensor: "Tensor") -> "Tensor":
-        """Add a tensor up over the ranks, in place, to the same bits on each; return it."""
+        """Sum a tensor over all ranks in place and return it; the result has the same bits on every rank."""
         if self.world_size > 1:
-            with _or_lost():
-                _distributed().all_reduce(tensor)
+            with report_lost_rank():
+                _dist().all_reduce(tensor)
         return tensor
 
-    def begin_all_reduce(self, tensor: "Tensor") -> Any:
-        """Begin to add a tensor up over the ranks, in place; `wait` for what this returns before it is read."""
-        with _or_lost():
-            return _distributed().all_reduce(tensor, async_op=True)
-
-    def wait(self, work: Any) -> None:
-        """Wait for a sum that was begun."""
-        with _or_lost():
-            work.wait()
-
     def any(self, flag: bool) -> bool:
-        """Tell whether any rank says so; all must ask at the same moment."""
-        if self.world_size == 1:
-            return flag
-        import torch
-
-        votes = self.all_reduce(torch.tensor(int(flag), device=self.device))
-        with _or_lost():
-            return bool(votes.item())
+        """Return whether the flag is true on any rank; every rank must call it."""
+        return any(self.all_gather(int(flag)))
 
     def all_gather(self, value: int) -> list[int]:
-        """Return every rank's value, on each rank."""
+        """Return the values of all ranks, on every rank."""
         if self.world_size == 1:
             return [value]
         import torch
 
         values = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
         values[self.rank] = value
-        return self.all_reduce(values).tolist()
+        self.all_reduce(values)
+        with report_lost_rank():
+            return values.tolist()
 
     def gather_to_main(self, content: bytes) -> list[bytes]:
-        """Return every rank's bytes, in order of ranks, on the first rank, and nothing on the others."""
+        """Return the bytes of all ranks on the main process, and an empty list on the others."""
         if self.world_size == 1:
             return [content]
         import torch
@@ -83,13 +69,16 @@ class ProcessGroup:
         padded = torch.zeros(max(lengths), dtype=torch.uint8)
         padded[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         padded = padded.to(self.device)
-        found = [torch.empty_like(padded) for _ in lengths] if self.is_main_process else None
-        with _or_lost():
-            _distributed().gather(padded, found)
-        return [each[:n].cpu().numpy().tobytes() for each, n in zip(found or [], lengths, strict=False)]
+        gathered = [torch.empty_like(padded) for _ in lengths] if self.is_main_process else None
+        with report_lost_rank():
+            _dist().gather(padded, gathered)
+        return [each[:n].cpu().numpy().tobytes() for each, n in zip(gathered or [], lengths, strict=False)]
 
     def run_on_main(self, act: Callable[[], None]) -> None:
-        """Do something with files on the first rank while the others wait; where it fails, all raise a UserError."""
+        """Run a function that writes files on the main process while the others wait; if it fails, every rank raises.
+
+        Raises UserError, or UnwritableError if the disk is full or not writable.
+        """
         error: UserError | None = None
         if self.is_main_process:
             try:
@@ -97,16 +86,16 @@ class ProcessGroup:
             except UserError as raised:
                 error = raised
             except OSError as raised:
-                error = UnwritableError(f"Found no way to write ({raised}): make room there, or mend its permissions.")
+                error = UnwritableError(f"Found no way to write ({raised}): free disk space or fix the permissions.")
         outcome = 0 if error is None else 1 if isinstance(error, UnwritableError) else 2
         outcome = self.all_gather(outcome)[0]
         if error is not None:
             raise error
         if outcome:
-            raise (UnwritableError if outcome == 1 else UserError)("Found the first rank failing: see what it said.")
+            raise (UnwritableError if outcome == 1 else UserError)("Found the main process failing: see its message.")
 
     def barrier(self) -> None:
-        """Wait until all ranks are here."""
+        """Wait for all ranks."""
         self.any(False)
 
 
@@ -115,57 +104,43 @@ SINGLE_PROCESS = ProcessGroup()
 
 @contextmanager
 def init_distributed(device: "torch.device") -> Iterator[ProcessGroup]:
-    """Join the other ranks that the environment names (`torchrun` sets it); without any, this process is alone.
+    """Join the group that the environment describes (`torchrun` sets it); without one, yield SINGLE_PROCESS.
 
-    gloo connects CPUs, nccl GPUs. When the block fails the process group is left as it is: the others learn of it when
-    this process ends.
+    gloo connects CPUs, NCCL GPUs. If the block fails, the group is not destroyed: the other ranks notice when this
+    process ends.
     """
-    rank, size = env_rank(), env_world_size()
-    if size == 1:
+    rank, world_size = env_rank(), env_world_size()
+    if world_size == 1:
         yield SINGLE_PROCESS
         return
-    dist = _distributed()
-    if dist.is_initialized():  # by whoever called; then it is theirs to end
+    dist = _dist()
+    if dist.is_initialized():  # by the caller, who also destroys it
         yield ProcessGroup(dist.get_rank(), dist.get_world_size(), device)
         return
-    with _or_lost():
+    with report_lost_rank():
         if device.type == "cuda":
             dist.init_process_group("nccl", device_id=device)
         else:
             dist.init_process_group("gloo")
-    yield ProcessGroup(rank, size, device)
+    yield ProcessGroup(rank, world_size, device)
     dist.destroy_process_group()
 
 
 @contextmanager
-def _or_lost() -> Iterator[None]:
-    """Turn what torch raises when a peer is gone into an error that says so."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise _lost(error) from None
-
-
-@contextmanager
 def report_lost_rank() -> Iterator[None]:
-    """Turn what torch's own modules raise within this when a peer is gone into an error that says so, and no other."""
+    """Raise RankLostError for errors of gloo and of PyTorch's distributed modules; pass all others on."""
     try:
         yield
     except RuntimeError as error:
-        if "gloo/" in str(error) or isinstance(error, _distributed().DistError):
-            raise _lost(error) from None
-        raise
+        if "gloo/" not in str(error) and not isinstance(error, _dist().DistError):
+            raise
+        raise RankLostError(
+            f"Found another process gone while this one (rank {env_rank()}) waited for it "
+            f"({str(error).splitlines()[0]}): see its message; the same command resumes from the newest checkpoint."
+        ) from None
 
 
-def _lost(error: RuntimeError) -> RankLostError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return RankLostError(
-        f"Found another rank gone while this one (rank {env_rank()}) waited for it ({reason}): see what that one "
-        "said; the same command goes on from the newest checkpoint."
-    )
-
-
-def _distributed() -> Any:
+def _dist() -> Any:
     import torch.distributed as dist
 
     return dist

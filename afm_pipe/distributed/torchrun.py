@@ -1,8 +1,8 @@
-"""Start the same command once per rank, through torch.distributed.run, when launch settings ask for several.
+"""Run a command on several processes through torch.distributed.run.
 
-`afm-pipe train xl2 --nproc-per-node 8`, AFM_NPROC_PER_NODE=8 or `nproc_per_node = 8` in launch.toml all do what
-`torchrun --nproc-per-node 8 -m afm_pipe train xl2` does, and besides: one message where a rank fails instead of one per
-rank and a table, exit codes that mean something, and signals of a scheduler passed on to the ranks.
+`afm-pipe train xl2 --nproc-per-node 8`, AFM_NPROC_PER_NODE=8 and `nproc_per_node = 8` in launch.toml do what
+`torchrun --nproc-per-node 8 -m afm_pipe train xl2` does. Besides, they print one message for a failure instead of one
+per process, return meaningful exit codes, and forward a scheduler's signals to the processes.
 """
 
 import os
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.runtime.environment import under_launcher
-from afm_pipe.runtime.signals import INTERRUPTED, TRY_AGAIN, stop_with_parent
+from afm_pipe.runtime.signals import EXIT_INTERRUPTED, EXIT_RETRY, stop_with_parent
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -23,81 +23,76 @@ SECONDS_TO_CHECKPOINT = 600
 
 
 def launch_processes(launch: Launch) -> Launch:
-    """Return the settings in a process that is to work; where several are to, start them and exit with their code.
+    """Start the processes that launch settings want and exit with their code; in each of them, return the settings.
 
-    The ranks run the command line of this process again. Each comes here too and goes on.
+    Each process runs the command line of this one, and so calls this function too.
     """
     if under_launcher():
-        stop_with_parent()  # which can no longer end the ranks when it is gone
+        stop_with_parent()  # a launcher that is gone can no longer end its processes
         return launch
     if launch.world_size == 1:
         return launch
-    raise SystemExit(run_processes(launch, own_command()))
-
-
-def own_command() -> list[str]:
-    """Return this process's command line as arguments of the interpreter."""
     script = Path(sys.argv[0])
-    if script.suffix == ".py" and script.name != "__main__.py":
-        return sys.argv
-    return ["-m", "afm_pipe", *sys.argv[1:]]
+    is_stage = script.suffix == ".py" and script.name != "__main__.py"
+    command = sys.argv if is_stage else ["-m", "afm_pipe", *sys.argv[1:]]
+    raise SystemExit(run_processes(launch, command))
 
 
 def run_processes(launch: Launch, command: list[str]) -> int:
-    """Run `command` on `launch.nproc_per_node` ranks here, of `launch.nnodes` machines; return the exit code."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads each on as many cores: many times slower
+    """Run arguments of the interpreter on `launch.nproc_per_node` processes of this machine; return the exit code."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads than cores are many times slower
     import logging
 
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    logging.disable(logging.CRITICAL)  # what torchrun logs of failures and signals is said below, or by the ranks
-    asked: list[int] = []
+    logging.disable(logging.CRITICAL)  # failures and signals are reported below, or by the processes
+    received: list[int] = []
 
-    def ask(number: int, frame: FrameType | None) -> None:
-        """Pass a signal on as TERM: USR1, by which schedulers announce the end, means the same, and of Ctrl-C the ranks
-        of a terminal hear by themselves, for whom a second one would mean at once."""
-        asked.append(number)
-        if len(asked) == 1:
+    def forward(number: int, frame: FrameType | None) -> None:
+        """Forward the first signal as SIGTERM. Processes on a terminal receive Ctrl-C themselves, and take a second one
+        as an order to stop at once."""
+        received.append(number)
+        if len(received) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    signal.signal(signal.SIGUSR1, ask)
-    signal.signal(signal.SIGINT, ask)
+    signal.signal(signal.SIGUSR1, forward)
+    signal.signal(signal.SIGINT, forward)
     try:
-        torchrun.run(torchrun.parse_args([*options(launch), sys.executable, *command]))
+        torchrun.run(torchrun.parse_args([*_options(launch), sys.executable, *command]))
     except ChildFailedError as error:
         rank, failure = _cause(error)
         if failure.exitcode > 0:
-            return failure.exitcode  # the rank has said why
+            return failure.exitcode  # the process has printed why
         name = signal.Signals(-failure.exitcode).name
         print(
-            f"error: Found rank {rank} ended by {name}, expected it to finish (SIGKILL may mean that memory ran out); "
-            "the other ranks were ended. The same command goes on from the newest checkpoint.",
+            f"error: Found rank {rank} ended by {name}, expected it to finish (SIGKILL may mean out of memory); the "
+            "other processes were ended. The same command resumes from the newest checkpoint.",
             file=sys.stderr,
         )
         return 1
     except SignalException:
-        return INTERRUPTED if signal.SIGINT in asked else TRY_AGAIN
+        return EXIT_INTERRUPTED if signal.SIGINT in received else EXIT_RETRY
     return 0
 
 
 def _cause(error: "ChildFailedError") -> tuple[int, "ProcessFailure"]:
-    """Return the rank that the others' ends follow from.
+    """Return the rank that failed first.
 
-    Of one that is killed they may hear, and end, before torchrun does; torchrun itself ends ranks by SIGTERM.
+    When a process is killed, the others may notice and end before torchrun does; torchrun ends processes by SIGTERM.
     """
 
-    def place(rank: int) -> tuple[int, int]:
+    def order(rank: int) -> tuple[int, int]:
         code = error.failures[rank].exitcode
         return 2 if code == -signal.SIGTERM else 1 if code > 0 else 0, error.failures[rank].timestamp
 
-    rank = min(error.failures, key=place)
+    rank = min(error.failures, key=order)
     return rank, error.failures[rank]
 
 
-def options(launch: Launch) -> list[str]:
-    """Return the options of torchrun that launch settings ask for."""
+def _options(launch: Launch) -> list[str]:
+    """Return the options of torchrun."""
     from torch.distributed import run as torchrun
 
     chosen = {
@@ -115,7 +110,7 @@ def options(launch: Launch) -> list[str]:
             "--rdzv-id": os.environ.get("SLURM_JOB_ID", "afm-pipe"),
         }
     known = torchrun.get_args_parser().format_help()
-    if "--shutdown-timeout" in known:  # older ones wait 30 s
+    if "--shutdown-timeout" in known:  # older versions wait 30 s
         chosen["--shutdown-timeout"] = str(SECONDS_TO_CHECKPOINT)
     if "--signals-to-handle" in known:
         chosen["--signals-to-handle"] = "SIGTERM,SIGHUP,SIGQUIT"

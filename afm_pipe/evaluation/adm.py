@@ -1,52 +1,45 @@
-"""ADM's published statistics of ImageNet, against which the paper's numbers are measured.
+"""ADM's published statistics of ImageNet, the reference of the paper's numbers.
 
-Shapes: N images of its reference batch, H x W pixels, D features.
+Legend: N images of its reference batch, H x W pixels, D features.
 """
 
 import dataclasses
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from afm_pipe.evaluation.nearest import load_arrays
-from afm_pipe.evaluation.networks import LEGACY, SPATIAL, FeatureNetwork
+from afm_pipe.evaluation.arrays import load_arrays
+from afm_pipe.evaluation.networks import LEGACY, SPATIAL, FeatureNetwork, weights_file
 from afm_pipe.evaluation.statistics import OWN, Reference
 from afm_pipe.params import AdmReference
 from afm_pipe.runtime.errors import UserError
-from afm_pipe.runtime.files import sha256_file
 
-ADM = "adm"  # the source of such statistics, before the hash of their file
+ADM = "adm"  # `Reference.source`, followed by the hash of the file
 ARRAYS = ("mu", "sigma", "mu_s", "sigma_s", "arr_0")
 
 
 def adm_path(settings: AdmReference) -> tuple[Path, str]:
-    """Return where the file is and its hash. Raises UserError when it is missing or another."""
-    path = Path(os.environ.get("AFM_WEIGHTS", "weights")) / settings.file
-    if not path.is_file():
-        raise UserError(
-            f"Found no {path}, expected ADM's statistics as evaluate.adm_reference says: download them from "
-            "https://github.com/openai/guided-diffusion/tree/main/evaluations, or set evaluate.adm_reference to null."
-        )
-    found = sha256_file(path)
-    if settings.sha256 not in (None, found):
-        raise UserError(
-            f"Found {path} with sha256 {found}, expected {settings.sha256}: put that file there, or mend "
-            "evaluate.adm_reference.sha256."
-        )
-    return path, found
+    """Return the path and the hash of the file. Raises UserError when it is missing or another."""
+    fix = (
+        "download it from https://github.com/openai/guided-diffusion/tree/main/evaluations, correct "
+        "evaluate.adm_reference, or set it to null"
+    )
+    return weights_file(settings.file, settings.sha256, "ADM's statistics", fix)
 
 
 def require_reference(settings: AdmReference | None, reference: Reference, folder: Path) -> None:
-    """Raise UserError for statistics of Inception that are not those params name: another file's, or our own."""
+    """Raise UserError for Inception's statistics from another source than evaluate.adm_reference says."""
     expected = OWN
     if settings is not None:
-        path = Path(os.environ.get("AFM_WEIGHTS", "weights")) / settings.file
-        sha256 = settings.sha256 or (sha256_file(path) if path.is_file() else None)
-        expected = f"{ADM} {sha256}" if sha256 else ADM  # any hash will do where none is known
-    if reference.source != expected and not (expected == ADM and reference.source.startswith(f"{ADM} ")):
+        expected = f"{ADM} {settings.sha256}"
+        if settings.sha256 is None:  # then the file decides, where it is present
+            try:
+                expected = f"{ADM} {adm_path(settings)[1]}"
+            except UserError:
+                expected = reference.source if reference.source.startswith(f"{ADM} ") else ADM
+    if reference.source != expected:
         raise UserError(
             f"Found statistics of {reference.source} for {reference.name} in {folder}, expected those of {expected}, "
             "as evaluate.adm_reference says: build the reference again."
@@ -56,10 +49,10 @@ def require_reference(settings: AdmReference | None, reference: Reference, folde
 def adm_references(
     settings: AdmReference, networks: Sequence[FeatureNetwork], references: Sequence[Reference], size: int
 ) -> Iterator[Reference]:
-    """Yield the references with ADM's statistics in place of our own, for the networks they are of.
+    """Yield the references, with ADM's statistics for the networks that it has.
 
-    Its mean and covariance are of all training images, its arr_0 (N, H, W, 3) of some, whose features take the place of
-    ours for KID, precision and recall. Raises UserError for arrays of another shape.
+    Its mean and covariance are of all training images. Its arr_0 (N, H, W, 3) holds some of them, whose features serve
+    KID, precision and recall. Raises UserError for arrays of another shape.
     """
     path, sha256 = adm_path(settings)
     arrays = load_arrays(path, ARRAYS)

@@ -1,6 +1,6 @@
-"""The small convolutional classifier whose features stand in for Inception's on small images.
+"""The small convolutional classifier whose features replace Inception's on small images.
 
-Shapes: B images, C channels, H x W pixels, D features, K classes.
+Legend: N images, C channels, H x W pixels, D features, K classes.
 """
 
 from collections.abc import Generator, Sequence
@@ -19,12 +19,12 @@ from afm_pipe.runtime.files import atomic_path, read_json, write_json
 from afm_pipe.runtime.progress import Progress
 
 WEIGHTS, CONFIG = "classifier.safetensors", "classifier.json"
-POOLED = 4  # side of the map handed to the linear layers, whatever the image's side
+POOLED = 4  # side of the feature map before the linear layers, for any image size
 CPU = torch.device("cpu")
 
 
 class Classifier(nn.Module):
-    """Stride-2 convolutions, one hidden layer (its outputs after the ReLU are the features), one linear layer."""
+    """Stride-2 convolutions, one hidden layer whose ReLU outputs are the features, and one linear layer."""
 
     def __init__(self, channels: int, widths: Sequence[int], features: int, num_classes: int) -> None:
         super().__init__()
@@ -36,10 +36,10 @@ class Classifier(nn.Module):
         self.head = nn.Linear(features, num_classes)
         self.config = {"channels": channels, "widths": list(widths), "features": features, "num_classes": num_classes}
 
-    def features(self, images: Tensor) -> Tensor:  # (B, C, H, W) uint8 -> (B, D)
+    def features(self, images: Tensor) -> Tensor:  # (N, C, H, W) uint8 -> (N, D)
         return F.relu(self.body(images.float() / 127.5 - 1))
 
-    def forward(self, images: Tensor) -> Tensor:  # (B, C, H, W) uint8 -> (B, K)
+    def forward(self, images: Tensor) -> Tensor:  # (N, C, H, W) uint8 -> (N, K)
         return self.head(self.features(images))
 
 
@@ -51,10 +51,10 @@ def train_classifier(
     seed: int,
     device: torch.device = CPU,
 ) -> Generator[Progress, None, tuple[Classifier, float]]:
-    """Train on images (N, C, H, W) uint8 and labels (N,); return the classifier and its accuracy on the held-out share.
+    """Train on images (N, C, H, W) uint8 and labels (N,); return the classifier and its accuracy on held-out images.
 
-    Adam, its rate falling linearly to 0, on images shifted at random. Deterministic in `seed` on one thread.
-    Raises UserError when no class has an image to spare.
+    Adam, with a learning rate that falls linearly to 0, on randomly shifted images. Deterministic for a seed on one
+    thread. Raises UserError when no class has an image to hold out.
     """
     random = np.random.default_rng(seed)
     train, held_out = _split(labels, num_classes, params.held_out, random)
@@ -66,8 +66,8 @@ def train_classifier(
     done = 0
     for _ in range(params.epochs):
         for chosen in np.array_split(random.permutation(train), updates_per_epoch):
-            order = np.sort(chosen)  # images on disk are read forwards
-            logits = model(_shifted(_batch(images, order, device), random))  # (B, K)
+            order = np.sort(chosen)  # sequential reads from disk
+            logits = model(_shifted(_batch(images, order, device), random))  # (N, K)
             loss = F.cross_entropy(logits, torch.from_numpy(labels[order]).to(device))
             optimizer.zero_grad()
             loss.backward()
@@ -80,7 +80,7 @@ def train_classifier(
 
 
 def save_classifier(model: Classifier, folder: Path) -> None:
-    """Write the weights as safetensors and the shape of the network as JSON, each atomically."""
+    """Write the weights as safetensors and the network's shape as JSON, each atomically."""
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     with atomic_path(folder / WEIGHTS) as aside:
         save_file(weights, aside)
@@ -88,12 +88,12 @@ def save_classifier(model: Classifier, folder: Path) -> None:
 
 
 def load_classifier(folder: Path, device: torch.device = CPU) -> Classifier:
-    """Read a classifier written by `save_classifier`. Raises UserError when its files are missing or do not fit."""
+    """Load a classifier that `save_classifier` wrote. Raises UserError when its files are missing or do not match."""
     config = read_json(folder / CONFIG)
     try:
         shape = [config["channels"], config["widths"], config["features"], config["num_classes"]]
         tensors = load_tensors(folder / WEIGHTS)
-        with torch.device("meta"):  # before memory is taken for what the config says
+        with torch.device("meta"):  # check before allocating what the config says
             require_fit(Classifier(*shape), tensors, folder / WEIGHTS)
         model = _untrained(0, *shape)
         model.load_state_dict(tensors)
@@ -107,26 +107,26 @@ def load_classifier(folder: Path, device: torch.device = CPU) -> Classifier:
 
 
 def _untrained(seed: int, channels: int, widths: Sequence[int], features: int, num_classes: int) -> Classifier:
-    """Return a classifier initialised from `seed`; the global random state is left as it was."""
+    """Return a classifier initialized from `seed`; the global random state is unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return Classifier(channels, widths, features, num_classes)
 
 
 def _split(
-    labels: np.ndarray, num_classes: int, share: float, random: np.random.Generator
+    labels: np.ndarray, num_classes: int, fraction: float, random: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return indices to train on and indices held out: `share` of each class, at least one where a class has two."""
+    """Return indices to train on and held-out indices: a fraction of each class, at least one where it has two."""
     held_out, train = [], []
     for label in range(num_classes):
         members = random.permutation(np.flatnonzero(labels == label))
-        spared = min(max(round(share * len(members)), 1), len(members) - 1) if len(members) else 0
-        held_out.append(members[:spared])
-        train.append(members[spared:])
+        count = min(max(round(fraction * len(members)), 1), len(members) - 1) if len(members) else 0
+        held_out.append(members[:count])
+        train.append(members[count:])
     if not sum(map(len, held_out)):
         raise UserError(
-            f"Found {len(labels)} images of {num_classes} classes, expected at least 2 of some class, "
-            "one of them to measure the classifier on: add images."
+            f"Found {len(labels)} images of {num_classes} classes, expected at least 2 in some class, one of them for "
+            "the classifier's accuracy: add images."
         )
     return np.concatenate(train), np.concatenate(held_out)
 
@@ -135,15 +135,15 @@ def _split(
 def _accuracy(
     model: Classifier, images: np.ndarray, labels: np.ndarray, chosen: np.ndarray, batch_size: int, device: torch.device
 ) -> float:
-    right = 0
+    correct = 0
     for start in range(0, len(chosen), batch_size):
         order = np.sort(chosen[start : start + batch_size])
-        right += int((model(_batch(images, order, device)).argmax(dim=1).cpu().numpy() == labels[order]).sum())
-    return right / len(chosen)
+        correct += int((model(_batch(images, order, device)).argmax(dim=1).cpu().numpy() == labels[order]).sum())
+    return correct / len(chosen)
 
 
 def _shifted(images: Tensor, random: np.random.Generator) -> Tensor:
-    """Shift a batch (B, C, H, W) by up to a sixteenth of its side: .976 instead of .969 of held-out digits."""
+    """Shift a batch (N, C, H, W) by up to 1/16 of its side: accuracy .976 instead of .969 on held-out digits."""
     height, width = images.shape[2:]
     reach = max(height // 16, 1)
     top, left = random.integers(0, 2 * reach + 1, 2)

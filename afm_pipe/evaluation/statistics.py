@@ -1,22 +1,20 @@
-"""What is kept of images in the features of one network: its file, and its accumulation from a stream.
+"""The statistics of the real images in the features of one network, and distances to them.
 
-Shapes: N images, B of a batch, C channels, H x W pixels, D features.
+Legend: N images, D features.
 """
 
 import hashlib
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from afm_pipe.evaluation.features import NAMES, FeatureNetwork
-from afm_pipe.evaluation.frechet import Array, Statistics, frechet_and_map
-from afm_pipe.evaluation.intervals import around, frechet_error, kernel_error
-from afm_pipe.evaluation.measures import root_mean_square, within_class_variance
-from afm_pipe.evaluation.nearest import load_arrays
+from afm_pipe.evaluation.arrays import load_arrays
+from afm_pipe.evaluation.frechet import Array, Statistics, frechet_distance
+from afm_pipe.evaluation.intervals import frechet_error, kernel_error, normal_interval
+from afm_pipe.evaluation.measures import root_mean_square
+from afm_pipe.evaluation.networks import NAMES, FeatureNetwork
 from afm_pipe.params import Evaluate
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.training.kernel_distance import kid_of_subsets
@@ -34,7 +32,7 @@ SCALARS = {
 
 @dataclass(frozen=True)
 class Reference:
-    """What is kept of the real images in one network's features, and of which network and images it is."""
+    """The statistics of the real images in one network's features."""
 
     name: str
     sha256: str
@@ -46,11 +44,12 @@ class Reference:
     labels: np.ndarray
     within_class_variance: float
     source: str = OWN
-    """Whose statistics: our own images', or `adm SHA256`; count, manifest and labels are then still our images'."""
+    """Where mean and covariance come from: the training images, or `adm SHA256`. Count, manifest and labels always come
+    from the training images."""
 
     @property
     def digest(self) -> str:
-        """Hash of mean and covariance, by which a reference is told from another."""
+        """Hash of mean and covariance."""
         return hashlib.sha256(self.mu.tobytes() + self.sigma.tobytes()).hexdigest()
 
     def save(self, folder: Path) -> None:
@@ -60,15 +59,15 @@ class Reference:
 
     @classmethod
     def load(cls, folder: Path, network: FeatureNetwork) -> "Reference":
-        """Read the statistics of a network's features. Raises UserError when they are missing or another's."""
+        """Read NAME.npz. Raises UserError when it is missing or of another network."""
         path = folder / f"{network.name}.npz"
         arrays = load_arrays(path, tuple(cls.__dataclass_fields__))
         fields: dict[str, Any] = {name: value if value.ndim else value.item() for name, value in arrays.items()}
         found = cls(**fields)
-        if {name: type(fields[name]) for name in SCALARS} != SCALARS or not _belong_together(arrays):
+        if {name: type(fields[name]) for name in SCALARS} != SCALARS or not _match(arrays):
             raise UserError(
-                f"Found {path} with arrays that do not belong together, expected mean (D,), covariance (D, D), "
-                "features (N, D) and labels (N,) of one network: build the reference again."
+                f"Found {path} with arrays that do not match, expected mean (D,), covariance (D, D), features (N, D) "
+                "and labels (N,) of one network: build the reference again."
             )
         for what, value, expected in (
             ("network", found.name, network.name),
@@ -77,89 +76,35 @@ class Reference:
         ):
             if value != expected:
                 raise UserError(
-                    f"Found {path} of {what} {value}, expected {expected}: features of one network or mode are never "
-                    "compared with statistics of another; build the reference again."
+                    f"Found {path} of {what} {value}, expected {expected}: features of one network or resize mode are "
+                    "never comparable with another's; build the reference again."
                 )
         return found
 
     def measured(
         self, statistics: Statistics, features: np.ndarray, labels: np.ndarray, params: Evaluate
     ) -> dict[str, tuple[float, list[float]]]:
-        """Return the distances to other images by key, each with its interval.
+        """Return Frechet and kernel distance by key, each with its interval, to images with these statistics.
 
-        They are given by their statistics, features (N, D) and labels (N,).
+        `features` (N, D) and `labels` (N,) are theirs.
         """
         names = NAMES[self.name]
-        value, pull = frechet_and_map(statistics.mu, statistics.sigma, self.mu, self.sigma)
-        error = frechet_error(features, labels, self.mu, pull)
-        found = {names.distance: (value, around(value, error, 0.0))}
-        if names.kid:
+        value, transport = frechet_distance(statistics.mu, statistics.sigma, self.mu, self.sigma)
+        error = frechet_error(features, labels, self.mu, transport)
+        found = {names.distance: (value, normal_interval(value, error, minimum=0.0))}
+        if names.suffix is not None:
             size = root_mean_square(self.features) if names.kid_rescaled else 1.0
             sets = self.features, features
             each = kid_of_subsets(*sets, params.kid_subsets, params.kid_subset_size, params.seed, size)
-            found[names.kid] = float(each.mean()), around(each.mean(), kernel_error(*sets, labels, each, size))
+            value, error = float(each.mean()), kernel_error(*sets, labels, each, size)
+            found[f"kid{names.suffix}"] = value, normal_interval(value, error)
         return found
 
 
-def _belong_together(arrays: dict[str, np.ndarray]) -> bool:
+def _match(arrays: dict[str, np.ndarray]) -> bool:
     kinds = [arrays[name].dtype.kind for name in ("mu", "sigma", "features", "labels")]
     if kinds != ["f", "f", "f", "i"] or arrays["mu"].ndim != 1 or arrays["labels"].ndim != 1:
         return False
     width, count, features = len(arrays["mu"]), len(arrays["labels"]), arrays["features"]
-    adm = str(arrays["source"]).startswith("adm ")  # then features are ADM's, or those of the images that are shown
+    adm = str(arrays["source"]).startswith("adm ")  # then features may be of ADM's images, or of fewer images
     return arrays["sigma"].shape == (width, width) and features.ndim == 2 and (adm or len(features) == count)
-
-
-class FeatureStream:
-    """Statistics of a stream of images in one network's features, and up to `keep` of the features themselves."""
-
-    def __init__(self, network: FeatureNetwork, keep: int) -> None:
-        self.network = network
-        self.statistics = Statistics.none(network.dim)
-        self._features = np.empty((keep, network.dim), dtype=np.float32)
-        self._filled = 0
-
-    def add(self, images: Tensor, wanted: np.ndarray | None = None) -> None:
-        """Take in images (B, C, H, W) uint8; keep the features of those `wanted` (B,), all without it."""
-        self.take(self.network(images), wanted)
-
-    def take(self, seen: Tensor, wanted: np.ndarray | None = None) -> None:
-        """Take in features (B, D) of images, as `add` does."""
-        features = seen.numpy()
-        self.statistics += Statistics.of(features)
-        kept = features if wanted is None else features[wanted]
-        self._features[self._filled : self._filled + len(kept)] = kept
-        self._filled += len(kept)
-
-    @property
-    def features(self) -> np.ndarray:
-        return self._features[: self._filled]
-
-    def state(self) -> dict[str, np.ndarray]:
-        """Return what was taken in, as arrays by name."""
-        name, s = self.network.name, self.statistics
-        return {f"{name}/features": self.features, f"{name}/mu": s.mu, f"{name}/scatter": s.scatter}
-
-    def restore(self, state: dict[str, np.ndarray], count: int) -> None:
-        """Go on from what `state` returned after `count` images."""
-        name, features = self.network.name, state[f"{self.network.name}/features"]
-        self.statistics = Statistics(count, state[f"{name}/mu"], state[f"{name}/scatter"])
-        self._features[: len(features)], self._filled = features, len(features)
-
-    def reference(self, labels: np.ndarray, count: int, manifest_digest: str) -> Reference:
-        """Return what was seen of `count` images as a reference; `labels` are of the features kept.
-
-        A network that was shown none gets empty statistics, for others to take their place.
-        """
-        nothing = self.statistics.count == 0
-        return Reference(
-            name=self.network.name,
-            sha256=self.network.sha256,
-            manifest_digest=manifest_digest,
-            count=count,
-            mu=self.statistics.mu,
-            sigma=self.statistics.scatter if nothing else self.statistics.sigma,
-            features=self.features,
-            labels=labels,
-            within_class_variance=math.nan if nothing else within_class_variance(self.features, labels),
-        )

@@ -1,1 +1,1 @@
-"""The networks: plain DiTs as generator and discriminator, the autoencoder, and their files."""
+"""The networks, their model files, import of released weights and exports."""

@@ -1,4 +1,4 @@
-"""The classifier C(x_t, t) that guides: a DiT told the time and not the class, with class logits on one extra token."""
+"""The guidance classifier C(x_t, t): a DiT conditioned on time, with class logits read from one extra token."""
 
 from pathlib import Path
 
@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from afm_pipe.models.dit import DiT, TimestepEmbedder, linear
-from afm_pipe.models.model_files import ModelConfig, load_exactly, load_tensors, require_fit
+from afm_pipe.models.model_files import ModelConfig, load_network
 from afm_pipe.params.sizes import SIZES, ModelSize
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import read_json
 
 
 class LatentClassifier(DiT):
-    """Classify latents at a known noise level (paper section 3)."""
+    """Classify noisy latents at a known time (paper section 3)."""
 
     def __init__(self, size: ModelSize, channels: int, latent_size: int, num_classes: int) -> None:
         super().__init__(size, channels, latent_size)
@@ -31,7 +31,7 @@ class LatentClassifier(DiT):
 
 
 def load_latent_classifier(folder: Path, device: torch.device) -> LatentClassifier:
-    """Load the classifier of a folder, in evaluation mode. Raises UserError when there is none, or it does not fit."""
+    """Load the classifier of a folder, in evaluation mode. Raises UserError if there is none or it does not fit."""
     described, path = read_json(folder / "config.json"), folder / "classifier.safetensors"
     try:
         shape = {name: described[name] for name in ("size", "channels", "latent_size", "num_classes")}
@@ -39,11 +39,8 @@ def load_latent_classifier(folder: Path, device: torch.device) -> LatentClassifi
         size = SIZES[config.size]
     except (KeyError, TypeError, ValueError):
         raise UserError(
-            f"Found {folder} without a classifier: give params one, and run `dvc repro classifier`."
+            f"Found {folder} without a classifier: add a `classifier` section to params and run `dvc repro classifier`."
         ) from None
-    tensors = load_tensors(path)
-    with torch.device("meta"):  # before memory is taken for what the config says
-        require_fit(LatentClassifier(size, config.channels, config.latent_size, config.num_classes), tensors, path)
-    classifier = LatentClassifier(size, config.channels, config.latent_size, config.num_classes)
-    load_exactly(classifier, tensors, path)
-    return classifier.to(device).eval().requires_grad_(False)
+    return load_network(
+        lambda: LatentClassifier(size, config.channels, config.latent_size, config.num_classes), path, device
+    )

@@ -1,4 +1,4 @@
-"""The generator as a diffusers model, for exports: the modules it is made of are written into one file with it."""
+"""The generator as a diffusers model, for exports."""
 
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from afm_pipe.params.sizes import ModelSize
 
 
 class AFMTransformer(ModelMixin, ConfigMixin):
-    """A DiT generator with its form and the number of steps it was trained for."""
+    """A DiT generator with its form and its number of steps."""
 
     @register_to_config
     def __init__(
@@ -35,6 +35,6 @@ class AFMTransformer(ModelMixin, ConfigMixin):
         self.network = Generator(size, channels, latent_size, num_classes, times, repeats, qk_norm)
 
     def forward(self, noise: Tensor, labels: Tensor, steps: int | None = None) -> Tensor:
-        """Take noise (N, c, h, w) and labels (N,) to latents (N, c, h, w)."""
+        """Map noise (N, c, h, w) and labels (N,) to latents (N, c, h, w)."""
         config: Any = self.config
         return Flow(self.network, config.form, config.nfe).sample(noise, labels, steps)

@@ -1,4 +1,4 @@
-"""The discriminator: a latent, a class and (with several steps) a target time in, one logit out."""
+"""The discriminator network: a latent, a class and, for several steps, a target time to one logit."""
 
 import torch
 from torch import Tensor, nn
@@ -8,10 +8,10 @@ from afm_pipe.params.sizes import ModelSize
 
 
 class Discriminator(DiT):
-    """The same DiT as the generator's with one learned token prepended, from which the logit is read (paper section 3).
+    """The generator's DiT with one learned token prepended, which the logit is read from (paper section 3).
 
-    `timed`: it is told the target time (several steps).
-    `sees_source`: it is shown G's input beside what it judges, which the paper advises against.
+    `timed`: it is conditioned on the target time (several steps).
+    `sees_source`: G's input is concatenated to its input, which the paper advises against.
     """
 
     def __init__(
@@ -37,10 +37,10 @@ class Discriminator(DiT):
     def forward(self, x: Tensor, labels: Tensor, t: Tensor | None = None, source: Tensor | None = None) -> Tensor:
         """Map latents x (N, C, H, W), labels (N,) and target times t (N,) to logits (N,).
 
-        `source` (N, C, H, W), G's input, is looked at only by a network that was built to see it.
+        `source` (N, C, H, W), G's input, is used only with `sees_source`.
         """
         if self.sees_source:
-            assert source is not None, "this discriminator judges x together with its source"
+            assert source is not None, "this discriminator needs the source"
             x = torch.cat([x, source], dim=1)
         condition = self.y_embedder(labels)  # (N, D)
         if self.timed:

@@ -1,6 +1,6 @@
-"""The plain DiT that generator, discriminator and classifier are made of (paper section 3, Peebles & Xie 2022).
+"""The plain DiT behind generator, discriminator and classifier (paper section 3, Peebles & Xie 2022).
 
-Parameter names are those of the released checkpoints, so weights load both ways.
+Parameter names match the released checkpoints.
 
 Shapes: N batch, C latent channels, H = W latent side, p patch, T = (H / p)^2 tokens, D width, h heads.
 """
@@ -16,12 +16,12 @@ from torch.utils.checkpoint import checkpoint
 
 from afm_pipe.params.sizes import ModelSize
 
-FREQUENCIES = 256  # length of the sinusoidal time code
-TIME_SCALE = 1000.0  # times in [0, 1] are multiplied by this before the code (paper section 3)
+FREQUENCIES = 256  # length of the sinusoidal time embedding
+TIME_SCALE = 1000.0  # times in [0, 1] are multiplied by this before the embedding (paper section 3)
 
 
 class PatchEmbed(nn.Module):
-    """Cut a latent into patches and project each to the model's width."""
+    """Split a latent into patches and project each to the model's width."""
 
     def __init__(self, channels: int, size: ModelSize) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class PatchEmbed(nn.Module):
             self.proj.bias.zero_()  # type: ignore[union-attr]  # there is a bias
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, T, D)
-        # A stride-p convolution is a matmul over patches, which is many times faster than conv2d on small inputs.
+        # A stride-p convolution as a matmul over patches: many times faster than conv2d on small inputs.
         n, c, height, width = x.shape
         p = self.patch
         patches = x.view(n, c, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)  # (N, H/p, W/p, C, p, p)
@@ -40,26 +40,24 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Embed times in [0, 1] by sinusoids and an MLP."""
+    """Embed times in [0, 1] with sinusoids and an MLP."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(linear(FREQUENCIES, width, std=0.02), nn.SiLU(), linear(width, width, std=0.02))
 
     def forward(self, t: Tensor) -> Tensor:  # (N,) -> (N, D)
-        angles = (TIME_SCALE * t).float()[:, None] * time_rates(
-            t.device
-        )  # (N, 128); in fp32 as released, whatever the weights are
+        angles = (TIME_SCALE * t).float()[:, None] * time_rates(t.device)  # (N, 128), fp32 for any dtype of the weights
         code = torch.cat([angles.cos(), angles.sin()], dim=-1)
         return self.mlp(code.to(next(self.mlp.parameters()).dtype))
 
 
 @cache
 def time_rates(device: torch.device) -> Tensor:
-    """Return the rates of the sinusoidal time code, 10000^(-i / 128): (128,) float32.
+    """Return the rates of the sinusoidal time embedding, 10000^(-i / 128): (128,) float32.
 
-    Exponents are float32 as released, but their exponential is rounded from float64: float32's own differs in the last
-    bit from one processor to the next, and a time of 1000 makes that a thousand times larger.
+    Exponents are float32 as released. Their exponential is rounded from float64, since that of float32 differs between
+    processors in the last bit, which a time of 1000 amplifies a thousand times.
     """
     half = FREQUENCIES // 2
     exponents = -math.log(10000) / half * torch.arange(half, dtype=torch.float32, device="cpu")
@@ -67,7 +65,7 @@ def time_rates(device: torch.device) -> Tensor:
 
 
 class LabelEmbedder(nn.Module):
-    """Embed class labels; there is no empty class, since AFM guides with a classifier instead."""
+    """Embed class labels; there is no null class, since guidance comes from a classifier."""
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
@@ -79,7 +77,7 @@ class LabelEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, with RMS-normalised queries and keys if asked."""
+    """Multi-head self-attention, optionally with RMS-normalized queries and keys."""
 
     def __init__(self, size: ModelSize, qk_norm: bool) -> None:
         super().__init__()
@@ -96,13 +94,13 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(n, tokens, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, h, T, D/h)
         if self.qk_norm:
-            weights = self.q_norm.weight.dtype  # within autocast q and k are in less, and the norms are not
-            q, k = self.q_norm(q.to(weights)), self.k_norm(k.to(weights))
+            dtype = self.q_norm.weight.dtype  # autocast lowers q and k, not the norms
+            q, k = self.q_norm(q.to(dtype)), self.k_norm(k.to(dtype))
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, width))
 
 
 class Mlp(nn.Module):
-    """Two layers, four times the width between them, GELU by tanh."""
+    """Two linear layers with hidden width 4 D and tanh-approximated GELU."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -114,7 +112,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-LN transformer block; the condition scales, shifts and gates it (adaLN-zero), so it starts as identity."""
+    """Pre-LN transformer block with adaLN-Zero conditioning: scale, shift and gate, initialized to the identity."""
 
     def __init__(self, size: ModelSize, qk_norm: bool) -> None:
         super().__init__()
@@ -130,11 +128,11 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """What all three networks share: patches in, position embedding, blocks."""
+    """The shared trunk: patch embedding, position embedding, blocks."""
 
     pos_embed: Tensor
-    bf16 = False  # whether blocks multiply in bfloat16; the tokens between them, and all else, stay as they are
-    checkpointing = False  # whether the backward pass computes the inside of blocks again instead of keeping it
+    bf16 = False  # autocast the blocks to bfloat16; the tokens between them stay in float32
+    checkpointing = False  # recompute the blocks in the backward pass
 
     def __init__(self, size: ModelSize, channels: int, latent_size: int, qk_norm: bool = False) -> None:
         super().__init__()
@@ -157,7 +155,7 @@ class DiT(nn.Module):
 
 
 def linear(inputs: int, outputs: int, std: float | None = None, bias: bool = True) -> nn.Linear:
-    """Return a linear layer with zero bias and weights from N(0, std^2), Xavier's uniform where std is not given."""
+    """Return a linear layer with zero bias and weights from N(0, std^2), or Xavier uniform without `std`."""
     layer = nn.Linear(inputs, outputs, bias=bias)
     if std is None:
         nn.init.xavier_uniform_(layer.weight)
@@ -169,14 +167,14 @@ def linear(inputs: int, outputs: int, std: float | None = None, bias: bool = Tru
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Return LayerNorm(x) * (1 + scale) + shift, the norm without learned parameters and with eps 1e-6."""
+    """Return LayerNorm(x) * (1 + scale) + shift; the norm has no learned parameters and eps 1e-6."""
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
 def sincos_positions(width: int, side: int) -> Tensor:
     """Return the fixed 2-D sine-cosine position embedding of a side x side grid: (1, side^2, width) float32.
 
-    The first half of the channels codes the column, the second the row, as in the released weights.
+    The first half of the channels encodes the column, the second the row, as in the released weights.
     """
     rates = 1 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width / 4))
     angles = torch.arange(side, dtype=torch.float64)[:, None] * rates  # (side, D/4)

@@ -1,7 +1,7 @@
-"""A model folder's generator for others: released key names, one safetensors file, or a folder for diffusers.
+"""Export of a generator: a file with the released key names, a safetensors file, or a diffusers folder.
 
-The diffusers folder carries its own code, since no stock pipeline knows adversarial flow models, and needs nothing of
-this package: the modules a generator is made of are written into one file.
+The diffusers folder contains its own code, since diffusers has no pipeline for adversarial flow models. It does not
+need this package: the modules of the generator are written into one file.
 """
 
 import ast
@@ -21,44 +21,56 @@ from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import atomic_path, read_json, sha256_file, write_json
 
 PACKAGE = Path(__file__).parent.parent
-TRAVELLING = ("errors.py", *(f"models/{name}.py" for name in ("sizes", "dit", "generator", "flow")))
-TRANSFORMER = "afm_transformer"  # the module that diffusers looks for in transformer/
+EXPORTED = (  # the modules of a generator, in order of their imports
+    *("runtime/errors.py", "params/sizes.py", "models/dit.py", "models/generator.py", "models/flow.py"),
+    "models/diffusers_transformer.py",
+)
+TRANSFORMER = "afm_transformer"  # module that diffusers loads from transformer/
 SUFFIXES = {"released": (".pth", ".pt"), "safetensors": (".safetensors",), "diffusers": ("",)}
 
 
 def export(model_dir: Path, autoencoder_dir: Path, kind: str, out: Path) -> None:
-    """Write the generator of `model_dir` to `out`, whole or not at all.
+    """Write the generator of `model_dir` to `out`, atomically.
 
-    released: a .pth of plain tensors under the released names; safetensors: the same with what the model is in its
-    metadata; diffusers: a folder that DiffusionPipeline.from_pretrained loads, autoencoder and code included.
+    released: a .pth of plain tensors with the released names; safetensors: the same, with the config in its metadata;
+    diffusers: a folder for DiffusionPipeline.from_pretrained, with autoencoder and code.
     Raises UserError for a model that does not fit its config, or for an `out` of another kind.
     """
     _check_out(kind, out)
+    if kind == "diffusers":
+        _require_autoencoder_kl(autoencoder_dir / "config.json")
     config, described = load_config(model_dir), read_json(model_dir / "config.json")
     path = model_dir / "generator.safetensors"
     tensors = load_tensors(path)
     with torch.device("meta"):
         require_fit(build_generator(config), tensors, path)
-    said = {
+    metadata = {
         "model": config.model_dump(),
         "classes": described.get("classes"),
         "scaling_factor": described.get("scaling_factor"),
     }
     with atomic_path(out) as aside:
         if kind == "released":
-            with aside.open("wb") as file:  # by handle: by name, the archive would hold the name
+            with aside.open("wb") as file:  # given a name, torch.save would store it in the archive
                 torch.save(tensors, file)
         elif kind == "safetensors":
-            save_file(tensors, aside, {"format": "pt", METADATA: json.dumps(said, sort_keys=True)})
+            save_file(tensors, aside, {"format": "pt", METADATA: json.dumps(metadata, sort_keys=True)})
         else:
             _write_diffusers(aside, autoencoder_dir, config, described, tensors, sha256_file(path))
 
 
-def travelling_source() -> str:
-    """Return one module with everything a generator is made of, from this package's own sources."""
+def _require_autoencoder_kl(path: Path) -> None:
+    """Raise UserError for an autoencoder that the exported pipeline cannot decode with."""
+    found = read_json(path).get("_class_name")
+    if found != "AutoencoderKL":
+        raise UserError(f"Found {path} of a {found}, expected an AutoencoderKL: export as safetensors or released.")
+
+
+def exported_source() -> str:
+    """Return one module made of this package's sources of a generator."""
     plain, named = set[str](), dict[str, set[str]]()  # imports of modules, and of names from modules
     bodies = []
-    for part in (*TRAVELLING, "models/diffusers_transformer.py"):
+    for part in EXPORTED:
         text = (PACKAGE / part).read_text(encoding="utf-8")
         lines, (docstring, *nodes) = text.splitlines(), ast.parse(text).body
         imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
@@ -67,11 +79,11 @@ def travelling_source() -> str:
                 plain.add(ast.unparse(node))
             elif not str(node.module).startswith("afm_pipe"):
                 named.setdefault(str(node.module), set()).update(ast.unparse(alias) for alias in node.names)
-        for gone in (docstring, *imports):
-            for number in range(gone.lineno - 1, gone.end_lineno or gone.lineno):
+        for removed in (docstring, *imports):
+            for number in range(removed.lineno - 1, removed.end_lineno or removed.lineno):
                 lines[number] = ""
         bodies.append(f"# From afm_pipe/{part}\n\n\n" + "\n".join(lines).strip())
-    head = '"""The generator of an adversarial flow model (arXiv 2511.22475), in one file; MIT licence."""'
+    head = '"""The generator of an adversarial flow model (arXiv 2511.22475), in one file; MIT License."""'
     imported = sorted(plain) + [f"from {module} import {', '.join(sorted(named[module]))}" for module in sorted(named)]
     return "\n\n\n".join([head + "\n\n" + "\n".join(imported), *bodies]) + "\n"
 
@@ -81,9 +93,9 @@ def _check_out(kind: str, out: Path) -> None:
         raise UserError(f"Found --format {kind}, expected one of {', '.join(SUFFIXES)}, adm-npz.")
     if kind != "diffusers":
         if out.suffix not in SUFFIXES[kind] or out.is_dir():
-            raise UserError(f"Found --out {out}, expected the name of a file that ends in {SUFFIXES[kind][0]}.")
+            raise UserError(f"Found --out {out}, expected a file name that ends in {SUFFIXES[kind][0]}.")
     elif out.exists() and not (out / "model_index.json").is_file() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"Found --out {out} holding something else, expected a new folder or an earlier export.")
+        raise UserError(f"Found --out {out} with other content, expected a new folder or an earlier export.")
 
 
 def _write_diffusers(
@@ -114,7 +126,7 @@ def _write_diffusers(
         folder / "transformer" / "config.json",
         {"_class_name": "AFMTransformer", "_diffusers_version": version} | shape,
     )
-    (folder / "transformer" / f"{TRANSFORMER}.py").write_text(travelling_source(), encoding="utf-8")
+    (folder / "transformer" / f"{TRANSFORMER}.py").write_text(exported_source(), encoding="utf-8")
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     save_file({f"network.{name}": tensor for name, tensor in tensors.items()}, weights, {"format": "pt"})
     (folder / "vae").mkdir()
@@ -143,19 +155,19 @@ A class-conditional [adversarial flow model](https://arxiv.org/abs/2511.22475), 
 ```python
 from diffusers import DiffusionPipeline
 
-folder = "."  # where this file is
+folder = "."  # the folder of this file
 pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
 images = pipe({labels!r}, seed=0).images  # names, or numbers from 0 to {config.num_classes - 1}
 ```
 
-The code that `trust_remote_code` asks you to trust is in this folder: `pipeline.py` and
-`transformer/{TRANSFORMER}.py`, MIT licence. Image i depends on seed + i and its class alone.
+The code behind `trust_remote_code` is in this folder: `pipeline.py` and `transformer/{TRANSFORMER}.py`, MIT License.
+Image i depends only on seed + i and its class.
 
 | | |
 | --- | --- |
 | generator | {describe(config)} |
-| sha256 of its generator.safetensors | {sha256} |
+| sha256 of generator.safetensors | {sha256} |
 | scaling factor of latents | {described.get("scaling_factor")} |
 
-The weights carry the terms of what they were trained on and where they came from.
+The weights are subject to the terms of their training data and their origin.
 """

@@ -1,4 +1,4 @@
-"""A generator as a map between times: from latents at time s to latents at time t (paper section 3)."""
+"""A generator as a map from latents at time s to latents at time t (paper section 3)."""
 
 from typing import Literal
 
@@ -19,7 +19,7 @@ def transport_map(
     s: Tensor | None = None,
     t: Tensor | None = None,
 ) -> Tensor:
-    """Map latents x (N, C, H, W) at times s to times t, (N,) each; left out, from noise to data in one step.
+    """Map latents x (N, C, H, W) from times s to times t, (N,) each, by default from noise to data.
 
     Direct form: g(x_s, s, t); residual form: x_s - (s - t) g(x_s, s, t). Noise is at time 1, data at 0.
     """
@@ -30,21 +30,18 @@ def transport_map(
 
 
 class Flow(nn.Module):
-    """A generator in direct or residual form, as `transport_map` applies it, and its sampling."""
+    """A generator network in direct or residual form (`transport_map`), and its sampling."""
 
     def __init__(self, network: Generator, form: Form, nfe: int | Literal["any"]) -> None:
         super().__init__()
         self.network, self.form, self.nfe = network, form, nfe
 
     def forward(self, x: Tensor, labels: Tensor, s: Tensor | None = None, t: Tensor | None = None) -> Tensor:
-        """Map latents x (N, C, H, W) at times s to times t, (N,) each; left out, from noise to data in one step."""
+        """Map latents x (N, C, H, W) from times s to times t, (N,) each, by default from noise to data."""
         return transport_map(self.network, self.form, x, labels, s, t)
 
     def sample(self, z: Tensor, labels: Tensor, steps: int | None = None) -> Tensor:
-        """Take noise z (N, C, H, W) to data in equal steps: as many as it was trained for, or for any-step as asked.
-
-        Raises UserError for a number of steps it was not trained for.
-        """
+        """Map noise z (N, C, H, W) to data in equal steps. Raises UserError for an untrained number of steps."""
         steps = self.num_steps(steps)
         if self.network.times == "none":
             return self(z, labels)
@@ -53,13 +50,13 @@ class Flow(nn.Module):
             z = self(z, labels, s.expand(len(z)), t.expand(len(z)))
         return z
 
-    def num_steps(self, asked: int | None) -> int:
-        """Return how many steps sampling takes. Raises UserError for a number it was not trained for."""
+    def num_steps(self, requested: int | None) -> int:
+        """Return the number of sampling steps. Raises UserError for a number that the generator is not trained for."""
         if self.nfe == "any":
-            return asked or 1
-        if asked not in (None, self.nfe):
+            return requested or 1
+        if requested not in (None, self.nfe):
             raise UserError(
-                f"Found {asked} steps asked of a generator trained for {self.nfe}, expected {self.nfe}: leave the "
-                "number of steps out, or take a generator trained with nfe any."
+                f"Found {requested} steps for a generator trained for {self.nfe}, expected {self.nfe}: omit the number "
+                "of steps, or use a generator trained with nfe any."
             )
         return self.nfe

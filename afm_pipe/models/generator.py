@@ -1,4 +1,4 @@
-"""The generator: noise (or a less noisy latent) and a class in, a latent out, in one forward pass."""
+"""The generator network: a noisy latent and a class to a latent, in one forward pass."""
 
 from typing import Literal
 
@@ -12,7 +12,7 @@ Times = Literal["none", "source", "both"]
 
 
 class FinalLayer(nn.Module):
-    """Conditioned LayerNorm and a projection back to patches; it starts by giving zeros."""
+    """Conditioned LayerNorm and projection to patches, initialized to output zeros."""
 
     def __init__(self, size: ModelSize, channels: int) -> None:
         super().__init__()
@@ -27,9 +27,9 @@ class FinalLayer(nn.Module):
 class Generator(DiT):
     """DiT generator g (paper section 3).
 
-    `times`: which times it is told: none (one step), source (fixed steps), both (any step).
-    `repeats`: how often the same blocks are run; before pass k of r the condition is the class plus time 1 - k / r
-    (deep models, 2 or 4), and the final layer sees the class alone.
+    `times`: the times it is conditioned on: none (one step), source (a fixed number of steps), both (any-step).
+    `repeats`: how often the blocks run (deep models, 2 or 4); pass k of r is also conditioned on time 1 - k / r, the
+    final layer is not.
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class Generator(DiT):
             condition = condition + self.t_tgt_embedder(t)
         tokens = self.embed(x)  # (N, T, D)
         for k in range(self.repeats):
-            joined = condition
+            of_pass = condition
             if self.repeats > 1:
-                joined = condition + self.t_embedder(x.new_full((1,), 1 - k / self.repeats))
-            tokens = self.run_blocks(tokens, joined)
+                of_pass = condition + self.t_embedder(x.new_full((1,), 1 - k / self.repeats))
+            tokens = self.run_blocks(tokens, of_pass)
         return self._unpatchify(self.final_layer(tokens, condition))
 
     def _unpatchify(self, patches: Tensor) -> Tensor:  # (N, T, p * p * C) -> (N, C, H, W)

@@ -1,11 +1,12 @@
 """A trained model on disk: models/RUN/ with generator.safetensors, discriminator.safetensors and config.json.
 
-The folder is all that anything that samples needs. Weights carry the released key names.
+Sampling needs this folder only. Weights have the released key names.
 """
 
 import errno
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,9 +23,11 @@ from afm_pipe.params.sizes import SIZES
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import read_json, write_json
 
+M = TypeVar("M", bound=nn.Module)
+
 
 class ModelConfig(BaseModel):
-    """What a model is, as config.json says under "model": its shape, its form, and the steps it was trained for."""
+    """The "model" part of config.json: size, shapes, form, and the number of steps it was trained for."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -40,30 +43,30 @@ class ModelConfig(BaseModel):
 
     @property
     def times(self) -> Times:
-        """Which times the generator is told."""
+        """The times that the generator is conditioned on."""
         return "none" if self.nfe == 1 else "both" if self.nfe == "any" else "source"
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of a latent."""
+        """(C, H, W) of a latent."""
         return self.channels, self.latent_size, self.latent_size
 
 
 def build_generator(config: ModelConfig) -> Generator:
-    """Build the generator a config describes, with fresh weights on the current default device."""
+    """Build the generator of a config, freshly initialized on the default device."""
     shape = SIZES[config.size], config.channels, config.latent_size, config.num_classes
     return Generator(*shape, times=config.times, repeats=config.repeats, qk_norm=config.qk_norm)
 
 
 def build_discriminator(config: ModelConfig) -> Discriminator:
-    """Build the discriminator a config describes; it is told the target time when there are several steps."""
+    """Build the discriminator of a config, freshly initialized on the default device."""
     shape = SIZES[config.size], config.channels, config.latent_size, config.num_classes
     timed, sees_source = config.nfe != 1, config.condition_on_source
     return Discriminator(*shape, timed=timed, qk_norm=config.qk_norm, sees_source=sees_source)
 
 
 def run_config(run: Run, latent_shape: tuple[int, int, int], num_classes: int) -> ModelConfig:
-    """Return the model that a run trains, on latents of a shape and so many classes."""
+    """Return the config of the model that a run trains on latents of `latent_shape`."""
     channels, latent_size, _ = latent_shape
     names = ("size", "nfe", "form", "repeats", "qk_norm", "condition_on_source")
     own = {name: getattr(run, name) for name in names}
@@ -71,7 +74,7 @@ def run_config(run: Run, latent_shape: tuple[int, int, int], num_classes: int) -
 
 
 def save_model(folder: Path, generator: nn.Module, discriminator: nn.Module, config: dict[str, Any]) -> None:
-    """Write a model folder: `config` holds the model's shape under "model" and where it comes from beside it."""
+    """Write a model folder; `config` holds a ModelConfig under "model", and the provenance beside it."""
     folder.mkdir(parents=True)
     save_tensors(folder / "generator.safetensors", generator.state_dict())
     save_tensors(folder / "discriminator.safetensors", discriminator.state_dict())
@@ -84,17 +87,23 @@ def save_model(folder: Path, generator: nn.Module, discriminator: nn.Module, con
 
 def load_generator(folder: Path, device: torch.device) -> Flow:
     """Load the generator of a model folder, in evaluation mode. Raises UserError naming what does not fit."""
-    config, path = load_config(folder), folder / "generator.safetensors"
+    config = load_config(folder)
+    network = load_network(lambda: build_generator(config), folder / "generator.safetensors", device)
+    return Flow(network, config.form, config.nfe)
+
+
+def load_network(build: Callable[[], M], path: Path, device: torch.device) -> M:
+    """Build a network and load its weights, in evaluation mode. Raises UserError naming what does not fit."""
     tensors = load_tensors(path)
-    with torch.device("meta"):  # before memory is taken for what the config says
-        require_fit(build_generator(config), tensors, path)
-    generator = build_generator(config)
-    load_exactly(generator, tensors, path)
-    return Flow(generator.to(device).eval().requires_grad_(False), config.form, config.nfe)
+    with torch.device("meta"):  # check before allocating what the config claims
+        require_fit(build(), tensors, path)
+    network = build()
+    network.load_state_dict(tensors)
+    return network.to(device).eval().requires_grad_(False)
 
 
 def load_config(folder: Path) -> ModelConfig:
-    """Read what a model folder says the model is. Raises UserError when it says nothing sensible."""
+    """Read the config of a model folder. Raises UserError if it does not describe a model."""
     config = read_json(folder / "config.json")
     try:
         model = ModelConfig.model_validate(config["model"])
@@ -104,20 +113,21 @@ def load_config(folder: Path) -> ModelConfig:
             raise ValueError(f"latent_size {model.latent_size} is no multiple of patch {SIZES[model.size].patch}")
     except (ValueError, TypeError, KeyError) as error:
         reason = f"{error}"[:300]
-        raise UserError(f"Found {folder / 'config.json'} that describes no model ({reason}): train it again.") from None
+        path = folder / "config.json"
+        raise UserError(f"Found {path} that does not describe a model ({reason}): train it again.") from None
     return model
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write named tensors as safetensors, from whatever device they are on. Raises OSError when there is no room."""
+    """Write named tensors of any device as safetensors. Raises OSError if the disk is full."""
     try:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:  # which hides the number of the system's error
+    except SafetensorError as error:  # it hides the errno
         raise OSError(errno.ENOSPC, str(error)) from None
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file onto the CPU. Raises UserError when it is absent or damaged."""
+    """Read a safetensors file onto the CPU. Raises UserError if it is missing or damaged."""
     try:
         check_safetensors(path)
         return load_file(path)
@@ -126,23 +136,23 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_exactly(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Load tensors whose names and shapes are exactly the module's. Raises UserError naming the first that are not."""
+    """Load tensors whose names and shapes match the module's exactly. Raises UserError naming the first mismatches."""
     require_fit(module, tensors, path)
     module.load_state_dict(tensors)
 
 
 def require_fit(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Raise UserError naming the first tensors whose names or shapes are not the module's."""
+    """Raise UserError naming the first tensors whose names or shapes do not match the module's."""
     problems = misfits(module, tensors)
     if problems:
         raise UserError(
-            f"Found weights in {path} that do not fit the model its config names: {'; '.join(problems[:5])}"
-            f"{' and more' if len(problems) > 5 else ''}. Take the folder's own config.json, or train again."
+            f"Found weights in {path} that do not fit the model in its config: {'; '.join(problems[:5])}"
+            f"{' and more' if len(problems) > 5 else ''}. Use the folder's own config.json, or train again."
         )
 
 
 def misfits(module: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
-    """Return, in words, which tensors are missing, too many, or of another shape or kind than the module's; sorted."""
+    """Return a sorted list of missing and unexpected tensors, and of those with another shape or kind of dtype."""
     expected = module.state_dict()
     problems = [f"missing {name}" for name in expected.keys() - tensors.keys()]
     problems += [f"unexpected {name}" for name in tensors.keys() - expected.keys()]
@@ -160,5 +170,5 @@ def misfits(module: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Return the number of parameters as the paper counts them: the fixed position embedding is one."""
+    """Return the number of parameters as the paper counts them, with the fixed position embedding."""
     return sum(tensor.numel() for tensor in module.state_dict().values())

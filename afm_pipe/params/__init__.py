@@ -1,114 +1,68 @@
-"""The schema of params.yaml: every knob that changes a number, typed, with its unit and its place in the paper.
+"""The schema of params.yaml: every setting that changes a number, typed, with its unit and its place in the paper.
 
-No field has a hidden default: what shapes a number is written in the file, so that DVC sees it change.
-A run is the `train` section with the run's own fields laid over it.
+Fields that change numbers have no defaults: they are in the file, so that DVC sees them change. A run is the `train`
+section merged with the run's own fields.
 """
 
 import re
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 from pydantic import Field, SerializeAsAny, ValidationError, model_validator
 
 from afm_pipe.params.autoencoders import AutoencoderParams
-from afm_pipe.params.base import NAME, RunName, Section, Seed
+from afm_pipe.params.base import NAME, RunName, Section, Seed, deep_merge
 from afm_pipe.params.images import (
     AdmReference,
     Data,
     Encode,
     Evaluate,
     FeatureClassifier,
-    Features,
     Imported,
     Reference,
     Sample,
 )
 from afm_pipe.params.latent_spec import LatentSpec
 from afm_pipe.params.sizes import SIZES
-from afm_pipe.params.study import Axis, Check, Group, Place, Study, StudyTable, TableName
-from afm_pipe.params.toy import Toy, ToyGuidance
+from afm_pipe.params.study import Check, Group, Place, Study, StudyTable, TableName, TrialSpec
+from afm_pipe.params.toy import Toy
 from afm_pipe.params.training import (
     Affine,
     Augmentation,
     Classifier,
     Ema,
-    GradientNormalization,
     Guidance,
     Guided,
-    Penalty,
     Phase,
     Run,
     Transport,
 )
 
-__all__ = [
-    "AdmReference",
-    "Affine",
-    "Augmentation",
-    "AutoencoderParams",
-    "Axis",
-    "Check",
-    "Classifier",
-    "Data",
-    "Ema",
-    "Encode",
-    "Evaluate",
-    "FeatureClassifier",
-    "Features",
-    "GradientNormalization",
-    "Group",
-    "Guidance",
-    "Guided",
-    "Imported",
-    "LatentSpec",
-    "Params",
-    "Penalty",
-    "Phase",
-    "Place",
-    "Reference",
-    "Run",
-    "Sample",
-    "Study",
-    "StudyTable",
-    "Toy",
-    "ToyGuidance",
-    "Transport",
-    "deep_merge",
-    "valid_name",
-]
-
-RESERVED_NAMES = {
-    "autoencoder",
-    "classifier",
-    "encode",
-    "trials",
-    "dvclive",
-    "watch.html",
-}  # not runs, in models/ or work/
+RESERVED_NAMES = {"autoencoder", "classifier", "encode", "trials", "dvclive", "watch.html"}  # in models/ or work/
 
 
 class Params(Section):
-    """The whole of params.yaml."""
+    """The content of params.yaml."""
 
     seed: Seed
-    """Of everything random that is not a run's or a sample's; also a run's own, unless it names another."""
+    """Of data, autoencoder and classifiers; also the default of runs."""
     data: Data
     autoencoder: SerializeAsAny[AutoencoderParams]
     encode: Encode
     reference: Reference
     train: Run
-    """What all runs share."""
+    """Settings that all runs inherit."""
     runs: Annotated[dict[RunName, Run], Field(min_length=1)]
     classifier: Classifier | None
-    """Needed by phases with guidance."""
+    """Required by phases with guidance."""
     guided: dict[RunName, Guided]
     imported: dict[RunName, Imported]
-    """Models that are not trained here, sampled and measured like those that are."""
+    """Models trained elsewhere, sampled and measured like the runs."""
     sample: Sample
     evaluate: Evaluate
     toy: Toy
     study: Study
     tables: dict[TableName, StudyTable]
-    """Tables whose cells are trained for them: the paper's, and the checks it left open."""
+    """Views over trials: the paper's tables, and checks that it left open."""
 
     @model_validator(mode="before")
     @classmethod
@@ -123,12 +77,12 @@ class Params(Section):
 
     @property
     def models(self) -> dict[str, Run]:
-        """All trained models by name: the runs, and the guided runs resolved."""
+        """All trained models by name: the runs, and the guided runs with all their phases."""
         return self.runs | {name: self._continued(guided) for name, guided in self.guided.items()}
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All models by name, the imported ones too: the rows of the tables."""
+        """Names of all models, including imported ones."""
         return (*self.runs, *self.guided, *self.imported)
 
     def _continued(self, guided: Guided) -> Run:
@@ -154,15 +108,18 @@ class Params(Section):
                 )
             if self.runs[guided.base].schedule == "auto":
                 raise ValueError(
-                    f"guided.{name}.from: expected a run of a fixed schedule, whose end is known; found {guided.base} "
+                    f"guided.{name}.from: expected a run with schedule fixed, whose end is known; found {guided.base} "
                     "with schedule auto"
                 )
             if guided.reload_discriminator is not None:
-                raise ValueError(f"guided.{name}.reload_discriminator: a guided run starts from its base's last D")
+                raise ValueError(
+                    f"guided.{name}.reload_discriminator: expected nothing, since a guided run starts from its base's "
+                    "last D"
+                )
         for name, run in self.runs.items():
             if run.guided:
                 raise ValueError(
-                    f"runs.{name}.phases: a guided phase continues a run under `guided`, with `from: {name}`"
+                    f"runs.{name}.phases: expected no guidance; put guided phases under `guided`, with `from: {name}`"
                 )
         for name, run in self.models.items():
             for phase in run.phases:
@@ -186,43 +143,31 @@ class Params(Section):
             raise ValueError(f"{name}: expected guidance with {wanted} (nfe is {run.nfe})")
 
     @model_validator(mode="after")
-    def _check_cells(self) -> "Params":
+    def _check_trials(self) -> "Params":
         for name, table in self.tables.items():
-            for place in table.places():
+            for place in table.places:
                 where = f"tables.{name}: row {place.row}" + (f", column {place.column}" if place.column else "")
                 try:
-                    cell = self._cell(table, place)
-                    for phase in cell.run.phases:
-                        self._check_guidance(where, cell.run, phase)
+                    run = self._trial(table, place).run
+                    for phase in run.phases:
+                        self._check_guidance(where, run, phase)
                 except ValidationError as error:
                     problem = error.errors()[0]
                     field, message = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
                     unknown = problem["type"] == "extra_forbidden"
-                    told = "found an unknown field" if unknown else f"found {problem['input']!r}, {message}"
-                    raise ValueError(f"{where}: {field}: {told}") from None
+                    mistake = "found an unknown field" if unknown else f"found {problem['input']!r}, {message}"
+                    raise ValueError(f"{where}: {field}: {mistake}") from None
                 except ValueError as error:
                     raise error if str(error).startswith(where) else ValueError(f"{where}: {error}") from None
         return self
 
     @property
-    def cells(self) -> dict[str, list["Cell"]]:
-        """All cells of every table, each resolved to what is trained and measured."""
-        return {name: [self._cell(table, place) for place in table.places()] for name, table in self.tables.items()}
+    def trials(self) -> dict[str, list[TrialSpec]]:
+        """All trials of every table, resolved."""
+        return {name: [self._trial(table, place) for place in table.places] for name, table in self.tables.items()}
 
-    def _cell(self, table: StudyTable, place: Place) -> "Cell":
-        own = self.study.base
-        for overrides in place.overrides:
-            own = deep_merge(own, overrides)
-        own = dict(own)
-        then, steps = own.pop("then", None), own.pop("steps", None)
-        if steps is not None and (type(steps) is not int or not 1 <= steps <= 1024):
-            raise ValueError(f"steps: expected a number from 1 to 1024, found {steps!r:.40}")
-        train = self.train.model_dump(mode="json")
-        base = Run.model_validate(deep_merge(train, own))
-        run = base
-        if then is not None:
-            run = base.model_copy(update={"phases": (*base.phases, Phase.model_validate(then))})
-        return Cell(place.row, place.column, place.seed, base, run, steps)
+    def _trial(self, table: StudyTable, place: Place) -> TrialSpec:
+        return table.trial(place, self.train.model_dump(mode="json"), self.study.base)
 
     @property
     def latent_spec(self) -> LatentSpec:
@@ -231,31 +176,10 @@ class Params(Section):
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of a latent."""
+        """(C, H, W) of a latent."""
         return self.latent_spec.shape
 
 
-class Cell(NamedTuple):
-    """A cell of a table, resolved: what is trained, and how many steps an any-step model is measured at."""
-
-    row: str
-    column: str
-    seed: int
-    base: Run
-    """What is trained first; `run` itself unless one more phase continues it, as a guided run continues its base."""
-    run: Run
-    steps: int | None
-
-
 def valid_name(name: str) -> bool:
-    """Tell whether a model may be called so."""
+    """Return whether a model can have this name."""
     return re.fullmatch(NAME, name) is not None
-
-
-def deep_merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Return `base` with `own` laid over it: mappings merge field by field, all else (lists too) is replaced."""
-    merged = dict(base)
-    for key, value in own.items():
-        below = base.get(key)
-        merged[key] = deep_merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return merged

@@ -45,7 +45,7 @@ class AutoencoderParams(Section):
 
 
 class KLTraining(Section):
-    """Training of a small KL autoencoder, for data that no pretrained one serves."""
+    """Training of a small KL autoencoder, for images that no pretrained one fits."""
 
     block_out_channels: Annotated[tuple[Count, ...], Field(strict=False, min_length=1)]
     """Channels per resolution; each further entry halves the side."""
@@ -71,7 +71,7 @@ class KLParams(AutoencoderParams):
     scaling_factor: Literal["measured"] | Positive
     """Factor on latents: 0.18215 for SD-VAE; measured: 1 / standard deviation over the training images."""
     pretrained: str | None
-    """Folder or hub name of a diffusers AutoencoderKL; null: train one as `train` says."""
+    """Folder or hub name of a diffusers AutoencoderKL; null: train one according to `train`."""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
     """Expected sha256 of the pretrained diffusion_pytorch_model.safetensors."""
     train: KLTraining | None
@@ -82,6 +82,8 @@ class KLParams(AutoencoderParams):
             raise ValueError("expected `pretrained` or `train`, found neither")
         if self.pretrained is not None and self.sha256 is None:
             raise ValueError("expected `sha256` beside `pretrained`: weights from outside are checked before use")
+        if self.pretrained is not None and self.scaling_factor == "measured":
+            raise ValueError("expected a number as `scaling_factor` beside `pretrained` (0.18215 for SD-VAE)")
         if self.pretrained is None and self.train and 2 ** (len(self.train.block_out_channels) - 1) != self.downsample:
             raise ValueError(
                 f"expected downsample {2 ** (len(self.train.block_out_channels) - 1)} for "

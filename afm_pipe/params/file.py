@@ -1,4 +1,4 @@
-"""Read params.yaml: parse, override, validate, and say in plain words what is wrong with it."""
+"""Read params.yaml: parse, override, validate, and explain its mistakes."""
 
 import difflib
 import json
@@ -15,19 +15,20 @@ from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import read_text
 
-LARGEST, DEEPEST = 1 << 18, 32  # bytes, and nested levels; a params file is written by hand
-SHOWN = 20  # mistakes, and three times as many characters of a value
+MAX_BYTES, MAX_DEPTH = 1 << 18, 32  # a params file is written by hand
+SHOWN = 20  # mistakes
+SHOWN_VALUE = 60  # characters of a value
 
 
 class Loader(yaml.SafeLoader):
-    """YAML without aliases, which can make a small file large; without duplicate keys; at most DEEPEST levels."""
+    """YAML without aliases, which can make a small file large; without duplicate keys; at most MAX_DEPTH levels."""
 
     depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.depth > DEEPEST:
+        if self.depth > MAX_DEPTH:
             raise yaml.YAMLError(
-                f"found more than {DEEPEST} nested levels in line {self.peek_event().start_mark.line + 1}"
+                f"found more than {MAX_DEPTH} nested levels in line {self.peek_event().start_mark.line + 1}"
             )
         self.depth += 1
         try:
@@ -46,7 +47,7 @@ class Loader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.YAMLError(f"found a key that is no word in line {key.start_mark.line + 1}")
+                raise yaml.YAMLError(f"found a key that is not a scalar in line {key.start_mark.line + 1}")
             if key.value in seen:
                 raise yaml.YAMLError(f"found {key.value} twice, again in line {key.start_mark.line + 1}")
             seen.add(key.value)
@@ -69,7 +70,7 @@ def load_params(path: Path = paths.PARAMS, overrides: Iterable[str] = ()) -> Par
 def read(path: Path) -> str:
     """Read the text of a params file."""
     try:
-        return read_text(path, LARGEST)
+        return read_text(path, MAX_BYTES)
     except FileNotFoundError:
         raise UserError(f"Found no {path} in {Path.cwd()}: run this in the project's root.") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -92,21 +93,21 @@ def validate(raw: dict[str, Any], path: Path) -> Params:
     try:
         return Params.model_validate(raw)
     except ValidationError as error:
-        raise UserError(_in_words(path, raw, error)) from None
+        raise UserError(_explain(path, raw, error)) from None
 
 
-def imported(told: dict[str, Any]) -> Imported:
-    """Return the settings of an import from the options of a command. Raises UserError naming the one that is wrong."""
+def imported(options: dict[str, Any]) -> Imported:
+    """Return the settings of an import from the options of a command. Raises UserError naming the wrong option."""
     try:
-        return Imported.model_validate(told)
+        return Imported.model_validate(options)
     except ValidationError as error:
         problem = error.errors()[0]
-        option = next(part for part in problem["loc"] if part in told)
-        raise UserError(f"Found --{option} {told[str(option)]}: {problem['msg']}.") from None
+        option = next(part for part in problem["loc"] if part in options)
+        raise UserError(f"Found --{option} {options[str(option)]}: {problem['msg']}.") from None
 
 
 def json_schema() -> str:
-    """Return the JSON schema of params.yaml, for editors; in a run every field may be left out."""
+    """Return the JSON schema of params.yaml, for editors; every field of a run is optional."""
     schema = Params.model_json_schema()
     run = json.loads(json.dumps(schema["$defs"]["Run"]))
     run.pop("required")
@@ -114,11 +115,11 @@ def json_schema() -> str:
     schema["properties"]["runs"]["patternProperties"] = {
         pattern: {"$ref": "#/$defs/RunOverrides"} for pattern in schema["properties"]["runs"]["patternProperties"]
     }
-    schema["$defs"]["Run"]["required"].remove("seed")  # the file's own seed stands in
-    number_too = {"anyOf": [{"$ref": "#/$defs/Transport"}, {"type": "number", "minimum": 0}]}
-    for name in ("Run", "RunOverrides"):
-        schema["$defs"][name]["properties"]["transport"] = number_too
-    schema["$defs"]["Phase"]["properties"]["transport"] = number_too
+    schema["$defs"]["Run"]["required"].remove("seed")  # the default is the file's seed
+    for name in ("Run", "RunOverrides", "Phase"):
+        schema["$defs"][name]["properties"]["transport"] = {
+            "anyOf": [{"$ref": "#/$defs/Transport"}, {"type": "number", "minimum": 0}]
+        }
     kinds = [kind.model_json_schema() for kind in AutoencoderParams.kinds.values()]
     for kind in kinds:
         schema["$defs"] |= kind.pop("$defs", {})
@@ -139,47 +140,48 @@ def _override(raw: dict[str, Any], override: str) -> None:
     if not equals or not dotted:
         raise UserError(f"Found the override {override!r}, expected PATH=VALUE such as train.batch_size=64.")
     try:
-        value = yaml.load(text[: LARGEST + 1], Loader)
+        value = yaml.load(text[: MAX_BYTES + 1], Loader)
     except Exception:  # as above
         raise UserError(f"Found the override {override!r}, whose value is not YAML.") from None
     *parents, last = dotted.split(".")
-    if len(parents) > DEEPEST:
-        raise UserError(f"Found the override {override[:80]!r} with more than {DEEPEST} levels.")
+    if len(parents) > MAX_DEPTH:
+        raise UserError(f"Found the override {override[:80]!r} with more than {MAX_DEPTH} levels.")
     here: Any = raw
-    for step in parents:
-        here = (
-            here[int(step)]
-            if isinstance(here, list) and _is_place(step, here)
-            else (here.setdefault(step, {}) if isinstance(here, dict) else None)
-        )
+    for part in parents:
+        if isinstance(here, dict):
+            here = here.setdefault(part, {})
+        else:
+            here = here[int(part)] if _is_index(part, here) else None
     if isinstance(here, dict):
         here[last] = value
-    elif isinstance(here, list) and _is_place(last, here):
+    elif _is_index(last, here):
         here[int(last)] = value
     else:
-        raise UserError(f"Found the override {override!r}, but params has no place {dotted}.")
+        raise UserError(f"Found the override {override!r}, but params has no {dotted}.")
 
 
-def _is_place(text: str, values: list[Any]) -> bool:
+def _is_index(text: str, values: Any) -> bool:
+    if not isinstance(values, list):
+        return False
     return text.isascii() and text.isdigit() and len(text) < 9 and int(text) < len(values)
 
 
-def _in_words(path: Path, raw: dict[str, Any], error: ValidationError) -> str:
+def _explain(path: Path, raw: dict[str, Any], error: ValidationError) -> str:
     lines = []
     for problem in error.errors(include_url=False):
         place = list(problem["loc"])
-        while problem["type"] != "missing" and not _stands_in(raw, place):
-            place.pop()  # pydantic's own names for the branches of a union
-        field = list(problem["loc"][:3])  # a run, a field of it
-        if field[:1] == ["runs"] and len(field) == 3 and field[2] != "[key]" and not _stands_in(raw, field):
-            continue  # inherited from train, where it is reported already
-        lines.append(f"  {_one_in_words(raw, place, problem)}")
+        while problem["type"] != "missing" and not _exists(raw, place):
+            place.pop()  # pydantic appends names for the branches of a union
+        field = list(problem["loc"][:3])  # runs, a name, a field
+        if field[:1] == ["runs"] and len(field) == 3 and field[2] != "[key]" and not _exists(raw, field):
+            continue  # inherited from train, and reported there
+        lines.append(f"  {_explain_one(raw, place, problem)}")
     lines = list(dict.fromkeys(lines))
     more = f"\n  and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
     return f"Found {len(lines)} mistake{'s' * (len(lines) != 1)} in {path}:\n" + "\n".join(lines[:SHOWN]) + more
 
 
-def _one_in_words(raw: Any, place: list[Any], problem: Any) -> str:
+def _explain_one(raw: Any, place: list[Any], problem: Any) -> str:
     dotted = ".".join(map(str, place))
     if problem["type"] == "extra_forbidden":
         fields = _fields_at(raw, place[:-1])
@@ -201,10 +203,10 @@ def _one_in_words(raw: Any, place: list[Any], problem: Any) -> str:
 
 def _short(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= 3 * SHOWN else f"{text[: 3 * SHOWN]}..."
+    return text if len(text) <= SHOWN_VALUE else f"{text[:SHOWN_VALUE]}..."
 
 
-def _stands_in(raw: Any, place: list[Any]) -> bool:
+def _exists(raw: Any, place: list[Any]) -> bool:
     for part in place:
         if isinstance(raw, dict) and part in raw or isinstance(raw, list) and isinstance(part, int) and part < len(raw):
             raw = raw[part]
@@ -214,7 +216,7 @@ def _stands_in(raw: Any, place: list[Any]) -> bool:
 
 
 def _fields_at(raw: Any, place: list[Any]) -> list[str]:
-    """Return the field names of the section at a place in the file."""
+    """Return the field names of the section at a place in the file, or none if it is not a section."""
     section: Any = Params
     for part in place:
         if isinstance(section, type) and issubclass(section, BaseModel):

@@ -18,20 +18,20 @@ class Data(Section):
     """Folder of one folder per class, each with image files, or with such folders under train/; or a tar archive of
     CLASS/IMAGE or of CLASS.tar files, read without unpacking."""
     image_size: Annotated[int, Field(ge=8, le=8192)]
-    """Side of the square images after the ADM centre crop, in pixels."""
+    """Side of the square images after the ADM center crop, in pixels."""
     channels: Literal[1, 3]
-    """1: grey, 3: RGB; images of other modes are converted."""
+    """1: gray, 3: RGB; images of other modes are converted."""
     mirror: bool
-    """Also encode each image mirrored left to right, and train on both alike."""
+    """Also encode each image mirrored left to right; training draws either with equal probability."""
     min_images: Count
-    """Fewer images than this are taken for a mistake."""
+    """Fewer images are an error."""
 
 
 class Encode(Section):
-    """Images to latent moments."""
+    """Images to latents."""
 
     batch_size: Count
-    """Images per forward pass; fixed, since convolutions round differently at other batch sizes."""
+    """Images per forward pass; fixed, because the rounding of convolutions depends on the batch size."""
     precision: Literal["fp32", "bf16"]
 
 
@@ -46,7 +46,7 @@ class FeatureClassifier(Section):
     batch_size: Count
     epochs: Count
     held_out: Annotated[float, Field(gt=0, lt=1)]
-    """Share of each class kept from its training, to measure its accuracy on."""
+    """Fraction of each class held out of training, on which its accuracy is measured."""
 
 
 class Reference(Section):
@@ -54,61 +54,61 @@ class Reference(Section):
 
     classifier: FeatureClassifier
     thumbnails: Count
-    """Training images kept at 32x32 at most, against which samples are checked for copies."""
+    """Training images kept, at 32x32 pixels at most, to find copies of them among samples."""
 
 
 class Sample(Section):
-    """Pictures of a run."""
+    """Image grids of a run."""
 
     seed: Seed
     per_class: Count
     """Samples of each class in the grid."""
     classes: Count
-    """Classes in the grid, the first ones."""
+    """Number of classes in the grid, counted from the first."""
     micro_batch: Count
-    """Samples per forward pass, in every stage that generates: image i must not depend on the batch it is in."""
+    """Samples per forward pass in every stage that samples; fixed, so that image i does not depend on its batch."""
     keep_images: bool
-    """Also write the images that evaluation measures, as samples/RUN/images/000000.png and on."""
+    """Also write the evaluated images, as samples/RUN/images/000000.png and so on."""
 
 
 class AdmReference(Section):
-    """ADM's published statistics of ImageNet, VIRTUAL_imagenet256_labeled.npz, put in the folder of weights."""
+    """ADM's published ImageNet statistics, VIRTUAL_imagenet256_labeled.npz, in the weights folder."""
 
     file: str
-    """Its name there."""
+    """Name of the file in the weights folder."""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
-    """Expected hash; null: any, and the one found is written into every protocol."""
+    """Expected hash; null: any; the hash found is recorded in every protocol."""
 
 
 class Evaluate(Section):
     """Distances between samples and real images."""
 
     samples: Annotated[int, Field(ge=10, le=10**9)]
-    """Number of samples, classes in equal shares."""
+    """Number of samples, balanced over the classes."""
     seed: Seed
     features: Annotated[tuple[Features, ...], Field(strict=False, min_length=1)]
-    """Networks whose features distances are taken in."""
+    """Feature networks in which distances are measured."""
     kid_subsets: Count
     kid_subset_size: Annotated[int, Field(ge=2, le=10**9)]
     dinov2_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
-    """Expected hash of dinov2_vitl14.safetensors; null: not known yet, and dinov2 is refused with the one found."""
+    """Expected hash of dinov2_vitl14.safetensors; null: unknown; dinov2 then fails and names the hash found."""
     adm_reference: AdmReference | None
-    """What inception_legacy_tensorflow is compared with; null: statistics of the training images."""
+    """Statistics to compare inception_legacy_tensorflow with; null: those of the training images."""
 
 
 class Imported(Section):
-    """A generator trained elsewhere, which becomes a model beside the trained ones.
+    """A generator trained elsewhere, sampled and evaluated like the trained ones.
 
-    nfe, form and repeats are needed where its tensors leave them open: several steps and repeated blocks look alike.
+    nfe, form and repeats are required where the tensors are ambiguous: several steps and repeated blocks look alike.
     """
 
     file: str
-    """Weights: .pth or .pt with nothing but tensors, or .safetensors; released key names."""
+    """Weights with the released key names: .pth or .pt with tensors only, or .safetensors."""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     """Expected hash of the file."""
     nfe: Annotated[int, Field(ge=1, le=1024)] | Literal["any"] | None = None
     form: Literal["direct", "residual"] | None = None
-    """Left out: as released, direct for one step and residual for several."""
+    """Default: as released, direct for one step and residual for several."""
     repeats: Literal[1, 2, 4] | None = None
     classes: str | None = None
-    """Text file of class names, one a line; left out: what the file says, or ImageNet's for released weights."""
+    """Text file of class names, one per line. Default: those stored in the file, or ImageNet's for released weights."""

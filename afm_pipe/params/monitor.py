@@ -1,93 +1,94 @@
-"""Params of the watch: when a training is looked at, what counts as a failure, and what is done about it."""
+"""Params of the training monitor: when it measures, what counts as a failure, and what it does."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from afm_pipe.params.base import Count, Fraction, NotNegative, Positive, Section
+from afm_pipe.params.base import Count, Fraction, NotNegative, NotNegativeCount, Positive, Section
 
 
 class Probe(Section):
-    """The periodic measure of quality: samples of G's moving average against training latents, without decoding."""
+    """Periodic measurement of quality: EMA samples against training latents, without decoding."""
 
     every_epochs: Positive
     samples: Annotated[int, Field(ge=20)]
-    """As many of either; also of the data set, where it holds fewer."""
+    """Number of samples and of training latents; at most the data set's size."""
     updates: Count
-    """Of the small network that sees the features: trained on the latents when a training starts, in a second or so."""
+    """Training updates of the small feature network, at the start of a run; they take about a second."""
 
 
 class IdentityRule(Section):
-    """G returns its noise: rms(G(z) - z) over the way it should go is below `transport_rms`."""
+    """G returns its noise: its transport distance, rms(G(z) - z) over the expected distance, is too small."""
 
     transport_rms: NotNegative
-    """Over several steps, the move of one times their number."""
+    """Threshold; with several steps, of one step's distance times their number."""
 
 
 class DivergenceRule(Section):
-    """A loss that is not finite or above `loss`, or samples much larger or much more alike than data."""
+    """A loss is non-finite or too large, or samples are much larger or less diverse than data."""
 
     loss: Positive
-    """Of D's or G's adversarial loss."""
+    """Largest adversarial loss of D or G."""
     output_scale: Positive
-    """rms(G(z)) over rms(x)."""
+    """Largest rms(G(z)) over rms(x)."""
     spread: NotNegative
-    """Variance of the samples at a probe over the data's, below which they have collapsed onto a point."""
+    """Smallest variance of a probe's samples over that of the data."""
 
 
 class StagnationRule(Section):
-    """Quality stops improving while D wins: no probe of the last `probes` is better than the best before."""
+    """Quality stops improving while D wins: none of the last `probes` improves on the best before them."""
 
     probes: Count
     improvement: Fraction
-    """By this share a probe's distance must fall below the best before, to count as better."""
+    """A probe improves if its distance is this fraction below the best before."""
     d_accuracy: Fraction
-    """D wins above this share of pairs it tells apart."""
+    """D wins above this accuracy on pairs."""
 
 
 class CollapseRule(Section):
-    """Mode collapse: samples of a class vary too little, or do not differ from those of other classes."""
+    """Mode collapse: samples vary too little within a class, or classes are not distinguishable."""
 
     variance: NotNegative
-    """Of the probe's features within classes, over the data's."""
+    """Smallest variance of features within classes, over that of the data."""
     class_accuracy: NotNegative
-    """Share of the samples that the probe's network puts in the class asked for, over the data's."""
+    """Smallest accuracy of the probe's network on the samples' classes, over that on the data."""
     probes: Count
-    """One of either has to be lower at so many probes in a row."""
+    """Consecutive probes below one of the thresholds."""
 
 
 class Reaction(Section):
-    """What is done about a failure where the policy is to act."""
+    """What the policy `act` does about a failure."""
 
-    rollbacks: Annotated[int, Field(ge=0)]
-    """At most so many times a diverging training goes back to its last good probe; then it fails."""
+    rollbacks: NotNegativeCount
+    """How often a diverging run returns to its last good probe before it fails."""
     lr: Annotated[float, Field(gt=0, le=1)]
-    """Learning rates are multiplied by this with every rollback and every reload of D."""
+    """Factor of the learning rates after every rollback and every reload of D."""
     candidates: Count
-    """Earlier discriminators that are tried when D is put back."""
+    """Earlier discriminators that a reload of D tries."""
     trial_epochs: Positive
-    """How long each is tried."""
+    """Epochs that each of them is tried for."""
     transport_speed: Annotated[float, Field(gt=1)]
-    """How much faster the transport weight decays after each identity alarm; where nothing is left to decay, it is
-    divided by this."""
+    """Speed-up of the transport weight's decay after each identity alarm; a weight that does not decay is divided by
+    this."""
 
 
 class Auto(Section):
-    """`schedule: auto`: phases 2 and 3 (paper Table 11) begin, and training stops, when the probe stops improving."""
+    """`schedule: auto`: phases 2 and 3 (paper Table 11) begin, and training stops, when probes stop improving."""
 
     lr: Annotated[tuple[Positive, Positive], Field(strict=False)]
-    """Learning rates of phases 2 and 3, over that of phase 1; in the paper 0.8 and 0.3."""
+    """Learning rates of phases 2 and 3 over that of phase 1; in the paper 0.8 and 0.3."""
 
 
 class Monitor(Section):
-    """Rules that recognise a failing training, and the policy towards it."""
+    """Rules that recognize a failing run, and what to do about it."""
 
     policy: Literal["off", "warn", "act"]
-    """off: no probes, no rules; warn: events are written down; act: and something is done."""
+    """off: no probes and no rules; warn: log events; act: react to them too."""
     settle_epochs: NotNegative
-    """The identity rule and rules on the probe do not fire before: every training begins near a failure."""
+    """Epochs before which the identity rule and the rules on probes do not fire, since every run starts near a
+    failure."""
     rows: Count
-    """Rows of the curves over whose mean rules are asked."""
+    """Rows of the curves that rules average over."""
     probe: Probe
     identity: IdentityRule
     divergence: DivergenceRule
@@ -96,5 +97,5 @@ class Monitor(Section):
     act: Reaction
     auto: Auto
 
-    # YAML's `off` is a word to DVC and false to PyYAML.
+    # `off` is a string for DVC and false for PyYAML.
     _off = field_validator("policy", mode="before")(lambda value: "off" if value is False else value)

@@ -1,4 +1,4 @@
-"""Profiles: whole params files with one schema. One of them is made the active params.yaml, the old one is kept."""
+"""Profiles: complete params files, one of which can replace params.yaml."""
 
 import re
 import shutil
@@ -14,35 +14,35 @@ SCHEMA = re.compile(r"\A(# yaml-language-server: \$schema=)\S*", re.ASCII)
 
 
 class Profile(NamedTuple):
-    """A params file under profiles/ and what its first comment says of it."""
+    """A params file under profiles/, described by its first comment."""
 
     name: str
     path: Path
-    words: str
+    description: str
 
 
 class Switch(NamedTuple):
-    """What making a profile active did."""
+    """Result of activating a profile."""
 
     changed: bool
-    kept: Path | None  # where the old params.yaml is now
+    kept: Path | None  # copy of the old params.yaml
 
 
 def list_profiles(folder: Path = paths.PROFILES) -> list[Profile]:
-    """List the profiles by name."""
+    """List the profiles in order of their names."""
     return [Profile(path.stem, path, _first_comment(path)) for path in sorted(folder.glob("*.yaml"))]
 
 
 def activate(name: str, folder: Path = paths.PROFILES, active: Path = paths.PARAMS) -> Switch:
-    """Make a profile the active params file, and keep the old one beside it under a name that is free.
+    """Replace the active params file by a profile, keeping a copy of the old file beside it.
 
-    Nothing is done when it is active already. Raises UserError for an unknown or an invalid profile.
+    Does nothing if the profile is active already. Raises UserError for an unknown or invalid profile.
     """
     profiles = {profile.name: profile for profile in list_profiles(folder)}
     if name not in profiles:
         raise UserError(f"Found no profile {name!r} in {folder}, expected one of {', '.join(profiles) or 'none'}.")
     load_params(profiles[name].path)
-    text = SCHEMA.sub(rf"\g<1>{paths.SCHEMA}", profiles[name].path.read_text())  # it lies beside params.yaml
+    text = SCHEMA.sub(rf"\g<1>{paths.SCHEMA}", profiles[name].path.read_text())  # the schema is beside params.yaml
     if active.is_file() and active.read_text() == text:
         return Switch(False, None)
     kept = keep_copy(active, name) if active.exists() else None

@@ -1,4 +1,4 @@
-"""Presets of DiT sizes (paper Table 10), free of torch so that params can name them."""
+"""DiT size presets (paper Table 10)."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ class ModelSize(NamedTuple):
 SIZES = {
     # name            depth     width      heads     patch
     "t4": ModelSize(depth=4, width=128, heads=4, patch=4),  # the laptop default: 4 tokens on 8x8 latents
-    "s4": ModelSize(depth=2, width=128, heads=4, patch=4),  # half of it, for blocks that are run several times
+    "s4": ModelSize(depth=2, width=128, heads=4, patch=4),  # half the depth, for repeated blocks
     "t2": ModelSize(depth=4, width=128, heads=4, patch=2),
     "b2": ModelSize(depth=12, width=768, heads=12, patch=2),
     "m2": ModelSize(depth=16, width=1024, heads=16, patch=2),

@@ -1,4 +1,4 @@
-"""Params of the study on a line."""
+"""Params of the 1-D toy experiment."""
 
 from typing import Annotated
 
@@ -9,48 +9,48 @@ from afm_pipe.params.training import Ema, Penalty
 
 
 class ToyGuidance(Section):
-    """The class-conditional part of the study: one class per mode, classified exactly."""
+    """The class-conditional part: one class per mode, with the exact classifier."""
 
     pairs: Count
     transport: NotNegative
-    """lambda_ot; small, since each class has one mode and the transport loss draws it towards 0."""
+    """lambda_ot; small, since each class has one mode and the transport loss draws it toward 0."""
     scale: NotNegative
-    """lambda_cg, of plain and of flow-based guidance alike."""
+    """lambda_cg of both plain and flow-based guidance."""
     t: Annotated[tuple[Fraction, Fraction], Field(strict=False)]
-    """Range of times t' of the flow-based guidance; plain guidance is t' = 0."""
+    """Range of target times t' of flow-based guidance; plain guidance has t' = 0."""
     cfg_scale: Positive
-    """Scale of the exact classifier-free guidance that both are shown against; 1 is none."""
+    """Scale of the exact classifier-free guidance to compare with; 1 is no guidance."""
 
 
 class Toy(Section):
-    """The study on a line, where the best map is known exactly (paper Figures 1 to 3); no gradient normalisation."""
+    """The 1-D toy experiment, where the optimal map is known (paper Figures 1 to 3); without gradient normalization."""
 
     seeds: Annotated[int, Field(ge=2)]
-    """Trainings of each setting, at once."""
+    """Networks trained per setting, all at once."""
     width: Count
-    """Of the four hidden layers of generator and discriminator; 1024 in the paper."""
+    """Width of the four hidden layers of G and D; 1024 in the paper."""
     batch_size: Count
     """1024 in the paper."""
     pairs: Count
-    """Updates of the discriminator and of the generator, each; 5,000 in the paper."""
+    """Updates of D, and of G; 5,000 of each in the paper."""
     flow_updates: Count
-    """Updates of flow matching, which cost about a fifth of a pair each."""
+    """Updates of flow matching; each costs about a fifth of a pair."""
     lr: Positive
-    """Adam's; 1e-4 in the paper."""
+    """Learning rate of Adam; 1e-4 in the paper."""
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)]
     ema: Ema
     penalty: Penalty
-    """Weight 0.01 on the whole batch in the paper."""
+    """In the paper: weight 0.01, on the whole batch."""
     logit_centering: NotNegative
     transport: Positive
-    """lambda_ot of the adversarial flow models, constant."""
+    """lambda_ot of adversarial flow models, constant."""
     steps: Annotated[tuple[Count, ...], Field(strict=False, min_length=1)]
-    """Adversarial flow models of so many steps are trained, and flow matching is sampled in so many."""
+    """Numbers of steps: one adversarial flow model is trained for each, and flow matching is sampled with each."""
     sweep: Annotated[tuple[Positive, ...], Field(strict=False)]
-    """Further values of lambda_ot, in one step; 0, the GAN, is always trained."""
+    """Further values of lambda_ot for one-step models; 0, the GAN, is always trained."""
     guidance: ToyGuidance
     points: Count
-    """Noises, at equal shares of N(0, 1), on which maps are measured."""
+    """Number of noise values, at equally spaced quantiles of N(0, 1), that maps are measured on."""
 
     @model_validator(mode="after")
     def _check(self) -> "Toy":

@@ -1,4 +1,4 @@
-"""Params of the method: losses, schedules, phases, runs, guidance, the classifier that guides."""
+"""Params of training: losses, schedules, phases, runs, guidance and its classifier."""
 
 from typing import Annotated, Any, Literal
 
@@ -10,63 +10,62 @@ from afm_pipe.params.objectives import OBJECTIVES
 from afm_pipe.params.sizes import SIZES
 
 BF16_EPSILON = 0.05
-"""Smallest step of the penalties' finite difference in bf16. Measured on discriminators of the default: at 0.01
-rounding makes R1 46 to 77 % larger, at 0.05 up to 4 %; the step itself makes it 3 to 5 % larger than 0.01 does in
-fp32."""
+"""Smallest finite-difference step of the penalties in bf16. On discriminators of the default, rounding makes R1 46 to
+77 % larger at 0.01 and up to 4 % at 0.05; in fp32 a step of 0.05 makes R1 3 to 5 % larger than one of 0.01."""
 
 
 class Transport(Section):
-    """Weight of the optimal transport loss (lambda_ot): a cosine from start to end, then end. A number: constant."""
+    """Weight of the optimal transport loss (lambda_ot): a cosine from start to end, or a constant number."""
 
     start: NotNegative
     end: NotNegative
     decay_epochs: Epochs
-    """Epochs the cosine takes, counted from the start of the run."""
+    """Length of the cosine, from the start of the run."""
 
 
 class Penalty(Section):
     """Finite-difference gradient penalties R1 and R2 (paper section 3)."""
 
     weight: NotNegative
-    """lambda_gp, of each."""
+    """lambda_gp, of R1 and of R2."""
     batch_fraction: Annotated[float, Field(gt=0, le=1)]
-    """Share of the batch they are computed on."""
+    """Fraction of the batch that they are computed on."""
     epsilon: Positive
-    """Step of the finite difference."""
+    """Finite-difference step."""
 
 
 class LazyPenalty(Penalty):
-    """The penalties of a run, which may be left out of some updates."""
+    """Gradient penalties that may be computed lazily."""
 
     every: Count
-    """Computed in one D update of so many, and weighed as many times then; 1 in the paper."""
+    """Compute them in every N-th D update, with N times the weight; 1 in the paper."""
 
 
 class GradientNormalization(Section):
-    """Normalisation of the adversarial gradient at G's output."""
+    """Normalization of the adversarial gradient at G's output."""
 
     enabled: bool
     decay: Fraction
-    """Of the running mean of squared norms; Adam's second beta in the paper."""
+    """Decay of the running mean of squared norms; Adam's beta2 in the paper."""
 
 
 class Ema(Section):
-    """Moving average of G's weights."""
+    """Exponential moving average of G's weights."""
 
     decay: Fraction
     warmup: bool
-    """Use min(decay, (1 + i) / (10 + i)) at update i."""
+    """Use min(decay, (1 + i) / (10 + i)) in update i."""
 
 
 class Guidance(Section):
-    """Flow-based classifier guidance (paper section 3): a classifier's cross entropy on G's output joins G's loss."""
+    """Flow-based classifier guidance (paper section 3): a classifier's cross-entropy on G's output joins G's loss."""
 
     scale: NotNegative
     """lambda_cg."""
     t: Annotated[tuple[Fraction, Fraction], Field(strict=False)] | None = None
-    """One step: the time t' the output is brought to before the classifier sees it is drawn from this range."""
+    """One step: range of the time t' to which the output is noised before the classifier sees it."""
     at: Annotated[tuple[Fraction, ...], Field(strict=False, min_length=1)] | None = None
-    """Several steps: guide where the target time is one of these, and let the classifier see the output as it is."""
+    """Several steps: target times at which to guide; the classifier sees the output as it is."""
 
     @model_validator(mode="after")
     def _one_of(self) -> "Guidance":
@@ -78,34 +77,36 @@ class Guidance(Section):
 
 
 class Augmentation(Section):
-    """Discriminator augmentation in latent space, the same draw for a real and a generated latent (paper section 3)."""
+    """Discriminator augmentation in latent space, the same for a real and a generated latent (paper section 3)."""
 
     probability: Fraction
-    """Of the translation, and of each erasing."""
+    """Probability of the translation, and of each erasing."""
     translate: Fraction
-    """Largest translation, as a share of the side; whole latent pixels, zeros move in."""
+    """Largest translation, as a fraction of the side, in whole latent pixels, padded with zeros."""
     erasings: NotNegativeCount
-    """How many times a rectangle may be set to zero."""
+    """Number of rectangles that may be set to zero."""
     area: Annotated[tuple[Fraction, Fraction], Field(strict=False)]
-    """Smallest and largest share of the latent that one erasing covers."""
+    """Smallest and largest fraction of the latent that one erasing covers."""
 
 
 class Phase(Section):
-    """A stretch of training; lr and transport left out are the run's (paper Table 11)."""
+    """A part of a run's schedule (paper Table 11)."""
 
     until_epoch: Epochs
-    """An epoch is as many images, seen by G, as the data set holds."""
+    """End of the phase; in an epoch G sees as many images as the data set has."""
     lr: Positive | None = None
+    """Default: the run's."""
     lr_discriminator: Positive | None = None
-    """D's, where it is not G's."""
+    """Learning rate of D. Default: that of G."""
     transport: Transport | None = None
+    """Default: the run's."""
     gradient_clip: Positive | None = None
-    """Largest norm of G's and of D's gradient; longer ones are scaled down to it."""
+    """Largest gradient norm of G and of D, each."""
     reload_ema: Literal["never", "epoch"] = "never"
-    """epoch: G is replaced by its moving average at the start of the phase and after every epoch."""
+    """epoch: replace G by its EMA at the start of the phase and after every epoch."""
     reload_discriminator: Epochs | Literal["stall"] | None = None
-    """At the start of the phase D is put back to what it was at this epoch; stall: whenever the watch's stagnation rule
-    fires in this phase, to the earlier D that proves best in a trial."""
+    """Replace D at the start of the phase by its state at this epoch. stall: whenever the monitor's stagnation rule
+    fires in this phase, replace D by the earlier D that does best in a short trial."""
     guidance: Guidance | None = None
     augment: Augmentation | None = None
 
@@ -113,46 +114,46 @@ class Phase(Section):
 
 
 class Run(Section):
-    """One training, complete: the `train` section with a run's own fields laid over it."""
+    """All settings of a run: the `train` section merged with the run's own fields."""
 
     seed: Seed
     objective: Literal[tuple(OBJECTIVES)]  # type: ignore[valid-type]  # pydantic reads the names from the table
-    """What is optimized."""
+    """The method: losses, networks and updates."""
     size: Literal[tuple(SIZES)]  # type: ignore[valid-type]  # pydantic reads the names from the table
     nfe: Annotated[int, Field(ge=1, le=1024)] | Literal["any"]
-    """Steps from noise to data that G is trained for; any: every pair of times."""
+    """Number of steps from noise to data that G is trained for; any: every pair of times."""
     form: Literal["direct", "residual"]
     """direct: G(x_s) = g(x_s); residual: G(x_s) = x_s - (s - t) g(x_s) (paper section 3)."""
     repeats: Literal[1, 2, 4]
-    """How often G runs its blocks: XL/2 with 2 has 56 layers, with 4 it has 112. D runs its own once."""
+    """How often G runs its blocks: XL/2 has 56 layers with 2, and 112 with 4. D runs its blocks once."""
     qk_norm: bool
-    """RMS-normalise queries and keys in G and D; bf16 training needs it to be stable."""
+    """RMS-normalize queries and keys in G and D, for stable bf16 training."""
     precision: Literal["fp32", "bf16"]
-    """Of the matrix products within blocks; weights, what lies between blocks, logits and losses are float32 anyway.
-    bf16 wants qk_norm to be stable, and penalty.epsilon of 0.05 or more."""
+    """Of matrix products inside blocks; weights, activations between blocks, logits and losses are float32. bf16 needs
+    qk_norm for stability, and a penalty.epsilon of at least 0.05."""
     condition_on_source: bool
-    """D is also shown G's input, as further channels. The paper does without: training oscillates or diverges."""
+    """Concatenate G's input to D's input. The paper does not: training oscillates or diverges."""
     reuse_forward: bool
-    """D and G learn from the same batch and one forward pass of G; the paper draws a batch for each."""
+    """Train D and G on one batch with one forward pass of G; the paper draws a batch for each."""
     label_noise: Fraction
-    """Share of the labels that are replaced by random ones, drawn anew with every batch; none in the paper. Where all
-    are, classes cannot be learnt: a failure the watch should notice."""
+    """Fraction of labels replaced by random ones, drawn for each batch; 0 in the paper. With 1, classes cannot be
+    learned: a failure that the monitor should notice."""
     batch_size: Count
-    """Images per update over all devices; G and D each draw as many."""
+    """Global batch size, over all devices, of each of the updates of D and G."""
     lr: Positive
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)]
     eps: Positive
-    """AdamW's."""
+    """Of AdamW."""
     weight_decay: NotNegative
     ema: Ema
     penalty: LazyPenalty
     logit_centering: NotNegative
-    """lambda_cp, weight of the logit logit_centering."""
+    """lambda_cp, weight of the logit centering penalty."""
     transport: Transport
     gradient_normalization: GradientNormalization
     schedule: Literal["fixed", "auto"]
-    """fixed: the phases as they are; auto: one phase, whose until_epoch is an upper bound, and the watch decides when
-    the paper's phases 2 and 3 begin and when to stop."""
+    """fixed: the phases as given; auto: one phase, whose until_epoch is an upper bound, and the monitor decides when
+    phases 2 and 3 of the paper begin and when training stops."""
     phases: Annotated[tuple[Phase, ...], Field(strict=False, min_length=1)]
     monitor: Monitor
 
@@ -160,7 +161,7 @@ class Run(Section):
 
     @property
     def guided(self) -> bool:
-        """Whether a classifier is needed in any phase."""
+        """Whether any phase needs the classifier."""
         return any(phase.guidance is not None for phase in self.phases)
 
     @model_validator(mode="after")
@@ -171,20 +172,20 @@ class Run(Section):
         for start, phase in zip((0.0, *ends), self.phases, strict=False):
             if isinstance(phase.reload_discriminator, float | int) and phase.reload_discriminator > start:
                 raise ValueError(
-                    f"expected reload_discriminator to name an epoch before the phase starts at {start:g}, "
+                    f"expected reload_discriminator to be an epoch before the phase starts at {start:g}, "
                     f"found {phase.reload_discriminator:g}"
                 )
         waits = any(phase.reload_discriminator == "stall" for phase in self.phases)
         if waits and self.monitor.policy == "off":
-            raise ValueError("expected watch.policy warn or act, since a phase reloads D on a stall; found off")
+            raise ValueError("expected monitor.policy warn or act, since a phase reloads D on a stall; found off")
         if self.schedule == "auto" and len(self.phases) > 1:
             raise ValueError(
                 f"expected one phase for schedule auto, whose until_epoch is the upper bound; found {len(self.phases)}"
             )
         if self.precision == "bf16" and self.penalty.epsilon < BF16_EPSILON:
             raise ValueError(
-                f"expected penalty.epsilon to be at least {BF16_EPSILON} with precision bf16, whose rounding is as "
-                f"large as what smaller steps change, found {self.penalty.epsilon}"
+                f"expected penalty.epsilon of at least {BF16_EPSILON} with precision bf16, since rounding hides the "
+                f"effect of smaller steps, found {self.penalty.epsilon}"
             )
         if round(self.batch_size * self.penalty.batch_fraction) < 1:
             raise ValueError(
@@ -195,31 +196,31 @@ class Run(Section):
 
 
 class Guided(Phase):
-    """A run that continues a trained one with one more phase, usually guided (the paper's phase 4).
+    """One more phase of a trained run, usually guided (phase 4 of the paper).
 
-    G starts as the base's moving average, D as the base's last; time goes on from the base's end.
+    G starts from the base's EMA weights, D from its last weights; epochs continue from the base's end.
     """
 
     base: Annotated[str, Field(alias="from")]
-    """The run it continues."""
+    """The run to continue."""
     seed: Seed | None = None
-    """Left out: the base's."""
+    """Default: the base's."""
 
 
 class Affine(Section):
-    """Random affine augmentation of what a classifier is trained on."""
+    """Random affine augmentation of a classifier's inputs."""
 
     probability: Fraction
     degrees: NotNegative
-    """Largest rotation to either side."""
+    """Largest rotation in either direction."""
     translate: Fraction
-    """Largest translation, as a share of the side."""
+    """Largest translation, as a fraction of the side."""
     scale: Annotated[tuple[Positive, Positive], Field(strict=False)]
-    """Smallest and largest magnification."""
+    """Smallest and largest scale factor."""
 
 
 class Classifier(Section):
-    """The time-conditioned classifier C(x_t, t) on latents that guides (paper section 3)."""
+    """The guidance classifier C(x_t, t) on noisy latents (paper section 3)."""
 
     size: Literal[tuple(SIZES)]  # type: ignore[valid-type]  # as in Run
     batch_size: Count
@@ -229,7 +230,7 @@ class Classifier(Section):
     ema: Ema
     epochs: Epochs
     affine: Affine | None
-    """Applied to latents, with reflection at the border; the paper applies it to images before encoding."""
+    """Applied to latents, with reflection padding; the paper applies it to images before encoding."""
 
 
 def _constant_transport(value: Any) -> Any:

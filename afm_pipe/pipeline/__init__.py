@@ -7,27 +7,4 @@ from afm_pipe.pipeline.find import count_images, load_sampler, model_config, nam
 from afm_pipe.pipeline.images import autoencoder, classifier, encode, prepare, reference
 from afm_pipe.pipeline.results import report, tables, toy
 from afm_pipe.pipeline.runs import evaluate, export, export_samples, import_weights, sample
-from afm_pipe.pipeline.training import train
-
-__all__ = [
-    "autoencoder",
-    "classifier",
-    "encode",
-    "evaluate",
-    "export",
-    "export_samples",
-    "import_weights",
-    "count_images",
-    "load_sampler",
-    "model_config",
-    "named_run",
-    "open_latents",
-    "prepare",
-    "reference",
-    "report",
-    "run_budget",
-    "sample",
-    "tables",
-    "toy",
-    "train",
-]
+from afm_pipe.pipeline.training import guide, train

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from afm_pipe.distributed.launch import Launch
+from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from afm_pipe.params import Params, Run, valid_name
+from afm_pipe.pipeline.notices import notice_models
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import read_json, sha256_file
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from afm_pipe.data.manifest import Manifest
     from afm_pipe.models.model_files import ModelConfig
     from afm_pipe.planning.budget import Budget
-    from afm_pipe.sampling.requests import Sampler
+    from afm_pipe.sampling.sampler import Sampler
 
 
 def named_run(params: Params, name: str) -> Run:
@@ -74,14 +76,15 @@ def open_latents(params: Params) -> "Latents":
     return Latents.open(paths.LATENTS, params, sha256_file(paths.AUTOENCODER_WEIGHTS))
 
 
-def load_sampler(params: Params, name: str, device: "torch.device") -> "Sampler":
-    """Return a model ready to draw from. Raises UserError when the autoencoder is not that of its latents."""
+def load_sampler(params: Params, name: str, device: "torch.device", group: ProcessGroup = SINGLE_PROCESS) -> "Sampler":
+    """Load a model for sampling. Raises UserError when the autoencoder is not that of its latents."""
     from afm_pipe.autoencoders import load_autoencoder
     from afm_pipe.models.model_files import load_config, load_generator
-    from afm_pipe.sampling.requests import Sampler
+    from afm_pipe.sampling.sampler import Sampler
 
     folder = find_model(name)
     generator, described = load_generator(folder, device), read_json(folder / "config.json")
+    notice_models(folder)
     config, vae = load_config(folder), load_autoencoder(params, paths.AUTOENCODER, device)
     found = (vae.spec.shape[0], vae.spec.scaling_factor or 1.0)
     factor, names = described.get("scaling_factor"), described.get("classes")
@@ -96,7 +99,8 @@ def load_sampler(params: Params, name: str, device: "torch.device") -> "Sampler"
             f"Found {paths.AUTOENCODER} with {found[0]} latent channels and scaling factor {found[1]:g}, expected "
             f"{expected[0]} and {expected[1]:g}, on which {folder} was trained: put that autoencoder there."
         )
-    return Sampler(generator, vae, config.latent_shape, names, params.sample.micro_batch, device)
+    size = params.sample.micro_batch
+    return Sampler(generator, vae, config.latent_shape, names, size, device, group)
 
 
 def _describes(factor: object, names: object, num_classes: int) -> bool:

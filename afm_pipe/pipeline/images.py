@@ -1,4 +1,4 @@
-"""From images to latents and to what samples are held against; the classifiers."""
+"""Stages from images to latents and reference statistics, and the latent classifier."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -7,17 +7,19 @@ from typing import Any
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.params import Params
 from afm_pipe.pipeline.find import open_latents
+from afm_pipe.pipeline.notices import begin_work, notice_unused
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.files import atomic_path, sha256_file, write_json
 from afm_pipe.runtime.lease import hold_lease
 from afm_pipe.runtime.progress import track
 
-IN_MEMORY = 4 << 30  # bytes; data sets of more pixels are read as they are needed
+IN_MEMORY = 4 << 30  # bytes; larger data sets are read on access
 
 
 def prepare(params: Params) -> None:
-    """Check, count and hash the images, and write their manifest; a built-in data set is written out first."""
-    from afm_pipe.data.manifest import build_manifest, write_manifest
+    """Check, count and hash the images, and write their manifest; a built-in data set is first written to disk."""
+    from afm_pipe.data.manifest import write_manifest
+    from afm_pipe.data.reading import build_manifest
     from afm_pipe.data.sources import BUILT_IN, materialize
 
     root = Path(params.data.root)
@@ -39,35 +41,36 @@ def autoencoder(params: Params, launch: Launch) -> None:
 def encode(params: Params, launch: Launch) -> None:
     """Encode every image to its latent, from where an interrupted encoding stopped."""
     from afm_pipe.autoencoders import load_autoencoder
-    from afm_pipe.autoencoders.encoding import encode_dataset
+    from afm_pipe.autoencoders.encoding import encode_dataset, partial_name, provenance_of
     from afm_pipe.data.manifest import read_manifest
     from afm_pipe.distributed.process_group import init_distributed
 
     device = launch.torch_device()
     vae = load_autoencoder(params, paths.AUTOENCODER, device)
     identity, manifest = sha256_file(paths.AUTOENCODER_WEIGHTS), read_manifest(paths.MANIFEST)
+    work_dir = paths.WORK / "encode"
+    own = partial_name(provenance_of(params, manifest, vae, identity))
+    notice_unused(sorted(path for path in work_dir.glob("latents.*.h5") if path.name != own))
     with init_distributed(device) as ranks:
-        track("encode", encode_dataset(params, manifest, vae, identity, paths.LATENTS, paths.WORK / "encode", ranks))
+        track("encode", encode_dataset(params, manifest, vae, identity, paths.LATENTS, work_dir, ranks))
 
 
 def reference(params: Params, launch: Launch) -> None:
-    """Measure the real images: the statistics that samples are held against."""
+    """Compute the statistics of the real images, the reference that samples are compared with."""
     from afm_pipe.autoencoders import load_autoencoder
-    from afm_pipe.data.manifest import UnreadImages, load_images, read_manifest, require_images
+    from afm_pipe.data.manifest import read_manifest
+    from afm_pipe.data.reading import LazyImages, load_images, require_images
     from afm_pipe.evaluation.reference import build_reference
 
     device, manifest = launch.torch_device(), read_manifest(paths.MANIFEST)
     vae = load_autoencoder(params, paths.AUTOENCODER, device)
-    images: Any = UnreadImages(manifest, params.data)
+    images: Any = LazyImages(manifest, params.data)
     if images.nbytes < IN_MEMORY:
         images = track("read images", load_images(manifest, params.data))
     else:
-        track("look for images", require_images(manifest, params.data))
+        track("check images", require_images(manifest, params.data))
     with atomic_path(paths.REFERENCE) as folder:
-        building = build_reference(
-            params, images, manifest.labels, manifest.classes, manifest.digest, vae, folder, device
-        )
-        track("reference", building)
+        track("reference", build_reference(params, manifest, images, vae, folder, device))
 
 
 def classifier(params: Params, launch: Launch) -> None:
@@ -95,6 +98,7 @@ def classifier(params: Params, launch: Launch) -> None:
     work_dir, seconds = paths.WORK / "classifier", launch.checkpoint_seconds
     with init_distributed(device) as group, hold_lease(work_dir) if group.is_main_process else nullcontext() as lease:
         retention = RetentionPolicy(launch.keep_checkpoints, own=lease.check) if lease else RetentionPolicy()
+        code = begin_work(work_dir / identity, "classifier") if lease else {}
         runtime = Runtime(work_dir / identity, device, seconds, group, launch.micro_batch, retention)
         trained = track("classifier", Trainer(Task(objective, latents, identity), runtime).train())
         if lease is None:
@@ -106,4 +110,5 @@ def classifier(params: Params, launch: Launch) -> None:
         with atomic_path(paths.CLASSIFIER) as folder:
             folder.mkdir()
             save_tensors(folder / "classifier.safetensors", trained.state.ema.state_dict())
-            write_json(folder / "config.json", described | shape | {"num_classes": len(latents.classes)} | accuracy)
+            described |= shape | {"num_classes": len(latents.classes), "provenance": {"code": code}} | accuracy
+            write_json(folder / "config.json", described)

@@ -1,44 +1,44 @@
-"""What is done with a model: it is brought in, written for others, sampled and measured."""
+"""Stages of a trained model: import, export, sample, evaluate."""
 
 import shutil
-from collections.abc import Generator, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.params import RESERVED_NAMES, Imported, Params, valid_name
 from afm_pipe.pipeline.find import find_model, load_sampler
+from afm_pipe.pipeline.notices import begin_work
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import atomic_path, read_json, sha256_file, write_json
 from afm_pipe.runtime.lease import hold_lease
-from afm_pipe.runtime.progress import Progress, track
+from afm_pipe.runtime.progress import track
 
 if TYPE_CHECKING:
-    import torch
+    from afm_pipe.sampling.requests import Drawn, Request
 
-    from afm_pipe.distributed.process_group import ProcessGroup
-    from afm_pipe.sampling.requests import Request, Sampler
+STRIP_ROWS, STRIP_FRAMES = 5, 5  # classes, and frames from one seed to the next, of interpolation.png
 
 
 def import_weights(params: Params, name: str, settings: Imported | None = None) -> None:
-    """Make a model of weights from outside, as `imported` in params says or as `settings` does."""
+    """Convert weights from elsewhere into models/NAME, as `imported` in params or `settings` describe them."""
     from afm_pipe.models.released import describe, import_generator
 
     settings = settings or params.imported.get(name)
     if settings is None:
         raise UserError(f"Found no {name!r} under imported in params, expected one of {', '.join(params.imported)}.")
     if name in {*params.runs, *params.guided, *RESERVED_NAMES} or not valid_name(name):
-        raise UserError(f"Found the name {name[:80]!r}, expected one that no run has, in small letters and digits.")
+        raise UserError(f"Found the name {name[:80]!r}, expected lowercase letters and digits, and no name of a run.")
     described = paths.model(name) / "config.json"
     if paths.model(name).exists() and not (described.is_file() and _imported(read_json(described))):
-        raise UserError(f"Found {paths.model(name)}, which was not imported: take another name, or move it away.")
+        raise UserError(f"Found {paths.model(name)}, which was not imported: choose another name, or move it away.")
     config = import_generator(settings, paths.model(name))
     print(f"{paths.model(name)}: {describe(config)}.")
 
 
 def export(name: str, kind: str, out: Path) -> None:
-    """Write a model for others: released, safetensors or diffusers."""
+    """Write a model in another format: released, safetensors or diffusers."""
     from afm_pipe.models.exports import export as write_export
 
     write_export(find_model(name), paths.AUTOENCODER, kind, out)
@@ -46,172 +46,94 @@ def export(name: str, kind: str, out: Path) -> None:
 
 
 def export_samples(params: Params, name: str, launch: Launch, out: Path) -> None:
-    """Write the samples that evaluation measures as one npz in shuffled order, for ADM's evaluator."""
-    from afm_pipe.distributed.process_group import init_distributed
-    from afm_pipe.sampling.generate import labels_for
-    from afm_pipe.sampling.image_writers import ShuffledNpz
+    """Write the samples that evaluation measures as one npz in random order, for ADM's evaluator."""
+    from afm_pipe.sampling.requests import Request
 
-    if out.suffix != ".npz" or out.is_dir():
-        raise UserError(f"Found --out {out}, expected the name of a file that ends in .npz.")
-    sampler, settings = load_sampler(params, name, launch.torch_device()), params.evaluate
-    labels = labels_for(range(settings.samples), len(sampler.class_names)).tolist()
-
-    def write(path: Path) -> Generator[Progress, None, None]:
-        file = ShuffledNpz(path, labels, settings.seed)
-        try:
-            for indices, _, images in _measured_images(params, sampler, ranks):
-                file.add(images)
-                yield Progress(indices.stop, settings.samples, "samples")
-            file.finish()
-        finally:
-            file.close()
-
-    with init_distributed(sampler.device) as ranks:
-        if not ranks.is_main_process:
-            _compute(_measured_images(params, sampler, ranks))
-            return
-        with atomic_path(out) as aside:
-            track(f"export {name}", write(aside))
-    print(f"{out}: {settings.samples} samples of {name}, shuffled, for ADM's evaluator.")
+    settings = params.evaluate
+    if _draw(params, name, launch, [Request(count=settings.samples, seed=settings.seed, adm_npz=out)]):
+        print(f"{out}: {settings.samples} samples of {name}, shuffled, for ADM's evaluator.")
 
 
 def sample(params: Params, name: str, launch: Launch, request: "Request | None" = None) -> None:
-    """Draw a model's grid (the first classes in rows, the same seeds for every model) and strips from seed to seed, or
-    what `request` asks for."""
-    from afm_pipe.distributed.process_group import init_distributed
-    from afm_pipe.sampling.requests import assist, check_request, draw
+    """Draw a model's grid (the first classes in rows, the same seeds for every model) and interpolations between seeds,
+    and with sample.keep_images the images that evaluation measures; or what `request` names."""
+    from afm_pipe.sampling.requests import Request
 
-    settings = params.sample
     if request:
+        if drawn := _draw(params, name, launch, [request]):
+            print(drawn.describe())
+        return
+    settings, evaluate, folder = params.sample, params.evaluate, paths.samples(name)
+    seeds = ",".join(str(settings.seed + i) for i in range(3))
+    requests = [
+        Request(grid=folder / "grid.png"),
+        Request(interpolate=seeds, rows=STRIP_ROWS, frames=STRIP_FRAMES, grid=folder / "interpolation.png"),
+    ]
+    if settings.keep_images:
+        requests.append(Request(count=evaluate.samples, seed=evaluate.seed, images=folder / "images"))
+    _draw(params, name, launch, requests)
+
+
+def _draw(params: Params, name: str, launch: Launch, requests: "list[Request]") -> "Drawn | None":
+    """Draw samples of a model, this process or several together; return what the main process drew last."""
+    from afm_pipe.distributed.process_group import init_distributed
+    from afm_pipe.sampling.requests import check_request, draw
+
+    for request in requests:
         check_request(request)
-    sampler = load_sampler(params, name, launch.torch_device())
-    with init_distributed(sampler.device) as ranks:
-        if request:
-            asked = sampler, request, settings.seed, settings.per_class, settings.classes, ranks
-            if ranks.is_main_process:
-                print(track(f"sample {name}", draw(*asked)).words())
-            else:
-                assist(*asked)
-            return
-        if ranks.is_main_process:
-            _draw_grids(params, name, sampler)
-        if settings.keep_images and ranks.is_main_process:
-            with atomic_path(paths.samples(name) / "images") as folder:
-                track(f"keep images of {name}", _keep_images(params, sampler, folder, ranks))
-        elif settings.keep_images:
-            _compute(_measured_images(params, sampler, ranks))
-
-
-def _draw_grids(params: Params, name: str, sampler: "Sampler") -> None:
-    import torch
-
-    from afm_pipe.sampling.generate import generate_images, grid
-    from afm_pipe.sampling.requests import draw_interpolation
-
-    settings = params.sample
-    rows = min(settings.classes, len(sampler.class_names))
-    labels = torch.arange(rows).repeat_interleave(settings.per_class)
-    images = generate_images(
-        sampler.generator,
-        sampler.vae,
-        settings.seed,
-        range(len(labels)),
-        labels,
-        sampler.latent_shape,
-        sampler.micro_batch,
-        sampler.device,
-    )
-    with atomic_path(paths.samples(name) / "grid.png") as aside:
-        grid(images, settings.per_class).save(aside, format="png")
-    with atomic_path(paths.samples(name) / "interpolation.png") as aside:
-        draw_interpolation(sampler, settings.seed, rows).save(aside, format="png")
-
-
-def _keep_images(
-    params: Params, sampler: "Sampler", folder: Path, ranks: "ProcessGroup"
-) -> Generator[Progress, None, None]:
-    """Write the very images that evaluation measures as PNG files by index."""
-    from afm_pipe.sampling.image_writers import PngFolder
-
-    files = PngFolder(folder)
-    for indices, _, images in _measured_images(params, sampler, ranks):
-        files.add(images)
-        yield Progress(indices.stop, params.evaluate.samples, "images")
-
-
-def _measured_images(
-    params: Params, sampler: "Sampler", ranks: "ProcessGroup"
-) -> "Iterator[tuple[range, torch.Tensor, torch.Tensor]]":
-    """Yield the samples that evaluation measures, on the first rank."""
-    from afm_pipe.sampling.generate import stream_images
-
-    settings, classes = params.evaluate, len(sampler.class_names)
-    return stream_images(
-        sampler.generator, sampler.vae, params, settings.seed, settings.samples, classes, sampler.device, ranks
-    )
-
-
-def _compute(samples: "Iterator[object]") -> None:
-    """Go through samples for the sake of the rank that gets them."""
-    for _ in samples:
-        pass
+    device = launch.torch_device()
+    with init_distributed(device) as group:
+        sampler = load_sampler(params, name, device, group)
+        for request in requests:
+            drawn = track(f"sample {name}", draw(sampler, request, params.sample))
+    return drawn
 
 
 def evaluate(params: Params, name: str, launch: Launch) -> None:
     """Measure a run's samples against the reference."""
     from afm_pipe.distributed.process_group import init_distributed
-    from afm_pipe.evaluation.metrics import Evaluator, assist, evaluate_run
+    from afm_pipe.evaluation.evaluator import Evaluator
     from afm_pipe.params.versions import versions
     from afm_pipe.runtime.identity import fingerprint
 
     device = launch.torch_device()
-    generator, vae, shape, *_ = load_sampler(params, name, device)
-    if shape != params.latent_shape:
-        raise UserError(
-            f"Found {paths.model(name)} on latents {shape}, expected {params.latent_shape}, as data and autoencoder in "
-            "params make them: evaluate it with its own data."
-        )
-    provenance = {
-        "run": name,
-        "nfe": generator.nfe,
-        "weights": "EMA",
-        "images_seen": read_json(paths.model(name) / "config.json")["images_seen"],
-        "generator_sha256": sha256_file(paths.model(name) / "generator.safetensors"),
-        "autoencoder_sha256": sha256_file(paths.AUTOENCODER_WEIGHTS),
-    }
-    tools = Evaluator(params, paths.REFERENCE, device)
-    measured = {
-        "provenance": provenance,
-        "evaluate": params.evaluate.model_dump(),
-        "micro_batch": params.sample.micro_batch,
-        "device": str(device),
-    }
-    hashes = {reference.name: reference.sha256 for reference in tools.references}
-    hashes |= {"thumbnails": sha256_file(paths.REFERENCE / "thumbnails.npz")}
-    identity = fingerprint(measured, hashes, versions("evaluate"))
-    work_dir = paths.WORK / name / "evaluate"
-    with init_distributed(device) as ranks:
-        if not ranks.is_main_process:
-            assist(params, generator, vae, tools, ranks, device)
-            return
-        with hold_lease(work_dir):
-            run = evaluate_run(
-                params,
-                generator,
-                vae,
-                paths.REFERENCE,
-                provenance,
-                device,
-                evaluator=tools,
-                work_dir=work_dir / identity,
-                checkpoint_seconds=launch.checkpoint_seconds,
-                ranks=ranks,
+    with init_distributed(device) as group:
+        sampler = load_sampler(params, name, device, group)
+        if sampler.latent_shape != params.latent_shape:
+            raise UserError(
+                f"Found {paths.model(name)} on latents {sampler.latent_shape}, expected {params.latent_shape}, as data "
+                "and autoencoder in params make them: evaluate it with its own data."
             )
-            metrics, nearest = track(f"evaluate {name}", run)
+        provenance = {
+            "run": name,
+            "nfe": sampler.generator.nfe,
+            "weights": "EMA",
+            "images_seen": read_json(paths.model(name) / "config.json")["images_seen"],
+            "generator_sha256": sha256_file(paths.model(name) / "generator.safetensors"),
+            "autoencoder_sha256": sha256_file(paths.AUTOENCODER_WEIGHTS),
+        }
+        evaluator = Evaluator(params, paths.REFERENCE, device)
+        measured = {
+            "provenance": provenance,
+            "evaluate": params.evaluate.model_dump(),
+            "micro_batch": params.sample.micro_batch,
+            "device": str(device),
+        }
+        hashes = {reference.name: reference.sha256 for reference in evaluator.references}
+        hashes |= {"thumbnails": sha256_file(paths.REFERENCE / "thumbnails.npz")}
+        identity = fingerprint(measured, hashes, versions("evaluate"))
+        work_dir = paths.WORK / name / "evaluate"
+        with hold_lease(work_dir) if group.is_main_process else nullcontext() as lease:
+            if lease is not None:
+                provenance["code"] = begin_work(work_dir / identity, "evaluate")
+            run = evaluator.evaluate(sampler, provenance, work_dir / identity, launch.checkpoint_seconds)
+            metrics = track(f"evaluate {name}", run)
+    if metrics is None:
+        return
     write_json(paths.metrics(name), metrics)
     shutil.rmtree(work_dir / identity, ignore_errors=True)
     with atomic_path(paths.samples(name) / "nearest.png") as aside:
-        nearest.save(aside, format="png")
+        evaluator.nearest(sampler).save(aside, format="png")
 
 
 def _imported(described: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from afm_pipe.distributed.launch import Launch, machine_name
 from afm_pipe.params import Params, Run
 from afm_pipe.pipeline.find import model_config, named_run, open_latents, run_budget
+from afm_pipe.pipeline.notices import begin_work, notice_models
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import NotFiniteError, UserError
 from afm_pipe.runtime.files import atomic_path, read_json, sha256_file, write_json
@@ -69,6 +70,7 @@ def train(params: Params, name: str, launch: Launch) -> None:
         if lease is None:
             track(f"train {name}", trainer.train())
             return
+        code = begin_work(work_dir / identity, "train")
         live = logged(trainer.train(), trainer.store, paths.WORK / "dvclive" / name)
         try:
             trained = track(f"train {name}", live)
@@ -84,7 +86,7 @@ def train(params: Params, name: str, launch: Launch) -> None:
             "run": run.model_dump(),
             "classes": list(latents.classes),
             "scaling_factor": latents.spec.scaling_factor,
-            "provenance": {"fingerprint": identity, "latents": latents.provenance, **origins},
+            "provenance": {"fingerprint": identity, "code": code, "latents": latents.provenance, **origins},
             "updates": trained.state.update,
             "images_seen": trained.state.update * run.batch_size,
         }
@@ -92,7 +94,8 @@ def train(params: Params, name: str, launch: Launch) -> None:
         write_curves(paths.curves(name), trained.state.rows, objective.columns())
         write_events(paths.events(name), trainer.store.read_events())
         own_updates = trained.state.update - (start.update if start else 0)
-        write_json(paths.costs(name), _cost(trained.state, own_updates, run.batch_size, device, group.world_size))
+        cost = _cost(trained.state, own_updates, run.batch_size, device, group.world_size)
+        write_json(paths.costs(name), cost | {"code": code})
 
 
 def _retention(launch: Launch, run: Run, num_images: int, lease: Lease | None) -> "RetentionPolicy":
@@ -114,6 +117,14 @@ def _log_end(store: "RunStore", error: NotFiniteError, batch_size: int) -> None:
         store.append_event(Event(error.update, error.update * batch_size, "not_finite", str(error)))
 
 
+def guide(params: Params, name: str, launch: Launch) -> None:
+    """Train a guided run. Raises UserError for a run that is not one."""
+    if name not in params.guided:
+        known = ", ".join(params.guided) or "none"
+        raise UserError(f"Found no guided run {name!r} in params, expected one of {known}.")
+    train(params, name, launch)
+
+
 def _origin(
     params: Params, name: str, run: Run, device: "torch.device"
 ) -> tuple["Start | None", "torch.nn.Module | None", dict[str, str]]:
@@ -130,9 +141,11 @@ def _origin(
         updates = described.get("updates") if isinstance(described, dict) else None
         if type(updates) is not int or updates < 1:
             raise UserError(f"Found {base / 'config.json'} without its number of updates: train {base.name} again.")
+        notice_models(base)
         start = Start({part: load_tensors(file) for part, file in files.items()}, updates)
     if run.guided:
         guide = load_latent_classifier(paths.CLASSIFIER, device)
+        notice_models(paths.CLASSIFIER)
         files["classifier"] = paths.CLASSIFIER / "classifier.safetensors"
     return start, guide, {part: sha256_file(file) for part, file in files.items()}
 

@@ -99,7 +99,9 @@ def marks_of(run: RunRecord, images_per_epoch: int) -> list[Mark]:
         if phase is not run.settings.phases[-1]:  # type: ignore[union-attr]
             marks.append(Mark(until, f"a phase ends: epoch {phase.until_epoch:g}", False))
         started = until
-    marks += [Mark(event.images, f"{event.told} (update {event.update:,})", True) for event in run.events]
+    for event in run.events:
+        action = f"; {event.action}" if event.action else ""
+        marks.append(Mark(event.images, f"{event.kind}: {event.text}{action} (update {event.update:,})", True))
     return sorted(set(marks))
 
 

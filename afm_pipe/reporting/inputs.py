@@ -1,19 +1,21 @@
-"""What the report reads: the files other stages wrote, checked and typed."""
+"""What the report reads: the files that other stages wrote, checked and typed."""
 
-import csv
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from afm_pipe.params import Params, Run
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
-from afm_pipe.runtime.files import read_json, read_text
+from afm_pipe.runtime.files import Model, read_json, read_model
+from afm_pipe.training.curves import Row, scan_curves
+from afm_pipe.training.events import Event, scan_events
 
-LARGEST_LOG = 1 << 28  # bytes of curves or events; a run has at most some thousand rows
 LARGEST_NUMBER = 1e300
 
 
@@ -36,13 +38,36 @@ class Cost(BaseModel):
 
 
 class Config(BaseModel):
-    """What a model says of itself; an imported one has no discriminator."""
+    """The sizes of a model and its settings; an imported model has no discriminator."""
 
     model_config = ConfigDict(frozen=True)
 
     generator_parameters: int
     discriminator_parameters: int | None = None
     model: dict[str, Any] = {}
+
+
+class Measured(BaseModel):
+    """A metrics file: numbers by key, 95 % intervals of some of them, and the protocol."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    protocol: dict[str, Any]
+    intervals: dict[str, tuple[float | None, float | None]] = {}
+
+    @cached_property
+    def numbers(self) -> dict[str, float | None]:
+        """Every metric by its key; None where it could not be measured."""
+        return {key: value for key, value in (self.model_extra or {}).items() if value is None or is_number(value)}
+
+    @model_validator(mode="after")
+    def _finite(self) -> "Measured":
+        if not self.numbers:
+            raise ValueError("it has no numbers")
+        for key, value in self.numbers.items():
+            if value is not None and not abs(value) <= LARGEST_NUMBER:
+                raise ValueError(f"{key[:60]} is not finite")
+        return self
 
 
 class Summary(BaseModel):
@@ -53,49 +78,35 @@ class Summary(BaseModel):
     images: int
     classes: list[str]
     classifier_accuracy: float | None = None
-    reconstructions: int | None = None  # images the floor was measured on
+    reconstructions: int | None = None
+    """Images that the floor was measured on."""
 
     def floor(self, base: str) -> float | None:
         """Return the distance `base` (fd_classifier, fid, ...) of the autoencoder's reconstructions, if measured."""
         value = (self.model_extra or {}).get(f"{base}_reconstruction")
-        return float(value) if isinstance(value, int | float) else None
-
-
-class Event(BaseModel):
-    """Something that happened while a run trained: events/RUN.jsonl has one a line."""
-
-    model_config = ConfigDict(frozen=True)
-
-    update: int
-    images: int
-    kind: str
-    text: str
-    action: str | None = None
-
-    @property
-    def told(self) -> str:
-        """What happened, and what was done about it."""
-        return f"{self.kind}: {self.text}" + (f"; {self.action}" if self.action else "")
+        return float(value) if is_number(value) else None
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Everything known of one run; of an imported model, settings, curve and cost are not."""
+    """Everything known of one run; an imported model has neither settings nor curve nor cost."""
 
     name: str
     settings: Run | None
-    metrics: dict[str, float | None]
-    protocol: dict[str, Any]
-    curve: dict[str, list[float]]  # column -> one value per logged update
-    cost: Cost | None
-    config: Config
-    intervals: dict[str, tuple[float, float]]  # of some metrics, 95 %
+    curve: dict[str, list[float]]
+    """Column -> one value per row."""
     events: tuple[Event, ...] = ()
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """95 % intervals of some metrics."""
+    protocol: dict[str, Any] = field(default_factory=dict)
+    config: Config = Config(generator_parameters=0)
+    cost: Cost | None = None
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything the report is made of, but for the pictures."""
+    """Everything the report is made of, except for the pictures."""
 
     params: Params
     runs: tuple[RunRecord, ...]
@@ -104,13 +115,13 @@ class Inputs:
     published: dict[str, Any]
 
 
-Model = TypeVar("Model", bound=BaseModel)
+Line = TypeVar("Line")
 
 
 def read_inputs(params: Params) -> Inputs:
-    """Read what is known of exactly the runs that params name.
+    """Read what is known of exactly the runs in params.
 
-    Raises UserError naming the file and its stage when one is missing or is not what it should be.
+    Raises UserError naming the file and its stage when one is missing or damaged.
     """
     return Inputs(
         params=params,
@@ -122,8 +133,8 @@ def read_inputs(params: Params) -> Inputs:
 
 
 def needed(path: Path, stage: str) -> Path:
-    """Return `path`. Raises UserError naming the stage that writes it when there is no such file."""
-    if not path.is_file():
+    """Return `path`. Raises UserError naming the stage that writes it when it is missing."""
+    if not path.exists():
         raise UserError(f"Found no {path}, expected what stage {stage} writes: run `dvc repro {stage}`.")
     return path
 
@@ -137,111 +148,53 @@ def stage_of(params: Params, verb: str, name: str) -> str:
     return f"{verb}-{'guided' if name in params.guided else 'imported'}@{name}"
 
 
-def _read_run(params: Params, name: str) -> RunRecord:
-    path, measuring, making = paths.metrics(name), stage_of(params, "evaluate", name), stage_of(params, "train", name)
-    stored = _mapping(path, measuring)
-    trained = name not in params.imported
-    metrics: dict[str, float | None] = {}
-    for key, value in stored.items():
-        if value is None:
-            metrics[key] = None
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            if not abs(value) <= LARGEST_NUMBER:
-                raise UserError(f"Found {path} with {key[:60]} not finite: run `dvc repro --force {measuring}`.")
-            metrics[key] = float(value)
-    if not metrics or not isinstance(stored.get("protocol"), dict):
-        raise UserError(f"Found {path} without numbers or their protocol: run `dvc repro --force {measuring}`.")
-    return RunRecord(
-        name=name,
-        settings=params.models[name] if trained else None,
-        metrics=metrics,
-        protocol=stored["protocol"],
-        curve=read_curve(paths.curves(name), making) if trained else {},
-        cost=typed(Cost, paths.costs(name), making) if trained else None,
-        config=typed(Config, paths.model(name) / "config.json", making),
-        intervals=_intervals(stored.get("intervals", {}), path, measuring),
-        events=_read_events(paths.events(name), making),
-    )
-
-
-def _intervals(stored: Any, path: Path, stage: str) -> dict[str, tuple[float, float]]:
-    try:
-        return {key: (float(low), float(high)) for key, (low, high) in stored.items() if low is not None}
-    except (AttributeError, TypeError, ValueError):
-        raise UserError(
-            f"Found {path} with intervals that are no pairs of numbers by metric: run `dvc repro --force {stage}`."
-        ) from None
-
-
-def _read_events(path: Path, stage: str) -> tuple[Event, ...]:
-    """Read what happened while a run trained, where that was written down."""
-    if not path.is_file():
-        return ()
-    events = []
-    for number, line in enumerate(_text(path, stage).splitlines(), 1):
-        try:
-            events.append(Event.model_validate_json(line))
-        except ValidationError:
-            raise UserError(
-                f"Found {line[:60]!r} in {path}, line {number}, expected update, images, kind and text as JSON: run "
-                f"`dvc repro --force {stage}`."
-            ) from None
-    return tuple(events)
-
-
-def read_curve(path: Path, stage: str, may_grow: bool = False) -> dict[str, list[float]]:
-    """Read curves as columns. Of a file that may be growing, no row yet and half a last row are no mistakes."""
-    reader = csv.DictReader(_text(path, stage).splitlines())
-    try:
-        columns: dict[str, list[float]] = {name: [] for name in reader.fieldnames or ()}
-        rows = list(reader)
-    except csv.Error as error:
-        raise UserError(f"Found {path}, which is no table ({error}): run `dvc repro --force {stage}`.") from None
-    for number, row in enumerate(rows, 2):
-        if may_grow and None in row.values():
-            break
-        for name, values in columns.items():
-            try:
-                values.append(float(row[name]))
-            except (TypeError, ValueError):
-                raise UserError(
-                    f"Found {str(row[name])[:60]!r} in {path}, line {number}, column {name[:60]}, expected a number: "
-                    f"run `dvc repro --force {stage}`."
-                ) from None
-    if not columns.get("images") and not may_grow:
-        raise UserError(f"Found no rows or no column `images` in {path}: run `dvc repro --force {stage}`.")
-    return columns
-
-
-def _text(path: Path, stage: str) -> str:
-    try:
-        return read_text(needed(path, stage), LARGEST_LOG)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"Found {path}, which is no text ({error}): run `dvc repro --force {stage}`.") from None
-
-
-def _reconstruction_mse(params: Params) -> float | None:
-    path = needed(paths.AUTOENCODER, "autoencoder") / "training.json"
-    if not path.exists():
-        return None  # nothing was trained, so nothing was measured while training
-    value = _mapping(path, "autoencoder").get("reconstruction_mse")
-    return float(value) if isinstance(value, int | float) else None
-
-
-def _mapping(path: Path, stage: str) -> dict[str, Any]:
-    value = read_json(needed(path, stage))
-    if not isinstance(value, dict):
-        raise UserError(f"Found {path} with a {type(value).__name__}, expected a mapping: run `dvc repro {stage}`.")
-    return value
+def columns_of(rows: list[Row]) -> dict[str, list[float]]:
+    """Return the rows of a curve as columns."""
+    return {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
 
 
 def typed(model: type[Model], path: Path, stage: str) -> Model:
     """Read a JSON file into a model. Raises UserError naming file, field and stage when it is missing or wrong."""
-    try:
-        return model.model_validate(_mapping(path, stage))
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise UserError(
-            f"Found {path} with a wrong {field} ({first['msg']}): run `dvc repro --force {stage}`."
-        ) from None
+    return read_model(model, needed(path, stage), f"run `dvc repro --force {stage}`")
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Return whether a JSON value is a number."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _read_run(params: Params, name: str) -> RunRecord:
+    making = stage_of(params, "train", name)
+    measured = typed(Measured, paths.metrics(name), stage_of(params, "evaluate", name))
+    described: dict[str, Any] = {
+        "metrics": {key: None if value is None else float(value) for key, value in measured.numbers.items()},
+        "intervals": {key: ends for key, ends in measured.intervals.items() if None not in ends},
+        "protocol": measured.protocol,
+        "config": typed(Config, paths.model(name) / "config.json", making),
+    }
+    if name in params.imported:
+        return RunRecord(name, None, {}, **described)
+    rows = _undamaged(scan_curves, needed(paths.curves(name), making), making)
+    if not rows:
+        raise UserError(f"Found no rows in {paths.curves(name)}: run `dvc repro --force {making}`.")
+    events = tuple(_undamaged(scan_events, paths.events(name), making))
+    cost = typed(Cost, paths.costs(name), making)
+    return RunRecord(name, params.models[name], columns_of(rows), events, cost=cost, **described)
+
+
+def _undamaged(scan: Callable[[Path], tuple[list[Line], list[int]]], path: Path, stage: str) -> list[Line]:
+    found, damaged = scan(path)
+    if damaged:
+        count = f"{len(damaged)} damaged line{'s' * (len(damaged) > 1)}"
+        raise UserError(f"Found {path} with {count}, the first is line {damaged[0]}: run `dvc repro --force {stage}`.")
+    return found
+
+
+def _reconstruction_mse(params: Params) -> float | None:
+    path = paths.AUTOENCODER / "training.json"
+    if not path.exists() and paths.AUTOENCODER.is_dir():
+        return None  # a pretrained autoencoder
+    needed(path, "autoencoder")
+    stored = read_json(path)
+    value = stored.get("reconstruction_mse") if isinstance(stored, dict) else None
+    return float(value) if is_number(value) else None

@@ -1,5 +1,6 @@
 """Write the report: one page that stands alone, and its tables and pictures as files."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,19 +16,21 @@ from afm_pipe.reporting.one_dimension import read_one_dimension
 from afm_pipe.reporting.plots import PLOTS_CSS
 from afm_pipe.reporting.printing import write_files
 from afm_pipe.reporting.sections import sections
+from afm_pipe.reporting.status import code_line
 from afm_pipe.reporting.summary import facts
 from afm_pipe.reporting.tables import cost_table, measured_table, run_table
+from afm_pipe.runtime import paths
 
 RUN_PICTURE_BYTES = 2**20  # of each of the three pictures of a run's own page
 IMAGENET_IMAGES = 1_281_167
 DATA_TITLES = {"mnist5k": "MNIST-5k (handwritten digits)"}
 
 
-def write_report(params: Params, folder: Path) -> None:
-    """Write the report of exactly the runs that params name into `folder`, from the files of the other stages.
+def write_report(params: Params, folder: Path, rendered: Path) -> None:
+    """Write the pages and pictures of the runs in params into `folder`, the tables as files into `rendered`.
 
-    Reads relative to the working directory. Raises UserError naming file and stage when one is missing.
-    The same inputs give the same bytes.
+    The pages' links lead from `paths.REPORT` and to `paths.RENDERED`. Reads relative to the working directory. Raises
+    UserError naming file and stage when one is missing. The same inputs give the same bytes.
     """
     inputs = read_inputs(params)
     runs, costs, parts, one_dimension = run_table(inputs), cost_table(inputs), sections(inputs), read_one_dimension()
@@ -44,8 +47,7 @@ def write_report(params: Params, folder: Path) -> None:
         .get_template("page.html.j2")
         .render(
             **shared,
-            up="../",
-            here="",
+            **_links(paths.REPORT),
             runs="runs/",
             shape=_shape(params),
             inputs=inputs,
@@ -61,13 +63,15 @@ def write_report(params: Params, folder: Path) -> None:
             seeds=gallery.SIDE_BY_SIDE,
             metrics=[(column.title, column.meaning) for column in runs.columns if titles.metric(column.key).meaning],
             protocol=_protocol(inputs.runs),
+            code=code_line(params),
         )
     )
     (folder / "runs").mkdir(parents=True, exist_ok=True)
+    rendered.mkdir(parents=True, exist_ok=True)
     (folder / "index.html").write_text(page, encoding="utf-8")
     of_sections = [table for part in parts for table in (*part.tables, *part.published)]
     for table in (runs, costs, *([one_dimension.table] if one_dimension else []), *of_sections):
-        write_files(table, folder)
+        write_files(table, rendered)
     for record in inputs.runs:
         text = _run_page(inputs, record, trained, shared)
         (folder / "runs" / f"{record.name}.html").write_text(text, encoding="utf-8")
@@ -84,8 +88,7 @@ def _run_page(inputs: Inputs, record: RunRecord, trained: Sequence[RunRecord], s
         .get_template("run.html.j2")
         .render(
             **shared,
-            up="../../",
-            here="../",
+            **_links(paths.REPORT / "runs"),
             runs="",
             name=record.name,
             before=others[place - 1] if place else None,
@@ -101,6 +104,11 @@ def _run_page(inputs: Inputs, record: RunRecord, trained: Sequence[RunRecord], s
             resolved=_yaml(_settings(inputs.params, record)),
         )
     )
+
+
+def _links(folder: Path) -> dict[str, str]:
+    """Return how a page in `folder` reaches the project's root and the rendered tables."""
+    return {name: f"{os.path.relpath(path, folder)}/" for name, path in (("up", "."), ("rendered", paths.RENDERED))}
 
 
 def _spent(record: RunRecord) -> str:

@@ -1,10 +1,11 @@
-"""Sections on the tables of the study: the question, the verdicts, our cells at one scale or two, the paper's numbers.
+"""Sections on the study's tables: the question, verdicts, our results at one scale or two, the paper's numbers.
 
-Where a table has both this profile's own run and the larger study, both are shown, each under its scale; cells that
-only the study has are marked in the study's.
+Where a table has both this profile's own run and the larger study, both are shown, each with its scale; rows and cells
+that only the study has are marked.
 """
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 
@@ -12,305 +13,300 @@ from afm_pipe.reporting import titles
 from afm_pipe.reporting.inputs import Inputs
 from afm_pipe.reporting.plots import Point, error_bars, heat_map
 from afm_pipe.reporting.section import Figure, Section
-from afm_pipe.reporting.study_checks import RULE, Verdict, checks_table, decide
 from afm_pipe.reporting.study_published import published_table
-from afm_pipe.reporting.study_trials import ACCURACY, SCOPES, Pair, Spread, Studied, StudyCell, read_pairs
+from afm_pipe.reporting.study_verdicts import SCOPES, sentence, verdicts_section
 from afm_pipe.reporting.table import Cell, Column, Table
 from afm_pipe.runtime import paths
+from afm_pipe.study.results import ACCURACY, TableFiles, TableResults, TrialResult, read_tables
+from afm_pipe.study.statistics import Spread, spread
+from afm_pipe.study.verdicts import Verdict, decide
 
 ONLY = "°"  # marks what only the study has
 DIVERGED = (
-    "Diverged: a loss was not finite, which leaves no number, or the distance to the data grew from a third of the "
-    "updates to their end, intervals apart, or hardly more samples at the end are of the class asked for than chance "
-    "gives (study.collapsed in params); a training that is merely short has not diverged."
+    "Diverged: a loss was not finite, which leaves no number; or the distance to the data grew from a third of the "
+    "updates to the end, with disjoint intervals; or the class accuracy at the end is near chance (study.collapsed in "
+    "params). A trial that is merely short has not diverged."
 )
-WIDE = 8.0  # a sweep whose numbers span this factor is drawn over a logarithmic axis
+LOG_FACTOR = 8.0  # a sweep whose settings span this factor gets a logarithmic axis
 
 
 def study_sections(inputs: Inputs) -> tuple[Section, ...]:
-    """Build a section for each table that params name, and one that lists what became of every claim; none without."""
-    pairs = read_pairs(inputs.params)
-    if not pairs:
-        return ()
-    decided = {pair.name: decide(pair, inputs.params.study.trained) for pair in pairs}
-    verdicts = [verdict for of_table in decided.values() for verdict in of_table]
-    of_tables = tuple(_section(inputs, pair, decided[pair.name]) for pair in pairs)
-    return (_checks(verdicts, inputs.params.study.trained), *of_tables) if verdicts else of_tables
+    """Build a section for each table in params, after one that lists the verdicts on all claims."""
+    trained = inputs.params.study.trained
+    decided = [(files, decide(files, trained)) for files in read_tables(inputs.params)]
+    verdicts = [verdict for _, of_table in decided for verdict in of_table]
+    summary = (verdicts_section(verdicts, trained),) if verdicts else ()
+    return (*summary, *(_section(inputs, files, of_table) for files, of_table in decided))
 
 
-def _checks(verdicts: Sequence[Verdict], trained: float) -> Section:
-    outcomes = [verdict.outcome for verdict in verdicts]
-    counts = [f"{outcomes.count(each)} {each}" for each in dict.fromkeys(sorted(outcomes, key=_order))]
-    prose = f"{RULE} A cell trains from {titles.percent(trained)} of its samples in the class asked for."
-    verdict = f"Of {len(verdicts)} claim{'s' * (len(verdicts) != 1)}: {', '.join(counts)}."
-    return Section("checks", "Claims and verdicts", prose, verdict, tables=(checks_table(verdicts),))
-
-
-def _order(outcome: str) -> int:
-    return ("supported", "not supported", "undecided", "not run").index(outcome)
-
-
-def _section(inputs: Inputs, pair: Pair, verdicts: Sequence[Verdict]) -> Section:
-    declared = pair.declared
-    newest = pair.own.table if pair.own else declared
-    published = (published_table(pair.name, newest.paper, inputs.published),) if newest.paper else ()
-    if not pair.found:
-        return Section(
-            f"study-{pair.name}", declared.title, declared.question, warning=_not_run(pair), published=published
-        )
+def _section(inputs: Inputs, files: TableFiles, verdicts: Sequence[Verdict]) -> Section:
+    declared, found = files.declared, files.found
+    newest = files.own.table if files.own else declared
     return Section(
-        f"study-{pair.name}",
+        f"study-{files.name}",
         declared.title,
         declared.question,
-        "\n".join(verdict.sentence for verdict in verdicts) or None,
-        tuple(table for studied in pair.found for table in _tables(studied, pair)),
-        tuple(figure for studied in pair.found for figure in _figures(studied)),
-        published,
-        _scale(pair),
+        "\n".join(map(sentence, verdicts)) or None if found else None,
+        tuple(table for results in found for table in _tables(results, files)),
+        tuple(figure for results in found for figure in _figures(results)),
+        (published_table(files.name, newest.paper, inputs.published),) if newest.paper else (),
+        _scale(files),
     )
 
 
-def _scale(pair: Pair) -> str:
-    parts = [f"{SCOPES[studied.scope].capitalize()}: {studied.results.scale}" for studied in pair.found]
-    if pair.own is None:
-        parts.append(_not_run(pair))
-    elif pair.own.table.model_dump(mode="json") != pair.declared.model_dump(mode="json"):
-        parts.append(f"params declare this table otherwise by now: run `dvc repro table@{pair.name}`.")
+def _scale(files: TableFiles) -> str:
+    run = f"`dvc repro table@{files.name}`"
+    parts = [f"{SCOPES[results.scope].capitalize()}: {results.scale}" for results in files.found]
+    if files.own is None:
+        parts.append(f"Found no {paths.table(files.name)}: this profile's own trials have not been run, {run}.")
+    elif files.own.table.model_dump(mode="json") != files.declared.model_dump(mode="json"):
+        parts.append(f"Params have changed since this table was made: run {run}.")
     return " ".join(parts)
 
 
-def _not_run(pair: Pair) -> str:
-    return (
-        f"Found no {paths.table(pair.name)}: this profile's own cells have not been run, `dvc repro table@{pair.name}`."
-    )
-
-
-def _tables(studied: Studied, pair: Pair) -> list[Table]:
-    new = _only_here(studied, pair)
-    if studied.table.columns is None:
-        tables = [_list(studied, new)]
+def _tables(results: TableResults, files: TableFiles) -> list[Table]:
+    twice = results.scope == "study" and files.own is not None
+    new = set(results.cells) - set(files.own.cells) if twice and files.own else set()
+    if results.table.columns is None:
+        tables = [_list(results, new)]
     else:
-        tables = [_grid(studied, studied.distance_key, new), _grid(studied, ACCURACY, new)]
-    return [*tables, *([_phases(studied)] if studied.table.paper == "schedule" else [])]
+        tables = [_grid(results, results.distance_key, new), _grid(results, ACCURACY, new)]
+    return [*tables, _phases(results)] if results.table.paper == "schedule" else tables
 
 
-def _only_here(studied: Studied, pair: Pair) -> set[tuple[str, str]]:
-    """Return the places of the study that this profile's own run has not, where there is one."""
-    if studied.scope == "table" or pair.own is None:
-        return set()
-    return set(studied.places) - set(pair.own.places)
-
-
-def _grid(studied: Studied, key: str, new: set[tuple[str, str]]) -> Table:
+def _grid(results: TableResults, key: str, new: set[tuple[str, str]]) -> Table:
     """Build a grid of one metric: rows by columns, means over seeds."""
-    table, distance = studied.table, key == studied.distance_key
-    assert table.columns is not None
-    columns = (
-        Column("row", table.rows.title, numeric=False),
-        *(Column(label, f"{table.columns.title} {label}") for label in table.columns.settings),
-    )
+    assert results.table.columns is not None
+    distance, title = key == results.distance_key, results.table.columns.title
+    columns = (_row_column(results), *(Column(label, f"{title} {label}") for label in results.columns))
     rows = tuple(
         (
             Cell(row, row),
             *(
-                studied.spread(row, column, key).cell(f" {ONLY}" * ((row, column) in new), distance)
-                for column in studied.columns
+                _cell(results, _at(results, row, column, key), _where(row, column), distance, (row, column) in new)
+                for column in results.columns
             ),
         )
-        for row in table.rows.settings
+        for row in results.rows
     )
-    name = f"{studied.scope}_{studied.name}"
     if distance:
-        return Table(name, _caption(studied, _title(key)), columns, rows, note=_note(studied, new))
-    return Table(f"accuracy_{name}", _caption_beside(studied, _title(key)), columns, rows)
+        caption = _caption(results, _title(key))
+        return Table(_name(results), caption, columns, rows, note=_note(results, new))
+    return Table(f"accuracy_{_name(results)}", _short_caption(results, _title(key)), columns, rows)
 
 
-def _list(studied: Studied, new: set[tuple[str, str]]) -> Table:
-    """Build a table of one axis: quality, share that diverged, and cost of each of its settings."""
-    distance = titles.metric(studied.distance_key)
-    alarms = any(cell.events is not None for cell in studied.results.trials)
+def _list(results: TableResults, new: set[tuple[str, str]]) -> Table:
+    """Build a table of one axis: quality, divergence, and cost of each of its settings."""
+    distance, accuracy = titles.metric(results.distance_key), titles.metric(ACCURACY)
+    monitored = any(trial.events is not None for trial in results.trials)
+    alarms = Column("alarms", "Alarms", "Of the monitor: each kind, and the number of seeds that raised it")
     columns = (
-        Column("row", studied.table.rows.title, numeric=False),
-        Column(studied.distance_key or "distance", distance.title or "Distance", distance.meaning),
-        Column(ACCURACY, titles.metric(ACCURACY).title, titles.metric(ACCURACY).meaning),
-        Column("diverged", "Diverged", "Share of the seeds"),
-        *((Column("alarms", "Alarms", "Of the watch: each kind, and in how many of the seeds"),) if alarms else ()),
-        Column("units", "Units", "What an update costs, discriminator included, in forward passes of G"),
+        _row_column(results),
+        Column(results.distance_key or "distance", distance.title or "Distance", distance.meaning),
+        Column(ACCURACY, accuracy.title, accuracy.meaning),
+        Column("diverged", "Diverged", "Of the seeds"),
+        *((alarms,) if monitored else ()),
+        Column("units", "Units", "Cost of an update, discriminator included, in forward passes of G"),
         Column("seconds", "Training time", "Mean over seeds"),
         Column("seeds", "Seeds"),
     )
-    rows = tuple(_line(studied, row, f" {ONLY}" * ((row, "") in new), alarms) for row in studied.table.rows.settings)
-    name = f"{studied.scope}_{studied.name}"
-    return Table(name, _caption(studied, "Quality and cost"), columns, rows, note=_note(studied, new))
+    rows = tuple(_line(results, row, (row, "") in new, monitored) for row in results.rows)
+    caption = _caption(results, "Quality and cost")
+    return Table(_name(results), caption, columns, rows, note=_note(results, new))
 
 
-def _line(studied: Studied, row: str, mark: str, alarms: bool) -> tuple[Cell, ...]:
-    cells, source = studied.at(row, ""), str(studied.path)
-    distance, right = studied.spread(row, "", studied.distance_key), studied.spread(row, "", ACCURACY)
-    seconds = [cell.cost.seconds for cell in cells if cell.cost.seconds is not None]
+def _line(results: TableResults, row: str, new: bool, monitored: bool) -> tuple[Cell, ...]:
+    trials, source = results.at(row, ""), str(results.path)
+    distance, accuracy = (spread(trials, key) for key in (results.distance_key, ACCURACY))
+    seconds = [trial.cost.seconds for trial in trials if trial.cost.seconds is not None]
     spent = sum(seconds) / len(seconds) if seconds else None
-    units = sum(cell.cost.units for cell in cells) / len(cells) if cells else None
-    diverged = f"{distance.diverged} of {len(cells)}" if cells else titles.MISSING
-    where = f"of the cells {row}"
+    units = sum(trial.cost.units for trial in trials) / len(trials) if trials else None
+    diverged = f"{distance.diverged} of {len(trials)}" if trials else titles.MISSING
+    where = f"of the trials {row}"
     return (
-        Cell(row + mark, row),
-        distance.cell(diverged=False),
-        right.cell(diverged=False),
-        Cell(diverged, distance.diverged / len(cells) if cells else None, source, f"diverged {where}"),
-        *((_alarms(cells, source, where),) if alarms else ()),
+        Cell(f"{row} {ONLY}" if new else row, row),
+        _cell(results, distance, row, with_diverged=False),
+        _cell(results, accuracy, row, with_diverged=False),
+        Cell(diverged, distance.diverged / len(trials) if trials else None, source, f"diverged {where}"),
+        *((_alarms(trials, source, where),) if monitored else ()),
         Cell(titles.number(units), units, source, f"units {where}"),
         Cell(titles.MISSING if spent is None else titles.duration(spent), spent, source, f"seconds {where}"),
-        Cell(str(len(cells)), len(cells)),
+        Cell(str(len(trials)), len(trials)),
     )
 
 
-def _alarms(cells: Sequence[StudyCell], source: str, where: str) -> Cell:
-    """Say which alarms the watch fired in how many of the cells it watched; the value is in how many any was fired."""
-    watched = [cell for cell in cells if cell.events is not None]
-    if not watched:
+def _alarms(trials: Sequence[TrialResult], source: str, where: str) -> Cell:
+    """Return which alarms were raised in how many trials; the value is the number of trials with any."""
+    monitored = [trial for trial in trials if trial.events is not None]
+    if not monitored:
         return Cell(titles.MISSING, None)
-    fired = Counter(kind for cell in watched for kind in cell.alarms)
-    of = f"of {len(watched)}" + (" watched" if len(watched) < len(cells) else "")
-    text = ", ".join(f"{kind} {count} {of}" for kind, count in sorted(fired.items()))
-    some = sum(bool(cell.alarms) for cell in watched)
-    return Cell(text or f"none {of}", some, source, f"alarms {where}")
+    raised = Counter(kind for trial in monitored for kind in trial.alarms)
+    of = f"of {len(monitored)}" + " monitored" * (len(monitored) < len(trials))
+    text = ", ".join(f"{kind} {count} {of}" for kind, count in sorted(raised.items()))
+    return Cell(text or f"none {of}", sum(bool(trial.alarms) for trial in monitored), source, f"alarms {where}")
 
 
-def _phases(studied: Studied) -> Table:
+def _phases(results: TableResults) -> Table:
     """Build the table of the distance at the end of every phase."""
-    phases = sorted({probe.phase for cell in studied.results.trials for probe in cell.probes if probe.phase})
-    columns = (
-        Column("row", studied.table.rows.title, numeric=False),
-        *(Column(f"phase_{phase}", f"Phase {phase}", "At its end") for phase in phases),
-    )
-    rows = tuple(
-        (
-            Cell(name := f"{row}, {column}" if column else row, name),
-            *(_at_phase(studied, studied.at(row, column), phase, name) for phase in phases),
-        )
-        for row, column in studied.places
-    )
-    caption = _caption_beside(studied, f"{_title(studied.distance_key)} at the end of each phase")
-    return Table(f"phases_{studied.scope}_{studied.name}", caption, columns, rows)
+    phases = sorted({probe.phase for trial in results.trials for probe in trial.probes if probe.phase})
+    columns = (_row_column(results), *(Column(f"phase_{phase}", f"Phase {phase}", "At its end") for phase in phases))
+    rows = []
+    for row, column in results.cells:
+        name = f"{row}, {column}" if column else row
+        rows.append((Cell(name, name), *(_at_phase(results, results.at(row, column), phase, name) for phase in phases)))
+    caption = _short_caption(results, f"{_title(results.distance_key)} at the end of each phase")
+    return Table(f"phases_{_name(results)}", caption, columns, tuple(rows))
 
 
-def _at_phase(studied: Studied, cells: Sequence[StudyCell], phase: int, name: str) -> Cell:
-    ends = [(cell, probe) for cell in cells for probe in cell.probes if probe.phase == phase]
+def _at_phase(results: TableResults, trials: Sequence[TrialResult], phase: int, name: str) -> Cell:
+    ends = [(trial, probe) for trial in trials for probe in trial.probes if probe.phase == phase]
     if not ends:
         return Cell(titles.MISSING, None)
-    then = [cell.model_copy(update={"metrics": probe.metrics, "intervals": probe.intervals}) for cell, probe in ends]
-    cell = studied.spread_of(then, studied.distance_key, name).cell(diverged=False)
-    epochs = sorted({probe.epoch for _, probe in ends})
-    when = " or ".join(f"{epoch:.3g}" for epoch in epochs)
-    return cell._replace(text=f"{cell.text}, epoch {when}", key=f"{cell.key} at the end of phase {phase}")
+    then = [trial.model_copy(update={"metrics": probe.metrics, "intervals": probe.intervals}) for trial, probe in ends]
+    cell = _cell(results, spread(then, results.distance_key), name, with_diverged=False)
+    epochs = " or ".join(f"{epoch:.3g}" for epoch in sorted({probe.epoch for _, probe in ends}))
+    return cell._replace(text=f"{cell.text}, epoch {epochs}", key=f"{cell.key} at the end of phase {phase}")
+
+
+def _at(results: TableResults, row: str, column: str, key: str) -> Spread:
+    return spread(results.at(row, column), key)
+
+
+def _cell(results: TableResults, found: Spread, where: str, with_diverged: bool = True, new: bool = False) -> Cell:
+    """Return a metric over seeds as a table's cell, with the number of diverged seeds if wanted."""
+    text = _text(found)
+    if with_diverged and found.diverged:
+        share = f"{found.diverged} of {found.trials} diverged"
+        text = f"{text} ({share})" if found.values else share
+    source = str(results.path) if found.trials else ""
+    return Cell(text + f" {ONLY}" * new, found.mean, source, f"{found.key} of the trials {where}", found.ends)
+
+
+def _text(found: Spread) -> str:
+    """Print 329 ± 12 over seeds, 329 [310, 348] of one; a fraction in percent."""
+    if found.mean is None:
+        return titles.MISSING
+    percent = titles.metric(found.key).share
+
+    def number(value: float, digits: int = 3) -> str:
+        return f"{100 * value:.1f}" if percent else titles.number(value, digits)
+
+    text = number(found.mean)
+    if len(found.values) > 1:
+        text += f" ± {number(statistics.stdev(found.values), 2)}"
+    elif found.interval:
+        text += f" [{number(found.interval[0])}, {number(found.interval[1])}]"
+    return text + " %" * percent
+
+
+def _row_column(results: TableResults) -> Column:
+    return Column("row", results.table.rows.title, numeric=False)
+
+
+def _where(row: str, column: str) -> str:
+    return f"{row} x {column}" if column else row
+
+
+def _name(results: TableResults) -> str:
+    return f"{results.scope}_{results.name}"
 
 
 def _title(key: str) -> str:
     return titles.metric(key).title or "Distance"
 
 
-def _caption(studied: Studied, what: str) -> str:
-    """Say what, how much of it was run, at what scale and at what cost."""
-    cells, places = studied.results.trials, len(studied.places) * len(studied.table.seeds)
-    seeds, count = len(studied.table.seeds), f"{len(cells)} cell{'s' * (len(cells) != 1)}"
-    spent = sum({cell.training or place: cell.cost.seconds or 0 for place, cell in studied.cells.items()}.values())
-    alone = " Updates, units and time are those of what continues another training, alone."
-    missing = f" {places - len(cells)} of {places} cells have not been run." if len(cells) < places else ""
+def _caption(results: TableResults, what: str) -> str:
+    """Return what a table shows, how much of it was run, at what scale and cost."""
+    trials, declared, seeds = results.trials, len(results.table.places), len(results.table.seeds)
+    count = f"{len(trials)} trial{'s' * (len(trials) != 1)}"
+    spent = sum({trial.training or trial.place: trial.cost.seconds or 0 for trial in trials}.values())
+    own = " Updates, units and time exclude those of the run that a trial continues."
+    missing = f" {declared - len(trials)} of {declared} trials have not been run." * (len(trials) < declared)
     return (
-        f"{studied.table.title.rstrip('.')}, {SCOPES[studied.scope]}: {what}, {seeds} seed{'s' * (seeds != 1)} a cell. "
-        f"{studied.results.scale.rstrip('.')}. {count}, {titles.duration(spent)} of training on "
-        f"{studied.results.machine}, from {studied.path}.{missing}"
-        f"{alone * any(cell.continues for cell in cells)}"
+        f"{results.table.title.rstrip('.')}, {SCOPES[results.scope]}: {what}, {seeds} seed{'s' * (seeds != 1)} per "
+        f"setting. {results.scale.rstrip('.')}. {count}, {titles.duration(spent)} of training on {results.machine}, "
+        f"from {results.path}.{missing}{own * any(trial.continues for trial in trials)}"
     )
 
 
-def _caption_beside(studied: Studied, what: str) -> str:
-    """Say what, and which table says the rest."""
-    title, name = studied.table.title.rstrip("."), f"{studied.scope}_{studied.name}"
-    return f"{title}, {SCOPES[studied.scope]}: {what}, of the cells of {name}, at its scale; read as there."
+def _short_caption(results: TableResults, what: str) -> str:
+    """Return what a table shows, and which table says the rest."""
+    title = results.table.title.rstrip(".")
+    return f"{title}, {SCOPES[results.scope]}: {what}, of the trials of {_name(results)}; see its caption and note."
 
 
-def _note(studied: Studied, new: set[tuple[str, str]]) -> str:
-    """Say what the numbers and marks in a table mean."""
-    several = len(studied.table.seeds) > 1
+def _note(results: TableResults, new: set[tuple[str, str]]) -> str:
+    """Return the meaning of the numbers and marks in a table."""
+    several = len(results.table.seeds) > 1
     parts = ["Mean ± standard deviation over seeds; the CSV file has the lowest and the highest."] if several else []
-    if any(len(_with_number(studied, *place)) == 1 for place in studied.places):
-        parts.append("In brackets: the 95 % interval of measuring one training; another seed may lie outside.")
-    if any(cell.diverged for cell in studied.results.trials):
+    if any(len(_at(results, *cell, results.distance_key).values) == 1 for cell in results.cells):
+        parts.append("In brackets: the 95 % interval of measuring one trial; another seed may lie outside.")
+    if any(trial.diverged for trial in results.trials):
         parts.append(DIVERGED)
     if new:
-        parts.append(f"{ONLY}: only in the study, not among this profile's own cells.")
+        parts.append(f"{ONLY}: only in the study, not among this profile's own trials.")
     return " ".join(parts)
 
 
-def _with_number(studied: Studied, row: str, column: str) -> tuple[float, ...]:
-    return studied.spread(row, column, studied.distance_key).values
-
-
-def _figures(studied: Studied) -> list[Figure]:
-    """Draw a grid as a heat map, a sweep as error bars; nothing of fewer than two means."""
-    spreads = {place: studied.spread(*place, studied.distance_key) for place in studied.places}
-    if sum(spread.mean is not None for spread in spreads.values()) < 2:
+def _figures(results: TableResults) -> list[Figure]:
+    """Draw a grid as a heat map, a sweep as error bars; nothing for fewer than two means."""
+    spreads = {cell: _at(results, *cell, results.distance_key) for cell in results.cells}
+    if sum(bool(found.values) for found in spreads.values()) < 2:
         return []
-    drawn, words = (_sweep if studied.table.columns is None else _heat)(studied, spreads)
-    whose = SCOPES[studied.scope]
-    caption = f"{whose.capitalize()}: {_title(studied.distance_key)}, lower is better. {words}"
-    return [Figure(drawn, caption, str(studied.path))]
+    title, scope = _title(results.distance_key), SCOPES[results.scope]
+    svg, words = (_sweep if results.table.columns is None else _heat)(results, spreads, f"{title}, {scope}")
+    return [Figure(svg, f"{scope.capitalize()}: {title}, lower is better. {words}", str(results.path))]
 
 
-def _heat(studied: Studied, spreads: dict[tuple[str, str], Spread]) -> tuple[str, str]:
-    table = studied.table
-    assert table.columns is not None
-    rows, columns = list(table.rows.settings), list(table.columns.settings)
-    drawn = heat_map(
-        rows,
-        columns,
-        [[spreads[row, column].mean for column in columns] for row in rows],
-        [[_short(spreads[row, column]) for column in columns] for row in rows],
-        f"{_title(studied.distance_key)}, {SCOPES[studied.scope]}",
+def _heat(results: TableResults, spreads: dict[tuple[str, str], Spread], title: str) -> tuple[str, str]:
+    assert results.table.columns is not None
+    cells = [[spreads[row, column] for column in results.columns] for row in results.rows]
+
+    def text(found: Spread) -> str:
+        mark = f"† {found.diverged}/{found.trials}" if found.diverged else ""
+        return f"{titles.number(found.mean)} {mark}".strip() if found.values else mark or titles.MISSING
+
+    svg = heat_map(
+        results.rows,
+        results.columns,
+        [[found.mean for found in line] for line in cells],
+        [[text(found) for found in line] for line in cells],
+        title,
         "Lower is better",
-        row_title=table.rows.title,
-        column_title=table.columns.title,
+        row_title=results.table.rows.title,
+        column_title=results.table.columns.title,
         log=True,
     )
-    words = f"{'Means over seeds' if len(table.seeds) > 1 else 'One seed'}, colours by ratio, the lowest framed."
-    marked = any(spread.diverged for spread in spreads.values())
-    return drawn, words + (" † 1/2: one of two seeds diverged." if marked else "")
+    seeds = "Means over seeds" if len(results.table.seeds) > 1 else "One seed"
+    marked = " † 1/2: one of two seeds diverged." * any(found.diverged for found in spreads.values())
+    return svg, f"{seeds}, colors on a log scale, the lowest framed.{marked}"
 
 
-def _short(spread: Spread) -> str:
-    mark = f"† {spread.diverged}/{spread.seeds}" if spread.diverged else ""
-    return f"{titles.number(spread.mean)} {mark}".strip() if spread.values else mark or titles.MISSING
-
-
-def _sweep(studied: Studied, spreads: dict[tuple[str, str], Spread]) -> tuple[str, str]:
-    rows = studied.table.rows
-    numbers = _numbers(list(rows.settings))
-    points = []
-    for index, (label, spread) in enumerate(zip(rows.settings, spreads.values(), strict=True)):
-        low, high = spread.ends or (None, None)
-        points.append(Point(numbers[index] if numbers else label, spread.mean, low, high))
+def _sweep(results: TableResults, spreads: dict[tuple[str, str], Spread], title: str) -> tuple[str, str]:
+    numbers = _numbers(results.rows)
+    places: Sequence[float | str] = numbers or results.rows
+    points = [
+        Point(place, found.mean, *(found.ends or (None, None)))
+        for place, found in zip(places, spreads.values(), strict=True)
+    ]
     positive = [number for number in numbers if number > 0]
-    drawn = error_bars(
+    svg = error_bars(
         points,
-        f"{_title(studied.distance_key)}, {SCOPES[studied.scope]}",
+        title,
         "Lower is better",
-        x_title=rows.title,
-        log_x=len(positive) > 1 and max(positive) >= WIDE * min(positive),
+        x_title=results.table.rows.title,
+        log_x=len(positive) > 1 and max(positive) >= LOG_FACTOR * min(positive),
         log_y=True,
     )
-    several = len(studied.table.seeds) > 1
-    words = (
-        "Points are means over seeds, bars reach from the lowest seed to the highest."
-        if several
-        else ("Points are one seed each, bars the 95 % interval of its measurement.")
-    )
-    gone = [label for label, spread in zip(rows.settings, spreads.values(), strict=True) if spread.mean is None]
-    return drawn, words + (f" Without a number: {', '.join(gone)}." if gone else "")
+    words = "Points are means over seeds, bars reach from the lowest seed to the highest."
+    if len(results.table.seeds) == 1:
+        words = "Points are one seed each, bars the 95 % interval of its measurement."
+    missing = [row for row, found in zip(results.rows, spreads.values(), strict=True) if not found.values]
+    return svg, words + (f" Without a number: {', '.join(missing)}." if missing else "")
 
 
 def _numbers(labels: Sequence[str]) -> list[float]:
-    """Return labels as numbers; nothing if one is none."""
+    """Return labels as numbers; an empty list unless each is a finite number of at least 0."""
     try:
         numbers = [float(label) for label in labels]
     except ValueError:

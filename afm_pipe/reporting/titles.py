@@ -37,7 +37,7 @@ _METRICS = {  # in the order of the tables' columns
     "precision_clean": Metric("Precision{n} (clean)", "higher", f"{_PRECISION}; Inception, clean-fid's resizing"),
     "recall_clean": Metric("Recall{n} (clean)", "higher", f"{_RECALL}; Inception features, clean-fid's resizing"),
     "fd_classifier": Metric("FD{n} (classifier)", "lower", f"{_FRECHET}; features {_CLASSIFIER}"),
-    "kid_classifier": Metric("KD{n} (classifier)", "lower", f"{_KERNEL}; features {_CLASSIFIER}"),
+    "kid_classifier": Metric("KID{n} (classifier)", "lower", f"{_KERNEL}; features {_CLASSIFIER}"),
     "precision_classifier": Metric("Precision{n} (classifier)", "higher", f"{_PRECISION}; features {_CLASSIFIER}"),
     "recall_classifier": Metric("Recall{n} (classifier)", "higher", f"{_RECALL}; features {_CLASSIFIER}"),
     "class_accuracy": Metric(
@@ -79,13 +79,13 @@ def base_key(key: str) -> str:
 
 
 def metric(key: str) -> Metric:
-    """Return how a metric reads; a distance in features that are not Inception's is never called FID or KID."""
+    """Return the title and direction of a metric; only distances in Inception's features are called FID."""
     match = _SAMPLES.match(key)
     base = base_key(key)
     found = _METRICS.get(base)
     if found is None and base.startswith(("fd_", "kid_")):
         kind, features = base.split("_", 1)
-        words, short = (_FRECHET, "FD") if kind == "fd" else (_KERNEL, "KD")
+        words, short = (_FRECHET, "FD") if kind == "fd" else (_KERNEL, "KID")
         found = Metric(f"{short}{{n}} ({features})", "lower", f"{words}; features of {features}, not Inception's")
     if found is None and base.startswith(("precision_", "recall_")):
         kind, features = base.split("_", 1)

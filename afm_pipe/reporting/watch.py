@@ -10,12 +10,12 @@ from markupsafe import Markup
 
 from afm_pipe.params import Params
 from afm_pipe.reporting import curves, titles
-from afm_pipe.reporting.inputs import Config, RunRecord, read_curve
+from afm_pipe.reporting.inputs import RunRecord, columns_of
 from afm_pipe.reporting.page import environment
-from afm_pipe.reporting.status import read_events
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.files import atomic_path
-from afm_pipe.training.events import FILE
+from afm_pipe.training.curves import scan_curves
+from afm_pipe.training.events import FILE, scan_events
 
 PAGE = paths.WORK / "watch.html"
 ALIVE = 120.0  # seconds without a row after which a training is called quiet
@@ -39,15 +39,13 @@ def watch_page(params: Params, seconds: float, now: float) -> str:
     for name, path in found.items():
         if name not in params.models:
             continue  # of other params; their settings are not known
-        curve = read_curve(path, f"train@{name}", may_grow=True)
-        events, _ = read_events(path.parent / FILE)
+        curve = columns_of(scan_curves(path)[0])
+        events, _ = scan_events(path.parent / FILE)
         stopped = bool(events) and events[-1].kind == "stop"
         facts.append(_fact(params, name, curve, now - path.stat().st_mtime, stopped))
         if curve.get("images"):
             per_epoch = round(curve["images"][-1] / curve["epoch"][-1])
-            records.append(
-                RunRecord(name, params.models[name], {}, {}, curve, None, Config(generator_parameters=0), {})
-            )
+            records.append(RunRecord(name, params.models[name], curve))
     return (
         environment()
         .get_template("watch.html.j2")

@@ -1,1 +1,1 @@
-"""What every room rests on: files, leases, signals, progress, errors, paths, identity."""
+"""Files, locks, signals, progress, errors, paths and identity: used by every other package."""

@@ -1,4 +1,4 @@
-"""How a command ends: a user's mistake and a termination signal are one line each, printed once for all processes."""
+"""How a command ends: a user error or a signal becomes one line on stderr, printed once for all processes."""
 
 import functools
 import os
@@ -12,13 +12,13 @@ from afm_pipe.runtime.errors import RankLostError, UserError
 from afm_pipe.runtime.signals import Stopped, graceful_shutdown, stop_with_dvc
 
 P = ParamSpec("P")
-SECONDS_FIRST = 5.0  # that the rank which has most to say has for it
+HEAD_START = 5.0  # seconds that the main process has to print its message first
 
 
 def user_command(command: Callable[P, None]) -> Callable[P, None]:
-    """Make a command end a user's mistake with one message on stderr and exit code 1, without a stack trace.
+    """Decorate a command to end on a UserError with one line and exit code 1, without a stack trace.
 
-    Asked to end by a signal, it ends with one line too, and an exit code that says so (afm_pipe/runtime/signals.py).
+    On a signal it ends with one line and the exit code of afm_pipe/runtime/signals.py.
     """
 
     @functools.wraps(command)
@@ -36,17 +36,17 @@ def user_command(command: Callable[P, None]) -> Callable[P, None]:
 
 
 def end(message: str, code: int, agreed: bool = False, lost: bool = False) -> NoReturn:
-    """Print on stderr why this process ends, once for all ranks, and end it with an exit code.
+    """Print why this process ends, once for all processes of the group, and exit.
 
-    Where all have `agreed` to end the first rank says so. Where several may have the same to say, the others wait for
-    it: whoever started the ranks ends them all when one has ended. It also says what became of one that is `lost`.
+    If all `agreed` to end, the main process prints. Otherwise the others give it a head start, since the launcher ends
+    all processes once one has ended. The launcher itself reports a `lost` process.
     """
     if env_world_size() == 1:
         print(message, file=sys.stderr)
         raise SystemExit(code)
     if env_rank() > 0 and not agreed:
-        time.sleep(SECONDS_FIRST)
+        time.sleep(HEAD_START)
     if not (agreed and env_rank() > 0 or lost and "TORCHELASTIC_RUN_ID" in os.environ):
         print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
-    os._exit(code)  # at once: to take an interpreter with torch apart takes seconds, in which the others would wait
+    os._exit(code)  # tearing down an interpreter with torch takes seconds, in which the others would wait

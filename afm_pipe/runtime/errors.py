@@ -1,16 +1,16 @@
-"""The one exception that is shown to a person without a stack trace."""
+"""Exceptions that a user sees as one message, without a stack trace."""
 
 
 class UserError(ValueError):
-    """A mistake the user can mend: the message names what was found, what was expected and what to do."""
+    """A mistake that the user can fix: the message names what was found, what was expected and what to do."""
 
 
 class UnwritableError(UserError):
-    """A disk that is full or not writable; what was there before is unharmed."""
+    """The disk is full or not writable; existing files are intact."""
 
 
 class NotFiniteError(UserError):
-    """A loss that is no longer a number at an update: the training diverged."""
+    """A non-finite loss at an update: the run has diverged."""
 
     def __init__(self, message: str, update: int) -> None:
         super().__init__(message)
@@ -18,4 +18,4 @@ class NotFiniteError(UserError):
 
 
 class RankLostError(UserError):
-    """Another process ended while this one waited for it; that one reported why, or was killed."""
+    """Another process of the group ended while this one waited for it."""

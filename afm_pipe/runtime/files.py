@@ -1,4 +1,4 @@
-"""Whole files or none: atomic writes and hashes."""
+"""Atomic writes, reads of bounded size, and hashes of files."""
 
 import errno
 import hashlib
@@ -8,9 +8,14 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from afm_pipe.runtime.errors import UnwritableError, UserError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+Model = TypeVar("Model", bound="BaseModel")
 
 LARGEST_JSON = 1 << 30  # bytes; the manifest of ImageNet has about 150 million
 UNWRITABLE = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
@@ -18,11 +23,10 @@ UNWRITABLE = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path`; what was written there (a file or a folder) replaces `path` when the block succeeds.
+    """Yield a temporary path beside `path`; the file or folder written there replaces `path` if the block succeeds.
 
-    On any error what was written is removed and `path` keeps its old content. The file and its folder are synced
-    before and after the rename, so a power cut leaves either the old content or the new. Raises UnwritableError when
-    the disk is full or not writable.
+    On any error it is removed and `path` keeps its old content. File and folder are synced before and after the rename,
+    so a power cut leaves either the old content or the new. Raises UnwritableError if the disk is full or not writable.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -31,21 +35,21 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield aside
         _sync_tree(aside)
         if path.is_dir():
-            _remove(path)  # rename replaces a file, but not a folder that has content
+            _remove(path)  # rename replaces a file, but not a folder with content
         os.replace(aside, path)
         _sync(path.parent)
     except BaseException as error:
         _remove(aside)
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
             raise UnwritableError(
-                f"Found no way to write {path} ({error.strerror}): make room there, or mend its permissions, "
-                "and run the same command again. What was there before is unharmed."
+                f"Found {path} not writable ({error.strerror}): free disk space or fix the permissions, and run the "
+                "same command again. The old content is intact."
             ) from None
         raise
 
 
 def try_append(path: Path, text: str) -> None:
-    """Append to a log that can be written anew from elsewhere; where the disk is full leave it as it was."""
+    """Append to a log that can be rebuilt; if the disk is full, leave the log as it was."""
     size = path.stat().st_size if path.exists() else 0
     try:
         with path.open("a", encoding="utf-8", newline="") as file:
@@ -57,21 +61,35 @@ def try_append(path: Path, text: str) -> None:
             os.truncate(path, size)  # no half line
 
 
+def complete_lines(path: Path, most: int = 1 << 28) -> list[str]:
+    """Return the lines of a log, without a last one that is being written.
+
+    A file that is missing, unreadable, not a plain file or of more than `most` bytes has none.
+    """
+    try:
+        if not path.is_file() or path.stat().st_size > most:
+            return []
+        text = path.read_bytes().decode(errors="replace")
+    except OSError:
+        return []
+    return text.split("\n")[:-1]
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that were killed in `atomic_path` left in `folder`, which must be this process's own."""
+    """Remove temporary files that killed processes left in `folder`, which no other process may be writing."""
     for aside in folder.glob(".*.partial"):
         _remove(aside)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON with sorted keys, atomically; NaN is refused (it is not JSON)."""
+    """Write `value` as indented JSON with sorted keys, atomically. Raises ValueError for NaN, which is not JSON."""
     text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
     with atomic_path(path) as aside:
         aside.write_text(text)
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file. Raises UserError naming the file when it is absent, too large, or is not JSON."""
+    """Read a JSON file. Raises UserError if it is missing, too large, or not JSON."""
     try:
         return json.loads(read_text(path, LARGEST_JSON), parse_constant=_refuse)
     except FileNotFoundError:
@@ -82,29 +100,43 @@ def read_json(path: Path) -> Any:
         raise UserError(f"Found {path}, which is not JSON ({error}): delete it and run its stage again.") from None
 
 
-def read_text(path: Path, most: int) -> str:
-    """Read a text file in UTF-8. Raises UserError for one of more than `most` bytes, or a pipe or device; OSError."""
+def read_model(model: "type[Model]", path: Path, remedy: str) -> "Model":
+    """Read a JSON file into a pydantic model. Raises UserError naming the file, the wrong field and the remedy."""
+    from pydantic import ValidationError
+
+    stored = read_json(path)
+    try:
+        return model.model_validate(stored)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        problem = f" with a wrong {field} ({first['msg']})" if field else f": {first['msg']}"
+        raise UserError(f"Found {path}{problem}: {remedy}.") from None
+
+
+def read_text(path: Path, max_bytes: int) -> str:
+    """Read a UTF-8 text file. Raises UserError if it has more than `max_bytes` or is a pipe or device; OSError."""
     size = path.stat().st_size
     if not path.is_file():
-        raise UserError(f"Found {path}, which is a folder, a pipe or a device; expected a plain file.")
-    if size > most:
-        raise UserError(f"Found {path} of {size:,} bytes, expected at most {most:,}: it is something else.")
+        raise UserError(f"Found {path}, which is a folder, a pipe or a device; expected a regular file.")
+    if size > max_bytes:
+        raise UserError(f"Found {path} of {size:,} bytes, expected at most {max_bytes:,}: it is another kind of file.")
     with path.open("rb") as file:
-        return file.read(size + 1).decode()  # and no more, should it grow
+        return file.read(size + 1).decode()  # bounded, in case the file grows
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no number of JSON")
+    raise ValueError(f"{constant} is not JSON")
 
 
 def sha256_file(path: Path) -> str:
-    """Return the hex sha256 of a file's bytes."""
+    """Return the hex sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_files(paths: Iterable[Path]) -> str:
-    """Return one hex sha256 over the names and bytes of several files, in the order given."""
+    """Return one hex sha256 of the names and contents of several files, in order."""
     digest = hashlib.sha256()
     for path in paths:
         digest.update(f"{path.name}\0{sha256_file(path)}\n".encode())

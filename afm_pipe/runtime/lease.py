@@ -1,12 +1,12 @@
-"""One run, one owner: a folder that one process at a time may write, on one machine or several.
+"""An exclusive lock on a folder: one process at a time writes it, on one machine or several.
 
-Two locks, for each fails where the other holds. `flock` on the file `lock` is let go by the kernel when its holder
-ends, however it ends, but shared file systems may keep it to one machine, or not have it. The lease is a file that
-every machine sees, `lease-N`: made by an operation of which only one can succeed, and touched by its holder every few
-seconds. A lease that its holder no longer touches is followed by N + 1. So whoever holds the highest number is the
-owner, and a holder that finds its own file gone (after a suspend, say) knows that it is not.
+Two locks, since neither is enough. The kernel releases `flock` on the file `lock` however its holder ends, but a shared
+file system may restrict it to one machine or not support it. The lease is a file that every machine sees, `lease-N`,
+created exclusively and touched by its holder every few seconds. When its holder stops touching it, another process
+creates N + 1. The owner holds the highest number; a holder whose file is gone, after a suspend for instance, has lost
+the lock.
 
-Ages are differences of times that the file system itself gave, so that the clocks of the machines do not matter.
+Ages are differences of times from the file system itself, so the machines' clocks do not matter.
 """
 
 import errno
@@ -27,15 +27,15 @@ from afm_pipe.runtime.errors import UserError
 
 INTERVAL = 5.0  # seconds from one touch of a lease to the next
 STALE = 6 * INTERVAL
-NO_FLOCK = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}  # of file systems without
+NO_FLOCK = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}  # the file system does not support flock
 
 
 class LeaseLostError(UserError):
-    """Another process has taken over what this one held."""
+    """Another process has taken over the lease."""
 
 
 class Lease:
-    """A folder held by this process."""
+    """The exclusive lock of this process on a folder."""
 
     def __init__(self, path: Path, token: str) -> None:
         self.path, self.token = path, token
@@ -44,32 +44,32 @@ class Lease:
         self._toucher.start()
 
     def check(self) -> None:
-        """Raise LeaseLostError when another process has taken over: call this before writing what counts."""
-        if _look(self.path).content.get("token") != self.token:
+        """Raise LeaseLostError if another process has taken over; call this before writing results."""
+        if _read(self.path).content.get("token") != self.token:
             raise LeaseLostError(
-                f"Found {self.path.parent} taken over by {_holder(_newest(self.path.parent))}, expected it still held "
-                "by this process, which must have been suspended: nothing more is written. The other one goes on."
+                f"Found {self.path.parent} taken over by {_holder(_newest(self.path.parent))}, expected this process "
+                "to hold it; it was probably suspended. This process writes nothing more; the other one continues."
             )
 
     def release(self) -> None:
-        """Let go: the next one need not wait."""
+        """Release the lock, so that the next holder need not wait."""
         self._ended.set()
         self._toucher.join()
-        if _look(self.path).content.get("token") == self.token:
+        if _read(self.path).content.get("token") == self.token:
             self.path.unlink(missing_ok=True)
 
     def _touch(self) -> None:
         while not self._ended.wait(INTERVAL):
             try:
-                if _look(self.path).content.get("token") != self.token:
-                    return  # taken over, as `check` will find
-                os.utime(self.path)  # no times given: a server sets its own
+                if _read(self.path).content.get("token") != self.token:
+                    return  # taken over; `check` raises
+                os.utime(self.path)  # without times, a file server sets its own
             except OSError:
-                continue  # out of reach for a moment; for longer, others take over, as `check` will find
+                continue  # briefly unreachable; if for longer, others take over and `check` raises
 
 
-class _Look(NamedTuple):
-    """What a lease file says, and when it was touched: nothing and None where there is none."""
+class _LeaseFile(NamedTuple):
+    """Content of a lease file and when it was last touched; path and time are None if there is no file."""
 
     path: Path | None = None
     content: dict[str, Any] = {}
@@ -78,40 +78,39 @@ class _Look(NamedTuple):
 
 @contextmanager
 def hold_lease(folder: Path) -> Iterator[Lease]:
-    """Hold `folder` for this process alone, however many machines see it, as long as the block runs.
+    """Hold the exclusive lock on `folder` while the block runs.
 
-    Waits where a holder on another machine shows no sign of life, for at most `STALE` seconds. Raises UserError naming
-    the holder when it is alive.
+    Waits up to `STALE` seconds for a silent holder on another machine. Raises UserError naming a holder that is alive.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            alone_here = True
+            has_flock = True
         except BlockingIOError:
             raise _held(folder, _newest(folder)) from None
         except OSError as error:
             if error.errno not in NO_FLOCK:
                 raise
-            alone_here = False
-        lease = _acquire(folder, alone_here)
+            has_flock = False
+        lease = _acquire(folder, has_flock)
         try:
             yield lease
         finally:
             lease.release()
 
 
-def _acquire(folder: Path, alone_here: bool) -> Lease:
+def _acquire(folder: Path, has_flock: bool) -> Lease:
     token = uuid.uuid4().hex
     while True:
         before = _newest(folder)
         if before.path is not None:
-            _await_end(folder, before, alone_here)
+            _await_end(folder, before, has_flock)
         number = 1 + (_number(before.path) if before.path else 0)
         path = folder / f"lease-{number:06d}"
         if not _create(path, token):
-            continue  # another one was faster
-        if _newest(folder).path != path:  # it was far behind, and others have come and gone meanwhile
+            continue  # another process was faster
+        if _newest(folder).path != path:  # others have acquired and released higher numbers meanwhile
             path.unlink(missing_ok=True)
             continue
         for old in folder.glob("lease-*"):
@@ -120,19 +119,19 @@ def _acquire(folder: Path, alone_here: bool) -> Lease:
         return Lease(path, token)
 
 
-def _await_end(folder: Path, lease: _Look, alone_here: bool) -> None:
-    """Return when the holder of `lease` is known to be gone. Raises UserError when it touches it."""
+def _await_end(folder: Path, lease: _LeaseFile, has_flock: bool) -> None:
+    """Return once the holder of `lease` is known to be gone. Raises UserError if it touches the lease."""
     assert lease.path is not None
-    if alone_here and lease.content.get("machine") == _machine():
-        return  # a process of this very machine would hold the flock too
+    if has_flock and lease.content.get("machine") == _machine():
+        return  # a holder on this machine would also hold the flock
     seen_from = time.monotonic()
     while True:
-        now = _look(lease.path)
+        now = _read(lease.path)
         if now.path is None:
-            return  # let go
+            return  # released
         if now.touched != lease.touched:
             raise _held(folder, now)
-        # Both must say so: the file system's clock may jump, and this process may just have begun to look.
+        # Both conditions: the file system's clock may jump, and this process may have only just started to wait.
         if _time_of(folder) - (now.touched or 0) > STALE and time.monotonic() - seen_from > 2 * INTERVAL:
             return
         time.sleep(INTERVAL / 10)
@@ -150,30 +149,31 @@ def _create(path: Path, token: str) -> bool:
     return True
 
 
-def _newest(folder: Path) -> _Look:
-    return max((_look(path) for path in folder.glob("lease-*")), key=lambda look: str(look.path or ""), default=_Look())
+def _newest(folder: Path) -> _LeaseFile:
+    files = map(_read, folder.glob("lease-*"))
+    return max(files, key=lambda file: str(file.path or ""), default=_LeaseFile())
 
 
-def _look(path: Path) -> _Look:
-    """Read a lease by opening it, which is what makes a network file system ask its server."""
+def _read(path: Path) -> _LeaseFile:
+    """Read a lease by opening it, which makes a network file system ask its server."""
     try:
         with path.open() as file:
             text, touched = file.read(), os.fstat(file.fileno()).st_mtime
     except (FileNotFoundError, NotADirectoryError):
-        return _Look()
+        return _LeaseFile()
     except OSError as error:
-        if error.errno == errno.ESTALE:  # how NFS says that a file is gone
-            return _Look()
+        if error.errno == errno.ESTALE:  # the file is gone, on NFS
+            return _LeaseFile()
         raise
     try:
         content = json.loads(text)
     except json.JSONDecodeError:
-        content = {}  # its holder is about to write it, or was killed there
-    return _Look(path, content if isinstance(content, dict) else {}, touched)
+        content = {}  # its holder has not written it yet, or was killed before
+    return _LeaseFile(path, content if isinstance(content, dict) else {}, touched)
 
 
 def _time_of(folder: Path) -> float:
-    """Return what the file system that holds `folder` takes the time to be."""
+    """Return the current time of the file system that holds `folder`."""
     probe = folder / f".clock-{uuid.uuid4().hex}"
     probe.touch(exist_ok=False)
     try:
@@ -182,11 +182,11 @@ def _time_of(folder: Path) -> float:
         probe.unlink()
 
 
-def _held(folder: Path, lease: _Look) -> UserError:
+def _held(folder: Path, lease: _LeaseFile) -> UserError:
     return UserError(f"Found {folder} held by {_holder(lease)}, expected it free: wait for it to end, or stop it.")
 
 
-def _holder(lease: _Look) -> str:
+def _holder(lease: _LeaseFile) -> str:
     content = lease.content
     if "pid" not in content:
         return "another process"
@@ -194,7 +194,7 @@ def _holder(lease: _Look) -> str:
 
 
 def _machine() -> str:
-    """Return what tells this machine, since it was booted, from all others; names need not be unique."""
+    """Return an identifier of this machine since its boot; host names need not be unique."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

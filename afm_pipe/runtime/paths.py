@@ -1,56 +1,57 @@
-"""Where each file of the pipeline lives, relative to the project's root: the contracts between the rooms."""
+"""Paths of the pipeline's files, relative to the project's root."""
 
 from pathlib import Path
 
 PARAMS = Path("params.yaml")
-PROFILES = Path("profiles")  # whole params files
-SCHEMA = Path("params.schema.json")  # of all of them, for editors
-MANIFEST = Path("data/manifest.json")  # which images there are: written by prepare
-LATENTS = Path("data/latents.h5")  # their latent moments: written by encode
-AUTOENCODER = Path("models/autoencoder")  # a diffusers AutoencoderKL folder
+PROFILES = Path("profiles")  # complete params files
+SCHEMA = Path("params.schema.json")  # JSON schema of params files, for editors
+MANIFEST = Path("data/manifest.json")  # list of images, written by prepare
+LATENTS = Path("data/latents.h5")  # latents of all images, written by encode
+AUTOENCODER = Path("models/autoencoder")  # for kind kl, a diffusers AutoencoderKL folder
 AUTOENCODER_WEIGHTS = AUTOENCODER / "diffusion_pytorch_model.safetensors"  # whose sha256 is its identity
-CLASSIFIER = Path("models/classifier")  # guides G: written by classifier
-REFERENCE = Path("reference")  # statistics of the real images, the default's feature network, pictures
-WORK = Path("work")  # unfinished work: git-ignored and unknown to DVC
+CLASSIFIER = Path("models/classifier")  # guidance classifier, written by classifier
+REFERENCE = Path("reference")  # statistics of the real images, the default feature network, thumbnails
+WORK = Path("work")  # state of unfinished work, unknown to git and DVC
 TRIALS = WORK / "trials"  # every trial of the study, by fingerprint
-RESULTS = Path("results")  # all that the pipeline measured
-TOY = RESULTS / "toy"  # the 1-D toy experiment: results.json, its maps as CSV, its figures
-STUDY = RESULTS / "study"  # the larger study's tables, kept in git
+OLD_TRIALS = WORK / "cells"  # trials of version 0.1
+RESULTS = Path("results")  # all measurements
+TOY = RESULTS / "toy"  # the 1-D toy experiment: results.json, maps as CSV, figures
+STUDY = RESULTS / "study"  # tables of the larger study
 REPORT = RESULTS / "report"  # the page
-RENDERED = RESULTS / "rendered"  # the tables as CSV, Markdown and LaTeX
-BENCHMARKS = Path("benchmarks/results.json")  # how fast the project is beside plain code: written by `make bench`
+RENDERED = RESULTS / "rendered"  # tables as CSV, Markdown and LaTeX
+BENCHMARKS = Path("benchmarks/results.json")  # speed beside plain implementations, written by `make bench`
 
 
 def model(run: str) -> Path:
-    """Folder of a trained run: EMA generator, discriminator, config.json."""
+    """Return the folder of a trained model: EMA generator, discriminator, config.json."""
     return Path("models") / run
 
 
 def samples(run: str) -> Path:
-    """Folder of a run's pictures: grid.png and interpolation.png by sample, nearest.png by evaluate."""
+    """Return the folder of a model's pictures: grid.png and interpolation.png of sample, nearest.png of evaluate."""
     return Path("samples") / run
 
 
 def metrics(run: str) -> Path:
-    """What evaluation measured of a run, with its protocol."""
+    """Return the file of a model's metrics and their protocol."""
     return RESULTS / "metrics" / f"{run}.json"
 
 
 def curves(run: str) -> Path:
-    """Training curves of a run: one row per logged update."""
+    """Return the file of a run's training curves: one row per logged update."""
     return RESULTS / "curves" / f"{run}.csv"
 
 
 def events(run: str) -> Path:
-    """What happened while a run was trained: one JSON object a line."""
+    """Return the file of a run's events: one JSON object per line."""
     return RESULTS / "events" / f"{run}.jsonl"
 
 
 def table(name: str) -> Path:
-    """A table of the study: its cells with what was measured of each."""
+    """Return the file of a study table: its trials and their measurements."""
     return RESULTS / "tables" / f"{name}.json"
 
 
 def costs(run: str) -> Path:
-    """What training a run cost on the machine it ran on."""
+    """Return the file of a run's training cost on the machine it ran on."""
     return RESULTS / "costs" / f"{run}.json"

@@ -1,11 +1,12 @@
-"""What a person sees while a stage works: a live bar on a terminal, a plain line every few seconds elsewhere.
+"""Progress of long work: a live bar on a terminal, a plain line every few seconds elsewhere.
 
-Library functions that take long are generators of `Progress`; `track` drives one, renders it and returns its result.
+Long-running library functions are generators of `Progress`; `track` runs one, shows it and returns its result.
 """
 
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
 from afm_pipe.runtime.environment import env_rank
@@ -15,7 +16,7 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 class Progress(NamedTuple):
-    """Progress of one piece of work: `done` of `total` `unit`s, and a few figures worth showing."""
+    """`done` of `total` `unit`s, and a few figures to show beside."""
 
     done: int
     total: int
@@ -23,68 +24,58 @@ class Progress(NamedTuple):
     facts: str = ""
 
 
-def track(title: str, ticks: Generator[Progress, None, T]) -> T:
-    """Drive a generator of ticks to its end, showing progress and time left; return what it returns."""
+def track(title: str, work: Generator[Progress, None, T]) -> T:
+    """Run a generator to its end, showing progress and time left; return what it returns."""
     if env_rank() > 0:
-        return finish(ticks)
-    return (_live if sys.stderr.isatty() else _plain)(title, ticks)
+        return finish(work)
+    with (_live if sys.stderr.isatty() else _plain)(title) as render:
+        return finish(work, render)
 
 
-def finish(ticks: Generator[Progress, None, T]) -> T:
-    """Drive a generator to its end silently; return what it returns."""
+def finish(work: Generator[Progress, None, T], render: Callable[[Progress], None] = lambda progress: None) -> T:
+    """Run a generator to its end, silently by default; return what it returns."""
     while True:
         try:
-            next(ticks)
+            render(next(work))
         except StopIteration as end:
             return end.value
 
 
-def _live(title: str, ticks: Generator[Progress, None, T]) -> T:
+@contextmanager
+def _live(title: str) -> Iterator[Callable[[Progress], None]]:
+    from rich import progress as bar
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[unit]}"),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[facts]}"),
+        bar.TextColumn("[bold]{task.description}"),
+        bar.BarColumn(),
+        bar.MofNCompleteColumn(),
+        bar.TextColumn("{task.fields[unit]}"),
+        bar.TimeElapsedColumn(),
+        bar.TextColumn("ETA"),
+        bar.TimeRemainingColumn(),
+        bar.TextColumn("[dim]{task.fields[facts]}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(title, total=None, unit="", facts="")
-        while True:
-            try:
-                tick = next(ticks)
-            except StopIteration as end:
-                return end.value
-            progress.update(task, completed=tick.done, total=tick.total, unit=tick.unit, facts=tick.facts)
+    with bar.Progress(*columns, console=Console(stderr=True)) as shown:
+        task = shown.add_task(title, total=None, unit="", facts="")
+        yield lambda now: shown.update(task, completed=now.done, total=now.total, unit=now.unit, facts=now.facts)
 
 
-def _plain(title: str, ticks: Generator[Progress, None, T]) -> T:
+@contextmanager
+def _plain(title: str) -> Iterator[Callable[[Progress], None]]:
     started = last = time.monotonic()
-    first_done = None
-    while True:
-        try:
-            tick = next(ticks)
-        except StopIteration as end:
-            return end.value
+    first_done: int | None = None
+
+    def render(progress: Progress) -> None:
+        nonlocal last, first_done
+        done, total, unit, facts = progress
         now = time.monotonic()
-        first_done = tick.done if first_done is None else first_done
-        if now - last < SECONDS_BETWEEN_LINES and tick.done < tick.total:
-            continue
+        first_done = done if first_done is None else first_done
+        if now - last < SECONDS_BETWEEN_LINES and done < total:
+            return
         last = now
-        rate = (tick.done - first_done) / max(now - started, 1e-9)  # since the start or the resume
-        left = f"ETA {(tick.total - tick.done) / rate:.0f} s" if rate > 0 else "ETA unknown"
-        print(
-            f"{title}: {tick.done}/{tick.total} {tick.unit}, {left}  {tick.facts}".rstrip(), file=sys.stderr, flush=True
-        )
+        rate = (done - first_done) / max(now - started, 1e-9)  # since the start or the resume
+        left = f"ETA {(total - done) / rate:.0f} s" if rate > 0 else "ETA unknown"
+        print(f"{title}: {done}/{total} {unit}, {left}  {facts}".rstrip(), file=sys.stderr, flush=True)
+
+    yield render

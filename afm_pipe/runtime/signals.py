@@ -1,8 +1,8 @@
-"""Being asked to end: by a scheduler, by Ctrl-C, or by the end of whoever started this process.
+"""Graceful shutdown: on a scheduler's signal, on Ctrl-C, or when the process that started this one is gone.
 
-SIGTERM and SIGUSR1 (how schedulers announce that they take the machine back) end a command with exit code 75,
-EX_TEMPFAIL: start me again. SIGINT (Ctrl-C) ends it with 130. A training finishes its update and writes a checkpoint
-first; a second SIGINT ends it at once. Other work ends at once, and what it had written whole is kept.
+SIGTERM and SIGUSR1 (how schedulers announce a preemption) end a command with exit code 75, EX_TEMPFAIL: start me again.
+SIGINT (Ctrl-C) ends it with 130. Training first finishes its update and writes a checkpoint; a second SIGINT ends it at
+once. Other work ends at once; files that were written completely stay.
 """
 
 import os
@@ -18,14 +18,15 @@ from afm_pipe.runtime.environment import env_rank
 if TYPE_CHECKING:
     import psutil
 
-TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
-INTERRUPTED = 130  # as a shell reports SIGINT
-GRACE = 300.0  # seconds that an orphan has to write its checkpoint
+EXIT_RETRY = 75  # EX_TEMPFAIL of sysexits.h
+EXIT_INTERRUPTED = 130  # as a shell reports SIGINT
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+GRACE = 300.0  # seconds in which an orphan can write its checkpoint
 SHELLS = {"sh", "bash", "dash", "zsh", "ksh", "fish"}
 
 
-class Stopped(BaseException):  # not an error, and no `except Exception` may keep it
-    """This process was asked to end, and does."""
+class Stopped(BaseException):  # not an Exception, so that `except Exception` does not swallow it
+    """A signal ends this process."""
 
     def __init__(self, number: int, at_once: bool = False) -> None:
         super().__init__(number, at_once)
@@ -33,37 +34,36 @@ class Stopped(BaseException):  # not an error, and no `except Exception` may kee
 
     @property
     def code(self) -> int:
-        """What the process ends with."""
-        return INTERRUPTED if self.number == signal.SIGINT else TRY_AGAIN
+        """Exit code of the process."""
+        return EXIT_INTERRUPTED if self.number == signal.SIGINT else EXIT_RETRY
 
     def __str__(self) -> str:
         name, how = signal.Signals(self.number).name, " at once" if self.at_once else ""
         if self.number == signal.SIGINT:
-            return f"stopped{how} by {name}: to go on, run the same command."
-        return f"stopped{how} by {name}: exit code {TRY_AGAIN} asks to be started again; the same command goes on."
+            return f"stopped{how} by {name}: to resume, run the same command again."
+        return f"stopped{how} by {name}: exit code {EXIT_RETRY} requests a restart; the same command resumes."
 
 
-class Request:
-    """What a training looks at after every update."""
+class ShutdownRequest:
+    """Whether a signal has requested a shutdown; training checks it after every update."""
 
     number: int | None = None
-    """Of the signal that asked this process to end, if one did."""
+    """The signal, or None."""
 
 
-_request: Request | None = None  # of the training that runs in this process
+_request: ShutdownRequest | None = None  # of the training that runs in this process
 
 
 @contextmanager
 def graceful_shutdown() -> Iterator[None]:
-    """Let signals end what runs in the block by raising `Stopped` there; a signal that is ignored stays so."""
-    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+    """Make signals raise `Stopped` in the block; ignored signals stay ignored."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread handles signals
         yield
         return
-    asking = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
-    before = {number: signal.getsignal(number) for number in asking}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     for number, handler in before.items():
         if handler != signal.SIG_IGN:
-            signal.signal(number, _ask)
+            signal.signal(number, _handle)
     try:
         yield
     finally:
@@ -72,10 +72,10 @@ def graceful_shutdown() -> Iterator[None]:
 
 
 @contextmanager
-def shutdown_requested() -> Iterator[Request]:
-    """Let signals wait in the block until whoever runs there looks at the request; only a second SIGINT raises."""
+def shutdown_requested() -> Iterator[ShutdownRequest]:
+    """Make signals only set the request, which the block checks; a second SIGINT raises `Stopped`."""
     global _request
-    outer, _request = _request, Request()
+    outer, _request = _request, ShutdownRequest()
     try:
         with graceful_shutdown():
             yield _request
@@ -83,19 +83,19 @@ def shutdown_requested() -> Iterator[Request]:
         _request = outer
 
 
-def ignore() -> None:
-    """Let signals pass an idle process of a pool by: whoever started it ends it."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+def ignore_signals() -> None:
+    """Ignore signals in an idle worker of a pool: its parent ends it."""
+    for number in SIGNALS:
         signal.signal(number, lambda *_: None)
 
 
-def stop_with(starters: "Sequence[psutil.Process]") -> None:
-    """Ask this process to end, as SIGTERM does, when one of those that started it is gone."""
-    threading.Thread(target=_watch, args=(starters,), daemon=True).start()
+def stop_with(processes: "Sequence[psutil.Process]") -> None:
+    """Send this process SIGTERM once any of `processes` is gone."""
+    threading.Thread(target=_monitor, args=(processes,), daemon=True).start()
 
 
 def stop_with_parent() -> None:
-    """Ask this process to end when the one that started it is gone."""
+    """Send this process SIGTERM once its parent is gone."""
     import psutil
 
     parent = psutil.Process().parent()
@@ -104,40 +104,40 @@ def stop_with_parent() -> None:
 
 
 def stop_with_dvc() -> None:
-    """Ask this process to end when the `dvc` that runs it as a stage is gone, which ends without telling its stages."""
+    """Send a DVC stage SIGTERM once its `dvc` is gone, which on SIGTERM ends without ending its stages."""
     if "DVC_STAGE" not in os.environ:
-        return  # a training with nohup outlives the shell that started it
+        return  # started with nohup, training outlives its shell
     import psutil
 
-    starters = []
+    ancestors = []
     for parent in psutil.Process().parents():
-        starters.append(parent)
+        ancestors.append(parent)
         if parent.name() not in SHELLS:  # dvc runs a stage through a shell
             break
-    stop_with(starters)
+    stop_with(ancestors)
 
 
-def _ask(number: int, frame: Any) -> None:
+def _handle(number: int, frame: Any) -> None:
     if _request is None:
         raise Stopped(number)
     if _request.number == number == signal.SIGINT:
         raise Stopped(number, at_once=True)
     if _request.number is None:
         _request.number = number
-        more = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
+        more = "; press Ctrl-C again to stop at once" if number == signal.SIGINT else ""
         line = f"{signal.Signals(number).name}: finishing this update and writing a checkpoint{more}\n"
-        if env_rank() == 0:  # the ranks stop together
-            os.write(2, line.encode())  # a handler may interrupt a print, in which another one is not allowed
+        if env_rank() == 0:  # all processes of the group stop together
+            os.write(2, line.encode())  # the handler may have interrupted a print, and print is not reentrant
 
 
-def _watch(starters: "Sequence[psutil.Process]") -> None:
-    while all(map(_alive, starters)):
+def _monitor(processes: "Sequence[psutil.Process]") -> None:
+    while all(map(_alive, processes)):
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
     deadline = time.monotonic() + GRACE
-    while signal.getsignal(signal.SIGTERM) == _ask and time.monotonic() < deadline:
-        time.sleep(0.1)  # it writes its checkpoint; idle processes of a pool have nothing to write
-    os._exit(TRY_AGAIN)
+    while signal.getsignal(signal.SIGTERM) == _handle and time.monotonic() < deadline:
+        time.sleep(0.1)  # training writes its checkpoint; an idle worker has nothing to write
+    os._exit(EXIT_RETRY)
 
 
 def _alive(process: "psutil.Process") -> bool:

@@ -1,32 +1,45 @@
-"""Where samples go, batch by batch: a grid, numbered PNG files, or one npz.
+"""Files of samples, written batch by batch: a grid, numbered PNG files, or one npz.
 
-Each is given batches (B, C, H, W) uint8 on the CPU in the order of their indices, and is finished after the last.
+Each takes batches (B, C, H, W) uint8 on the CPU in the order of their indices, and is finished after the last one.
 """
 
-import shutil
-import zipfile
+import math
+import os
+import tempfile
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Protocol
 
 import numpy as np
+import torch
 from PIL import Image
-from torch import Tensor, cat
-
-from afm_pipe.sampling.generate import grid
+from torch import Tensor
 
 
-class ImageFile(Protocol):
-    """What images are added to."""
+def grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
+    """Lay out uint8 images (N, C, H, W) row by row on white, `gap` pixels apart; C is 1 or 3."""
+    count, channels, height, width = images.shape
+    rows = -(-count // columns)
+    shape = 1, channels, rows * (height + gap) + gap, columns * (width + gap) + gap
+    sheet = torch.full(shape, 255, dtype=torch.uint8)
+    for i, image in enumerate(images):
+        top, left = gap + (i // columns) * (height + gap), gap + (i % columns) * (width + gap)
+        sheet[0, :, top : top + height, left : left + width] = image
+    pixels = _pixels(sheet)[0]  # (rows, columns, C)
+    return Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
+
+
+class ImageWriter(Protocol):
+    """A destination of images."""
 
     def add(self, images: Tensor) -> None:
         """Take the next images."""
 
     def finish(self) -> None:
-        """Write what is left to write, once all images were added."""
+        """Write what is left, after the last images."""
 
 
-class GridFile:
-    """One picture, row by row; it holds all images until it is finished."""
+class GridWriter:
+    """One picture, row by row; all images stay in memory until it is finished."""
 
     def __init__(self, path: Path, columns: int) -> None:
         self.path, self.columns, self.batches = path, columns, list[Tensor]()
@@ -35,10 +48,10 @@ class GridFile:
         self.batches.append(images)
 
     def finish(self) -> None:
-        grid(cat(self.batches), self.columns).save(self.path, format="png")
+        grid(torch.cat(self.batches), self.columns).save(self.path, format="png")
 
 
-class PngFolder:
+class PngWriter:
     """000000.png, 000001.png, ... in a new folder."""
 
     def __init__(self, path: Path) -> None:
@@ -47,80 +60,52 @@ class PngFolder:
 
     def add(self, images: Tensor) -> None:
         for image in images:
-            pixels = image.permute(1, 2, 0).numpy()  # (H, W, C)
-            Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(
-                self.path / f"{self.count:06d}.png"
-            )
+            grid(image[None], columns=1, gap=0).save(self.path / f"{self.count:06d}.png")
             self.count += 1
 
     def finish(self) -> None:
         pass
 
 
-class NpzFile:
-    """arr_0 (N, H, W, C) uint8 and labels (N,) int64, written as they come: the same images give the same bytes."""
+class NpzWriter:
+    """One npz file: arr_0 (N, H, W, C) uint8 and labels (N,) int64. The same images give the same bytes.
 
-    def __init__(self, path: Path, labels: list[int]) -> None:
-        self.archive, self.count = zipfile.ZipFile(path, "w"), len(labels)
-        with self._member("labels") as file:
-            np.lib.format.write_array(file, np.asarray(labels, dtype=np.int64), allow_pickle=False)
-        self.images: IO[bytes] | None = None
-
-    def add(self, images: Tensor) -> None:
-        pixels = images.permute(0, 2, 3, 1).contiguous().numpy()  # (B, H, W, C)
-        if self.images is None:
-            self.images = self._member("arr_0")
-            shape = (self.count, *pixels.shape[1:])
-            head = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(self.images, head)
-        self.images.write(pixels.tobytes())
-
-    def finish(self) -> None:
-        if self.images is not None:
-            self.images.close()
-        self.archive.close()
-
-    def _member(self, name: str) -> IO[bytes]:
-        return self.archive.open(_entry(name), "w", force_zip64=True)
-
-
-class ShuffledNpz:
-    """arr_0 (N, H, W, 3) uint8 for ADM's evaluator and arr_1 (N,) their labels, in an order drawn from a seed.
-
-    Its Inception Score is of parts in the order of the file, so samples in the order of their classes would be wrong.
-    The images go to a file beside `path` as they come, and from there into the archive: they are never all in memory.
+    With a `shuffle_seed` the file suits ADM's evaluator: in random order, since its Inception Score is an average over
+    consecutive parts; always RGB; and with the labels as arr_1. The images go to a temporary file beside `path` first,
+    so that they are never all in memory.
     """
 
-    def __init__(self, path: Path, labels: list[int], seed: int) -> None:
-        self.path, self.labels, self.done = path, np.asarray(labels, dtype=np.int64), 0
-        self.order = np.random.default_rng(seed).permutation(len(labels))  # place in the file -> sample
-        self.place = np.argsort(self.order)  # sample -> place in the file
-        self.aside = path.with_name(f"{path.name}.arr_0.npy")
+    def __init__(self, path: Path, labels: Tensor, shuffle_seed: int | None = None) -> None:
+        self.path, self.shuffled, self.added = path, shuffle_seed is not None, 0
+        order = np.arange(len(labels))  # row of the file -> sample
+        if shuffle_seed is not None:
+            order = np.random.default_rng(shuffle_seed).permutation(len(labels))
+        self.labels, self.rows = labels.numpy()[order], order.argsort()  # sample -> row of the file
         self.images: np.memmap | None = None
 
     def add(self, images: Tensor) -> None:
-        pixels = images.permute(0, 2, 3, 1).numpy()  # (B, H, W, C)
-        pixels = np.repeat(pixels, 3, axis=3) if pixels.shape[3] == 1 else pixels
+        pixels = _pixels(images)
+        if self.shuffled and pixels.shape[-1] == 1:
+            pixels = pixels.repeat(3, axis=-1)
         if self.images is None:
-            shape = (len(self.labels), *pixels.shape[1:])
-            self.images = np.lib.format.open_memmap(self.aside, mode="w+", dtype=np.uint8, shape=shape)
-        self.images[self.place[self.done : self.done + len(pixels)]] = pixels
-        self.done += len(pixels)
+            shape = len(self.rows), *pixels.shape[1:]
+            with tempfile.TemporaryFile(dir=self.path.parent) as file:  # the map keeps it alive, without a name
+                os.posix_fallocate(
+                    file.fileno(), 0, math.prod(shape)
+                )  # on a full disk an error here, not a signal later
+                self.images = np.memmap(file, np.uint8, "r+", shape=shape)
+        self.images[self.rows[self.added : self.added + len(pixels)]] = pixels
+        self.added += len(pixels)
 
     def finish(self) -> None:
-        assert self.images is not None and self.done == len(self.labels), "all images were added"
-        self.images.flush()
-        del self.images
-        with zipfile.ZipFile(self.path, "w") as archive:
-            with self.aside.open("rb") as source, archive.open(_entry("arr_0"), "w", force_zip64=True) as target:
-                shutil.copyfileobj(source, target, 1 << 20)
-            with archive.open(_entry("arr_1"), "w") as target:
-                np.lib.format.write_array(target, self.labels[self.order], allow_pickle=False)
-
-    def close(self) -> None:
-        """Remove what lies beside the archive, however it ended."""
-        self.aside.unlink(missing_ok=True)
+        assert self.images is not None and self.added == len(self.rows), "all images were added"
+        with self.path.open("wb") as file:
+            if self.shuffled:
+                np.savez(file, arr_0=self.images, arr_1=self.labels)
+            else:
+                np.savez(file, arr_0=self.images, labels=self.labels)
 
 
-def _entry(name: str) -> zipfile.ZipInfo:
-    return zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))
+def _pixels(images: Tensor) -> np.ndarray:
+    """Return images (N, C, H, W) as (N, H, W, C)."""
+    return images.permute(0, 2, 3, 1).numpy()

@@ -1,15 +1,12 @@
-"""Train and measure the cells of tables, several at a time, each in a process of one thread.
+"""Train and measure trials, several at a time, each in a process with one thread.
 
-A diverged cell is a result like any other. What tells it from one that has not come far: a loss that is not finite, a
-distance to the data at the end that is above the one at a third of the updates, their intervals apart, or an end with
-hardly more samples in the class asked for than chance gives (study.collapsed).
+A trial that diverges (`statistics.divergence`) is a result like any other.
 """
 
 import multiprocessing
-import os
 import shutil
 import signal
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cached_property
 from typing import Any
@@ -20,8 +17,9 @@ from torch import nn
 
 from afm_pipe.autoencoders import load_autoencoder
 from afm_pipe.data.latents import Latents
+from afm_pipe.distributed.launch import Launch
+from afm_pipe.evaluation.evaluator import Evaluator
 from afm_pipe.evaluation.measures import sample_suffix
-from afm_pipe.evaluation.metrics import Evaluator, evaluate_run
 from afm_pipe.evaluation.networks import NAMES
 from afm_pipe.models.classifier import load_latent_classifier
 from afm_pipe.models.flow import Flow
@@ -34,13 +32,16 @@ from afm_pipe.models.model_files import (
     save_tensors,
 )
 from afm_pipe.objectives import build_objective
-from afm_pipe.params import Params
+from afm_pipe.params import Params, Run
+from afm_pipe.params.versions import begun_with, code
 from afm_pipe.runtime import paths, signals
 from afm_pipe.runtime.errors import NotFiniteError, UserError
 from afm_pipe.runtime.files import read_json, sha256_file, write_json
 from afm_pipe.runtime.lease import hold_lease
 from afm_pipe.runtime.progress import Progress, finish
-from afm_pipe.study.trials import Trial, Units
+from afm_pipe.sampling.sampler import Sampler
+from afm_pipe.study.statistics import divergence
+from afm_pipe.study.trials import Trial
 from afm_pipe.training.checkpoints import RetentionPolicy
 from afm_pipe.training.cost import training_cost
 from afm_pipe.training.events import as_json
@@ -48,212 +49,203 @@ from afm_pipe.training.state import Start
 from afm_pipe.training.store import RunStore
 from afm_pipe.training.trainer import Runtime, Task, Trainer
 
-TRAINED = "trained.json"  # in a cell's folder, once its training is over
+TRAINED = "trained.json"  # in the folder of a trial whose training is over
+Units = Callable[[Params, Run, Run, ModelConfig], float]
+"""Counts the forward passes of G that an update costs: of params, the run whose D and G these are, run and model."""
 
 
-def run_jobs(
-    params: Params, jobs: Sequence[Trial], device: torch.device, workers: int, checkpoint_seconds: float, units: Units
+def run_trials(
+    params: Params, trials: Sequence[Trial], launch: Launch, units: Units
 ) -> Generator[Progress, None, None]:
-    """Train and measure what is missing, first what others continue, whole seeds one after the other.
+    """Train and measure the missing trials: bases before the trials that continue them, seed by seed.
 
-    Raises UserError as a cell does.
+    Raises UserError as a trial does.
     """
-    missing = sorted((job for job in jobs if not job.result.is_file()), key=lambda job: job.cell.seed)
-    bases = [job.base for job in missing if job.base is not None and not (job.base.folder / TRAINED).is_file()]
-    rounds = [[job for job in missing if job.base is None] + bases, [job for job in missing if job.base is not None]]
-    total = len({job.measurement for job in rounds[0] + rounds[1]})
-    done = 0
-    common = (params, device, checkpoint_seconds, units)
+    missing = sorted((trial for trial in trials if not trial.result.is_file()), key=lambda trial: trial.spec.place.seed)
+    bases = [trial.base for trial in missing if trial.base and not (trial.base.folder / TRAINED).is_file()]
+    rounds = [
+        _by_training([*(trial for trial in missing if trial.base is None), *bases]),
+        _by_training([trial for trial in missing if trial.base is not None]),
+    ]
+    done, total = 0, sum(len(group) for groups in rounds for group in groups)
     yield Progress(done, total, "trials")
-    for each in rounds:
-        groups = _by_training(each)
-        if workers == 1 or len(groups) <= 1:
-            worker = Worker(*common)
-            for group in groups:
-                worker.run(group)
-                done += len(group)
-                yield Progress(done, total, "trials", _label(group[0]))
-            continue
-        spawn = multiprocessing.get_context("spawn")
-        stopping = spawn.Event()
-        beginning = (os.getpid(), stopping, *common)
-        pool = ProcessPoolExecutor(min(workers, len(groups)), spawn, _begin_worker, beginning)
-        try:
-            futures = {pool.submit(_run_group, group): group for group in groups}
-            for future in as_completed(futures):
-                future.result()
-                done += len(futures[future])
-                yield Progress(done, total, "trials", _label(futures[future][0]))
-        except signals.Stopped:
-            stopping.set()  # for workers between two cells
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
-        finally:
-            pool.shutdown(cancel_futures=True)
+    for groups in rounds:
+        for group in _run_groups(groups, Worker(params, launch, units)):
+            done += len(group)
+            yield Progress(done, total, "trials", str(group[0].spec.place))
 
 
 class Worker:
-    """Trains and measures cells, one after the other; the data and what it measures with are loaded once."""
+    """Trains and measures trials, one after the other; data and networks are loaded once."""
 
-    def __init__(self, params: Params, device: torch.device, checkpoint_seconds: float, units: Units) -> None:
-        self.params, self.device, self.checkpoint_seconds, self.units = params, device, checkpoint_seconds, units
+    def __init__(self, params: Params, launch: Launch, units: Units) -> None:
+        self.params, self.launch, self.units = params, launch, units
+
+    @cached_property
+    def device(self) -> torch.device:
+        """The device to train on."""
+        return self.launch.torch_device()
 
     @cached_property
     def latents(self) -> Latents:
-        """What is trained on."""
+        """The training data."""
         return Latents.open(paths.LATENTS, self.params, sha256_file(paths.AUTOENCODER_WEIGHTS))
 
     @cached_property
     def evaluator(self) -> Evaluator:
-        """What is measured with."""
+        """The reference and feature networks."""
         evaluate = self.params.evaluate.model_copy(update={"samples": self.params.study.samples})
         return Evaluator(self.params.model_copy(update={"evaluate": evaluate}), paths.REFERENCE, self.device)
 
     @cached_property
     def autoencoder(self) -> Any:
-        """What decodes samples."""
+        """The decoder of samples."""
         return load_autoencoder(self.params, paths.AUTOENCODER, self.device)
 
     def run(self, group: Sequence[Trial]) -> None:
-        """Train the one training of a group of cells, and measure each of them."""
+        """Train the run that a group of trials shares, and measure each of them."""
         trained = self.train(group[0])
-        for job in group:
-            if job.measurement != job.training:  # else it is a base, wanted for its weights alone
-                write_json(job.result, self.measure(job, trained))
+        for trial in group:
+            if trial.measurement is not None:
+                write_json(trial.result, self.measure(trial, trained))
 
-    def train(self, job: Trial) -> dict[str, Any]:
-        """Train a cell, unless that was done; keep its moving averages at the probes, and its last D."""
-        record, run = job.folder / TRAINED, job.cell.run
-        with hold_lease(job.folder if job.owner is None else job.folder.parent) as lease:
+    def train(self, trial: Trial) -> dict[str, Any]:
+        """Train a trial, unless that was done; keep its moving averages at the probes, and its last D."""
+        record, run = trial.folder / TRAINED, trial.run
+        with hold_lease(trial.folder if trial.owner is None else trial.folder.parent) as lease:
             if record.is_file():
                 return read_json(record)
-            config, (start, guide) = self._config(job), self._origin(job)
+            begun = begun_with(trial.folder, "train")
+            config, (start, guide) = self._config(trial), self._origin(trial)
             objective = build_objective(run, config, guide)
-            task = Task(objective, self.latents, job.training, start, job.probes(self.latents.num_images))
-            retention = RetentionPolicy(own=lease.check)
-            trainer = Trainer(task, Runtime(job.folder, self.device, self.checkpoint_seconds, retention=retention))
+            task = Task(objective, self.latents, trial.training, start, trial.probes(self.latents.num_images))
+            retention, seconds = RetentionPolicy(own=lease.check), self.launch.checkpoint_seconds
+            trainer = Trainer(task, Runtime(trial.folder, self.device, seconds, retention=retention))
             try:
                 state = finish(trainer.train()).state
-                updates, seconds, not_finite = state.update, state.seconds["training"], None
-                save_tensors(job.folder / "discriminator.safetensors", state.networks["discriminator"].state_dict())
+                update, elapsed, not_finite = state.update, state.seconds["training"], None
+                save_tensors(trial.folder / "discriminator.safetensors", state.networks["discriminator"].state_dict())
             except NotFiniteError as error:
-                updates, seconds, not_finite = error.update, None, error.update
+                update, elapsed, not_finite = error.update, None, error.update
             lease.check()
-            updates -= start.update if start else 0
-            cost = training_cost(updates, run.batch_size, seconds, self.device)
-            cost["units"] = self.units(self.params, job.cell.base, run, config)
+            cost = training_cost(update - (start.update if start else 0), run.batch_size, elapsed, self.device)
+            cost["units"] = self.units(self.params, trial.spec.base, run, config)
             events = as_json(trainer.store.read_events())
-            trained = {"cost": cost, "not_finite": not_finite, "events": events}
+            trained = {"cost": cost, "code": begun, "not_finite": not_finite, "events": events}
             write_json(record, trained)
-            if job.owner is None:
-                shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
+            if trial.owner is None:
+                shutil.rmtree(trainer.store.checkpoints, ignore_errors=True)
         return trained
 
-    def measure(self, job: Trial, trained: dict[str, Any]) -> dict[str, Any]:
-        """Measure a cell at every probe it reached; return its result."""
+    def measure(self, trial: Trial, trained: dict[str, Any]) -> dict[str, Any]:
+        """Measure a trial at every probe it reached; return its result."""
         measured: list[dict[str, Any]] = []
         protocol: dict[str, Any] = {}
-        for update, phase in job.probes(self.latents.num_images).items():
-            if not RunStore(job.folder).kept(update).is_file():
+        for update, phase in trial.probes(self.latents.num_images).items():
+            if not RunStore(trial.folder).kept(update).is_file():
                 break  # it diverged before
-            metrics = self._metrics(job, update)
+            metrics = self._metrics(trial, update)
             protocol, intervals = metrics.pop("protocol"), metrics.pop("intervals")
-            epoch = update * job.cell.run.batch_size / self.latents.num_images
+            epoch = update * trial.run.batch_size / self.latents.num_images
             measured.append(
                 {"update": update, "epoch": epoch, "phase": phase, "metrics": metrics, "intervals": intervals}
             )
-        finite = trained["not_finite"] is None
+        end = measured[-1] if trained["not_finite"] is None else {"metrics": {}, "intervals": {}}
         return {
-            "fingerprint": job.measurement,
-            "settings": job.cell.run.model_dump(mode="json"),
-            "diverged": diverged(trained["not_finite"], measured, self._distance_key, self.params.study.collapsed),
+            "fingerprint": trial.measurement,
+            "settings": trial.run.model_dump(mode="json"),
+            "diverged": divergence(trained["not_finite"], measured, self._distance_key, self.params.study.collapsed),
             "probes": measured,
-            "metrics": measured[-1]["metrics"] if finite else {},
-            "intervals": measured[-1]["intervals"] if finite else {},
+            "metrics": end["metrics"],
+            "intervals": end["intervals"],
             "cost": trained["cost"],
+            "code": code("table") | trained["code"],
             "events": trained["events"],
             "protocol": protocol,
         }
 
-    def _metrics(self, job: Trial, update: int) -> dict[str, Any]:
-        config, weights = self._config(job), RunStore(job.folder).kept(update)
+    def _metrics(self, trial: Trial, update: int) -> dict[str, Any]:
+        config, weights = self._config(trial), RunStore(trial.folder).kept(update)
         generator = build_generator(config)
         load_exactly(generator, load_tensors(weights), weights)
         generator = generator.to(self.device).eval().requires_grad_(False)
-        flow = Flow(generator, config.form, job.cell.steps or config.nfe)
-        told = {"weights": "EMA", "autoencoder_sha256": sha256_file(paths.AUTOENCODER_WEIGHTS)}
-        measuring = evaluate_run(
-            self.evaluator.params,
-            flow,
-            self.autoencoder,
-            paths.REFERENCE,
-            told,
-            self.device,
-            evaluator=self.evaluator,
-        )
-        metrics, _ = finish(measuring)
+        flow = Flow(generator, config.form, trial.spec.steps or config.nfe)
+        shape, size = self.params.latent_shape, self.params.sample.micro_batch
+        sampler = Sampler(flow, self.autoencoder, shape, self.latents.classes, size, self.device)
+        provenance = {"weights": "EMA", "autoencoder_sha256": sha256_file(paths.AUTOENCODER_WEIGHTS)}
+        metrics = finish(self.evaluator.evaluate(sampler, provenance))
+        assert metrics is not None, "a single process is the main process"
         return metrics
 
-    def _origin(self, job: Trial) -> tuple[Start | None, nn.Module | None]:
-        """Return what a cell continues, if anything, and what guides it. Raises UserError when its base diverged."""
-        base = job.base
-        guide = load_latent_classifier(paths.CLASSIFIER, self.device) if job.cell.run.guided else None
+    def _origin(self, trial: Trial) -> tuple[Start | None, nn.Module | None]:
+        """Return what a trial continues, and what guides it, if anything. Raises UserError when its base diverged."""
+        base = trial.base
+        guide = load_latent_classifier(paths.CLASSIFIER, self.device) if trial.run.guided else None
         if base is None:
             return None, guide
         if read_json(base.folder / TRAINED)["not_finite"] is not None:
-            raise UserError(f"Found the base of the cell {_label(job)} diverged, expected one to continue: change it.")
+            raise UserError(f"Found that the base of trial {trial.spec.place} diverged, expected one to continue.")
         update = max(base.probes(self.latents.num_images))
         generator = RunStore(base.folder).load_kept(update)
         discriminator = load_tensors(base.folder / "discriminator.safetensors")
         return Start({"generator": generator, "discriminator": discriminator}, update), guide
 
-    def _config(self, job: Trial) -> ModelConfig:
-        return run_config(job.cell.run, self.params.latent_shape, self.latents.num_classes)
+    def _config(self, trial: Trial) -> ModelConfig:
+        return run_config(trial.run, self.params.latent_shape, self.latents.num_classes)
 
     @property
     def _distance_key(self) -> str:
         return f"{NAMES[self.params.evaluate.features[0]].distance}{sample_suffix(self.params.study.samples)}"
 
 
-def diverged(not_finite: int | None, measured: Sequence[dict[str, Any]], key: str, collapsed: float) -> str | None:
-    """Say how a cell diverged, None where it did not: the rule of this module."""
-    if not_finite is not None:
-        return f"a loss that is not finite at update {not_finite}"
-    right = measured[-1]["metrics"].get("class_accuracy") if measured else None
-    if right is not None and right <= collapsed:
-        return f"collapsed: {right:.0%} of its samples are of the class asked for"
-    if len(measured) > 1:
-        third, end = (probe["intervals"][key] for probe in (measured[0], measured[-1]))
-        if end[0] > third[1]:
-            return "worse at three times the updates"
-    return None
-
-
-def _by_training(jobs: Sequence[Trial]) -> list[list[Trial]]:
-    """Group cells that share a training, bases left out where a cell of its own trains them."""
-    groups: dict[str, dict[str, Trial]] = {}
-    for job in jobs:
-        groups.setdefault(job.training, {})[job.measurement] = job
+def _by_training(trials: Sequence[Trial]) -> list[list[Trial]]:
+    """Group trials that share a training; a base is left out where a trial that is measured trains the same."""
+    groups: dict[str, dict[str | None, Trial]] = {}
+    for trial in trials:
+        groups.setdefault(trial.training, {}).setdefault(trial.measurement, trial)
+    for group in groups.values():
+        if len(group) > 1:
+            group.pop(None, None)
     return [list(group.values()) for group in groups.values()]
 
 
-def _label(job: Trial) -> str:
-    return " x ".join(filter(None, (job.cell.row, job.cell.column))) + f", seed {job.cell.seed}"
+def _run_groups(groups: Sequence[Sequence[Trial]], worker: Worker) -> Iterator[Sequence[Trial]]:
+    """Run groups of trials in a pool of workers, or here where one suffices; yield each when it is done."""
+    num_workers = min(worker.launch.num_workers(worker.device), len(groups))
+    if num_workers <= 1:
+        for group in groups:
+            worker.run(group)
+            yield group
+        return
+    spawn = multiprocessing.get_context("spawn")
+    stopping = spawn.Event()
+    pool = ProcessPoolExecutor(num_workers, spawn, _begin, (worker, stopping))
+    try:
+        futures = {pool.submit(_run_group, group): group for group in groups}
+        for future in as_completed(futures):
+            future.result()
+            yield futures[future]
+    except (signals.Stopped, GeneratorExit):
+        stopping.set()  # for workers between two groups
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 _worker: Worker  # of a process of the pool
-_stopping: Any  # the pool's event: no more cells are wanted
+_stopping: Any  # the pool's event: no more groups are wanted
 
 
-def _begin_worker(
-    parent: int, stopping: Any, params: Params, device: torch.device, checkpoint_seconds: float, units: Units
-) -> None:
+def _begin(worker: Worker, stopping: Any) -> None:
     global _worker, _stopping
-    signals.ignore()
-    signals.stop_with([psutil.Process(parent)])  # nobody would take this process's work
+    signals.ignore_signals()
+    parent = multiprocessing.parent_process()
+    assert parent is not None and parent.pid is not None
+    signals.stop_with([psutil.Process(parent.pid)])
     torch.set_num_threads(1)
-    _worker, _stopping = Worker(params, device, checkpoint_seconds, units), stopping
+    _worker, _stopping = worker, stopping
 
 
 def _run_group(group: Sequence[Trial]) -> None:

@@ -1,17 +1,18 @@
-"""What the cells of tables are, where their results lie, and the tables made of them; free of torch, so quick.
+"""Trials of the study: what identifies them, where they are trained, when they are measured. Free of torch.
 
-A cell is known by two fingerprints: of its training, under which its weights are kept, and of its measurement, under
-which its result is. A killed study goes on where it stopped, one changed cell runs alone, tables share their cells.
+The identity of its training names the folder of a trial's weights, the identity of its measurement its result: a killed
+study resumes, a changed trial runs alone, and tables share trials.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 from afm_pipe.data.latents_format import provenance_fingerprint, read_provenance
 from afm_pipe.objectives.schedules import num_updates, update_at
-from afm_pipe.params import Cell, Params, Run
+from afm_pipe.params import Params, Run, TrialSpec
 from afm_pipe.params.versions import run_identity, versions
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
@@ -19,118 +20,105 @@ from afm_pipe.runtime.files import read_json, sha256_file, write_json
 from afm_pipe.runtime.identity import fingerprint
 
 
-class Units(Protocol):
-    """Counts what an update costs."""
+@dataclass(frozen=True)
+class Trial:
+    """One training of a study."""
 
-    def __call__(self, params: Params, base: Run, run: Run, config: Any) -> float:
-        """Return the cost of an update of `run`, whose D and G are those of `base`, in forward passes of G."""
-
-
-class Trial(NamedTuple):
-    """A cell with its fingerprints; `base_training` is that of what it continues, if anything.
-
-    `owner` and `base_owner` are the runs of params, if any, that are the same trainings.
-    """
-
-    cell: Cell
+    spec: TrialSpec
     training: str
-    measurement: str
-    base_training: str | None
+    """Identity of its run."""
+    measurement: str | None
+    """Identity of its result; None for a base, which is trained for its weights alone."""
+    base: "Trial | None" = None
+    """The trial it continues, if any."""
     owner: str | None = None
-    base_owner: str | None = None
+    """The run of params that is the same, if any; the two share a folder, and whichever comes first trains."""
+
+    @property
+    def run(self) -> Run:
+        """The run to train."""
+        return self.spec.run
 
     @property
     def folder(self) -> Path:
         """Where it is trained and its weights are kept."""
-        return paths.TRIALS / self.training if self.owner is None else paths.WORK / self.owner / self.training
+        return (paths.TRIALS if self.owner is None else paths.WORK / self.owner) / self.training
 
     @property
     def result(self) -> Path:
-        """Where its result is, once it is measured."""
+        """Where its result is written."""
         return paths.TRIALS / "results" / f"{self.measurement}.json"
 
     def probes(self, num_images: int) -> dict[int, int | None]:
         """Return when it is measured, as `probes` does."""
-        return probes(self.cell.run, num_images, self.base_training is not None)
-
-    @property
-    def base(self) -> "Trial | None":
-        """The job that trains what it continues, without being measured for itself."""
-        if self.base_training is None:
-            return None
-        cell = self.cell._replace(run=self.cell.base)
-        return Trial(cell, self.base_training, self.base_training, None, self.base_owner)
+        return probes(self.run, num_images, self.base is not None)
 
 
 class Trials:
-    """The cells of some tables as jobs, on the data, the reference and the classifier at hand.
+    """The trials of some tables, or of all, on the present data, reference and classifier.
 
-    Raises UserError when one of these is missing.
+    Raises UserError for an unknown table, and when an input is missing.
     """
 
-    def __init__(self, params: Params, names: Iterable[str]) -> None:
+    def __init__(self, params: Params, names: Iterable[str] = ()) -> None:
         self.params = params
         unknown = [name for name in names if name not in params.tables]
         if unknown:
             known = ", ".join(params.tables) or "none"
             raise UserError(f"Found no table {unknown[0]!r} in params, expected one of {known}.")
-        cells = params.cells
-        self.by_table = {name: [self._job(cell) for cell in cells[name]] for name in names or params.tables}
+        specs = params.trials
+        self.by_table = {name: [self._trial(spec) for spec in specs[name]] for name in names or params.tables}
 
     @property
     def all(self) -> list[Trial]:
-        """Every job once, in the order of the tables."""
-        return list({job.measurement: job for jobs in self.by_table.values() for job in jobs}.values())
-
-    @cached_property
-    def provenance(self) -> dict[str, str]:
-        """Provenance of the latents."""
-        return read_provenance(paths.LATENTS)
+        """Every trial once, in the order of the tables."""
+        return list({trial.measurement: trial for trials in self.by_table.values() for trial in trials}.values())
 
     @cached_property
     def _latents(self) -> str:
-        return provenance_fingerprint(self.provenance)
+        return provenance_fingerprint(read_provenance(paths.LATENTS))
 
     @cached_property
     def _classifier(self) -> str:
-        return sha256_file(_needed(paths.CLASSIFIER / "classifier.safetensors", "classifier"))
+        return _digest(paths.CLASSIFIER / "classifier.safetensors", "classifier")
 
     @cached_property
     def _measured_with(self) -> dict[str, str]:
         return {
-            "reference": sha256_file(_needed(paths.REFERENCE / "summary.json", "reference")),
-            "autoencoder": sha256_file(_needed(paths.AUTOENCODER_WEIGHTS, "autoencoder")),
+            "reference": _digest(paths.REFERENCE / "summary.json", "reference"),
+            "autoencoder": _digest(paths.AUTOENCODER_WEIGHTS, "autoencoder"),
         }
 
-    def _job(self, cell: Cell) -> Trial:
-        base = self._training(cell.base, {}) if cell.run is not cell.base else None
-        origins = {} if base is None else {"base": base}
-        if cell.run.guided:
-            origins["classifier"] = self._classifier
-        training = self._training(cell.run, origins)
+    def _trial(self, spec: TrialSpec) -> Trial:
+        base = None
+        if spec.run is not spec.base:
+            base = Trial(spec._replace(run=spec.base), self._training(spec.base), None, owner=self._owner(spec.base))
+        training = self._training(spec.run, base)
         settings = {
             "training": training,
-            "steps": cell.steps,
+            "steps": spec.steps,
             "study": self.params.study.model_dump(mode="json"),
             "evaluate": self.params.evaluate.model_dump(mode="json"),
             "micro_batch": self.params.sample.micro_batch,
         }
         measurement = fingerprint(settings, self._measured_with, versions("table"))
-        return Trial(cell, training, measurement, base, self._owner(cell.run), base and self._owner(cell.base))
+        return Trial(spec, training, measurement, base, self._owner(spec.run))
 
-    def _training(self, run: Run, origins: dict[str, str]) -> str:
+    def _training(self, run: Run, base: Trial | None = None) -> str:
+        origins = {} if base is None else {"base": base.training}
+        if run.guided:
+            origins["classifier"] = self._classifier
         return run_identity(run, self.params.latent_shape, self._latents, origins)
 
     def _owner(self, run: Run) -> str | None:
-        """Return the run of params that is the same training, if there is one: whoever comes first trains it."""
         return next((name for name, other in self.params.runs.items() if other == run), None)
 
 
 def probes(run: Run, num_images: int, continues: bool) -> dict[int, int | None]:
-    """Return the updates after which a cell is measured, and of which phase (from 1) each is the end, if of one.
+    """Return the updates after which a run is measured, each with the phase (from 1) that ends there, if any.
 
-    A third of the way tells a training that got worse from one that has not come far. One that `continues` another is
-    measured at its end.
+    The probe at a third of the updates distinguishes a run that got worse from one that is not done. A run that
+    `continues` another is measured at its end.
     """
     ends = {update_at(run, phase.until_epoch, num_images): index + 1 for index, phase in enumerate(run.phases)}
     total = num_updates(run, num_images)
@@ -140,28 +128,22 @@ def probes(run: Run, num_images: int, continues: bool) -> dict[int, int | None]:
     return dict(sorted((found | ends).items()))
 
 
-def write_tables(jobs: Trials, out: Path | None = None) -> list[Path]:
-    """Write each table from its cells' results, all of which must be there; return the files."""
+def write_tables(trials: Trials, out: Path | None = None) -> list[Path]:
+    """Write each table from the results of its trials, all of which must exist; return the files."""
     written = []
-    for name, of_table in jobs.by_table.items():
-        results = [read_json(job.result) for job in of_table]
-        cells = [
-            {
-                "row": job.cell.row,
-                "column": job.cell.column,
-                "seed": job.cell.seed,
-                "training": job.training,
-                "continues": job.base_training,
-                **result,
-            }
-            for job, result in zip(of_table, results, strict=True)
-        ]
+    for name, of_table in trials.by_table.items():
+        results = [read_json(trial.result) for trial in of_table]
         table = {
-            "table": jobs.params.tables[name].model_dump(mode="json"),
-            "scale": _scale(jobs, of_table, results),
+            "table": trials.params.tables[name].model_dump(mode="json"),
+            "scale": _scale(trials.params, of_table, results),
             "machine": ", ".join(sorted({result["cost"]["machine"] for result in results})),
             "protocol": results[0]["protocol"],
-            "trials": [{key: value for key, value in cell.items() if key != "protocol"} for cell in cells],
+            "trials": [
+                trial.spec.place._asdict()
+                | {"training": trial.training, "continues": trial.base and trial.base.training}
+                | {key: value for key, value in result.items() if key != "protocol"}
+                for trial, result in zip(of_table, results, strict=True)
+            ],
         }
         path = paths.table(name) if out is None else out / f"{name}.json"
         write_json(path, table)
@@ -169,22 +151,21 @@ def write_tables(jobs: Trials, out: Path | None = None) -> list[Path]:
     return written
 
 
-def _scale(jobs: Trials, of_table: list[Trial], results: list[dict[str, Any]]) -> str:
-    """Say in one sentence at what scale a table was made."""
-    runs, data = [job.cell.run for job in of_table], jobs.params.data
-    sizes = ", ".join(sorted({run.size for run in runs}))
+def _scale(params: Params, trials: list[Trial], results: list[dict[str, Any]]) -> str:
+    """Describe the scale of a table in one sentence."""
+    sizes = ", ".join(sorted({trial.run.size for trial in trials}))
     updates = sorted({result["cost"]["updates"] for result in results})
     span = f"{updates[0]:,}" if len(updates) == 1 else f"{updates[0]:,} to {updates[-1]:,}"
-    seeds = len({job.cell.seed for job in of_table})
-    channels, side, _ = jobs.params.latent_shape
+    seeds = len({trial.spec.place.seed for trial in trials})
+    channels, side, _ = params.latent_shape
     return (
-        f"Size {sizes} on {channels} x {side} x {side} latents of {data.source} ({data.image_size} pixels); {span} "
-        f"updates of batch {runs[0].batch_size}, {seeds} seed{'s' * (seeds != 1)}, {jobs.params.study.samples:,} "
-        "samples of each cell: not the paper's scale."
+        f"Size {sizes} on {channels} x {side} x {side} latents of {params.data.source} ({params.data.image_size} "
+        f"pixels); {span} updates of batch {trials[0].run.batch_size}, {seeds} seed{'s' * (seeds != 1)}, "
+        f"{params.study.samples:,} samples of each trial: not the paper's scale."
     )
 
 
-def _needed(path: Path, stage: str) -> Path:
+def _digest(path: Path, stage: str) -> str:
     if not path.is_file():
         raise UserError(f"Found no {path}, expected what stage {stage} writes: run `dvc repro {stage}`.")
-    return path
+    return sha256_file(path)

@@ -177,7 +177,7 @@ class Writer:
         probes = state.extra.get("monitor", {}).get("probes", ()) if self.keeping.best else ()
         best = min(probes, key=lambda probe: probe["kid"], default=None)
         present = [int(path.name.removeprefix("update-")) for path in checkpoints(self.folder)]
-        return staying([*present, state.update], self.keeping.every, best["update"] if best else None)
+        return retained([*present, state.update], self.keeping.every, best["update"] if best else None)
 
     def _check(self) -> None:
         if self._cancelled:
@@ -270,7 +270,7 @@ def _complete(aside: Path, state: Saveable, fingerprint: str) -> None:
     write_json(aside / "manifest.json", manifest)
 
 
-def staying(updates: Iterable[int], every: int | None, best: int | None) -> set[int]:
+def retained(updates: Iterable[int], every: int | None, best: int | None) -> set[int]:
     """Return which checkpoints stay beside the latest: the first at or after each multiple of `every`, and `best`.
 
     What stays once goes on staying as more come, the best until a better one does: so at most the run's updates over

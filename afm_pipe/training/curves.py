@@ -5,7 +5,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from afm_pipe.runtime.files import atomic_path, try_append
+from afm_pipe.runtime.files import atomic_path, complete_lines, try_append
 
 Row = dict[str, float]
 
@@ -30,8 +30,21 @@ def append_curve(path: Path, row: Row) -> None:
 
 def read_curves(path: Path) -> list[Row]:
     """Read rows as written; update and images are whole numbers."""
-    with path.open(newline="") as file:
-        return [
-            {name: int(value) if name in ("update", "images") else float(value) for name, value in row.items()}
-            for row in csv.DictReader(file)
-        ]
+    names, *lines = path.read_text().splitlines() or [""]
+    return [_row(names, line) for line in lines]
+
+
+def scan_curves(path: Path) -> tuple[list[Row], list[int]]:
+    """Read the rows of a file that may be missing, growing or damaged; return them and the numbers of damaged lines."""
+    lines, rows, damaged = complete_lines(path), [], []
+    for number, line in enumerate(lines[1:], 2):
+        try:
+            rows.append(_row(lines[0], line))
+        except (ValueError, KeyError, OverflowError):
+            damaged.append(number)
+    return rows, damaged
+
+
+def _row(names: str, line: str) -> Row:
+    row: Row = dict(zip(names.split(","), map(float, line.split(",")), strict=True))
+    return row | {name: int(row[name]) for name in ("update", "images")}

@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from afm_pipe.runtime.files import atomic_path, try_append
+from pydantic import TypeAdapter, ValidationError
+
+from afm_pipe.runtime.files import atomic_path, complete_lines, try_append
 
 FILE = "events.jsonl"  # in the folder of a training
 FATAL = ("divergence", "not_finite")  # kinds that end a training, where it did not go back
@@ -25,8 +27,11 @@ class Event:
     images: int  # seen by G
     kind: str
     text: str
-    evidence: dict[str, float | None] = field(default_factory=dict)
+    evidence: dict[str, float | int | None] = field(default_factory=dict)
     action: str | None = None  # what was done, where something was
+
+
+_EVENT = TypeAdapter(Event)
 
 
 def write_events(path: Path, events: Sequence[Event]) -> None:
@@ -44,10 +49,21 @@ def append_event(path: Path, event: Event) -> None:
 
 
 def read_events(path: Path) -> list[Event]:
-    """Read a log; none is an empty one."""
+    """Read a log; a missing one is empty."""
     if not path.is_file():
         return []
-    return [Event(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [_EVENT.validate_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def scan_events(path: Path) -> tuple[list[Event], list[int]]:
+    """Read a log that may be missing, growing or damaged; return its events and the numbers of damaged lines."""
+    events, damaged = [], []
+    for number, line in enumerate(complete_lines(path), 1):
+        try:
+            events.append(_EVENT.validate_json(line))
+        except ValidationError:
+            damaged.append(number)
+    return events, damaged
 
 
 def as_json(events: Sequence[Event]) -> list[dict[str, Any]]:

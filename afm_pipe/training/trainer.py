@@ -20,7 +20,7 @@ from afm_pipe.objectives.base import Hyperparameters, Objective
 from afm_pipe.params import Run
 from afm_pipe.runtime.errors import NotFiniteError, UserError
 from afm_pipe.runtime.progress import Progress
-from afm_pipe.runtime.signals import Request, Stopped, shutdown_requested
+from afm_pipe.runtime.signals import ShutdownRequest, Stopped, shutdown_requested
 from afm_pipe.training.callback import Action, Callback
 from afm_pipe.training.checkpoints import RetentionPolicy, Writer, load_latest
 from afm_pipe.training.engine import Engine
@@ -215,7 +215,7 @@ class Trainer:
         self._stopped = Action.STOP in actions
         return Action.STOP if self._stopped else Action.CONTINUE
 
-    def _save(self, writer: Writer, request: Request, ended: bool) -> None:
+    def _save(self, writer: Writer, request: ShutdownRequest, ended: bool) -> None:
         """Write a checkpoint; raise Stopped where a signal requested it."""
         now, seconds = time.monotonic(), self.state.seconds
         seconds["training"] += now - self._lapped

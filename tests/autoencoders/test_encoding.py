@@ -15,7 +15,8 @@ from afm_pipe.autoencoders.encoding import encode_dataset
 from afm_pipe.autoencoders.kl import KLAutoencoder
 from afm_pipe.data.latents import Latents
 from afm_pipe.data.latents_format import DONE, MOMENTS
-from afm_pipe.data.manifest import Manifest, build_manifest, load_images
+from afm_pipe.data.manifest import Manifest
+from afm_pipe.data.reading import build_manifest, load_images
 from afm_pipe.params import Params
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.progress import track
@@ -153,7 +154,7 @@ def test_two_encodings_in_one_folder_are_refused(
     first.close()
 
 
-def test_partial_file_of_other_provenance_is_started_again(
+def test_partial_file_of_other_provenance_is_neither_resumed_nor_removed(
     whole: Path, params: Params, manifest: Manifest, vae: KLAutoencoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encoding, "SECONDS_BETWEEN_SYNCS", 0.0)
@@ -161,11 +162,13 @@ def test_partial_file_of_other_provenance_is_started_again(
     interrupted = encode_dataset(params, manifest, tiny_vae(1), "b" * 64, path, work)
     assert [next(interrupted).done for _ in range(3)] == [0, 8, 16]
     interrupted.close()
-    assert len(unfinished(work)) == 1
+    (other,) = unfinished(work)
+    before = other.read_bytes()
     ticks = list(encode_dataset(params, manifest, vae, SHA256, path, work))
     assert ticks[0].done == 0
     assert path.read_bytes() == whole.read_bytes()
-    assert unfinished(work) == []
+    assert unfinished(work) == [other]
+    assert other.read_bytes() == before
 
 
 def test_non_finite_moments_stop_the_encoding_and_name_the_image(

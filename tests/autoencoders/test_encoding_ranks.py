@@ -13,8 +13,9 @@ import pytest
 from afm_pipe.autoencoders import encoding
 from afm_pipe.autoencoders.encoding import encode_dataset
 from afm_pipe.autoencoders.kl import KLAutoencoder
-from afm_pipe.data import manifest
-from afm_pipe.data.manifest import Manifest, build_manifest
+from afm_pipe.data import reading
+from afm_pipe.data.manifest import Manifest
+from afm_pipe.data.reading import build_manifest
 from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from afm_pipe.params import Params
 from afm_pipe.runtime.progress import track
@@ -118,7 +119,7 @@ def test_what_was_encoded_before_a_kill_is_kept_for_any_number_of_ranks(
 def test_the_next_batch_is_encoded_while_one_is_written_and_later_ones_are_decoded(
     shared: Encoding, alone: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward, add, decode = encoding._encoded, encoding._Journal.add, manifest.decode_image
+    forward, add, decode = encoding._encoded, encoding._Journal.add, reading.decode_image
     begun, decoded = [threading.Event() for _ in range(14)], [threading.Event() for _ in range(NUM_IMAGES)]
     passes, decodings = itertools.count(), itertools.count()
 
@@ -138,6 +139,6 @@ def test_the_next_batch_is_encoded_while_one_is_written_and_later_ones_are_decod
 
     monkeypatch.setattr(encoding, "_encoded", encode)
     monkeypatch.setattr(encoding._Journal, "add", write)
-    monkeypatch.setattr(manifest, "decode_image", read)
+    monkeypatch.setattr(reading, "decode_image", read)
     shared.run(SINGLE_PROCESS)
     assert shared.path.read_bytes() == alone

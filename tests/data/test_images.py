@@ -1,4 +1,4 @@
-"""Decoding whatever people have into the square uint8 arrays that training sees."""
+"""Listing class folders, and decoding image files to square uint8 arrays."""
 
 import io
 import struct
@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from afm_pipe.data.images import decode_image, list_images, load_image
+from afm_pipe.data.images import decode_image
+from afm_pipe.data.listing import list_images
 from afm_pipe.runtime.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -25,7 +26,7 @@ def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
 
 
 def adm_crop(image: Image.Image, size: int) -> np.ndarray:
-    """The centre crop as published with ADM, written again from its description."""
+    """The center crop as published with ADM, reimplemented from its description."""
     while min(*image.size) >= 2 * size:
         image = image.resize(tuple(x // 2 for x in image.size), resample=Image.BOX)
     scale = size / min(*image.size)
@@ -50,14 +51,14 @@ def test_image_of_the_right_size_is_unchanged() -> None:
     np.testing.assert_array_equal(decode_image(encoded(Image.fromarray(pixels)), "image", 32, 1), pixels[None])
 
 
-def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
+def test_sixteen_bit_gray_is_scaled_not_clipped() -> None:
     wide = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
     found = decode_image(encoded(Image.fromarray(wide)), "image", 32, 1)
     np.testing.assert_array_equal(found[0], np.round(wide / 257))
     assert decode_image(encoded(Image.fromarray(wide)), "image", 32, 3).shape == (3, 32, 32)
 
 
-def test_transparency_is_laid_on_white() -> None:
+def test_transparency_is_composited_on_white() -> None:
     clear = Image.new("RGBA", (32, 32), (10, 20, 30, 0))
     half = Image.new("RGBA", (32, 32), (0, 0, 0, 128))
     grey = Image.new("LA", (32, 32), (7, 255))
@@ -89,18 +90,15 @@ def test_exif_rotation_is_ignored() -> None:
     )
 
 
-def test_content_decides_not_the_name(tmp_path: Path) -> None:
-    path = tmp_path / "n02105855_2933.JPEG"  # ImageNet's PNG of that name
-    path.write_bytes(encoded(PHOTO, "PNG"))
-    assert load_image(path, 32, 3).shape == (3, 32, 32)
+def test_content_decides_not_the_name() -> None:
+    name = "n02105855_2933.JPEG"  # ImageNet's PNG of that name
+    assert decode_image(encoded(PHOTO, "PNG"), name, 32, 3).shape == (3, 32, 32)
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "BMP"])
-def test_a_file_cut_short_is_refused_by_path(form: str, tmp_path: Path) -> None:
-    path = tmp_path / "cut.png"
-    path.write_bytes(encoded(PHOTO, form)[:-900])
+def test_a_truncated_file_is_refused_by_name(form: str) -> None:
     with pytest.raises(UserError, match=r"cut\.png"):
-        load_image(path, 32, 3)
+        decode_image(encoded(PHOTO, form)[:-900], "cut.png", 32, 3)
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "BMP"])
@@ -142,11 +140,6 @@ def test_decompression_bomb_is_refused_before_decoding(side: int) -> None:
     assert limit == Image.MAX_IMAGE_PIXELS
 
 
-def test_missing_file_is_a_user_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"gone\.png unreadable"):
-        load_image(tmp_path / "gone.png", 32, 1)
-
-
 def touch(root: Path, *names: str) -> Path:
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -154,7 +147,7 @@ def touch(root: Path, *names: str) -> Path:
     return root
 
 
-def test_listing_is_sorted_and_passes_over_hidden_files(tmp_path: Path) -> None:
+def test_listing_is_sorted_and_ignores_hidden_files(tmp_path: Path) -> None:
     touch(tmp_path, "b/2.png", "b/10.JPEG", "a/x.WebP", "a/.DS_Store", ".cache/y.png", "README.md")
     assert list_images(tmp_path) == (["a", "b"], [("a/x.WebP", 0), ("b/10.JPEG", 1), ("b/2.png", 1)])
 
@@ -163,10 +156,10 @@ def test_listing_is_sorted_and_passes_over_hidden_files(tmp_path: Path) -> None:
     ("names", "message"),
     [
         (["a/1.png", "stray.JPG"], r"Found stray\.JPG directly under"),
-        (["a/1.png", "b/.hidden"], "Found no image in class folder b"),
+        (["a/1.png", "b/.hidden"], "Found no image of class b"),
         (["a/1.png", "a/notes.txt"], r"Found a/notes\.txt"),
         (["a/1.png", "a/deep/1.png"], "Found a/deep under"),
-        ([".hidden/1.png"], "Found no class folder"),
+        ([".hidden/1.png"], "Found no class under"),
     ],
 )
 def test_folders_that_are_no_data_set_are_refused_by_name(names: list[str], message: str, tmp_path: Path) -> None:

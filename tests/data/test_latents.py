@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from afm_pipe.data.latents import Latents
-from afm_pipe.data.latents_format import CLASSES, DONE, LABELS, MOMENTS
+from afm_pipe.data.latents_format import CLASSES, DONE, LABELS, MOMENTS, read_provenance
 from afm_pipe.params import Params
 from afm_pipe.runtime.errors import UserError
 from benchmarks.inputs import latents_file
 from tests.autoencoders.parts import changed, in_child
 
 NUM_IMAGES = 60
+VERSION_0_1 = Path(__file__).with_name("latents-0.1.h5")  # six images and their mirrors, encoded by afm-pipe 0.1
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,19 @@ def copy(whole: Path, tmp_path: Path) -> Path:
     path = tmp_path / "copy.h5"
     path.write_bytes(whole.read_bytes())
     return path
+
+
+def test_a_file_of_version_0_1_is_read_as_it_is() -> None:
+    latents = Latents.open(VERSION_0_1, autoencoder_sha256="a" * 64)
+    assert (latents.num_images, latents.num_mirrors, latents.classes) == (6, 2, ("a", "b"))
+    assert (latents.latent_shape, latents.spec.stochastic, latents.spec.scaling_factor) == ((2, 2, 2), True, 0.7)
+    assert latents.fingerprint() == "f049750f9b8b96ab5a42ef9a419181ff14abd1fb6033e6e7ba518a9520667990"
+    assert read_provenance(VERSION_0_1) == latents.provenance
+
+    drawn = latents.draw(torch.tensor([4, 0, 5]), torch.Generator().manual_seed(7))
+    first = [-0.910753071308136, 0.12522871792316437, 0.10196863859891891, -0.3560347557067871]
+    np.testing.assert_allclose(drawn.flatten()[:4], first, rtol=1e-6)
+    assert drawn.double().sum().item() == pytest.approx(8.896584026515484, rel=1e-6)
 
 
 @pytest.mark.parametrize("kept", [0, 10, 600, 2_000, -1])

@@ -7,16 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from afm_pipe.data.manifest import (
-    Manifest,
-    build_manifest,
-    image_batches,
-    load_images,
-    read_images,
-    read_manifest,
-    require_images,
-    write_manifest,
-)
+from afm_pipe.data.manifest import Manifest, read_manifest, write_manifest
+from afm_pipe.data.reading import build_manifest, image_batches, load_images, read_images, require_images
 from afm_pipe.data.sources import materialize
 from afm_pipe.params import Data
 from afm_pipe.runtime.errors import UserError

@@ -10,6 +10,10 @@ from afm_pipe.params.file import json_schema, load_params
 from afm_pipe.runtime.errors import UserError
 from tests.conftest import ROOT, SMOKE
 
+MEASURED = (
+    "{kind: kl, latent_channels: 4, downsample: 4, scaling_factor: measured, train: null, pretrained: x, "
+    f"sha256: '{'0' * 64}'}}"
+)
 PROFILES = [ROOT / "params.yaml", *sorted((ROOT / "profiles").glob("*.yaml"))]
 
 
@@ -50,6 +54,7 @@ def test_transport_may_be_a_number() -> None:
         ("runs.t4.phases=[{until_epoch: 3}, {until_epoch: 2}]", "expected until_epoch to rise from phase to phase"),
         ("autoencoder.downsample=8", "expected downsample 4 for 3 block_out_channels, found 8"),
         ("autoencoder.pretrained=x", "expected `sha256` beside `pretrained`"),
+        (f"autoencoder={MEASURED}", "expected a number as `scaling_factor` beside `pretrained`"),
         ("autoencoder.scaling_factor=big", "autoencoder.scaling_factor: found 'big'"),
         ("data.image_size=30", "data.image_size: expected a multiple of autoencoder.downsample 4, found 30"),
         ("data.image_size=36", "expected a patch that divides the latent side 9, found t4 with patch 4"),

@@ -43,7 +43,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     for name in listed.splitlines():
-        made = name.split("/")[0] in MADE
+        made = name.split("/")[0] in MADE and not name.startswith("results/study/")
         if not made and (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
@@ -90,6 +90,16 @@ def test_a_second_repro_runs_nothing(clone: Path) -> None:
     assert repro(clone) == []
 
 
+def test_an_edited_docstring_reruns_nothing_and_status_says_it(clone: Path) -> None:
+    source = clone / "afm_pipe" / "training" / "trainer.py"
+    before = source.read_text()
+    source.write_text(before.replace('"""', '"""Edited. ', 1))
+    assert repro(clone) == []
+    (said,) = [line for line in shell(clone, "afm-pipe", "status").splitlines() if "other source code" in line]
+    assert "t4, t4-no-transport, table transport (objective " in said
+    source.write_text(before)
+
+
 def test_changing_one_run_reruns_that_run_alone(clone: Path) -> None:
     edit(clone, "runs.t4.lr", 0.0011)
     assert repro(clone) == [*(f"{stage}@t4" for stage in RUN_STAGES), "report"]
@@ -106,8 +116,8 @@ def test_changing_an_inherited_default_reruns_all_that_inherit_it(clone: Path) -
 def test_dvc_shows_metrics_and_plots(clone: Path) -> None:
     shown = json.loads(shell(clone, "dvc", "metrics", "show", "--json"))
     files = shown[""]["data"]
-    assert "class_accuracy" in files["metrics/t4.json"]["data"]
-    assert files["costs/t4.json"]["data"]["updates"] > 0
+    assert "class_accuracy" in files["results/metrics/t4.json"]["data"]
+    assert files["results/costs/t4.json"]["data"]["updates"] > 0
     page = shell(clone, "dvc", "plots", "show", "-o", "plots").strip()
     text = (clone / page.removeprefix("file://").split("/afm-pipe/")[-1]).read_text()
     assert all(part in text for part in ("logit_gap", "transport_rms", "t4-no-transport"))
@@ -131,9 +141,9 @@ def test_two_settings_are_compared_by_experiments(clone: Path) -> None:
 
 
 def test_a_typo_in_params_stops_the_first_stage(clone: Path) -> None:
-    edit(clone, "train.centering", 0.02)
+    edit(clone, "train.logit_centring", 0.02)
     done = subprocess.run(
         ["dvc", "repro"], cwd=clone, env=environment(clone), capture_output=True, text=True, check=False
     )
     assert done.returncode != 0
-    assert "train.centering: found an unknown field, did you mean logit_centering?" in done.stderr
+    assert "train.logit_centring: found an unknown field, did you mean logit_centering?" in done.stderr

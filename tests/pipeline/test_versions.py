@@ -94,6 +94,18 @@ def test_changing_a_param_reruns_what_reads_it(changed: Callable[[], set[str]], 
     assert changed() == stages | {"report"}
 
 
+def test_what_an_earlier_version_made_is_kept_by_a_commit(changed: Callable[[], set[str]]) -> None:
+    lock = yaml.safe_load(Path("dvc.lock").read_text())
+    for name in ("prepare", "autoencoder", "encode"):
+        del lock["stages"][name]["params"][VERSIONS]  # version 0.1 had none
+    Path("dvc.lock").write_text(yaml.safe_dump(lock))
+    assert changed() == {"prepare", "autoencoder", "encode"}
+    with Repo(os.curdir) as repo:
+        for name in ("prepare", "autoencoder", "encode"):
+            repo.commit(name, force=True)
+    assert changed() == set()
+
+
 def test_each_stage_lists_the_versions_that_its_identity_rests_on() -> None:
     listed = {}
     for name, stage in STAGES.items():

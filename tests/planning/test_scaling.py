@@ -21,6 +21,7 @@ def params() -> Params:
     return load_params(ROOT / PROFILE)
 
 
+@pytest.mark.slow
 def test_page_is_up_to_date(params: Params) -> None:
     page = (ROOT / PAGE).read_text()
     assert page_with_tables(page, params) == page, "run `python -m afm_pipe.planning.scaling`"

@@ -1,4 +1,4 @@
-"""Tables of the study, declared and written with numbers that are made up to be clear, reversed or noisy."""
+"""Tables of the study, declared and written with made-up numbers: clear, reversed or noisy."""
 
 import json
 from collections.abc import Callable
@@ -8,19 +8,19 @@ from typing import Any
 import yaml
 
 from afm_pipe.params import Params
-from afm_pipe.reporting import study_checks
-from afm_pipe.reporting import study_trials as study_cells
+from afm_pipe.reporting import inputs
 from afm_pipe.reporting.inputs import Inputs, Summary
 from afm_pipe.reporting.section import Section
 from afm_pipe.reporting.study import study_sections
-from afm_pipe.reporting.study_checks import Verdict
 from afm_pipe.reporting.table import Table
 from afm_pipe.runtime import paths
-from tests.report_inputs import COMMITTED, RUNS
+from afm_pipe.study.results import read_tables
+from afm_pipe.study.verdicts import Verdict, decide
+from tests.reporting.report_inputs import COMMITTED, RUNS
 
-PUBLISHED = yaml.safe_load((Path(study_cells.__file__).parent / "published.yaml").read_text(encoding="utf-8"))
+PUBLISHED = yaml.safe_load((Path(inputs.__file__).parent / "published.yaml").read_text(encoding="utf-8"))
 KEY = "fd_classifier_2k"
-Number = Callable[[str, str, int], float | None]  # a cell's distance by row, column and seed; None: not finite
+Number = Callable[[str, str, int], float | None]  # a trial's distance by row, column and seed; None: non-finite loss
 
 
 def check(measure: str, less: dict[str, Any], than: dict[str, Any], claim: str = "A is below B") -> dict[str, Any]:
@@ -61,17 +61,17 @@ def write_study(
     accuracy: Callable[[str, str, int], float] = lambda row, column, seed: 0.9,
     units: Callable[[str, str, int], float] = lambda row, column, seed: 14.5,
 ) -> None:
-    """Write a table's file with every cell it declares, its numbers made up."""
-    cells = []
+    """Write the file of a table with every trial that it declares."""
+    trials = []
     for seed in table["seeds"]:
         for row in table["rows"]["settings"]:
             for column in (table["columns"] or {"settings": [""]})["settings"]:
                 place = (row, column, seed)
-                cells.append(cell(place, distance(*place), diverged(*place), accuracy(*place), units(*place)))
-    write(name, {"table": table, "scale": scale, "machine": "no machine", "protocol": {}, "trials": cells})
+                trials.append(trial(place, distance(*place), diverged(*place), accuracy(*place), units(*place)))
+    write(name, {"table": table, "scale": scale, "machine": "no machine", "protocol": {}, "trials": trials})
 
 
-def cell(
+def trial(
     place: tuple[str, str, int], distance: float | None, diverged: str | None, accuracy: float, units: float
 ) -> dict[str, Any]:
     metrics, intervals = {}, {}
@@ -79,7 +79,7 @@ def cell(
         metrics = {"class_accuracy": accuracy, KEY: distance}
         intervals = {KEY: [0.9 * distance, 1.1 * distance]}
     else:
-        diverged = "a loss that is not finite at update 340"
+        diverged = "non-finite loss at update 340"
     end = {"update": 1200, "epoch": 8.0, "phase": 2, "metrics": metrics, "intervals": intervals}
     first = {"update": 900, "epoch": 6.0, "phase": 1, "metrics": {KEY: 2 * (distance or 1.0)}, "intervals": {}}
     third = {"update": 400, "epoch": 2.7, "phase": None, "metrics": {KEY: 999.0}, "intervals": {}}
@@ -107,13 +107,17 @@ def write(name: str, value: Any) -> None:
 
 def sections_of(params: Params) -> dict[str, Section]:
     summary = Summary(images=5000, classes=["0"])
-    inputs = Inputs(params, (), summary, None, PUBLISHED)
-    return {section.anchor: section for section in study_sections(inputs)}
+    sections = study_sections(Inputs(params, (), summary, None, PUBLISHED))
+    return {section.anchor: section for section in sections}
+
+
+def verdicts_of(table: dict[str, Any], trained: float = 0.7) -> list[Verdict]:
+    (files,) = read_tables(make_params(sweep=table))
+    return decide(files, trained)
 
 
 def verdict_of(table: dict[str, Any]) -> Verdict:
-    (pair,) = study_cells.read_pairs(make_params(sweep=table))
-    (verdict,) = study_checks.decide(pair, 0.7)
+    (verdict,) = verdicts_of(table)
     return verdict
 
 

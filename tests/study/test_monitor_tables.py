@@ -1,20 +1,19 @@
-"""The watch's own tables: healthy trainings, provoked failures, the automatic schedule against the one by hand."""
-
-from pathlib import Path
+"""The tables that test the monitor: healthy runs, provoked failures, the automatic schedule against one by hand."""
 
 from afm_pipe.params.file import load_params
-
-ROOT = Path(__file__).parents[2]
-
-
-def test_the_study_watches_ten_healthy_trainings_and_provokes_failures_on_three_seeds() -> None:
-    cells = load_params(ROOT / "profiles" / "study.yaml").cells
-    assert len({cell.seed for cell in cells["monitor_healthy"]}) == 10
-    by_hand = [cell.run for cell in cells["auto_schedule"] if cell.row == "by hand"]
-    assert by_hand == [cell.run for cell in cells["monitor_provoked"] if cell.row == "healthy"]
+from tests.conftest import ROOT
 
 
-def test_the_automatic_schedule_knows_no_epoch_but_a_bound() -> None:
-    (run,) = {cell.run for cell in load_params(ROOT / "params.yaml").cells["auto_schedule"] if cell.row == "automatic"}
+def test_study_covers_ten_healthy_runs_and_failures_on_three_seeds() -> None:
+    trials = load_params(ROOT / "profiles" / "study.yaml").trials
+    assert len({trial.place.seed for trial in trials["monitor_healthy"]}) == 10
+    assert len({trial.place.seed for trial in trials["monitor_provoked"]}) == 3
+    by_hand = [trial.run for trial in trials["auto_schedule"] if trial.place.row == "by hand"]
+    assert by_hand == [trial.run for trial in trials["monitor_provoked"] if trial.place.row == "healthy"]
+
+
+def test_automatic_schedule_is_given_a_bound_and_no_other_epoch() -> None:
+    trials = load_params(ROOT / "params.yaml").trials["auto_schedule"]
+    (run,) = {trial.run for trial in trials if trial.place.row == "automatic"}
     assert run.schedule == "auto"
     assert [phase.until_epoch for phase in run.phases] == [16]

@@ -1,4 +1,4 @@
-"""The cells of tables: trained once, resumable, measured on their way; a diverged one is a result."""
+"""Trials of tables: trained once, resumable, measured on the way; a diverged one is a result."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from afm_pipe.params import Params
 from afm_pipe.params.file import load_params
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
-from afm_pipe.study.runner import diverged
+from afm_pipe.study.statistics import divergence
 from afm_pipe.study.trials import Trials
 from tests.conftest import ROOT
 
@@ -80,8 +80,8 @@ def declare(project: Path) -> Callable[..., Params]:
     return write
 
 
-def cells(name: str) -> dict[str, dict]:
-    return {cell["row"]: cell for cell in json.loads(paths.table(name).read_text())["trials"]}
+def trials(name: str) -> dict[str, dict]:
+    return {trial["row"]: trial for trial in json.loads(paths.table(name).read_text())["trials"]}
 
 
 def trainings() -> dict[str, int]:
@@ -96,19 +96,19 @@ def with_row(label: str, overrides: str) -> str:
     return TABLE.replace('"0": {transport', f'"{label}": {overrides}, "0": {{transport')
 
 
-def test_a_cell_is_measured_at_a_third_of_its_way_and_at_the_end_of_every_phase(project: Path) -> None:
+def test_a_trial_is_measured_at_a_third_of_its_updates_and_at_the_end_of_every_phase(project: Path) -> None:
     pipeline.tables(load_params(), [], ONE)
-    cell = cells("transport")["0.2"]
-    assert [(probe["update"], probe["phase"]) for probe in cell["probes"]] == [(10, None), (15, 1), (30, 2)]
-    assert cell["metrics"] == cell["probes"][-1]["metrics"]
-    low, high = cell["intervals"][KEY]
-    assert low < cell["metrics"][KEY] < high
-    assert cell["cost"]["updates"] == 30
-    assert 13 < cell["cost"]["units"] < 18
+    trial = trials("transport")["0.2"]
+    assert [(probe["update"], probe["phase"]) for probe in trial["probes"]] == [(10, None), (15, 1), (30, 2)]
+    assert trial["metrics"] == trial["probes"][-1]["metrics"]
+    low, high = trial["intervals"][KEY]
+    assert low < trial["metrics"][KEY] < high
+    assert trial["cost"]["updates"] == 30
+    assert 13 < trial["cost"]["units"] < 18
     assert "not the paper's scale" in json.loads(paths.table("transport").read_text())["scale"]
 
 
-def test_tables_share_their_cells_and_one_changed_cell_is_trained_alone(declare: Callable[..., Params]) -> None:
+def test_tables_share_trials_and_a_changed_trial_runs_alone(declare: Callable[..., Params]) -> None:
     pipeline.tables(declare(first=TABLE), [], ONE)
     before, measured = trainings(), measurements()
     assert len(before) == 2
@@ -117,37 +117,37 @@ def test_tables_share_their_cells_and_one_changed_cell_is_trained_alone(declare:
     assert len(after) == 3
     assert {name: after[name] for name in before} == before
     assert measured.items() < measurements().items()
-    assert cells("second")["0"] == cells("first")["0"]
+    assert trials("second")["0"] == trials("first")["0"]
 
 
-def test_a_study_that_was_interrupted_does_only_what_is_missing(project: Path) -> None:
+def test_an_interrupted_study_runs_only_missing_trials(project: Path) -> None:
     params = load_params()
     pipeline.tables(params, [], ONE)
     first, before = paths.table("transport").read_bytes(), trainings()
-    lost = Trials(params, []).all[0]
+    lost = Trials(params).all[0]
     lost.result.unlink()
     shutil.rmtree(lost.folder)
     pipeline.tables(params, [], ONE)
     again = json.loads(paths.table("transport").read_text())
-    for cell in again["trials"]:
-        cell["cost"]["seconds"] = None
+    for trial in again["trials"]:
+        trial["cost"]["seconds"] = None
     expected = json.loads(first)
-    for cell in expected["trials"]:
-        cell["cost"]["seconds"] = None
+    for trial in expected["trials"]:
+        trial["cost"]["seconds"] = None
     assert again == expected
     assert sum(before[name] == time for name, time in trainings().items()) == 1
 
 
-def test_two_workers_find_what_one_finds(project: Path) -> None:
+def test_results_do_not_depend_on_the_number_of_workers(project: Path) -> None:
     pipeline.tables(load_params(), [], ONE)
-    alone = {row: cell["probes"] for row, cell in cells("transport").items()}
+    alone = {row: trial["probes"] for row, trial in trials("transport").items()}
     shutil.rmtree(paths.TRIALS)
     pipeline.tables(load_params(), [], Launch(device="cpu", workers=2))
-    assert {row: cell["probes"] for row, cell in cells("transport").items()} == alone
+    assert {row: trial["probes"] for row, trial in trials("transport").items()} == alone
 
 
 def long_study(project: Path) -> subprocess.Popen[bytes]:
-    """Start two workers on two cells without end."""
+    """Start two workers on two endless trials."""
     code = """
 from afm_pipe import pipeline
 from afm_pipe.runtime.commands import user_command
@@ -170,7 +170,7 @@ def workers_of(parent: subprocess.Popen[bytes]) -> list[psutil.Process]:
 LONG = TABLE.replace("base: {}", "base: {phases: [{until_epoch: 100000}]}")
 
 
-def test_workers_end_with_the_process_that_started_them(declare: Callable[..., Params], project: Path) -> None:
+def test_workers_end_with_their_parent(declare: Callable[..., Params], project: Path) -> None:
     declare(long=LONG)
     parent = long_study(project)
     try:
@@ -183,9 +183,7 @@ def test_workers_end_with_the_process_that_started_them(declare: Callable[..., P
 
 
 @pytest.mark.slow  # six processes import torch
-def test_a_study_asked_to_end_writes_a_checkpoint_of_every_cell_and_goes_on(
-    declare: Callable[..., Params], project: Path
-) -> None:
+def test_a_terminated_study_checkpoints_every_trial_and_resumes(declare: Callable[..., Params], project: Path) -> None:
     declare(long=LONG.replace("100000", "1000"))  # a row every ten updates
     reached = [0, 0]
     for _ in range(2):
@@ -199,7 +197,7 @@ def test_a_study_asked_to_end_writes_a_checkpoint_of_every_cell_and_goes_on(
         finally:
             parent.kill()
         assert not any(worker.is_running() for worker in workers)
-        found = [max(paths.TRIALS.glob(f"{cell}/checkpoints/update-*"), default=None) for cell in names()]
+        found = [max(paths.TRIALS.glob(f"{trial}/checkpoints/update-*"), default=None) for trial in names()]
         assert all(path is not None and (path / "manifest.json").is_file() for path in found)
         before, reached = reached, [int(path.name.removeprefix("update-")) for path in found if path is not None]
         assert all(now > then for now, then in zip(reached, before, strict=True))
@@ -210,19 +208,19 @@ def names() -> list[str]:
 
 
 def lines() -> list[int]:
-    """How many lines the curves of either cell have."""
+    """Return the number of lines in the curves of both trials."""
     counts = [len((paths.TRIALS / name / "curves.csv").read_text().splitlines()) for name in names()]
     return counts if len(counts) == 2 else [0, 0]
 
 
-def wait_until(true: Callable[[], bool], seconds: float = 120) -> None:
+def wait_until(true: Callable[[], bool], seconds: float = 500) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, f"not so within {seconds} s"
         time.sleep(0.1)
 
 
-def test_collecting_finished_cells_needs_no_torch(project: Path) -> None:
+def test_collecting_finished_trials_needs_no_torch(project: Path) -> None:
     pipeline.tables(load_params(), [], ONE)
     code = (
         "import sys; from afm_pipe import pipeline; from afm_pipe.distributed.launch import Launch;"
@@ -232,37 +230,37 @@ def test_collecting_finished_cells_needs_no_torch(project: Path) -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_training_that_is_not_finite_is_a_result(declare: Callable[..., Params]) -> None:
+def test_a_non_finite_loss_is_a_result(declare: Callable[..., Params]) -> None:
     wild = "{lr: 1.0e+30, gradient_normalization: {enabled: false}}"
     pipeline.tables(declare(wild=with_row("wild", wild)), [], ONE)
-    found = cells("wild")
-    assert re.fullmatch(r"a loss that is not finite at update \d+", found["wild"]["diverged"])
+    found = trials("wild")
+    assert re.fullmatch(r"non-finite loss at update \d+", found["wild"]["diverged"])
     assert found["wild"]["metrics"] == {}
     assert found["0.2"]["metrics"][KEY] > 0
 
 
-def test_diverged_is_told_from_not_far_enough_by_the_way_it_went() -> None:
+def test_divergence_is_distinguished_from_a_short_run_by_its_probes() -> None:
     def probe(low: float, high: float, right: float = 0.5) -> dict:
         return {"intervals": {"fd": [low, high]}, "metrics": {"class_accuracy": right}}
 
-    assert diverged(None, [probe(90, 110), probe(40, 60)], "fd", 0.25) is None
-    assert diverged(None, [probe(90, 110), probe(300, 320)], "fd", 0.25) == "worse at three times the updates"
-    assert diverged(None, [probe(90, 110), probe(105, 130)], "fd", 0.25) is None  # not told apart
-    assert diverged(None, [probe(500, 510, 0.1), probe(250, 260, 0.2)], "fd", 0.25) == (
-        "collapsed: 20% of its samples are of the class asked for"
+    assert divergence(None, [probe(90, 110), probe(40, 60)], "fd", 0.25) is None
+    assert divergence(None, [probe(90, 110), probe(300, 320)], "fd", 0.25) == "worse at three times the updates"
+    assert divergence(None, [probe(90, 110), probe(105, 130)], "fd", 0.25) is None  # the intervals overlap
+    assert divergence(None, [probe(500, 510, 0.1), probe(250, 260, 0.2)], "fd", 0.25) == (
+        "collapsed: class accuracy 20%"
     )
-    assert diverged(7, [], "fd", 0.25) == "a loss that is not finite at update 7"
+    assert divergence(7, [], "fd", 0.25) == "non-finite loss at update 7"
 
 
-def test_then_continues_the_trained_cell_with_guidance(declare: Callable[..., Params]) -> None:
+def test_then_continues_the_trained_trial_with_guidance(declare: Callable[..., Params]) -> None:
     then = "{then: {until_epoch: 5, lr: 3.0e-4, transport: 0.05, guidance: {scale: 0.1, t: [0.0, 0.1]}}}"
     pipeline.tables(declare(guided=with_row("guided", then)), [], ONE)
-    found = cells("guided")
+    found = trials("guided")
     assert [probe["update"] for probe in found["guided"]["probes"]] == [38]
     assert found["guided"]["cost"]["updates"] == 38 - 30
     assert found["guided"]["cost"]["units"] > found["0.2"]["cost"]["units"]
     assert found["guided"]["metrics"][KEY] != found["0.2"]["metrics"][KEY]
-    assert len(trainings()) == 3  # its base is the cell 0.2
+    assert len(trainings()) == 3  # its base is the trial 0.2
 
 
 def test_an_any_step_model_is_trained_once_and_measured_at_each_number_of_steps(
@@ -272,22 +270,22 @@ def test_an_any_step_model_is_trained_once_and_measured_at_each_number_of_steps(
     table = re.sub(r"rows: .*", f"rows: {rows}", TABLE, count=1).replace(TABLE.splitlines()[-1], "checks: []")
     pipeline.tables(declare(any=table), [], Launch(device="cpu", workers=2))
     assert len(trainings()) == 1
-    found = cells("any")
+    found = trials("any")
     assert found["1"]["metrics"][KEY] != found["2"]["metrics"][KEY]
 
 
-def test_a_cell_that_is_a_run_is_trained_once(project: Path) -> None:
+def test_a_trial_that_is_also_a_run_is_trained_once(project: Path) -> None:
     raw = yaml.safe_load((project / "params.yaml").read_text())
     raw["runs"]["same"] = {**yaml.safe_load(BASE), "seed": 0}
     (project / "params.yaml").write_text(yaml.safe_dump(raw))
     params = load_params()
     pipeline.train(params, "same", ONE)
-    job = next(job for job in Trials(params, []).all if job.cell.row == "0.2")
-    assert job.owner == "same"
-    weights = {path.name: path.stat().st_mtime_ns for path in (job.folder / "kept").iterdir()}
+    trial = next(trial for trial in Trials(params).all if trial.spec.place.row == "0.2")
+    assert trial.owner == "same"
+    weights = {path.name: path.stat().st_mtime_ns for path in (trial.folder / "kept").iterdir()}
     pipeline.tables(params, [], ONE)
-    assert {path.name: path.stat().st_mtime_ns for path in (job.folder / "kept").iterdir()} == weights
-    assert job.training not in trainings()
+    assert {path.name: path.stat().st_mtime_ns for path in (trial.folder / "kept").iterdir()} == weights
+    assert trial.training not in trainings()
 
 
 def test_mistakes_in_tables_are_named(project: Path, declare: Callable[..., Params]) -> None:
@@ -310,12 +308,12 @@ def test_the_contributing_guides_table_is_a_table(declare: Callable[..., Params]
     tables = yaml.safe_load(block[1])["tables"]
     params = declare(**{name: yaml.safe_dump(table) for name, table in tables.items()})
     pipeline.tables(params, [], ONE)
-    assert all(len(cells(name)) == 2 for name in tables)
+    assert all(len(trials(name)) == 2 for name in tables)
 
 
 @pytest.mark.parametrize("file", ["params.yaml", "profiles/study.yaml", "profiles/imagenet256.yaml"])
-def test_every_declared_cell_resolves(file: str) -> None:
+def test_every_declared_trial_resolves(file: str) -> None:
     declared = load_params(ROOT / file)
     assert declared.tables
-    for name, of_table in declared.cells.items():
-        assert len(of_table) == len({(cell.row, cell.column, cell.seed) for cell in of_table}), name
+    for name, of_table in declared.trials.items():
+        assert len(of_table) == len({trial.place for trial in of_table}), name

@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 
-from afm_pipe.reporting import study_checks
-from afm_pipe.reporting import study_trials as study_cells
 from afm_pipe.reporting.page import write_report
 from afm_pipe.reporting.printing import csv_text
 from afm_pipe.reporting.study_published import published_table
+from afm_pipe.reporting.study_verdicts import effect
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
-from tests.report_inputs import Page, write_inputs
+from tests.reporting.report_inputs import Page, write_inputs
 from tests.study.study_files import (
     KEY,
     PUBLISHED,
@@ -28,6 +27,7 @@ from tests.study.study_files import (
     sections_of,
     texts,
     verdict_of,
+    verdicts_of,
     write,
     write_study,
 )
@@ -69,16 +69,17 @@ def test_a_sweep_shows_spread_divergence_and_cost() -> None:
 
 
 def fired(kinds: dict[str, tuple[str, ...]]) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Return a function that gives a cell the events of its row, an action among them."""
+    """Return a function that gives a trial the events of its row, an action among them."""
 
-    def with_events(cell: dict[str, Any]) -> dict[str, Any]:
-        events = [{"update": 9, "kind": kind, "text": "found", "action": None} for kind in kinds[cell["row"]]]
-        return cell | {"events": [*events, {"update": 9, "kind": "phase", "text": "begins", "action": "done"}]}
+    def with_events(trial: dict[str, Any]) -> dict[str, Any]:
+        event = {"update": 9, "images": 288, "kind": "phase", "text": "begins", "action": "done"}
+        alarms = [event | {"kind": kind, "text": "found", "action": None} for kind in kinds[trial["row"]]]
+        return trial | {"events": [*alarms, event]}
 
     return with_events
 
 
-def test_alarms_of_the_watch_are_shown_and_compared() -> None:
+def test_alarms_of_the_monitor_are_shown_and_compared() -> None:
     table = declared(checks=(check("alarms", {"rows": ["0.2"]}, {"rows": ["0"]}),))
     write_study("tables/sweep.json", table, clear)
     written = json.loads(Path("results/tables/sweep.json").read_text())
@@ -90,40 +91,40 @@ def test_alarms_of_the_watch_are_shown_and_compared() -> None:
     assert [row[column].value for row in shown.rows] == [3, 0]
     verdict = verdict_of(table)
     assert verdict.outcome == "supported"
-    assert "kinds of alarms a cell 2.0" in verdict.effect
+    assert "kinds of alarms per trial 2.0" in effect(verdict)
     assert verdict.difference == -2.0
 
 
-def test_trainings_that_were_not_watched_show_no_alarms_and_decide_nothing_about_them() -> None:
+def test_trials_without_a_monitor_show_no_alarms_and_decide_nothing_about_them() -> None:
     table = declared(checks=(check("alarms", {"rows": ["0.2"]}, {"rows": ["0"]}),))
     write_study("tables/sweep.json", table, clear)
     written = json.loads(Path("results/tables/sweep.json").read_text())
     give = fired({"0": ("identity",), "0.2": ()})
-    cells = [give(each) if each["row"] == "0" and each["seed"] < 2 else each for each in written["trials"]]
-    write("tables/sweep.json", written | {"trials": cells})
+    trials = [give(each) if each["row"] == "0" and each["seed"] < 2 else each for each in written["trials"]]
+    write("tables/sweep.json", written | {"trials": trials})
     (shown,) = sections_of(make_params(sweep=table))["study-sweep"].tables
     column = [each.key for each in shown.columns].index("alarms")
-    assert [row[column] for row in texts(shown)] == ["identity 2 of 2 watched", "–"]
+    assert [row[column] for row in texts(shown)] == ["identity 2 of 2 monitored", "–"]
     assert verdict_of(table).seeds == 0
 
 
-def test_time_of_a_training_that_cells_share_counts_once_and_of_what_they_continue_never() -> None:
+def test_shared_training_time_counts_once_and_that_of_a_base_never() -> None:
     write_study("tables/sweep.json", declared(checks=()), clear)  # two rows, three seeds, a minute each
     written = json.loads(Path("results/tables/sweep.json").read_text())
 
     def caption(**own: Callable[[Any], str]) -> str:
-        cells = [each | {key: value(each["seed"]) for key, value in own.items()} for each in written["trials"]]
-        write("tables/sweep.json", written | {"trials": cells})
+        trials = [each | {key: value(each["seed"]) for key, value in own.items()} for each in written["trials"]]
+        write("tables/sweep.json", written | {"trials": trials})
         return sections_of(make_params(sweep=declared(checks=())))["study-sweep"].tables[0].caption
 
-    assert "6 cells, 6.00 min of training" in caption()
-    assert "continues" not in caption()
+    assert "6 trials, 6.00 min of training" in caption()
+    assert "exclude" not in caption()
     shared = caption(training=lambda seed: f"{seed}", continues=lambda seed: "base")
-    assert "6 cells, 3.00 min of training" in shared
-    assert "Updates, units and time are those of what continues another training, alone." in shared
+    assert "6 trials, 3.00 min of training" in shared
+    assert "Updates, units and time exclude those of the run that a trial continues." in shared
 
 
-def test_rows_and_columns_stand_in_the_order_of_their_cells() -> None:
+def test_rows_and_columns_keep_their_declared_order() -> None:
     table = declared(rows=("5e-4", "1e-3", "2e-3"), columns=("none", "da", "cg"), checks=())
     write_study("tables/sweep.json", table, lambda row, column, seed: 10.0)
     written = json.loads(Path("results/tables/sweep.json").read_text())
@@ -202,9 +203,8 @@ def test_a_claim_the_study_cannot_decide_is_taken_from_the_own_run() -> None:
     own = declared(checks=(*declared()["checks"], new))
     write_study("tables/sweep.json", own, clear)
     write_study("study/sweep.json", declared(), clear)
-    (pair,) = study_cells.read_pairs(make_params(sweep=own))
-    found = study_checks.decide(pair, 0.7)
-    assert [(each.claim, each.outcome, each.studied and each.studied.scope) for each in found] == [
+    found = [(each.check.claim, each.outcome, each.results and each.results.scope) for each in verdicts_of(own)]
+    assert found == [
         ("A is below B", "supported", "study"),
         ("B is below A", "not supported", "table"),
     ]
@@ -224,12 +224,12 @@ def test_a_table_that_was_not_run_says_how_to_run_it() -> None:
     assert sections_of(make_params()) == {}
 
 
-def test_a_file_of_another_declaration_than_params_is_told() -> None:
+def test_a_table_whose_declaration_changed_says_so() -> None:
     write_study("tables/sweep.json", declared(), clear)
-    assert "otherwise" not in sections_of(make_params(sweep=declared()))["study-sweep"].warning
+    assert "changed" not in sections_of(make_params(sweep=declared()))["study-sweep"].warning
     changed = declared() | {"base": {"lr": 0.5}}
     assert (
-        "otherwise by now: run `dvc repro table@sweep`"
+        "changed since this table was made: run `dvc repro table@sweep`"
         in sections_of(make_params(sweep=changed))["study-sweep"].warning
     )
 
@@ -264,10 +264,10 @@ def test_the_papers_numbers_stand_as_grid_or_rows() -> None:
     ("damage", "words"),
     [
         (lambda file: "[", "not JSON"),
-        (lambda file: "[]", "wrong content"),
+        (lambda file: "[]", "valid dictionary"),
         (lambda file: json.dumps(file | {"scale": None}), "wrong scale"),
-        (lambda file: json.dumps(file | {"trials": file["trials"][:1] * 2}), "cell 0, seed 0 stands there twice"),
-        (lambda file: json.dumps(file | {"trials": [file["trials"][0] | {"row": "7"}]}), "declares no cell 7, seed 0"),
+        (lambda file: json.dumps(file | {"trials": file["trials"][:1] * 2}), "trial 0, seed 0 occurs 2 times"),
+        (lambda file: json.dumps(file | {"trials": [file["trials"][0] | {"row": "7"}]}), "declares no trial 7, seed 0"),
         (
             lambda file: json.dumps(file | {"trials": [file["trials"][0] | {"metrics": {KEY: float("nan")}}]}),
             "not JSON",
@@ -294,7 +294,7 @@ def test_the_page_and_its_files_hold_the_study() -> None:
     write_study("study/sweep.json", declared(paper="ot_decay"), clear)
     write_study("tables/accuracy.json", grid, lambda *at: 10.0)
     write_study("tables/table_sweep.json", declared(), clear)
-    write_report(params, paths.REPORT)
+    write_report(params, paths.REPORT, paths.RENDERED)
     page = Page((paths.REPORT / "index.html").read_text(encoding="utf-8"))
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
@@ -311,7 +311,7 @@ def test_the_page_and_its_files_hold_the_study() -> None:
     for name in names:
         assert page.rows[f"table-{name} tbody"]
         for suffix in ("csv", "md", "tex"):
-            assert (paths.REPORT / f"{name}.{suffix}").is_file()
+            assert (paths.RENDERED / f"{name}.{suffix}").is_file()
     assert "Supported at this scale: 'A is below B': distance 5.25 times lower" in page.text
     links = [str(link["href"]) for link in page.all("a")]
     for source in (paths.table("sweep"), paths.STUDY / "sweep.json"):

@@ -1,0 +1,44 @@
+"""What a stage says, in a line each, of what it finds beside its own work."""
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from afm_pipe.params.versions import Stage, begun_with, code_notice
+from afm_pipe.runtime.environment import env_rank
+from afm_pipe.runtime.files import read_json
+
+
+def begin_work(folder: Path, stage: Stage) -> dict[str, str]:
+    """Return the code that the working state in `folder`, named by its identity, was begun with; begin it if it is new.
+
+    Says which state of other identities lies beside it, and whether its own was begun with other source code.
+    """
+    siblings = [path for path in folder.parent.glob("*/") if re.fullmatch("[0-9a-f]{16}", path.name)]
+    if not folder.exists():
+        notice_unused(siblings)
+    code = begun_with(folder, stage)
+    notice_code([(str(folder), code)])
+    return code
+
+
+def notice_models(*folders: Path) -> None:
+    """Say which models were made by other source code than today's under an equal version."""
+    described = [(str(folder), read_json(folder / "config.json")) for folder in folders]
+    provenances = [(name, config.get("provenance")) for name, config in described if isinstance(config, dict)]
+    notice_code((name, found.get("code")) for name, found in provenances if isinstance(found, dict))
+
+
+def notice_code(recorded: Iterable[tuple[str, Any]]) -> None:
+    """Say which results, by name with the code they record, were made by other source under an equal version."""
+    line = code_notice((name, code) for name, code in recorded if code is not None)
+    if line is not None and env_rank() == 0:
+        print(line)
+
+
+def notice_unused(others: Sequence[Path]) -> None:
+    """Say which unfinished work is of another identity, or of version 0.1: it is neither resumed nor removed."""
+    if others and env_rank() == 0:
+        names = ", ".join(str(path) for path in sorted(others))
+        print(f"Not resumed: {names}, of other params, data or versions. Remove what you no longer need.")

@@ -1,0 +1,156 @@
+"""Results of tables, read from files and checked. Free of torch.
+
+A table has up to two files of one form: results/tables/NAME.json, this profile's own run, and results/study/NAME.json,
+the larger study that git keeps. Each holds the declaration it was made from, and its scale.
+"""
+
+from collections import Counter
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from pydantic import BaseModel, FiniteFloat, model_validator
+
+from afm_pipe.params import Params, StudyTable
+from afm_pipe.params.study import Place
+from afm_pipe.runtime import paths
+from afm_pipe.runtime.files import read_model
+from afm_pipe.training.events import ALARMS, Event
+
+ACCURACY = "class_accuracy"
+Scope = Literal["table", "study"]  # this profile's own run, the larger study
+Metrics = dict[str, FiniteFloat | None]
+Intervals = dict[str, tuple[FiniteFloat, FiniteFloat]]
+
+
+class Probe(BaseModel, frozen=True):
+    """One measurement of a trial; `phase` (from 1) is the one that ended there, if any."""
+
+    update: int
+    epoch: float
+    phase: int | None
+    metrics: Metrics
+    intervals: Intervals
+
+
+class TrialCost(BaseModel, frozen=True):
+    """The cost of a trial; `units` are forward passes of G per update, `seconds` None after a non-finite loss."""
+
+    seconds: float | None
+    updates: int
+    units: FiniteFloat
+    machine: str
+
+
+class TrialResult(BaseModel, frozen=True):
+    """A trial and its measurements; the last of them, `metrics`, is empty after a non-finite loss."""
+
+    row: str
+    column: str
+    seed: int
+    diverged: str | None
+    probes: tuple[Probe, ...]
+    metrics: Metrics
+    intervals: Intervals
+    cost: TrialCost
+    events: tuple[Event, ...] | None = None
+    """None in files from before there was a monitor."""
+    training: str | None = None
+    """Identity of its training; trials that use it differently share it."""
+    continues: str | None = None
+    """Identity of the training that it continues, whose cost is not in `cost`."""
+
+    @property
+    def place(self) -> Place:
+        """Its place in the table."""
+        return Place(self.row, self.column, self.seed)
+
+    @property
+    def alarms(self) -> tuple[str, ...]:
+        """The kinds of alarms raised, in order."""
+        return tuple(dict.fromkeys(event.kind for event in self.events or () if event.kind in ALARMS))
+
+
+class TableResults(BaseModel, frozen=True):
+    """The results of a table; trials may be missing, but none may be undeclared or occur twice."""
+
+    table: StudyTable
+    scale: str
+    machine: str
+    trials: tuple[TrialResult, ...]
+    name: str = ""
+    scope: Scope = "table"
+    path: Path = Path()
+    """The file they were read from."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TableResults":
+        declared = set(self.table.places)
+        for place, count in Counter(trial.place for trial in self.trials).items():
+            if place not in declared:
+                raise ValueError(f"its table declares no trial {place}")
+            if count > 1:
+                raise ValueError(f"trial {place} occurs {count} times")
+        return self
+
+    @cached_property
+    def rows(self) -> tuple[str, ...]:
+        """Labels of its rows in declared order, which is that of its trials: JSON sorts the settings."""
+        return tuple(dict.fromkeys([*(trial.row for trial in self.trials), *self.table.rows.settings]))
+
+    @cached_property
+    def columns(self) -> tuple[str, ...]:
+        """Labels of its columns in declared order; a single empty one where it has none."""
+        return tuple(dict.fromkeys([*(trial.column for trial in self.trials), *self.table.column_settings]))
+
+    @property
+    def cells(self) -> list[tuple[str, str]]:
+        """Every combination of row and column."""
+        return [(row, column) for row in self.rows for column in self.columns]
+
+    @cached_property
+    def by_place(self) -> dict[Place, TrialResult]:
+        """Its trials by place."""
+        return {trial.place: trial for trial in self.trials}
+
+    def at(self, row: str, column: str) -> list[TrialResult]:
+        """Return the trials of a row and column, seed by seed."""
+        places = (Place(row, column, seed) for seed in self.table.seeds)
+        return [self.by_place[place] for place in places if place in self.by_place]
+
+    @cached_property
+    def distance_key(self) -> str:
+        """The Fréchet distance that its trials are compared by, Inception's first; empty where there is none."""
+        measured = [probe.metrics for trial in self.trials for probe in trial.probes]
+        keys = {key for metrics in (*measured, *(trial.metrics for trial in self.trials)) for key in metrics}
+        distances = [key for key in keys if key.startswith(("fid", "sfid", "fd_"))]
+        return min(distances, key=lambda key: (key.startswith("fd_"), "clean" in key, key), default="")
+
+
+class TableFiles(NamedTuple):
+    """The results there are of one table in params."""
+
+    name: str
+    declared: StudyTable
+    own: TableResults | None
+    study: TableResults | None
+
+    @property
+    def found(self) -> tuple[TableResults, ...]:
+        """This profile's own run first."""
+        return tuple(results for results in (self.own, self.study) if results is not None)
+
+
+def read_tables(params: Params) -> list[TableFiles]:
+    """Read the results there are of the tables in params. Raises UserError when a file is damaged."""
+    tables = params.tables.items()
+    return [TableFiles(name, declared, _read(name, "table"), _read(name, "study")) for name, declared in tables]
+
+
+def _read(name: str, scope: Scope) -> TableResults | None:
+    path = paths.table(name) if scope == "table" else paths.STUDY / f"{name}.json"
+    if not path.is_file():
+        return None
+    remedy = f"run `dvc repro --force table@{name}`" if scope == "table" else f"restore it by `git checkout {path}`"
+    results = read_model(TableResults, path, remedy)
+    return results.model_copy(update={"name": name, "scope": scope, "path": path})

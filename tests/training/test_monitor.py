@@ -1,0 +1,288 @@
+"""Runs that are monitored: provoked failures, the monitor's actions, and that a resumed run decides the same."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from afm_pipe.data.latents import Latents
+from afm_pipe.data.order import stream_generator
+from afm_pipe.models.model_files import run_config
+from afm_pipe.objectives import build_objective
+from afm_pipe.params import Params, Run, deep_merge
+from afm_pipe.params.file import load_params
+from afm_pipe.runtime.errors import NotFiniteError, UserError
+from afm_pipe.training.events import FILE, Event
+from afm_pipe.training.probe import Probe
+from afm_pipe.training.state import TrainingState
+from afm_pipe.training.store import RunStore
+from afm_pipe.training.trainer import Runtime, Task, Trainer
+from tests.conftest import ROOT
+from tests.training.running import assert_same, same_weights, train, weights
+
+LAST = 38  # update: five epochs of 60 images; rows at 10, 20, 30 and 38, a probe at each
+Monitored = Callable[..., TrainingState]
+
+
+@pytest.fixture(scope="module")
+def latents(discs: Path) -> Latents:
+    return Latents.open(discs / "data" / "latents.h5")
+
+
+@pytest.fixture
+def monitored(latents: Latents, discs_params: Params, tmp_path: Path) -> Monitored:
+    """Return a function that trains on the discs with overrides, up to the row at `stop_at` if it is given."""
+    base = {
+        "size": "s4",
+        "phases": [{"until_epoch": 5}],
+        "monitor": {"settle_epochs": 1.0, "probe": {"every_epochs": 1.25}},
+    }
+
+    def trained(folder: str, own: dict[str, Any], stop_at: int | None = None, seconds: float = 0.0) -> TrainingState:
+        run = Run.model_validate(deep_merge(deep_merge(discs_params.runs["t4"].model_dump(mode="json"), base), own))
+        objective = build_objective(run, run_config(run, latents.latent_shape, latents.num_classes))
+        # With no seconds between checkpoints, every row has one and an interrupted run stops right after it.
+        task = Task(objective, latents, "monitored", keep_at=(LAST,))
+        return train(Trainer(task, Runtime(tmp_path / folder, checkpoint_seconds=seconds)), stop_at)
+
+    return trained
+
+
+def events_of(tmp_path: Path, folder: str) -> list[Event]:
+    return RunStore(tmp_path / folder).read_events()
+
+
+def of_kind(tmp_path: Path, folder: str, kind: str) -> Event:
+    return next(event for event in events_of(tmp_path, folder) if event.kind == kind)
+
+
+def test_monitoring_changes_no_weight(monitored: Monitored, tmp_path: Path) -> None:
+    short = {"phases": [{"until_epoch": 2.6}]}
+    warned = monitored("warn", short | {"monitor": {"policy": "warn"}})
+    assert [probe["update"] for probe in warned.extra["monitor"]["probes"]] == [10, 20]
+    off = monitored("off", short | {"monitor": {"policy": "off"}})
+    assert same_weights(warned, off)
+    assert "monitor" not in off.extra
+
+
+def test_identity_is_noticed_and_lets_the_transport_weight_go(monitored: Monitored, tmp_path: Path) -> None:
+    short = {"form": "residual", "phases": [{"until_epoch": 4}], "monitor": {"policy": "act", "rows": 1}}
+    constant = monitored("constant", short | {"transport": {"start": 50.0, "end": 50.0}})
+    event = of_kind(tmp_path, "constant", "identity")
+    assert event.evidence["transport_rms"] is not None
+    assert event.evidence["transport_rms"] < 0.2
+    assert event.action == "transport weight over 2"
+    assert [row["transport"] for row in constant.rows] == [50.0, 25.0, 25.0]
+    decaying = monitored("decay", short | {"transport": {"start": 50.0, "end": 10.0, "decay_epochs": 8}})
+    event = of_kind(tmp_path, "decay", "identity")
+    assert event.action == "transport weight decays 2 times as fast"
+    clock = event.update + 2 * (29 - event.update)  # of the last update, counted from 0
+    expected = 10 + 40 * (1 + torch.cos(torch.tensor(torch.pi * clock / 59))) / 2
+    assert decaying.rows[-1]["transport"] == pytest.approx(float(expected), rel=1e-5)
+
+
+# A rate at which losses are not finite within a few updates.
+NAN = {
+    "phases": [{"until_epoch": 5, "lr": 1.0e6}],
+    "monitor": {"policy": "act", "act": {"rollbacks": 2, "lr": 1.0e-9}, "divergence": {"spread": 0.0}},
+}
+
+
+def test_nan_goes_back_to_the_last_good_probe_at_lower_rates(monitored: Monitored, tmp_path: Path) -> None:
+    whole = monitored("whole", NAN)
+    event = events_of(tmp_path, "whole")[0]
+    assert (event.kind, event.evidence["rolled_back_to"]) == ("divergence", 0)
+    assert event.action == "back to update 0, learning rates times 1e-09"
+    assert whole.update == LAST
+    assert all(torch.isfinite(tensor).all() for tensor in weights(whole).values())
+    assert [row["update"] for row in whole.rows] == [10, 20, 30, LAST], "each row once"
+    assert whole.rows[0]["lr"] == pytest.approx(1.0e-3)
+
+    with pytest.raises(InterruptedError):
+        monitored("cut", NAN, stop_at=20)
+    assert events_of(tmp_path, "cut")[0].kind == "divergence"
+    with (tmp_path / "cut" / FILE).open("a") as file:
+        file.write('{"update": 2')  # what a kill in the middle of a write leaves
+    assert_same(monitored("cut", NAN), whole)
+    assert events_of(tmp_path, "cut") == events_of(tmp_path, "whole")
+
+
+def test_a_kill_before_the_first_checkpoint_after_a_rollback_changes_nothing(
+    monitored: Monitored, tmp_path: Path
+) -> None:
+    whole = monitored("whole", NAN)
+    with pytest.raises(InterruptedError):
+        monitored("cut", NAN, stop_at=30, seconds=1000.0)
+    assert not list((tmp_path / "cut" / "checkpoints").glob("update-*"))
+    assert [path.name for path in sorted((tmp_path / "cut" / "good").iterdir())][-1] > "update-000000000"
+    assert_same(monitored("cut", NAN), whole)
+    assert events_of(tmp_path, "cut") == events_of(tmp_path, "whole")
+
+
+def test_good_checkpoints_that_are_damaged_are_not_gone_back_to(monitored: Monitored, tmp_path: Path) -> None:
+    calm = deep_merge(NAN, {"phases": [{"until_epoch": 5, "lr": 1.0e-3}]})
+    with pytest.raises(InterruptedError):
+        monitored("bad", calm, stop_at=20)
+    for path in (tmp_path / "bad" / "good").glob("*/generator.safetensors"):
+        path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(NotFiniteError):
+        monitored("bad", NAN)
+    assert events_of(tmp_path, "bad")[-1].action == "found no whole checkpoint to go back to"
+
+
+@pytest.mark.parametrize(
+    ("policy", "actions"),
+    [("act", ["back to update 0, learning rates times 0.9"] * 2 + ["given up after 2 rollbacks"]), ("warn", [None])],
+)
+def test_a_run_that_diverges_again_and_again_fails_as_it_would_have(
+    monitored: Monitored, tmp_path: Path, policy: str, actions: list[str | None]
+) -> None:
+    with pytest.raises(NotFiniteError):
+        monitored("stubborn", deep_merge(NAN, {"monitor": {"policy": policy, "act": {"lr": 0.9}}}))
+    assert [event.action for event in events_of(tmp_path, "stubborn")] == actions
+
+
+# No probe is better than one before by its whole distance, so it always stands still; and D always wins.
+STUCK = {
+    "monitor": {
+        "policy": "act",
+        "stagnation": {"probes": 1, "improvement": 1.0, "d_accuracy": 0.0},
+        "divergence": {"spread": 0.0},
+        "act": {"trial_epochs": 0.6, "candidates": 2},
+    }
+}
+
+
+def test_a_stall_puts_back_the_earlier_discriminator_that_does_best(monitored: Monitored, tmp_path: Path) -> None:
+    whole = monitored("whole", STUCK)
+    (event,) = (event for event in events_of(tmp_path, "whole") if event.kind == "stagnation")
+    assert event.action is not None
+    trials = event.action.split("trial: ")[1].rstrip(")").split(", ")
+    tried = {int(trial.split()[-1]): float(trial.split()[0]) for trial in trials}
+    assert max(tried) < event.update, "that of now is none of the earlier ones"
+    assert f"D put back to update {min(tried, key=tried.__getitem__)} " in event.action
+    assert whole.rows[-1]["lr"] == whole.rows[0]["lr"] / 2
+    assert len(list((tmp_path / "whole" / "adversaries").glob("probe-*"))) <= 6, "bounded"
+
+    with pytest.raises(InterruptedError):
+        monitored("cut", STUCK, stop_at=30)
+    assert_same(monitored("cut", STUCK), whole)
+    for line in (tmp_path / "cut" / FILE).read_text().splitlines():
+        assert set(json.loads(line)) == {"update", "images", "kind", "text", "evidence", "action"}
+
+
+def test_the_discriminator_of_a_probe_is_kept_before_another_is_put_in_its_place(
+    monitored: Monitored, tmp_path: Path
+) -> None:
+    whole = monitored("whole", STUCK)
+    at = of_kind(tmp_path, "whole", "stagnation").update
+    assert at in whole.extra["monitor"]["adversaries"]
+    until = {"monitor": {"policy": "warn"}, "phases": [{"until_epoch": at * 8 / 60}]}  # which is when the stall is seen
+    trained = monitored("warned", deep_merge(STUCK, until))
+    assert trained.update == at
+    kept_then = load_file(tmp_path / "whole" / "adversaries" / f"probe-{at:09d}.safetensors")
+    assert all(
+        torch.equal(tensor, kept_then[name]) for name, tensor in trained.networks["discriminator"].state_dict().items()
+    )
+
+
+def test_a_trial_leaves_no_trace_but_its_choice(monitored: Monitored, tmp_path: Path) -> None:
+    one = deep_merge(STUCK, {"monitor": {"act": {"candidates": 1}}})  # so that the choice is known before
+    short = monitored("short", deep_merge(one, {"monitor": {"act": {"trial_epochs": 0.2}}}))
+    long = monitored("long", deep_merge(one, {"monitor": {"act": {"trial_epochs": 0.8}}}))
+    assert same_weights(short, long)
+    assert short.rows == long.rows
+    assert of_kind(tmp_path, "short", "stagnation").action != of_kind(tmp_path, "long", "stagnation").action
+
+
+def test_a_phase_that_waits_for_a_stall_reloads_whatever_the_policy(monitored: Monitored, tmp_path: Path) -> None:
+    phases = [{"until_epoch": 3}, {"until_epoch": 5, "reload_discriminator": "stall"}]
+    monitored("early", deep_merge(STUCK, {"monitor": {"policy": "warn"}}))
+    assert of_kind(tmp_path, "early", "stagnation").action is None
+    monitored("waits", deep_merge(STUCK, {"monitor": {"policy": "warn", "settle_epochs": 2.0}, "phases": phases}))
+    assert "D put back" in (of_kind(tmp_path, "waits", "stagnation").action or "")
+
+
+AUTO = {"schedule": "auto", "monitor": {"stagnation": {"probes": 1, "improvement": 1.0}}}
+
+
+def test_an_auto_schedule_goes_through_three_phases_and_delivers_its_best_probe(
+    monitored: Monitored, tmp_path: Path
+) -> None:
+    bound = {"phases": [{"until_epoch": 20}]}
+    whole = monitored("whole", AUTO | bound)
+    events = [event for event in events_of(tmp_path, "whole") if event.kind in ("phase", "stop")]
+    assert [event.kind for event in events] == ["phase", "phase", "stop"]
+    assert "D put back to update" in (events[1].action or "")
+    assert whole.update < 150, "stopped before its upper bound"
+    first = whole.rows[0]["lr"]
+    assert sorted({round(row["lr"] / first, 6) for row in whole.rows}) == [0.3, 0.8, 1.0]
+    probes = whole.extra["monitor"]["probes"]
+    assert whole.extra["monitor"]["best"] == min(probes, key=lambda probe: probe["kid"])["update"]
+    assert whole.best is not None
+    assert all(torch.equal(tensor, whole.best.state_dict()[name]) for name, tensor in whole.ema.state_dict().items())
+
+    with pytest.raises(InterruptedError):
+        monitored("cut", AUTO | bound, stop_at=30)
+    assert_same(monitored("cut", AUTO | bound), whole)
+    assert_same(monitored("cut", AUTO | bound), whole)  # and once more, of a finished one
+
+
+def test_an_auto_schedule_ends_at_its_upper_bound_with_its_best(monitored: Monitored, tmp_path: Path) -> None:
+    state = monitored("bound", deep_merge(AUTO, {"monitor": {"stagnation": {"probes": 9}}}))
+    assert state.update == LAST
+    assert "upper bound" in of_kind(tmp_path, "bound", "stop").text
+    delivered = load_file(RunStore(tmp_path / "bound").kept(LAST))
+    assert all(torch.equal(tensor, delivered[name]) for name, tensor in state.ema.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("runs.t4.schedule=auto", "runs.t4.phases=[{until_epoch: 2}, {until_epoch: 4}]"), "one phase for schedule"),
+        (
+            ("runs.t4.monitor.policy=off", "runs.t4.phases=[{until_epoch: 8, reload_discriminator: stall}]"),
+            "warn or act",
+        ),
+    ],
+)
+def test_what_needs_a_monitor_is_checked(
+    change: Callable[..., Params], overrides: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        change(*overrides)
+
+
+def test_every_profile_is_monitored() -> None:
+    for profile in ("params.yaml", "profiles/study.yaml", "profiles/imagenet256.yaml", "profiles/smoke.yaml"):
+        params = load_params(ROOT / profile)
+        assert params.train.monitor.policy == "warn"
+
+
+def test_figures_of_a_probe_are_over_those_of_the_data(latents: Latents, discs_params: Params) -> None:
+    raw = discs_params.runs["t4"].model_dump(mode="json")
+    run = Run.model_validate(deep_merge(raw, {"monitor": {"probe": {"updates": 150}}}))
+    generator = stream_generator(run.seed, "probe")
+    chosen = torch.randperm(latents.num_images, generator=generator)[: run.monitor.probe.samples]
+    data = latents.draw(chosen, generator)
+
+    class Copies:
+        """A sampler that returns given latents."""
+
+        def __init__(self, samples: torch.Tensor) -> None:
+            self.samples = list(samples.split(run.batch_size))
+
+        def sample(self, z: torch.Tensor, labels: torch.Tensor, steps: int | None = None) -> torch.Tensor:
+            return self.samples.pop(0)
+
+    probe = Probe(latents, run, torch.device("cpu"))
+    same = probe(Copies(data))
+    assert [same[name] for name in ("class_accuracy", "variance", "spread")] == pytest.approx([1, 1, 1])
+    other = probe(Copies(data.roll(1, 0)))
+    assert other["class_accuracy"] < 1 and other["spread"] == pytest.approx(1)
+    one = probe(Copies(data[:1].expand_as(data)))
+    assert one["variance"] < 1e-6 and one["spread"] < 1e-6

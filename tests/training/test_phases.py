@@ -1,0 +1,64 @@
+"""What phases do to the networks: EMA reload and D reload."""
+
+import shutil
+from pathlib import Path
+from typing import cast
+
+import pytest
+import torch
+
+from afm_pipe.data.latents import Latents
+from afm_pipe.models.model_files import run_config
+from afm_pipe.objectives import build_objective
+from afm_pipe.objectives.schedules import update_at
+from afm_pipe.params import Phase, Run
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.training.trainer import Runtime, Task, Trainer
+from tests.objectives.pinned import MemoryLatents
+
+
+def trainer_of(run: Run, num_images: int, folder: Path, *phases: Phase) -> Trainer:
+    run = run.model_copy(update={"size": "s4", "phases": phases, "batch_size": 10})
+    latents = MemoryLatents()
+    latents.num_images = num_images  # type: ignore[misc]
+    objective = build_objective(run, run_config(run, latents.latent_shape, latents.num_classes))
+    return Trainer(Task(objective, cast(Latents, latents), "phases"), Runtime(folder))
+
+
+def test_reloads_happen_at_the_start_of_a_phase_and_of_each_epoch(smoke_run: Run, tmp_path: Path) -> None:
+    phases = (
+        Phase(until_epoch=2.0),
+        Phase(until_epoch=4.0, reload_ema="epoch"),
+        Phase(until_epoch=5.0, reload_discriminator=1.0),
+    )
+    trainer = trainer_of(smoke_run, 45, tmp_path, *phases)
+    state, (interventions, _) = trainer.state, trainer.callbacks
+    bias = state.networks["generator"].final_layer.linear.bias
+    for state.update in range(trainer.total):
+        with torch.no_grad():
+            bias.fill_(state.update + 1)
+        interventions.before_update()
+        assert bool(bias[0] == state.update + 1) == (state.update not in (9, 14))
+        assert bool(bias[0] == 0) == (state.update in (9, 14)), "the moving average's"
+    assert trainer.notes == [
+        "update 9: G replaced by its moving average",
+        "update 14: G replaced by its moving average",
+        "update 18: D put back to epoch 1",
+    ]
+
+
+def test_discriminator_goes_back_to_what_it_was(smoke_run: Run, tmp_path: Path) -> None:
+    trainer = trainer_of(
+        smoke_run, 40, tmp_path, Phase(until_epoch=2.0), Phase(until_epoch=3.0, reload_discriminator=1.0)
+    )
+    state, (interventions, _) = trainer.state, trainer.callbacks
+    embedding = state.networks["discriminator"].dis_embed
+    assert update_at(trainer.objective.settings, 1.0, 40) == 4
+    for state.update in range(9):
+        with torch.no_grad():
+            embedding.fill_(state.update)
+        interventions.before_update()
+    assert embedding[0].item() == 4
+    shutil.rmtree(tmp_path)
+    with pytest.raises(UserError, match="which the run goes back to"):
+        interventions.before_update()
