@@ -94,12 +94,12 @@ def measure(
 
 
 def count_update(objective: Objective, batch: Any, networks: Mapping[str, nn.Module] | None = None) -> list[Step]:
-    """Return the steps of one update on a micro-batch of `objective.example_batch`."""
+    """Return the steps of one update on `objective.example_batch`."""
     with torch.device("meta"):
         networks = networks or objective.build_networks()
         learner = _CountingLearner(networks, objective.build_buffers(torch.device("meta")))
         with learner.counter:
-            objective.update(learner, [batch], objective.hyperparameters(0, 1))
+            objective.update(learner, batch, objective.hyperparameters(0, 1))
     # With activation checkpointing the backward pass holds what one block keeps, besides the inputs of all blocks.
     return [
         step._replace(kept_bytes=step.kept_bytes + max((n * block_bytes(*block) for n, *block in blocks), default=0))
