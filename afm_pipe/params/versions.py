@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import yaml
 
-from afm_pipe.params import Run
+from afm_pipe.params import Params, Run
 from afm_pipe.params.sizes import SIZES
+from afm_pipe.runtime import paths
 from afm_pipe.runtime.files import read_json, write_json
 from afm_pipe.runtime.identity import fingerprint, source_digest
 
@@ -53,6 +54,21 @@ def declared() -> dict[str, int]:
 def versions(stage: str) -> dict[str, int]:
     """Return the declared versions of the parts of the code that a stage depends on."""
     return {part: declared()[part] for part in PARTS[stage]}
+
+
+def origin_files(params: Params, name: str) -> dict[str, Path]:
+    """Return what a run starts from, is guided by and is chosen by, if anything, by name."""
+    files = {}
+    if name in params.guided:
+        guided = params.guided[name]
+        base, reload = paths.model(guided.base), guided.reload_discriminator
+        d = "discriminator" if not isinstance(reload, float | int) else paths.kept_discriminator(reload)
+        files = {"generator": base / "generator.safetensors", "discriminator": base / f"{d}.safetensors"}
+    if params.models[name].guided:
+        files["classifier"] = paths.CLASSIFIER / "classifier.safetensors"
+    if params.models[name].selection is not None:
+        files["reference"] = paths.REFERENCE / "summary.json"
+    return files
 
 
 def run_identity(run: Run, latent_shape: tuple[int, ...], latents: str, origins: Mapping[str, str]) -> str:

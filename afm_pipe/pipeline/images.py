@@ -99,7 +99,7 @@ def classifier(params: Params, launch: Launch) -> None:
     objective = ClassifierTraining(settings, params.seed, latents.latent_shape, len(latents.classes))
     work_dir, seconds = paths.WORK / "classifier", launch.checkpoint_seconds
     with init_distributed(device) as group, hold_lease(work_dir) if group.is_main_process else nullcontext() as lease:
-        retention = RetentionPolicy(launch.keep_checkpoints, own=lease.check) if lease else RetentionPolicy()
+        retention = RetentionPolicy(launch.keep_checkpoints, check_lease=lease.check) if lease else RetentionPolicy()
         code = begin_work(work_dir / identity, "classifier") if lease else {}
         runtime = Runtime(work_dir / identity, device, seconds, group, launch.micro_batch, retention)
         trained = track("classifier", Trainer(Task(objective, latents, identity), runtime).train())

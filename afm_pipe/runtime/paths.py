@@ -27,6 +27,11 @@ def model(run: str) -> Path:
     return Path("models") / run
 
 
+def kept_discriminator(epoch: float) -> str:
+    """Name, in a run's folder, of the discriminator it had at an epoch."""
+    return f"discriminator-epoch-{epoch:g}"
+
+
 def samples(run: str) -> Path:
     """Return the folder of a model's pictures: grid.png and interpolation.png of sample, nearest.png of evaluate."""
     return Path("samples") / run

@@ -127,7 +127,7 @@ def test_an_array_that_inflates_a_thousandfold_is_refused() -> None:
     refused(lambda: load_arrays(Path("x.npz"), ("mu",)), "would become 83,88")
 
 
-def test_thumbnails_that_do_not_belong_together_are_refused() -> None:
+def test_thumbnails_that_do_not_match_are_refused() -> None:
     images = torch.randint(0, 256, (5, 1, 8, 8), dtype=torch.uint8)
     whole = build_thumbnails(images, np.arange(5))
     whole.save(Path("x.npz"))
