@@ -98,12 +98,12 @@ class SquaredError(Objective):
     def sampler(self, network: nn.Module) -> Flow:
         return Flow(network, "direct", 1)  # type: ignore[arg-type]
 
-    def example_batch(self, count: int, penalized: int | None = None) -> Pairs:
+    def example_batch(self, count: int, penalized: int | None = None) -> list[Pairs]:
         latents = torch.empty(count, *self.config.latent_shape)
-        return Pairs(latents, torch.empty_like(latents), torch.zeros(count, dtype=torch.int64), 1.0)
+        return [Pairs(latents, torch.empty_like(latents), torch.zeros(count, dtype=torch.int64), 1.0)]
 
     def example_forward(self, networks: Mapping[str, nn.Module], count: int) -> Tensor:
-        batch = self.example_batch(count)
+        (batch,) = self.example_batch(count)
         return networks["generator"](batch.z, batch.labels)
 
     def describe(self) -> dict[str, Any]:
