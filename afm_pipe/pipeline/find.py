@@ -1,4 +1,4 @@
-"""What the stages look up: a run by its name, its model, its data, what it needs."""
+"""Lookups of the stages: runs and models by name, their data, their budget."""
 
 import math
 from pathlib import Path
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 
 def named_run(params: Params, name: str) -> Run:
-    """Return a run by name, guided ones resolved. Raises UserError naming those there are."""
+    """Return a run by name, guided runs resolved. Raises UserError with the known names."""
     if name not in params.models:
         raise UserError(f"Found no run {name!r} in params, expected one of {', '.join(params.models)}.")
     return params.models[name]
 
 
 def count_images(params: Params) -> "Manifest | None":
-    """Return the manifest of the images params name, if `prepare` has made it; another profile's is not taken."""
+    """Return the manifest that `prepare` wrote, or None when there is none, or one of another data.root."""
     from afm_pipe.data.manifest import read_manifest
 
     if not paths.MANIFEST.exists():
@@ -40,19 +40,19 @@ def count_images(params: Params) -> "Manifest | None":
 
 
 def find_model(name: str) -> Path:
-    """Return the folder of a model. Raises UserError for a name that no model can have, such as one with a slash."""
+    """Return the folder of a model. Raises UserError for an invalid name, such as one with a slash."""
     if not valid_name(name):
         raise UserError(
-            f"Found the model's name {name[:80]!r}, expected at most 64 small letters, digits, dots, dashes and "
-            "underlines: name a folder in models/."
+            f"Found the model's name {name[:80]!r}, expected at most 64 lowercase letters, digits, dots, dashes and "
+            "underscores: name a folder in models/."
         )
     return paths.model(name)
 
 
 def run_budget(params: Params, name: str, launch: Launch, ranks: int | None = None) -> "Budget":
-    """Return what a rank of a run needs, counted without allocating it; before there is data, as for 1,000 classes.
+    """Return what one process of a run needs, counted without allocation; without data, for 1,000 classes.
 
-    `ranks` are those that there are, or else those that `launch` asks for.
+    `ranks` is the number of processes, by default that of `launch`.
     """
     from afm_pipe.planning.budget import budget
 
@@ -91,7 +91,7 @@ def load_sampler(params: Params, name: str, device: "torch.device", group: Proce
     if not _describes(factor, names, config.num_classes):
         raise UserError(
             f"Found {folder / 'config.json'} without {config.num_classes} class names or with a scaling factor that is "
-            "no number: train or import it again."
+            "not positive: train or import it again."
         )
     expected = (config.channels, factor or found[1])
     if found[0] != expected[0] or not math.isclose(found[1], expected[1], rel_tol=1e-6):
