@@ -1,9 +1,9 @@
-"""Kill trainings at random moments, and compare what they end with to a training that was left alone, bit for bit.
+"""Kill runs at random moments, resume them, and compare the results with those of an uninterrupted run, bit for bit.
 
     make crash-test
     python -m tests.crash --kills 50 --out docs/crash-test.json
 
-The process imports everything once and is forked for every start. Where a kill fell is read from what it left on disk.
+The process imports everything once and forks for every start. What a kill left on disk tells where it fell.
 """
 
 import argparse
@@ -32,11 +32,11 @@ from afm_pipe.runtime.commands import user_command
 from afm_pipe.training.checkpoints import checkpoints
 
 RUN = "t4"
-# EMA and D are reloaded on the way, so that what a resume needs is more than the newest checkpoint.
+# EMA and D are reloaded on the way, so that a resume needs more than the newest checkpoint.
 PHASES = "[{until_epoch: 5}, {until_epoch: 8, reload_ema: epoch, reload_discriminator: 2}]"
-# And the watch acts: at update 20 it goes back to update 10 as often as it may, at update 30 it puts D back by trial.
-# So what it remembers and keeps on disk is needed, too.
-WATCH = {
+# The monitor acts, too: at update 20 it rolls back to update 10 as often as it may, at update 30 it reloads D by trial.
+# So a resume needs its memory and the files it keeps.
+MONITOR = {
     "policy": "act",
     "settle_epochs": 2.0,
     "probe.every_epochs": 1.25,
@@ -47,13 +47,13 @@ WATCH = {
 OVERRIDES = (
     f"runs.{RUN}.phases={PHASES}",
     f"runs.{RUN}.size=s4",
-    *(f"runs.{RUN}.monitor.{name}={value}" for name, value in WATCH.items()),
+    *(f"runs.{RUN}.monitor.{name}={value}" for name, value in MONITOR.items()),
 )
 KILLS_OF_A_RUN = 5
 
 
 def start(work: Callable[[], None], said: Path | None = None) -> int:
-    """Do `work` as a command in a child process, forked; return its process id. `said` takes what it prints."""
+    """Run `work` as a command in a forked child process that prints to `said`; return its process id."""
     child = os.fork()
     if child:
         return child
@@ -75,25 +75,25 @@ def start(work: Callable[[], None], said: Path | None = None) -> int:
 
 
 def wait(child: int) -> int:
-    """Return what a child ended with: its exit code, or minus the number of the signal that ended it."""
+    """Return the exit code of a child, or minus the number of the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def train(params: Params, checkpoint_seconds: float) -> Callable[[], None]:
-    """Return the work of training the run in the current folder."""
+    """Return a function that trains the run in the current folder."""
     return lambda: pipeline.train(params, RUN, Launch(device="cpu", checkpoint_seconds=checkpoint_seconds))
 
 
 def result() -> dict[str, bytes]:
-    """Return all that a finished training in the current folder has made, by file: nothing may depend on kills.
+    """Return all files that a finished run in the current folder has made: nothing may depend on kills.
 
-    Left out is what tells times: costs, and the clocks in the checkpoint's manifest.
+    Timings are left out: costs, and the clocks in the checkpoint's manifest.
     """
     (folder,) = paths.WORK.glob(f"{RUN}/*/checkpoints")
     last = checkpoints(folder)[-1]
-    files = [path for path in last.iterdir() if path.name != "manifest.json"]  # optimizers, normaliser, rows, events
+    files = [path for path in last.iterdir() if path.name != "manifest.json"]  # optimizers, buffers, rows, events
     files += [path for path in folder.parent.glob("*") if path.is_file()]  # curves.csv, events.jsonl
-    files += folder.parent.glob("discriminators/update-*")  # of probes, which are there depends on the checkpoints
+    files += folder.parent.glob("adversaries/epoch-*")  # which of the probes' remain depends on the checkpoints
     for root in (paths.model(RUN), paths.WORK / "dvclive" / RUN):
         files += [path for path in root.rglob("*") if path.is_file()]
     return {str(path): path.read_bytes() for path in [*files, paths.curves(RUN)]}
@@ -113,7 +113,7 @@ def fallen(folder: Path) -> str:
 
 
 def crash(project: Path, params: Params, kills: int, rng: random.Random) -> dict[str, Any]:
-    """Kill trainings in copies of `project` until so many kills have fallen; return what was seen."""
+    """Kill runs in copies of `project` until there were `kills`; return what was found."""
     before = Path.cwd()
     fell: Counter[str] = Counter()
     identical = runs = 0
@@ -131,7 +131,7 @@ def crash(project: Path, params: Params, kills: int, rng: random.Random) -> dict
                 shutil.copytree(project, "killed")
                 os.chdir("killed")
                 own = kill_some(params, min(KILLS_OF_A_RUN, kills - fell.total()), duration, rng)
-                assert wait(start(train(params, 0.1))) == 0, "what a kill left is not taken up"
+                assert wait(start(train(params, 0.1))) == 0, "what a kill left is not resumed"
                 fell += own
                 identical += own.total() * (result() == expected)
                 runs += own.total() > 0
@@ -148,21 +148,21 @@ def crash(project: Path, params: Params, kills: int, rng: random.Random) -> dict
 
 
 def kill_some(params: Params, kills: int, duration: float, rng: random.Random) -> Counter[str]:
-    """Start the training in the current folder so many times and kill it, at a random moment each."""
+    """Start the run in the current folder `kills` times and kill it, at a random moment each."""
     fell: Counter[str] = Counter()
     for _ in range(kills):
         child = start(train(params, rng.choice([0.0, 0.0, 0.1, 0.3])))
         time.sleep(rng.uniform(0.05, 0.6) * duration)
         os.kill(child, signal.SIGKILL)
         if wait(child) != -signal.SIGKILL:
-            break  # it was done before
+            break  # it had finished
         folders = list(paths.WORK.glob(f"{RUN}/*/checkpoints"))
         fell[fallen(folders[0]) if folders else "before the first one"] += 1
     return fell
 
 
 def main() -> None:
-    """Run the test and write its result; end with 1 unless all are identical."""
+    """Run the test and write its result; exit with 1 unless all are identical."""
     from tests.conftest import make_discs
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -350,7 +350,9 @@ def plan(
     runs: Annotated[list[str] | None, typer.Argument(metavar="[RUN]...", help="Runs in params; default: all.")] = None,
     gpus: Annotated[int, typer.Option(help="Number of GPUs; they share each batch.")] = 8,
     gpu: Annotated[str, typer.Option(help="a100, h100, h200 or b200.")] = "h100",
-    utilisation: Annotated[float, typer.Option(help="Fraction of the GPU's peak that training reaches.")] = 0.4,
+    utilization: Annotated[
+        float, typer.Option("--utilization", "--utilisation", help="Fraction of the GPU's peak that training reaches.")
+    ] = 0.4,
     precision: Annotated[str, typer.Option(help="fp32, tf32 or bf16.")] = "tf32",
     micro_batch: MicroBatch = None,
     checkpoint: Annotated[
@@ -368,7 +370,7 @@ def plan(
     from afm_pipe.planning.plan import machine
 
     loaded = _params(params, overrides)
-    planned = machine(gpu, gpus, utilisation, precision, micro_batch, checkpoint, shard)
+    planned = machine(gpu, gpus, utilization, precision, micro_batch, checkpoint, shard)
     typer.echo(plan_text(loaded, runs or [], planned, images))
 
 

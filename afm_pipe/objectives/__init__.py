@@ -1,4 +1,4 @@
-"""What training optimizes: each objective in a module of its own, found by name (`params.objectives`)."""
+"""Objectives: what training optimizes, one module each, found by name (`params.objectives`)."""
 
 import importlib
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,13 +18,13 @@ T = TypeVar("T", bound="type[Objective]")
 
 
 def register(objective: T) -> T:
-    """Make an objective known by its name: a class decorator."""
+    """Register an objective by its name; a class decorator."""
     _registered[objective.name] = objective
     return objective
 
 
 def find_objective(name: str) -> "Any":
-    """Return the class of an objective. Raises UserError for a name that is unknown."""
+    """Return the class of an objective. Raises UserError for an unknown name."""
     if name not in _registered and name in OBJECTIVES:
         importlib.import_module(OBJECTIVES[name])
     if name not in _registered:
@@ -33,5 +33,5 @@ def find_objective(name: str) -> "Any":
 
 
 def build_objective(run: "Run", config: "ModelConfig", classifier: "nn.Module | None" = None) -> "Objective":
-    """Return the objective that a run names, for its model; `classifier` guides phases with guidance."""
+    """Return the objective that a run names, for its model; `classifier` is for phases with guidance."""
     return find_objective(run.objective)(run, config, classifier)

@@ -1,7 +1,7 @@
-"""The seam between a method and everything that trains, watches, counts and shows it.
+"""The interface between a method and everything that trains, monitors, counts and reports it.
 
-An objective owns its networks, batches, losses, the order of its updates, the names of what it logs, and sampling. The
-trainer, curves, monitor, counting and report iterate over its names; none of them knows a loss.
+An objective owns its networks, batches, losses, the order of its updates, the names of its figures, and sampling. The
+trainer, curves, monitor, counting and report iterate over these names; none of them knows a loss.
 """
 
 from abc import ABC, abstractmethod
@@ -30,15 +30,15 @@ class Term(NamedTuple):
     log: bool = False
     """Plotted on a logarithmic axis."""
     role: Role | None = None
-    """What the monitor's rules see in it."""
+    """Its meaning to the monitor's rules."""
 
 
 class RunSettings(Protocol):
-    """What the trainer needs to know of the settings of any run."""
+    """The settings of a run that the trainer reads."""
 
     @property
     def seed(self) -> int:
-        """Of initial weights, order, noise."""
+        """The seed of initial weights, order and noise."""
 
     @property
     def batch_size(self) -> int:
@@ -50,12 +50,12 @@ class RunSettings(Protocol):
 
     @property
     def precision(self) -> Literal["fp32", "bf16"]:
-        """Of the matrix products within blocks."""
+        """The precision of matrix products within blocks."""
 
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """What one update uses."""
+    """The hyperparameters of one update."""
 
     lr: Mapping[str, float]
     """Learning rates by network."""
@@ -71,7 +71,7 @@ class Hyperparameters:
 
 
 class Learner(Protocol):
-    """What an objective updates: its networks, and how gradients become steps."""
+    """The networks that an objective updates, and how gradients become steps."""
 
     @property
     def networks(self) -> Mapping[str, nn.Module]:
@@ -98,7 +98,7 @@ class Learner(Protocol):
 
 
 class Sampler(Protocol):
-    """What draws samples from a network."""
+    """Draws samples from a network."""
 
     def sample(self, z: Tensor, labels: Tensor, steps: int | None = None) -> Tensor:
         """Map noise z (N, C, H, W) and labels (N,) to latents (N, C, H, W)."""
@@ -107,31 +107,33 @@ class Sampler(Protocol):
 class Batches(Protocol):
     """Draws the micro-batches of updates."""
 
-    def draw(self, update: int, hyperparameters: Hyperparameters) -> list[Any]:
-        """Return this process's micro-batches of an update, counted from 0."""
+    def draw(self, update: int, hyperparameters: Hyperparameters) -> Any:
+        """Return what this process needs for an update, counted from 0: whatever `Objective.update` takes."""
 
 
 class Objective(ABC):
-    """A method: see the module. Subclasses are registered by name (`objectives.register`)."""
+    """A training method (see the module); subclasses are registered by name with `objectives.register`."""
 
     name: ClassVar[str]
     terms: ClassVar[tuple[Term, ...]]
-    """What `update` returns, in order."""
+    """The figures that `update` returns, in order."""
     scheduled: ClassVar[tuple[Term, ...]] = ()
-    """Loss weights that follow a schedule, logged beside the learning rate."""
+    """Loss weights that follow a schedule, logged next to the learning rate."""
     sampled: ClassVar[str]
-    """The network that samples come from, by its moving average."""
+    """The network whose moving average draws samples."""
     adversary: ClassVar[str | None] = None
-    """The network that the monitor and phases may put back to an earlier state."""
+    """The network that the monitor and phases may reload from an earlier update."""
 
     settings: RunSettings
+    classifier: nn.Module | None = None
+    """The classifier of latents that guides, where there is one."""
 
     @abstractmethod
     def build_networks(self) -> dict[str, nn.Module]:
         """Build the networks with fresh weights on the current default device, in the order that seeds them."""
 
     def build_buffers(self, device: torch.device) -> dict[str, Tensor]:
-        """Return tensors that updates carry along besides weights: part of every checkpoint."""
+        """Return the tensors, besides weights, that updates change: part of every checkpoint."""
         return {}
 
     @abstractmethod
@@ -144,13 +146,13 @@ class Objective(ABC):
 
     @abstractmethod
     def hyperparameters(self, update: int, num_images: int, clock: float | None = None) -> Hyperparameters:
-        """Return what an update, counted from 0, uses.
+        """Return the hyperparameters of an update, counted from 0.
 
-        `clock` is the update at which the schedules of loss weights are read; left out: the update itself.
+        `clock` is the update at which the schedules of loss weights are evaluated; left out: the update itself.
         """
 
     def decayed(self, update: int, num_images: int, clock: float) -> bool:
-        """Return whether the scheduled loss weights no longer change after `clock`."""
+        """Return whether the scheduled loss weights are constant after `clock`."""
         return True
 
     @abstractmethod
@@ -161,33 +163,33 @@ class Objective(ABC):
         group: ProcessGroup = SINGLE_PROCESS,
         micro_batch: int | None = None,
     ) -> Batches:
-        """Return what draws this process's micro-batches."""
+        """Return the batches of this process."""
 
     @abstractmethod
-    def update(self, learner: Learner, batch: Sequence[Any], hyperparameters: Hyperparameters) -> Tensor:
-        """Update the networks once from a batch's micro-batches; return the whole batch's figures (len(terms),)."""
+    def update(self, learner: Learner, batch: Any, hyperparameters: Hyperparameters) -> Tensor:
+        """Update the networks once from what `Batches.draw` returned; return the batch's figures (len(terms),)."""
 
     @abstractmethod
     def sampler(self, network: nn.Module) -> Sampler:
-        """Return what draws samples from the sampled network, or from its moving average."""
+        """Return the sampler of the sampled network or of its moving average."""
 
     @abstractmethod
     def example_batch(self, count: int, penalized: int | None = None) -> Any:
-        """Return one micro-batch of `count` images of the right shapes on the default device, for counting.
+        """Return what `update` takes, a micro-batch of `count` images, on the default device, for counting.
 
-        `penalized` of them take part in penalties; left out: the run's share.
+        `penalized` of them are penalized; left out: the run's share.
         """
 
     @abstractmethod
     def example_forward(self, networks: Mapping[str, nn.Module], count: int) -> Tensor:
-        """Run one forward pass of the sampled network on `count` images: the unit that work is counted in."""
+        """Run one forward pass of the sampled network on `count` images, the unit of counted work."""
 
     def describe(self) -> dict[str, Any]:
-        """Return what a model's config.json says under "model"."""
+        """Return the "model" entry of a model's config.json."""
         return {}
 
     def progress(self, row: Mapping[str, float]) -> str:
-        """Return a few figures of a row worth showing while training."""
+        """Return a few figures of a row for the progress line."""
         return ""
 
     @classmethod
@@ -205,7 +207,7 @@ CLOCK = ("update", "images", "epoch", "lr")
 
 
 def num_micro_batches(batch_size: int, processes: int, micro_batch: int | None) -> int:
-    """Return the number of micro-batches in which each process computes its share of a batch.
+    """Return the number of micro-batches of each process.
 
     Raises UserError when there are more processes than images in a batch.
     """
@@ -214,6 +216,6 @@ def num_micro_batches(batch_size: int, processes: int, micro_batch: int | None) 
             f"Found {processes} processes for a batch of {batch_size} images, expected no more than that: start fewer "
             "processes, or raise batch_size."
         )
-    share = -(-batch_size // processes)  # of the process that has most
+    share = -(-batch_size // processes)  # of the process with the most images
     parts = 1 if micro_batch is None else -(-share // micro_batch)
     return max(min(parts, batch_size // processes), 1)  # no micro-batch is empty

@@ -1,7 +1,7 @@
-"""The classifier that guides: cross entropy on latents at random noise levels (paper section 3).
+"""The classifier for guidance: cross entropy on latents at random noise levels (paper section 3).
 
-Departure from the paper: the affine augmentation changes latents, with reflection at the border, since images are
-encoded once; the paper augments images and encodes them.
+Departure from the paper: the affine augmentation is applied to latents, with reflection at the border, since images are
+encoded once; the paper augments images and then encodes them.
 
 Shapes: N latents of a micro-batch, C, H, W of latents.
 """
@@ -25,7 +25,7 @@ from afm_pipe.params import Classifier, Ema
 from afm_pipe.params.sizes import SIZES
 
 LEVELS = (0.0, 0.1, 0.25, 0.5)  # times at which accuracy is measured
-MEASURED = 2000  # latents
+NUM_MEASURED = 2000  # latents that accuracy is measured on
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class ClassifierTraining(Objective):
     sampled = "classifier"
 
     def __init__(self, params: Classifier, seed: int, latent_shape: tuple[int, int, int], num_classes: int) -> None:
-        """Train a classifier of latents of a shape in `num_classes` classes."""
+        """Train a classifier of latents of a shape (C, H, W) into `num_classes` classes."""
         self.settings: Settings = Settings(params, seed)
         self.params, self.latent_shape, self.num_classes = params, latent_shape, num_classes
 
@@ -131,14 +131,14 @@ class ClassifierTraining(Objective):
         return total
 
     def sampler(self, network: nn.Module) -> Sampler:
-        raise TypeError("a classifier draws no samples")
+        raise TypeError("a classifier does not draw samples")
 
-    def example_batch(self, count: int, penalized: int | None = None) -> NoisyLatents:
+    def example_batch(self, count: int, penalized: int | None = None) -> list[NoisyLatents]:
         labels = torch.zeros(count, dtype=torch.int64)
-        return NoisyLatents(torch.empty(count, *self.latent_shape), torch.empty(count), labels, 1.0)
+        return [NoisyLatents(torch.empty(count, *self.latent_shape), torch.empty(count), labels, 1.0)]
 
     def example_forward(self, networks: Mapping[str, nn.Module], count: int) -> Tensor:
-        part = self.example_batch(count)
+        (part,) = self.example_batch(count)
         return networks["classifier"](part.x, part.t)
 
     def progress(self, row: Mapping[str, float]) -> str:
@@ -147,19 +147,19 @@ class ClassifierTraining(Objective):
 
 @torch.no_grad()
 def accuracy_by_level(model: nn.Module, latents: Latents, seed: int, device: torch.device) -> dict[str, float]:
-    """Return the accuracy on training latents, by time t in [0, 1] of the noise added."""
+    """Return the accuracy on noisy training latents, by the time t in [0, 1] of their noise."""
     generator = stream_generator(seed, "classifier", "accuracy")
-    indices = torch.randperm(latents.num_images, generator=generator)[:MEASURED]
+    indices = torch.randperm(latents.num_images, generator=generator)[:NUM_MEASURED]
     x, labels = latents.draw(indices, generator), torch.as_tensor(latents.labels)[indices]
     z = torch.randn(x.shape, generator=generator)
     model.eval()
-    shares = {}
+    accuracy = {}
     for level in LEVELS:
         t = torch.full((len(x),), level)
         noisy = interpolate(x, z, t)
-        right = [
+        correct = [
             (model(part.to(device), at.to(device)).argmax(1).cpu() == truth).sum().item()
             for part, at, truth in zip(noisy.split(100), t.split(100), labels.split(100), strict=True)
         ]
-        shares[f"accuracy_t{level:g}"] = sum(right) / len(x)
-    return shares
+        accuracy[f"accuracy_t{level:g}"] = sum(correct) / len(x)
+    return accuracy

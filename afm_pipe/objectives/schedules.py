@@ -1,4 +1,4 @@
-"""What holds at which moment of a run. Time is images seen by G."""
+"""Schedules of a run. Time is images seen by G."""
 
 from bisect import bisect_right
 from math import ceil, cos, pi
@@ -23,7 +23,7 @@ def phase_at(run: Run, update: int, num_images: int) -> Phase:
 
 
 def cosine(start: float, end: float, update: float, updates: int) -> float:
-    """Return a half cosine over `updates` updates, from start at the first to end at the last and ever after."""
+    """Return a half cosine over `updates` updates: start at the first, end at the last and afterwards."""
     progress = min(update / max(updates - 1, 1), 1.0)
     return end + (start - end) * (1 + cos(pi * progress)) / 2
 

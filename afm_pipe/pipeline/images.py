@@ -27,7 +27,7 @@ def prepare(params: Params) -> None:
         track("materialize", materialize(params.data.source, root))
     manifest = track("prepare", build_manifest(params.data))
     write_manifest(paths.MANIFEST, manifest)
-    print(f"{manifest.num_images} images of {len(manifest.classes)} classes under {manifest.root}.")
+    print(manifest.describe())
 
 
 def autoencoder(params: Params, launch: Launch) -> None:
@@ -71,6 +71,8 @@ def reference(params: Params, launch: Launch) -> None:
         track("check images", require_images(manifest, params.data))
     with atomic_path(paths.REFERENCE) as folder:
         track("reference", build_reference(params, manifest, images, vae, folder, device))
+    with atomic_path(paths.REFERENCE_DONE) as aside:
+        aside.write_text("reference\n")
 
 
 def classifier(params: Params, launch: Launch) -> None:
@@ -99,7 +101,7 @@ def classifier(params: Params, launch: Launch) -> None:
     objective = ClassifierTraining(settings, params.seed, latents.latent_shape, len(latents.classes))
     work_dir, seconds = paths.WORK / "classifier", launch.checkpoint_seconds
     with init_distributed(device) as group, hold_lease(work_dir) if group.is_main_process else nullcontext() as lease:
-        retention = RetentionPolicy(launch.keep_checkpoints, own=lease.check) if lease else RetentionPolicy()
+        retention = RetentionPolicy(launch.keep_checkpoints, check_lease=lease.check) if lease else RetentionPolicy()
         code = begin_work(work_dir / identity, "classifier") if lease else {}
         runtime = Runtime(work_dir / identity, device, seconds, group, launch.micro_batch, retention)
         trained = track("classifier", Trainer(Task(objective, latents, identity), runtime).train())

@@ -119,7 +119,7 @@ class Worker:
             config, (start, guide) = self._config(trial), self._origin(trial)
             objective = build_objective(run, config, guide)
             task = Task(objective, self.latents, trial.training, start, trial.probes(self.latents.num_images))
-            retention, seconds = RetentionPolicy(own=lease.check), self.launch.checkpoint_seconds
+            retention, seconds = RetentionPolicy(check_lease=lease.check), self.launch.checkpoint_seconds
             trainer = Trainer(task, Runtime(trial.folder, self.device, seconds, retention=retention))
             try:
                 state = finish(trainer.train()).state

@@ -1,4 +1,4 @@
-"""What may look at a run while it is trained, and what it may ask of the trainer."""
+"""Callbacks of the trainer: what they see of a run, and the actions they return."""
 
 from enum import Enum, auto
 from typing import Protocol
@@ -16,9 +16,9 @@ class Action(Enum):
 
     CONTINUE = auto()
     RESTORED = auto()
-    """The callback has put the state back to an earlier update: go on from there."""
+    """The callback has restored the state of an earlier update: continue from there."""
     STOP = auto()
-    """The run has come to its end."""
+    """The run is finished."""
 
 
 class Training(Protocol):
@@ -32,7 +32,7 @@ class Training(Protocol):
     total: int
     """Updates of the whole run."""
     notes: list[str]
-    """What a person should know of how the run went."""
+    """Lines that a user should read when the run is done."""
 
     def hyperparameters(self) -> Hyperparameters:
         """Return what the next update uses."""
@@ -42,18 +42,18 @@ class Training(Protocol):
 
 
 class Callback:
-    """Called by the trainer at the moments that its methods name; does nothing by itself."""
+    """Called by the trainer at the moments that its methods name; this base class does nothing."""
 
     @property
     def finished(self) -> bool:
-        """Whether the run has come to its end, as a checkpoint remembers it."""
+        """Whether the run is finished before its last update; checkpoints remember it."""
         return False
 
     def begin(self) -> None:
         """Run before the first update of a session."""
 
     def adjust(self, hyperparameters: Hyperparameters) -> Hyperparameters:
-        """Return what the next update uses, given what the objective's schedule says."""
+        """Return what the next update uses in place of the objective's own hyperparameters."""
         return hyperparameters
 
     def prepare(self) -> None:
@@ -63,11 +63,11 @@ class Callback:
         """Change the networks before an update."""
 
     def after_row(self) -> Action:
-        """Look at the run after a row of its curves."""
+        """Act after a row of the curves."""
         return Action.CONTINUE
 
     def not_finite(self, error: NotFiniteError) -> Action:
-        """Answer a non-finite loss."""
+        """Act on a non-finite loss; the trainer raises it again unless a callback returns RESTORED."""
         return Action.CONTINUE
 
     def end(self) -> None:

@@ -1,8 +1,8 @@
-"""Checkpoints: saved whole or not at all, checked before use, written behind the training's back.
+"""Checkpoints: written whole or not at all, verified before use, saved in the background.
 
-A checkpoint is a folder update-NNNNNNNNN with one safetensors file per part of the state, curves.csv, extra.json, and a
-manifest.json that lists their sizes and hashes. The latest is the highest whose files are what its manifest says. Where
-a state is sharded over ranks, shards/ holds a file of each rank's instead of the parts; either is read by any engine.
+A checkpoint is a folder update-NNNNNNNNN with one safetensors file per part of the state, curves.csv, extra.json and
+manifest.json, which lists the size and hash of every file. The latest checkpoint is the highest one whose files match
+its manifest. A sharded state has shards/, with a file from each process, in place of the parts; any engine reads both.
 """
 
 import shutil
@@ -11,69 +11,48 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import psutil
-from torch import Tensor
 
 from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from afm_pipe.models.model_files import load_tensors, save_tensors
 from afm_pipe.runtime.errors import UnwritableError, UserError
 from afm_pipe.runtime.files import atomic_path, read_json, remove_leftovers, sha256_file, write_json
 from afm_pipe.training.curves import Row, read_curves, write_curves
-from afm_pipe.training.sharding import names_in, read_shards, write_shards
+from afm_pipe.training.sharding import Parts, read_shards, tensor_names, write_shards
+from afm_pipe.training.state import TrainingState
 
-BESIDES = ("curves.csv", "extra.json")  # the parts of tensors
+OTHER_FILES = ("curves.csv", "extra.json")  # besides tensors
 SHARDS = "shards"
 
 
 class RetentionPolicy(NamedTuple):
-    """How checkpoints are written and kept, which never changes a number."""
+    """How checkpoints are written and which are retained; it never changes a number."""
 
-    last: int = 2  # the latest, and one in case the latest is damaged
+    last: int = 2  # the latest, and one more in case the latest is damaged
     in_background: bool = True  # where there is memory for a copy of the state
-    own: Callable[[], None] = lambda: None
-    """Called before a checkpoint counts; raises UserError where the training is no longer this process's."""
+    check_lease: Callable[[], None] = lambda: None
+    """Called before a checkpoint counts; raises UserError where the run no longer belongs to this process."""
     every: int | None = None
-    """Beside the latest stay the first at or after each multiple of so many updates, while the disk has room."""
+    """Besides the latest, retain the first checkpoint at or after each multiple of this many updates."""
     best: bool = False
-    """And the first at or after the watch's best probe."""
-
-
-class Saveable(Protocol):
-    """What a checkpoint holds: tensors by part and name, rows of curves, a clock, and what else there is, as JSON."""
-
-    update: int
-    seconds: dict[str, float]
-    rows: list[Row]
-    extra: dict[str, Any]
-
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return all tensors of the state by part and name."""
-
-
-class Resumable(Saveable, Protocol):
-    """What takes a checkpoint's content over."""
-
-    def load_tensors(self, tensors: dict[str, dict[str, Tensor]], folder: Path) -> None:
-        """Take over tensors as `tensors` returns them. Raises UserError when they are of another model."""
-
-    def targets(self, names: Iterable[tuple[str, str]]) -> dict[str, dict[str, Tensor]]:
-        """Return tensors that others of these parts and names can be read into, to be taken over by `load_tensors`."""
+    """Also retain the first checkpoint at or after the monitor's best probe."""
 
 
 @dataclass
 class Snapshot:
-    """A copy of a state in the machine's memory, which the training no longer changes."""
+    """A copy of a state in the machine's memory, which training no longer changes."""
 
     update: int
     seconds: dict[str, float]
     rows: list[Row]
     extra: dict[str, Any]
-    parts: dict[str, dict[str, Tensor]]
+    parts: Parts
+    shard_group: ProcessGroup = SINGLE_PROCESS
 
     @classmethod
-    def of(cls, state: Saveable) -> "Snapshot":
+    def of(cls, state: TrainingState) -> "Snapshot":
         """Copy a state."""
         parts = {
             part: {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
@@ -81,87 +60,91 @@ class Snapshot:
         }
         return cls(state.update, dict(state.seconds), list(state.rows), dict(state.extra), parts)
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return all tensors of the state by part and name."""
+    def tensors(self) -> Parts:
+        """Return all tensors by part and name."""
         return self.parts
 
 
+Saveable = TrainingState | Snapshot
+
+
 class _CancelledError(Exception):
-    """A checkpoint that is no longer wanted."""
+    """The checkpoint is no longer wanted."""
 
 
 class Writer:
-    """Writes the checkpoints of one training, now and then in a thread of its own, the last one in front.
+    """Writes the checkpoints of one run: in a background thread while it trains, the last one in the foreground.
 
-    A disk that is full does not end a training that could go on: the checkpoint is given up, which `notes` says once,
-    and the next is tried when it is due. Only the last one must succeed. One that is not `active` writes nothing: of
-    several processes with one state, one writes. Where a state is sharded over `shares`, all write, and must save and
-    finish at the same moments; then it is always in front.
+    A full disk does not end a run: the checkpoint is skipped, which `notes` says once, and the next one is tried when
+    it is due. Only the last one must succeed. A writer that is not `active` writes nothing: of several processes with
+    the same state, one writes. All processes write a sharded state, in the foreground, and must save and finish at the
+    same updates.
     """
 
     def __init__(
         self,
         folder: Path,
-        fingerprint: str,
+        state: TrainingState,
+        identity: str,
         seconds: float,
-        keeping: RetentionPolicy,
-        active: bool = True,
-        shares: ProcessGroup = SINGLE_PROCESS,
+        retention: RetentionPolicy,
+        active: bool,
     ) -> None:
-        self.folder, self.fingerprint, self.seconds, self.keeping = folder, fingerprint, seconds, keeping
-        self.active, self.shares = active, shares
+        """Write checkpoints of `state` under `folder`, due every `seconds`."""
+        self.folder, self.state, self.identity, self.seconds = folder, state, identity, seconds
+        self.retention, self.active = retention, active
         self.notes: list[str] = []
-        self.trouble = ""  # in a few words, as long as there is any
-        self._saved, self._update = time.monotonic(), -1
+        self.trouble = ""  # in a few words, while there is any
+        self._saved_at, self._saved_update = time.monotonic(), -1
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._cancelled = False
 
     def __enter__(self) -> "Writer":
-        if self.active and self.shares.is_main_process:
+        if self.active and self.state.shard_group.is_main_process:
             remove_leftovers(self.folder)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Wait for what is being written; where all is to end at once, break it off: the checkpoints before stay."""
+        """Wait for the thread; on an interrupt, cancel the checkpoint: the earlier ones remain."""
         self._cancelled = kind is not None and not issubclass(kind, Exception)
         if self._thread is not None:
             self._thread.join()
 
     def due(self) -> bool:
-        """Tell whether it is time for a checkpoint, and none is on its way. Raises what the last one met."""
-        waiting = self._thread is not None and self._thread.is_alive()
-        if not self.active or waiting or time.monotonic() - self._saved < self.seconds:
+        """Return whether a checkpoint is due and none is being written. Raises the error of the last one."""
+        writing = self._thread is not None and self._thread.is_alive()
+        if not self.active or writing or time.monotonic() - self._saved_at < self.seconds:
             return False
         self._collect()
         return True
 
-    def save(self, state: Saveable) -> None:
-        """Write a checkpoint of `state` as it is now, in the background where there is memory for a copy of it."""
+    def save(self) -> None:
+        """Write a checkpoint of the state as it is now, in the background where there is memory for a copy of it."""
         self._collect()
         if not self.active:
             return
-        in_background = self.keeping.in_background and self.shares.world_size == 1
-        if in_background and _bytes(state) < 0.8 * psutil.virtual_memory().available:
-            self._thread = threading.Thread(target=self._write, args=(Snapshot.of(state),), daemon=True)
+        in_background = self.retention.in_background and not self.state.is_sharded
+        if in_background and _num_bytes(self.state) < 0.8 * psutil.virtual_memory().available:
+            self._thread = threading.Thread(target=self._write, args=(Snapshot.of(self.state),), daemon=True)
             self._thread.start()
         else:
-            self._write(state)
+            self._write(self.state)
             self._collect()
-        self._saved = time.monotonic()
+        self._saved_at = time.monotonic()
 
-    def finish(self, state: Saveable) -> None:
-        """Write a checkpoint of `state` unless there is one, and return when it is safe. Raises UserError otherwise."""
+    def finish(self) -> None:
+        """Write a checkpoint of the state unless there is one, and wait for it. Raises UserError on failure."""
         self._collect()
-        if self.active and self._update != state.update:
-            self._write(state, last=True)
+        if self.active and self._saved_update != self.state.update:
+            self._write(self.state, last=True)
             self._collect()
 
     def _write(self, state: Saveable, last: bool = False) -> None:
         try:
-            stay = self._staying(state)
-            save_checkpoint(self.folder, state, self.fingerprint, self.keeping.last, self._check, stay, self.shares)
-            self._update, self.trouble = state.update, ""
+            keep, count = self._retained(state), self.retention.last
+            save_checkpoint(self.folder, state, self.identity, count, keep, self._check)
+            self._saved_update, self.trouble = state.update, ""
         except _CancelledError:
             pass
         except UnwritableError as error:
@@ -169,20 +152,20 @@ class Writer:
             if last:
                 self._error = error
             elif not self.notes:
-                self.notes.append(f"update {state.update}: no checkpoint, the training goes on. {error}")
-        except Exception as error:  # raised where the training looks, `_collect`
+                self.notes.append(f"update {state.update}: no checkpoint, training continues. {error}")
+        except Exception as error:  # raised in the training thread by `_collect`
             self._error = error
 
-    def _staying(self, state: Saveable) -> set[int]:
-        probes = state.extra.get("monitor", {}).get("probes", ()) if self.keeping.best else ()
+    def _retained(self, state: Saveable) -> set[int]:
+        probes = state.extra.get("monitor", {}).get("probes", ()) if self.retention.best else ()
         best = min(probes, key=lambda probe: probe["kid"], default=None)
         present = [int(path.name.removeprefix("update-")) for path in checkpoints(self.folder)]
-        return retained([*present, state.update], self.keeping.every, best["update"] if best else None)
+        return retained([*present, state.update], self.retention.every, best["update"] if best else None)
 
     def _check(self) -> None:
         if self._cancelled:
             raise _CancelledError
-        self.keeping.own()
+        self.retention.check_lease()
 
     def _collect(self) -> None:
         if self._thread is not None:
@@ -196,46 +179,40 @@ class Writer:
 def save_checkpoint(
     folder: Path,
     state: Saveable,
-    fingerprint: str,
+    identity: str,
     last: int = 2,
-    check: Callable[[], None] = lambda: None,
     keep: Collection[int] = (),
-    shares: ProcessGroup = SINGLE_PROCESS,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write a checkpoint of `state` under `folder`; drop those of later updates and all but the newest `last`.
+    """Write a checkpoint of `state` under `folder`; remove those of later updates and all but the newest `last`.
 
-    Those of the updates in `keep` stay, too, if they are not later ones.
-
-    `check` is called between the parts, and may raise. Where the disk has no room for one more, older ones go first,
-    except the newest. Of a state that is sharded over `shares` all ranks call, and all raise when one fails.
+    Those of the updates in `keep` remain, too, unless they are later ones. `check` is called between the parts, and may
+    raise. When the disk is full, older checkpoints are removed first, except the newest. All processes must call for a
+    sharded state, and all raise when one fails.
     """
-    if shares.world_size > 1:
-        _save_sharded(folder, state, fingerprint, lambda: _drop_old(folder, state.update, last, keep), check, shares)
+    if state.shard_group.world_size > 1:
+        _save_sharded(folder, state, identity, lambda: _remove_old(folder, state.update, last, keep), check)
         return
-    _make_room(folder, _bytes(state))
+    _make_room(folder, _num_bytes(state))
     with atomic_path(folder / f"update-{state.update:09d}") as aside:
         aside.mkdir()
         for part, tensors in state.tensors().items():
             check()
             save_tensors(aside / f"{part}.safetensors", tensors)
-        _complete(aside, state, fingerprint)
+        _complete(aside, state, identity)
         check()
-    _drop_old(folder, state.update, last, keep)
+    _remove_old(folder, state.update, last, keep)
 
 
 def _save_sharded(
-    folder: Path,
-    state: Saveable,
-    fingerprint: str,
-    drop: Callable[[], None],
-    check: Callable[[], None],
-    shares: ProcessGroup,
+    folder: Path, state: Saveable, identity: str, remove_old: Callable[[], None], check: Callable[[], None]
 ) -> None:
-    written = folder / f".update-{state.update:09d}.shards.partial"  # beside, since all ranks must know its name
+    group = state.shard_group
+    written = folder / f".update-{state.update:09d}.shards.partial"  # a name that all processes know
 
     def begin() -> None:
         check()
-        _make_room(folder, _bytes(state))
+        _make_room(folder, _num_bytes(state))
         shutil.rmtree(written, ignore_errors=True)
         written.mkdir()
 
@@ -244,21 +221,21 @@ def _save_sharded(
         with atomic_path(folder / f"update-{state.update:09d}") as aside:
             aside.mkdir()
             written.replace(aside / SHARDS)
-            _complete(aside, state, fingerprint)
+            _complete(aside, state, identity)
             check()
-        drop()
+        remove_old()
 
     try:
-        shares.run_on_main(begin)
+        group.run_on_main(begin)
         write_shards(written, state.tensors())
-        shares.run_on_main(end)
+        group.run_on_main(end)
     finally:
-        if shares.is_main_process:
+        if group.is_main_process:
             shutil.rmtree(written, ignore_errors=True)
 
 
-def _complete(aside: Path, state: Saveable, fingerprint: str) -> None:
-    """Write what a checkpoint holds beside tensors, the manifest last."""
+def _complete(aside: Path, state: Saveable, identity: str) -> None:
+    """Write the files of a checkpoint besides tensors, the manifest last."""
     write_curves(aside / "curves.csv", state.rows, tuple(state.rows[0]) if state.rows else ())
     write_json(aside / "extra.json", state.extra)
     files = {
@@ -266,15 +243,15 @@ def _complete(aside: Path, state: Saveable, fingerprint: str) -> None:
         for path in sorted(aside.rglob("*"))
         if path.is_file()
     }
-    manifest = {"fingerprint": fingerprint, "update": state.update, "seconds": state.seconds, "files": files}
+    manifest = {"fingerprint": identity, "update": state.update, "seconds": state.seconds, "files": files}
     write_json(aside / "manifest.json", manifest)
 
 
 def retained(updates: Iterable[int], every: int | None, best: int | None) -> set[int]:
-    """Return which checkpoints stay beside the latest: the first at or after each multiple of `every`, and `best`.
+    """Return the checkpoints to retain besides the latest: the first ones at or after multiples of `every`, and `best`.
 
-    What stays once goes on staying as more come, the best until a better one does: so at most the run's updates over
-    `every`, and two.
+    A checkpoint that is retained once stays so as more come (the best one until there is a better one): at most the
+    run's updates over `every`, and two.
     """
     present, found, before = sorted(updates), set(), 0
     if every is not None:
@@ -287,7 +264,7 @@ def retained(updates: Iterable[int], every: int | None, best: int | None) -> set
     return found
 
 
-def _drop_old(folder: Path, update: int, last: int, keep: Collection[int]) -> None:
+def _remove_old(folder: Path, update: int, last: int, keep: Collection[int]) -> None:
     present = checkpoints(folder)
     later = [path for path in present if path.name > f"update-{update:09d}"]  # damaged, or no longer its future
     kept = {f"update-{each:09d}" for each in keep}
@@ -296,28 +273,28 @@ def _drop_old(folder: Path, update: int, last: int, keep: Collection[int]) -> No
             shutil.rmtree(old)
 
 
-def load_latest(folder: Path, state: Resumable, fingerprint: str, until: int | None = None) -> list[str]:
-    """Bring `state` to the newest checkpoint under `folder` that is whole; leave it as it is when there is none.
+def load_latest(folder: Path, state: TrainingState, identity: str, until: int | None = None) -> list[str]:
+    """Bring `state` to the newest whole checkpoint under `folder`; leave it unchanged when there is none.
 
-    Those of updates after `until` do not count. Returns a line for each damaged checkpoint passed over. Raises
-    UserError for a checkpoint of other params.
+    Checkpoints of updates after `until` do not count. Returns a line for each damaged checkpoint. Raises UserError for
+    a checkpoint of another identity.
     """
-    passed_over, parts = [], list(state.tensors())
+    damaged, parts = [], list(state.tensors())
     for checkpoint in reversed(checkpoints(folder)):
         if until is not None and checkpoint.name > f"update-{until:09d}":
             continue
         damage = _damage(checkpoint, parts)
         if damage:
-            passed_over.append(f"Found {checkpoint} damaged ({damage}): went on from an earlier one.")
+            damaged.append(f"Found {checkpoint} damaged ({damage}): an earlier one is used.")
             continue
         manifest = read_json(checkpoint / "manifest.json")
-        if manifest["fingerprint"] != fingerprint:
+        if manifest["fingerprint"] != identity:
             raise UserError(
-                f"Found {checkpoint} made with other params, data or code (fingerprint {manifest['fingerprint']}), "
-                f"expected {fingerprint}: delete the folder, or restore the params."
+                f"Found {checkpoint} of other params, data or versions (identity {manifest['fingerprint']}), "
+                f"expected {identity}: delete the folder, or restore the params."
             )
         if (shards := checkpoint / SHARDS).is_dir():
-            tensors = state.targets(names_in(shards))
+            tensors = state.targets(tensor_names(shards))
             read_shards(shards, tensors)
         else:
             tensors = {part: load_tensors(checkpoint / f"{part}.safetensors") for part in parts}
@@ -326,7 +303,7 @@ def load_latest(folder: Path, state: Resumable, fingerprint: str, until: int | N
         state.extra = read_json(checkpoint / "extra.json")
         state.update, state.seconds = manifest["update"], manifest["seconds"]
         break
-    return passed_over
+    return damaged
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -335,6 +312,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def _damage(checkpoint: Path, parts: list[str]) -> str | None:
+    """Return what is wrong with the files of a checkpoint, if anything."""
     try:
         manifest = read_json(checkpoint / "manifest.json")
         if checkpoint.name != f"update-{manifest['update']:09d}":
@@ -342,10 +320,10 @@ def _damage(checkpoint: Path, parts: list[str]) -> str | None:
         shards = [name for name in manifest["files"] if name.startswith(f"{SHARDS}/")]
         if not shards and (checkpoint / SHARDS).exists():
             return f"manifest.json does not list {SHARDS}/"
-        for name in (*BESIDES, *(shards or (f"{part}.safetensors" for part in parts))):
+        for name in (*OTHER_FILES, *(shards or (f"{part}.safetensors" for part in parts))):
             path, file = checkpoint / name, manifest["files"][name]
             if path.stat().st_size != file["bytes"] or sha256_file(path) != file["sha256"]:
-                return f"{name} is not what the manifest says"
+                return f"{name} does not match the manifest"
     except (UserError, OSError, KeyError, TypeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return None
@@ -359,5 +337,5 @@ def _make_room(folder: Path, needed: int) -> None:
         shutil.rmtree(old)
 
 
-def _bytes(state: Saveable) -> int:
+def _num_bytes(state: Saveable) -> int:
     return sum(tensor.nbytes for tensors in state.tensors().values() for tensor in tensors.values())

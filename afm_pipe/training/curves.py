@@ -19,9 +19,9 @@ def write_curves(path: Path, rows: Sequence[Row], columns: tuple[str, ...]) -> N
 
 
 def append_curve(path: Path, row: Row) -> None:
-    """Append one row to a file that `write_curves` began, so that a run can be watched.
+    """Append one row to a file of `write_curves`, so that a run can be followed.
 
-    On a full disk it is left out: the rows that count are in the checkpoints, and every start writes the file anew.
+    On a full disk it is skipped: the checkpoints hold the rows, and every start rewrites the file.
     """
     line = io.StringIO()
     csv.DictWriter(line, list(row), lineterminator="\n").writerow(row)
@@ -29,7 +29,7 @@ def append_curve(path: Path, row: Row) -> None:
 
 
 def read_curves(path: Path) -> list[Row]:
-    """Read rows as written; update and images are whole numbers."""
+    """Read rows as written; update and images are integers."""
     names, *lines = path.read_text().splitlines() or [""]
     return [_row(names, line) for line in lines]
 

@@ -1,7 +1,7 @@
-"""What happened to a training, one JSON object a line: update, images, kind, text, evidence, action.
+"""The event log of a run, one JSON object per line: update, images, kind, text, evidence, action.
 
-The log only grows. It is part of the checkpoint, and written anew from it at every start, so that after a kill it is
-that of a training never killed.
+The log is append-only. It is part of every checkpoint and rewritten from it at every start, so that after a kill it
+equals that of an uninterrupted run.
 """
 
 import json
@@ -14,21 +14,21 @@ from pydantic import TypeAdapter, ValidationError
 
 from afm_pipe.runtime.files import atomic_path, complete_lines, try_append
 
-FILE = "events.jsonl"  # in the folder of a training
-FATAL = ("divergence", "not_finite")  # kinds that end a training, where it did not go back
-ALARMS = ("identity", "divergence", "stagnation", "collapse")  # kinds that rules fire; all others are actions
+FILE = "events.jsonl"  # in the folder of a run
+FATAL = ("divergence", "not_finite")  # kinds that end a run unless it is rolled back
+ALARMS = ("identity", "divergence", "stagnation", "collapse")  # kinds that rules raise; all others are actions
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened at an update: an alarm of a rule, or an action."""
+    """An alarm of a rule, or an action, at an update."""
 
     update: int
     images: int  # seen by G
     kind: str
     text: str
     evidence: dict[str, float | int | None] = field(default_factory=dict)
-    action: str | None = None  # what was done, where something was
+    action: str | None = None  # what the monitor did, if anything
 
 
 _EVENT = TypeAdapter(Event)
@@ -43,7 +43,7 @@ def write_events(path: Path, events: Sequence[Event]) -> None:
 def append_event(path: Path, event: Event) -> None:
     """Append one event to a log.
 
-    On a full disk it is left out: the watch remembers it, and the log is written anew at every start and at the end.
+    On a full disk it is skipped: the monitor remembers it, and rewrites the log at every start and at the end.
     """
     try_append(path, _line(event))
 

@@ -1,7 +1,8 @@
 """From losses to steps: gradients summed over processes, optimizers, the moving average, non-finite losses.
 
-Whole networks go through DistributedDataParallel, whose hook sums gradients while the backward pass runs; sharded ones
-through FSDP2 (`sharding.py`). Losses weigh by their share of the batch, so gradients add up and are never averaged.
+DistributedDataParallel wraps whole networks, and its hook sums gradients while the backward pass runs; FSDP2 sums those
+of sharded ones (`sharding.py`). Losses are weighted by their share of the batch, so gradients add up and are never
+averaged.
 """
 
 import math
@@ -19,7 +20,7 @@ from afm_pipe.objectives.base import Hyperparameters
 from afm_pipe.objectives.schedules import ema_decay_at
 from afm_pipe.params import Ema
 from afm_pipe.runtime.errors import NotFiniteError
-from afm_pipe.training.sharding import full_tensor, local
+from afm_pipe.training.sharding import full_tensor, local_shard
 from afm_pipe.training.state import TrainingState
 
 NEVER = 2**31 - 1
@@ -31,12 +32,12 @@ class Learner:
     def __init__(self, state: TrainingState, ema: Ema, group: ProcessGroup) -> None:
         self.state, self.ema, self.group = state, ema, group
         self.modules: dict[str, nn.Module] = dict(state.networks)
-        if group.world_size > 1 and state.shares.world_size == 1:
+        if group.world_size > 1 and not state.is_sharded:
             self.modules = {name: _data_parallel(network) for name, network in state.networks.items()}
         device = state.sums.device
-        # The update that first had a non-finite loss, on the device; from then on no optimizer steps.
+        # The first update with a non-finite loss, on the device; from then on no optimizer steps.
         self._diverged_at = torch.full((), NEVER, device=device)
-        # Elsewhere than on a CPU reading a number makes the host wait for the device: once a row is enough.
+        # On a GPU the host would wait for the device to read a number: once a row is enough.
         self._reads_at_once = device.type == "cpu"
 
     @property
@@ -57,7 +58,7 @@ class Learner:
     def accumulate(self, name: str, last: bool) -> Iterator[None]:
         """Run a backward pass of `module(name)` within this; only the `last` of a batch sends gradients.
 
-        Sharded networks send in every backward pass: their whole gradients would not fit.
+        Sharded networks send in every backward pass, since their whole gradients would not fit.
         """
         module = self.modules[name]
         if last or not isinstance(module, DistributedDataParallel):
@@ -89,15 +90,15 @@ class Learner:
         for group in optimizer.param_groups:
             group["lr"] = hyperparameters.lr[name]
         optimizer.step()
-        self._clear(name)
+        optimizer.zero_grad()
         return full_tensor(norm)
 
     @torch.no_grad()
     def update_ema(self) -> None:
         """Move the average towards the sampled network's weights."""
-        averages: list[Tensor] = [local(average) for average in self.state.ema.parameters()]
+        averages: list[Tensor] = [local_shard(average) for average in self.state.ema.parameters()]
         sampled = self.networks[self.state.sampled]
-        weights = [local(weight).to(averages[0].device) for weight in sampled.parameters()]
+        weights = [local_shard(weight).to(averages[0].device) for weight in sampled.parameters()]
         torch._foreach_lerp_(averages, weights, 1 - ema_decay_at(self.ema, self.state.update))
 
     def require_finite(self) -> None:
@@ -107,14 +108,10 @@ class Learner:
             raise _not_finite("a non-finite loss", update)
 
     def abandon(self) -> None:
-        """Leave no trace of an unfinished update but in the weights."""
+        """Clear what an unfinished update left outside the weights."""
         self._diverged_at.fill_(NEVER)
-        for name, network in self.networks.items():
-            network.requires_grad_(True)
-            self._clear(name)
-
-    def _clear(self, name: str) -> None:
-        self.networks[name].zero_grad(set_to_none=True)
+        for network in self.networks.values():
+            network.requires_grad_(True).zero_grad()
 
 
 def _data_parallel(network: nn.Module) -> DistributedDataParallel:
@@ -123,9 +120,9 @@ def _data_parallel(network: nn.Module) -> DistributedDataParallel:
     module = DistributedDataParallel(
         network,
         device_ids=[device] if device.type == "cuda" else None,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
     )
+    module.broadcast_buffers = False  # they are the same everywhere; as an argument it is deprecated
     module.register_comm_hook(None, _sum_gradients)
     return module
 

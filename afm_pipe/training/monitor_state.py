@@ -1,6 +1,5 @@
-"""What the monitor remembers of a run: a part of every checkpoint, as JSON."""
+"""The monitor's memory of a run: part of every checkpoint, as JSON."""
 
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,21 +11,21 @@ from afm_pipe.training.rules import Probed
 
 @dataclass
 class MonitorState:
-    """Events and probes so far, and what actions have changed."""
+    """Events and probes so far, and the changes that actions made."""
 
     events: list[Event] = field(default_factory=list)
     probes: list[Probed] = field(default_factory=list)
     holding: list[str] = field(default_factory=list)  # alarms that were raised and still hold
-    rate: float = 1.0  # learning rates are multiplied by it
+    rate: float = 1.0  # factor of the learning rates
     rollbacks: int = 0
-    good: int | None = None  # update of the checkpoint that a rollback goes back to
-    weight_scale: float = 1.0  # scheduled loss weights are multiplied by it
-    decay_speed: float = 1.0  # of the scheduled loss weights, since the update `decay_since`, when their clock read:
-    decay_clock: float = 0.0
+    good: int | None = None  # update of the checkpoint for a rollback
+    weight_scale: float = 1.0  # factor of the scheduled loss weights
+    decay_speed: float = 1.0  # of the scheduled loss weights, since the update `decay_since`
+    decay_clock: float = 0.0  # of their schedules at that update
     decay_since: int = 0
     adversaries: list[int] = field(default_factory=list)  # updates after which the adversary was kept
-    phase: int = 0  # of `schedule: auto`, counted from 0, and the update it began with
-    phase_since: int = 0
+    phase: int = 0  # of `schedule: auto`, counted from 0
+    phase_since: int = 0  # its first update
     best: int | None = None  # update of the best probe
     finished: bool = False
 
@@ -36,11 +35,11 @@ class MonitorState:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "MonitorState":
-        """Return the state that `to_json` gave."""
+        """Return the state from its JSON."""
         return cls(**value | {"events": [Event(**event) for event in value["events"]]})
 
     def clock(self, update: int) -> float:
-        """Return the update at which the schedules of loss weights are read."""
+        """Return the update at which the schedules of loss weights are evaluated."""
         return self.decay_clock + self.decay_speed * (update - self.decay_since)
 
     def speed_up(self, update: int, factor: float) -> None:
@@ -51,11 +50,12 @@ class MonitorState:
     def adjusted(
         self, objective: Objective, run: Run, found: Hyperparameters, update: int, num_images: int
     ) -> Hyperparameters:
-        """Return hyperparameters with what actions, and the phases of an auto schedule, have changed."""
+        """Return hyperparameters as actions and the phases of an auto schedule have changed them."""
         weights = {}
         if self.decay_speed != 1 or self.weight_scale != 1 or self.phase:
-            clock = math.inf if self.phase else self.clock(update)
-            scheduled = objective.hyperparameters(update, num_images, clock).weights
+            scheduled = objective.hyperparameters(update, num_images, self.clock(update)).weights
+            if self.phase and "transport" in scheduled:
+                scheduled = {**scheduled, "transport": run.monitor.auto.transport}
             weights = {name: self.weight_scale * weight for name, weight in scheduled.items()}
         rate = self.rate * (run.monitor.auto.lr[self.phase - 1] if self.phase else 1.0)
         return found.scaled(rate, weights)

@@ -1,7 +1,6 @@
-"""The rules of the monitor: each looks at what is known of a run and returns an alarm, or nothing.
+"""The rules of the monitor: pure functions of curves and probes that return an alarm or None.
 
-Pure functions of rows of the curves and of probes. docs/monitor.md states each rule and where its threshold comes
-from.
+docs/monitor.md states each rule and the origin of its threshold.
 """
 
 import math
@@ -14,11 +13,14 @@ from afm_pipe.training.curves import Row
 
 ROLES: tuple[Role, ...] = ("d_accuracy", "output_scale", "transport_distance")
 
-Probed = dict[str, float]  # update, epoch, kid, class_accuracy, variance, spread
+REFERENCE = 3  # probes before the last ones, whose mean a drop is measured from
+
+Probed = dict[str, float]
+"""A probe: update, epoch; kid, class_accuracy, variance, spread, each with its standard error (`kid_error`)."""
 
 
 class Alarm(NamedTuple):
-    """What a rule found."""
+    """The finding of a rule."""
 
     kind: str
     text: str
@@ -26,33 +28,36 @@ class Alarm(NamedTuple):
 
 
 class Watched(NamedTuple):
-    """The columns of the curves that rules look at, by role (`objectives.base.Term`)."""
+    """The columns of the curves that rules read, by role (`objectives.base.Term`)."""
 
     adversarial_loss: tuple[str, ...]
     d_accuracy: str | None
     output_scale: str | None
     transport_distance: str | None
+    scheduled: tuple[str, ...]
+    """Loss weights, which an alarm shows as evidence."""
 
     @classmethod
     def of(cls, objective: type[Objective] | Objective) -> "Watched":
-        """Return the columns of an objective; a rule without its column never fires."""
+        """Return the columns of an objective; a rule whose column is missing never fires."""
         one = {role: next(iter(objective.with_role(role)), None) for role in ROLES}
-        return cls(tuple(objective.with_role("adversarial_loss")), **one)
+        losses, scheduled = objective.with_role("adversarial_loss"), (term.name for term in objective.scheduled)
+        return cls(tuple(losses), **one, scheduled=tuple(scheduled))
 
 
 def alarms_of_rows(run: Run, watched: Watched, rows: Sequence[Row]) -> list[Alarm]:
-    """Return the alarms of the rules that need the curves alone."""
+    """Return the alarms of the rules that read curves only."""
     return [alarm for alarm in (divergence(run, watched, rows), identity(run, watched, rows)) if alarm is not None]
 
 
 def alarms_of_probes(run: Run, watched: Watched, rows: Sequence[Row], probes: Sequence[Probed]) -> list[Alarm]:
-    """Return the alarms of the rules that need a probe, right after one."""
+    """Return the alarms of the rules that read probes, right after one."""
     found = (spread_lost(run, probes), stagnation(run, watched, rows, probes), collapse(run, probes))
     return [alarm for alarm in found if alarm is not None]
 
 
 def divergence(run: Run, watched: Watched, rows: Sequence[Row]) -> Alarm | None:
-    """Losses are not finite or explode, or samples are much larger than data."""
+    """Return an alarm when losses are not finite or explode, or samples are much larger than data."""
     limits = run.monitor.divergence
     columns = (*watched.adversarial_loss, *([watched.output_scale] if watched.output_scale else []))
     seen = _means(run, rows, *columns)
@@ -72,68 +77,129 @@ def divergence(run: Run, watched: Watched, rows: Sequence[Row]) -> Alarm | None:
 
 
 def spread_lost(run: Run, probes: Sequence[Probed]) -> Alarm | None:
-    """Samples vary hardly at all, over all classes."""
+    """Return an alarm when samples hardly vary, over all classes."""
     last, limit = probes[-1], run.monitor.divergence.spread
-    if _settled(run, last) and last["spread"] < limit:
-        text = f"samples vary {last['spread']:.3g} times as much as data, below {limit:g}"
-        return Alarm("divergence", text, {"spread": last["spread"]})
+    if _settled(run, last) and _below(run, last, "spread", limit):
+        text = f"samples vary {_figure(last, 'spread')} times as much as data, below {limit:g}"
+        return Alarm("divergence", text, _evidence(last, "spread"))
     return None
 
 
 def identity(run: Run, watched: Watched, rows: Sequence[Row]) -> Alarm | None:
-    """G returns nearly what it is given."""
+    """Return an alarm when G is close to the identity."""
     if watched.transport_distance is None:
         return None
     seen = _means(run, rows, watched.transport_distance)
     if seen is None or not _settled(run, rows[-1]):
         return None
     steps = 3 if run.nfe == "any" else run.nfe  # the root mean square of s - t over pairs of times is a third
-    move = seen[watched.transport_distance] * steps
-    if move < run.monitor.identity.transport_rms:
-        text = f"G moves its noise by {move:.3g} of its size, below {run.monitor.identity.transport_rms:g}"
-        return Alarm("identity", text, {"transport_rms": move, "transport": rows[-1]["transport"]})
+    distance = seen[watched.transport_distance] * steps
+    if distance < run.monitor.identity.transport_rms:
+        text = f"G moves its noise by an rms of {distance:.3g}, below {run.monitor.identity.transport_rms:g}"
+        return Alarm(
+            "identity", text, {"transport_rms": distance} | {name: rows[-1][name] for name in watched.scheduled}
+        )
     return None
 
 
 def stagnation(run: Run, watched: Watched, rows: Sequence[Row], probes: Sequence[Probed]) -> Alarm | None:
-    """Quality stops improving while D wins."""
+    """Return an alarm when quality stops improving while D wins."""
     limits = run.monitor.stagnation
     if watched.d_accuracy is None or not stopped_improving(run, probes):
         return None
-    since = probes[-limits.probes - 1]["update"]
+    since = probes[-limits.probes]["update"]
     wins = [row[watched.d_accuracy] for row in rows if row["update"] > since]
     accuracy = sum(wins) / len(wins)
     if accuracy <= limits.d_accuracy:
         return None
-    best = min(probe["kid"] for probe in probes)
-    text = f"no better for {limits.probes} probes, while D tells {accuracy:.1%} of pairs apart"
-    return Alarm("stagnation", text, {"d_accuracy": accuracy, "kid": probes[-1]["kid"], "best_kid": best})
+    found = trend(run, probes)
+    text = f"no better for {limits.probes} probes ({found}), while D is right in {accuracy:.1%} of pairs"
+    return Alarm("stagnation", text, {"d_accuracy": accuracy, **_evidence(probes[-1], "kid"), **found._asdict()})
 
 
 def collapse(run: Run, probes: Sequence[Probed]) -> Alarm | None:
-    """Samples of a class are too much alike, or those of different classes are; at several probes in a row."""
+    """Return an alarm when, at several probes in a row, samples of one class or of all classes are too similar."""
     limits = run.monitor.collapse
-    last = probes[-limits.probes :]
+    last, before = probes[-limits.probes :], probes[: -limits.probes]
     if len(last) < limits.probes or not _settled(run, last[0]):
         return None
-    seen = {name: max(probe[name] for probe in last) for name in ("variance", "class_accuracy")}
-    if seen["variance"] < limits.variance:
-        text = f"samples of a class vary {seen['variance']:.3g} times as much as data, below {limits.variance:g}"
-        return Alarm("collapse", text, seen)
-    if seen["class_accuracy"] < limits.class_accuracy:
-        share = f"{seen['class_accuracy']:.3g} times as often as data, below {limits.class_accuracy:g}"
-        return Alarm("collapse", f"samples look like the class asked for {share}", seen)
+    for name, limit, text in (
+        ("variance", limits.variance, "samples of a class vary {} times as much as data"),
+        ("class_accuracy", limits.class_accuracy, "samples are classified right {} times as often as data"),
+    ):
+        if all(_below(run, probe, name, limit) for probe in last):
+            found = text.format(_figure(last[-1], name))
+            return Alarm("collapse", f"{found}, below {limit:g}", _evidence(last[-1], name))
+        usual = [probe for probe in before if _settled(run, probe)][-REFERENCE:]
+        if len(usual) < REFERENCE:
+            continue
+        mean, error = _mean(usual, name)
+        if all(_below(run, probe, name, (1 - limits.drop) * mean, error) for probe in last):
+            found = text.format(_figure(last[-1], name))
+            evidence = {**_evidence(last[-1], name), f"{name}_before": mean, f"{name}_before_error": error}
+            return Alarm("collapse", f"{found}, {limits.drop:.0%} below {mean:.3g} before", evidence)
     return None
 
 
+class Trend(NamedTuple):
+    """How the distance of the last probes changes from probe to probe, as a share of their mean."""
+
+    slope: float
+    slope_error: float
+
+    def __str__(self) -> str:
+        return f"{self.slope:+.1%} ± {self.slope_error:.1%} a probe"
+
+
+def trend(run: Run, probes: Sequence[Probed]) -> Trend:
+    """Return the least-squares trend of the last `stagnation.probes` probes.
+
+    Its error is that of the probes' own errors, or of their scatter around the line where that is larger: a run's path
+    has noise of its own.
+    """
+    last = probes[-run.monitor.stagnation.probes :]
+    values, errors = [probe["kid"] for probe in last], [probe["kid_error"] for probe in last]
+    count, mean = len(values), sum(values) / len(values)
+    places = [index - (count - 1) / 2 for index in range(count)]
+    square = sum(place**2 for place in places)
+    slope = sum(place * value for place, value in zip(places, values, strict=True)) / square
+    own = math.sqrt(sum((place * error) ** 2 for place, error in zip(places, errors, strict=True))) / square
+    residuals = [value - mean - slope * place for place, value in zip(places, values, strict=True)]
+    scatter = math.sqrt(sum(residual**2 for residual in residuals) / (count - 2) / square)
+    level = max(abs(mean), *errors)  # near zero the distance may be negative
+    return Trend(slope / level, max(own, scatter) / level)
+
+
 def stopped_improving(run: Run, probes: Sequence[Probed], since: int = 0) -> bool:
-    """Tell whether none of the last probes is clearly better than the best before them; all taken after `since`."""
+    """Return whether the last probes, all taken after `since`, improve significantly less than a run that learns."""
     limits = run.monitor.stagnation
-    before, last = probes[: -limits.probes], probes[-limits.probes :]
-    if not before or not _settled(run, before[-1]) or last[0]["update"] <= since:
+    last = probes[-limits.probes :]
+    if len(last) < limits.probes or not _settled(run, last[0]) or last[0]["update"] <= since:
         return False
-    best = min(probe["kid"] for probe in before)
-    return min(probe["kid"] for probe in last) > best - limits.improvement * abs(best)
+    found = trend(run, probes)
+    return found.slope - run.monitor.significance * found.slope_error > -limits.improvement
+
+
+def _below(run: Run, probe: Probed, name: str, limit: float, limit_error: float = 0.0) -> bool:
+    """Return whether a figure of a probe lies significantly below a limit."""
+    error = math.hypot(probe[f"{name}_error"], limit_error)
+    return probe[name] + run.monitor.significance * error < limit
+
+
+def _mean(probes: Sequence[Probed], name: str) -> tuple[float, float]:
+    """Return the mean of a figure over probes, and its standard error."""
+    values, errors = [probe[name] for probe in probes], [probe[f"{name}_error"] for probe in probes]
+    mean = sum(values) / len(values)
+    scatter = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+    return mean, max(scatter, math.sqrt(sum(error**2 for error in errors)) / len(errors))
+
+
+def _figure(probe: Probed, name: str) -> str:
+    return f"{probe[name]:.3g} ± {probe[f'{name}_error']:.1g}"
+
+
+def _evidence(probe: Probed, name: str) -> dict[str, float]:
+    return {name: probe[name], f"{name}_error": probe[f"{name}_error"]}
 
 
 def _settled(run: Run, at: Row) -> bool:
@@ -141,7 +207,7 @@ def _settled(run: Run, at: Row) -> bool:
 
 
 def _means(run: Run, rows: Sequence[Row], *names: str) -> dict[str, float] | None:
-    """Return the means of some columns over the last rows, None while there are too few."""
+    """Return the means of some columns over the last rows; None while there are too few rows."""
     last = rows[-run.monitor.rows :]
     if len(last) < run.monitor.rows:
         return None

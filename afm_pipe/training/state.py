@@ -13,12 +13,10 @@ from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from afm_pipe.models.model_files import load_exactly
 from afm_pipe.objectives.base import Objective
 from afm_pipe.training.curves import Row
-from afm_pipe.training.engine import Engine, ema_device
-from afm_pipe.training.sharding import placed, shard, unfilled, whole
+from afm_pipe.training.engine import Engine
+from afm_pipe.training.sharding import Parts, empty_optimizer_tensors, full_tensors, shard, shard_like
 
 CLOCKS = ("training", "data_wait", "saving")  # the latter two are parts of the first
-
-Parts = dict[str, dict[str, Tensor]]
 
 
 class Start(NamedTuple):
@@ -42,7 +40,7 @@ class TrainingState:
     sums: Tensor
     """Of the objective's terms since the last row, so that a checkpoint may fall between rows."""
     sampled: str
-    shares: ProcessGroup = SINGLE_PROCESS
+    shard_group: ProcessGroup = SINGLE_PROCESS
     """The processes that networks, optimizers and averages are sharded over."""
     update: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CLOCKS, 0.0))  # over all sessions
@@ -58,24 +56,24 @@ class TrainingState:
         group: ProcessGroup = SINGLE_PROCESS,
         keep_best: bool = False,
     ) -> "TrainingState":
-        """Return the state before the first update; initial weights depend on the seed alone.
+        """Return the state before the first update; initial weights depend on the seed only.
 
-        Where the engine shards, each process of `group` holds the networks whole in the machine's memory before.
+        Where the engine shards, each process of `group` first builds the whole networks in the machine's memory.
         """
-        shares = group if engine.shard else SINGLE_PROCESS
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(objective.settings.seed)
             networks = objective.build_networks()
-        if shares.world_size == 1:
+        sharded = engine.shard and group.world_size > 1
+        if not sharded:
             networks = {name: network.to(device) for name, network in networks.items()}
         ema = copy.deepcopy(networks[objective.sampled]).requires_grad_(False)
         best = copy.deepcopy(ema) if keep_best else None
         engine.prepare(objective.settings.precision, device, *networks.values())
-        if shares.world_size > 1:
+        if sharded:
             for network in (*networks.values(), ema, *(() if best is None else (best,))):
-                shard(network, shares)
-        else:
-            ema.to(ema_device(engine, device))
+                shard(network, group)
+        elif engine.ema_on_cpu:
+            ema.cpu()
         return cls(
             networks,
             ema,
@@ -84,24 +82,29 @@ class TrainingState:
             objective.build_buffers(device),
             torch.zeros(len(objective.terms), device=device),
             objective.sampled,
-            shares,
+            group if sharded else SINGLE_PROCESS,
         )
 
-    def begin_from(self, start: Start) -> None:
-        """Take over a trained run's weights and clock; the optimizers begin anew (their memory is ten updates long)."""
-        for name, network in self.networks.items():
-            network.load_state_dict(placed(start.networks[name], network.state_dict()))
-        self.ema.load_state_dict(placed(start.networks[self.sampled], self.ema.state_dict()))
-        self.update = start.update
-
-    def sampled_from_ema(self) -> None:
-        """Replace the sampled network's weights by their moving average."""
-        self.networks[self.sampled].load_state_dict(self.ema.state_dict())
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a shard of the state; else each holds all of it."""
+        return self.shard_group.world_size > 1
 
     @property
     def modules(self) -> dict[str, nn.Module]:
         """Everything with weights, by the part of a checkpoint that holds it."""
         return {**self.networks, "ema": self.ema, **({} if self.best is None else {"best": self.best})}
+
+    def begin_from(self, start: Start) -> None:
+        """Take over a trained run's weights and clock; optimizers start afresh (their memory is ten updates long)."""
+        for name, network in self.networks.items():
+            network.load_state_dict(shard_like(start.networks[name], network.state_dict()))
+        self.ema.load_state_dict(shard_like(start.networks[self.sampled], self.ema.state_dict()))
+        self.update = start.update
+
+    def reload_ema(self) -> None:
+        """Replace the sampled network's weights by their moving average."""
+        self.networks[self.sampled].load_state_dict(self.ema.state_dict())
 
     def tensors(self) -> Parts:
         """Return all tensors of the state by part and name."""
@@ -113,9 +116,9 @@ class TrainingState:
         }
 
     def load_tensors(self, tensors: Parts, folder: Path) -> None:
-        """Take over tensors as `tensors` returns them. Raises UserError when they are of another model."""
+        """Load tensors as `tensors` returns them. Raises UserError when they are of another model."""
         for name, module in self.modules.items():
-            load_exactly(module, placed(tensors[name], module.state_dict()), folder / f"{name}.safetensors")
+            load_exactly(module, shard_like(tensors[name], module.state_dict()), folder / f"{name}.safetensors")
         for name, optimizer in self.optimizers.items():
             load_optimizer(optimizer, tensors[f"optimizer_{name}"])
         for name, buffer in self.buffers.items():
@@ -123,31 +126,30 @@ class TrainingState:
         self.sums.copy_(tensors["curve"]["sums"])
 
     def targets(self, names: Iterable[tuple[str, str]]) -> Parts:
-        """Return tensors that others of these parts and names can be read into, to be taken over by `load_tensors`."""
+        """Return tensors that a sharded checkpoint with these parts and names is read into, for `load_tensors`."""
         found, names = self.tensors(), list(names)
-        for part, network in self.networks.items():
-            key = f"optimizer_{part}"
-            found[key] = unfilled(network.parameters(), (name for of, name in names if of == key))
+        for name, network in self.networks.items():
+            key = f"optimizer_{name}"
+            of_optimizer = (tensor for part, tensor in names if part == key)
+            found[key] = empty_optimizer_tensors(network.parameters(), of_optimizer)
         return found
 
     def gather(self, objective: Objective) -> None:
-        """Put what a model is saved from, whole and in the machine's memory, in its sharded place on the main process.
+        """Put whole networks, in the machine's memory, in place of the sharded ones on the main process.
 
-        All processes must call; the state is for saving then.
+        A model is saved from them; the sampled network is not, its moving average is. All processes must call, and
+        training cannot continue after it.
         """
         with torch.device("meta"):
-            fresh = objective.build_networks()
-            fresh["ema"] = copy.deepcopy(fresh[self.sampled])
-        for name, module in {**self.networks, "ema": self.ema}.items():
-            if name == self.sampled:
-                continue
-            tensors = whole(module.state_dict(), self.shares)
-            if self.shares.is_main_process:
-                fresh[name].load_state_dict(tensors, assign=True)
-                if name == "ema":
-                    self.ema = fresh[name]
-                else:
-                    self.networks[name] = fresh[name]
+            modules = objective.build_networks()
+        modules["ema"] = modules.pop(self.sampled)
+        for name, module in modules.items():
+            tensors = full_tensors(self.modules[name].state_dict(), self.shard_group)
+            if self.shard_group.is_main_process:
+                module.load_state_dict(tensors, assign=True)
+        if self.shard_group.is_main_process:
+            self.ema = modules.pop("ema")
+            self.networks |= modules
 
 
 def optimizer_tensors(optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
@@ -157,11 +159,11 @@ def optimizer_tensors(optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
 
 
 def load_optimizer(optimizer: torch.optim.AdamW, tensors: dict[str, Tensor]) -> None:
-    """Take over an optimizer's state as `optimizer_tensors` returns it."""
+    """Load an optimizer's state as `optimizer_tensors` returns it."""
     state: dict[int, dict[str, Tensor]] = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, value in tensors.items():
         index, name = key.split(".")
         parameter = parameters[int(index)]
-        state.setdefault(int(index), {})[name] = placed({name: value}, {name: parameter})[name]
+        state.setdefault(int(index), {})[name] = shard_like({name: value}, {name: parameter})[name]
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

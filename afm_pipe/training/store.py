@@ -1,70 +1,64 @@
 """The folder of a run under work/: rows of its curves, its events, checkpoints and kept weights.
 
     curves.csv       rows so far          events.jsonl    the event log
-    checkpoints/     the newest           good/           where a rollback goes back to
+    checkpoints/     the newest           good/           checkpoints for rollbacks
     adversaries/     earlier adversaries  kept/           moving averages after some updates
+    selected/        the best moving average so far
 
-Rows and events that count are in the checkpoints; both files are written anew at every start, so that after a kill they
-are those of a run never killed.
+The checkpoints hold the authoritative rows and events; both files are rewritten at every start, so that after a kill
+they equal those of an uninterrupted run.
 """
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from afm_pipe.models.model_files import load_exactly, load_tensors, save_tensors
 from afm_pipe.runtime.errors import UserError
-from afm_pipe.runtime.files import atomic_path, remove_leftovers
-from afm_pipe.training.curves import Row, append_curve, read_curves, write_curves
+from afm_pipe.runtime.files import atomic_path, read_json, remove_leftovers
+from afm_pipe.training.checkpoints import checkpoints
+from afm_pipe.training.curves import Row, append_curve, write_curves
 from afm_pipe.training.events import FILE, Event, append_event, read_events, write_events
-from afm_pipe.training.sharding import placed, whole
+from afm_pipe.training.sharding import full_tensors, shard_like
 
 
 class RunStore:
-    """Reads and writes the folder of a run; of several processes the main one writes."""
+    """Reads and writes the folder of a run; only the main process writes."""
 
     def __init__(self, folder: Path, group: ProcessGroup = SINGLE_PROCESS) -> None:
         self.folder, self.group = folder, group
 
     @property
-    def curves(self) -> Path:
-        """The rows so far."""
-        return self.folder / "curves.csv"
-
-    @property
     def checkpoints(self) -> Path:
-        """Where checkpoints are."""
+        """The folder of checkpoints."""
         return self.folder / "checkpoints"
 
     @property
     def good(self) -> Path:
-        """Where the checkpoints are that a rollback goes back to."""
+        """The folder of checkpoints for rollbacks."""
         return self.folder / "good"
 
     def clean(self) -> None:
-        """Remove what unfinished writes left."""
+        """Remove the leftovers of unfinished writes."""
         if self.group.is_main_process:
             for folder in (self.folder, *self.folder.glob("*/")):
                 remove_leftovers(folder)
 
     def write_rows(self, rows: Sequence[Row], columns: tuple[str, ...]) -> None:
-        """Write the curves anew."""
+        """Rewrite the curves."""
         if self.group.is_main_process:
-            write_curves(self.curves, rows, columns)
+            write_curves(self.folder / "curves.csv", rows, columns)
 
     def append_row(self, row: Row) -> None:
         """Append a row to the curves."""
         if self.group.is_main_process:
-            append_curve(self.curves, row)
-
-    def read_rows(self) -> list[Row]:
-        """Return the rows written so far."""
-        return read_curves(self.curves)
+            append_curve(self.folder / "curves.csv", row)
 
     def write_events(self, events: Sequence[Event]) -> None:
-        """Write the event log anew."""
+        """Rewrite the event log."""
         if self.group.is_main_process:
             write_events(self.folder / FILE, events)
 
@@ -78,22 +72,44 @@ class RunStore:
         return read_events(self.folder / FILE)
 
     def kept(self, update: int) -> Path:
-        """Return where the moving average after an update is kept, if it is."""
+        """Return the file of the moving average after an update, which is kept if the task says so."""
         return self.folder / "kept" / f"update-{update:09d}.safetensors"
 
-    def adversary(self, update: int, of: str = "probe") -> Path:
-        """Return where the adversary after an update is kept, of a probe or of a phase's start."""
-        return self.folder / "adversaries" / f"{of}-{update:09d}.safetensors"
+    def adversary(self, update: int, reason: Literal["probe", "epoch"] = "probe") -> Path:
+        """Return the file of the adversary after an update, kept for the monitor or because a phase reloads it."""
+        return self.folder / "adversaries" / f"{reason}-{update:09d}.safetensors"
+
+    def selected(self, update: int) -> Path:
+        """Return where the moving average after an update is kept while it is the best."""
+        return self.folder / "selected" / f"update-{update:09d}.safetensors"
+
+    def keep_selected(self, updates: Collection[int]) -> None:
+        """Remove the selected averages of all updates but some."""
+        if self.group.is_main_process:
+            wanted = {self.selected(update) for update in updates}
+            for path in set((self.folder / "selected").glob("update-*")) - wanted:
+                path.unlink()
+
+    def remembered(self, owner: str, *folders: Path) -> list[Any]:
+        """Return what the checkpoints of some folders hold for an owner."""
+        found = []
+        for checkpoint in (each for folder in folders for each in checkpoints(folder)):
+            try:
+                extra = read_json(checkpoint / "extra.json")
+            except UserError:  # damaged, or just being removed in the background: nothing resumes from it
+                continue
+            if owner in extra:
+                found.append(extra[owner])
+        return found
 
     def keep_adversaries(self, updates: Collection[int]) -> None:
-        """Remove the adversaries of all probes but those after some updates."""
-        wanted = {self.adversary(update) for update in updates}
-        for path in set((self.folder / "adversaries").glob("probe-*")) - wanted:
+        """Remove the adversaries kept for the monitor, except those after `updates`."""
+        for path in set((self.folder / "adversaries").glob("probe-*")) - {self.adversary(each) for each in updates}:
             path.unlink()
 
     def save(self, path: Path, network: nn.Module) -> None:
-        """Write a network's weights whole; all processes must call."""
-        tensors = whole(network.state_dict(), self.group)
+        """Write a network's whole weights; all processes must call."""
+        tensors = full_tensors(network.state_dict(), self.group)
         if self.group.is_main_process:
             with atomic_path(path) as aside:
                 save_tensors(aside, tensors)
@@ -102,8 +118,8 @@ class RunStore:
     def load(self, path: Path, network: nn.Module) -> None:
         """Load a network's weights. Raises UserError when the file is missing or of another network."""
         if not path.is_file():
-            raise UserError(f"Found no {path}, which the run goes back to: remove {self.folder} and train again.")
-        load_exactly(network, placed(load_tensors(path), network.state_dict()), path)
+            raise UserError(f"Found no {path}, which the run reloads: remove {self.folder} and train again.")
+        load_exactly(network, shard_like(load_tensors(path), network.state_dict()), path)
 
     def load_kept(self, update: int) -> dict[str, Tensor]:
         """Return the moving average kept after an update."""

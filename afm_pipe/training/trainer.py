@@ -1,7 +1,7 @@
-"""The one trainer: updates an objective's networks from batches, logs, checkpoints; killed at any moment, it resumes.
+"""The trainer: updates an objective's networks from batches, logs, writes checkpoints, and resumes after any kill.
 
-The task is what shapes numbers, the runtime what does not. Stages, trials of tables and the latent classifier all train
-through it. To resume, call it again with the same task and folder.
+The task shapes numbers, the runtime does not. Stages, trials of tables and the latent classifier all train through it.
+To resume, train again with the same task and folder.
 """
 
 import signal
@@ -27,6 +27,7 @@ from afm_pipe.training.engine import Engine
 from afm_pipe.training.interventions import Interventions
 from afm_pipe.training.learner import Learner
 from afm_pipe.training.monitor import TrainingMonitor
+from afm_pipe.training.selection import BestAverage, Measure
 from afm_pipe.training.state import Start, TrainingState
 from afm_pipe.training.store import RunStore
 
@@ -36,27 +37,29 @@ MIN_UPDATES_PER_ROW = 10
 
 @dataclass(frozen=True)
 class Task:
-    """What shapes the numbers of a run."""
+    """A run: everything that shapes its numbers."""
 
     objective: Objective
     latents: Latents
     identity: str
     start: Start | None = None
-    """What a continued run begins from."""
+    """Where a continued run begins; left out: fresh weights."""
     keep_at: Collection[int] = ()
     """Updates after which the moving average is kept, at `RunStore.kept`."""
+    measure: Measure | None = None
+    """The distance by which a run with `selection` chooses its moving average."""
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how a run is trained, which changes no number but by rounding."""
+    """Where and how a run is trained, which changes numbers by rounding only."""
 
     work_dir: Path
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     checkpoint_seconds: float = 60.0
     group: ProcessGroup = SINGLE_PROCESS
     micro_batch: int | None = None
-    """Images that a device takes at once; left out: the process's whole share of a batch."""
+    """Largest number of images in a micro-batch; left out: the process's whole share of a batch."""
     retention: RetentionPolicy = RetentionPolicy()  # an immutable value
     engine: Engine = Engine()
 
@@ -65,16 +68,16 @@ class Trained(NamedTuple):
     """A finished run."""
 
     state: TrainingState
-    notes: list[str]  # what a person should know of how it went
+    notes: list[str]  # lines that a user should read
 
 
 class Trainer:
-    """Trains a task to its end, from its newest checkpoint, else from its start, else from fresh weights."""
+    """Trains a task to its end, from its newest checkpoint, its start or fresh weights."""
 
     def __init__(self, task: Task, runtime: Runtime) -> None:
-        """Build the state and bring it to the newest checkpoint.
+        """Build the state and load the newest checkpoint.
 
-        Raises UserError on a checkpoint of another identity, or where processes found different ones.
+        Raises UserError on a checkpoint of another identity, or where processes find different ones.
         """
         self.task, self.runtime = task, runtime
         self.objective, self.latents, self.group = task.objective, task.latents, runtime.group
@@ -94,10 +97,16 @@ class Trainer:
         self.callbacks: list[Callback] = []
         if run is not None:
             self.callbacks = [Interventions(self, run), TrainingMonitor(self, run, task.identity)]
+        self.selection: BestAverage | None = None
+        if run is not None and run.selection is not None and task.measure is not None:
+            self.selection = BestAverage(self, run.selection, task.measure)
+            self.callbacks.append(self.selection)
         self._stopped = False  # by a callback
+        self._used = self.hyperparameters()  # by the last update
+        self._lap = time.monotonic()  # when the training clock was last read
 
     def train(self) -> Generator[Progress, None, Trained]:
-        """Train; a termination signal makes it finish the update, write a checkpoint and raise Stopped.
+        """Train; on a termination signal, finish the update, write a checkpoint and raise Stopped.
 
         Raises NotFiniteError on a non-finite loss, before it reaches the weights.
         """
@@ -108,10 +117,10 @@ class Trainer:
             callback.begin()
         self._stopped = any(callback.finished for callback in self.callbacks)
         yield self._progress()
-        active = group.is_main_process or state.shares.world_size > 1
-        retention, seconds = self.runtime.retention, self.runtime.checkpoint_seconds
-        writing = Writer(store.checkpoints, self.task.identity, seconds, retention, active, state.shares)
-        self._lapped = time.monotonic()
+        active = group.is_main_process or state.is_sharded
+        seconds, retention = self.runtime.checkpoint_seconds, self.runtime.retention
+        writing = Writer(store.checkpoints, state, self.task.identity, seconds, retention, active)
+        self._lap = time.monotonic()
         with report_lost_rank(), shutdown_requested() as request, writing as writer:
             while state.update < self.total and not self._stopped:
                 coming = state.update + 1
@@ -141,10 +150,10 @@ class Trainer:
             self.notes += writer.notes
         for callback in self.callbacks:
             callback.end()
-        if self._stopped:  # what stands for the end of the schedule
+        if self._stopped:  # early: the final average stands for those of later updates
             for update in sorted(each for each in self.task.keep_at if each >= state.update):
                 store.save(store.kept(update), state.ema)
-        if state.shares.world_size > 1:
+        if state.is_sharded:
             state.gather(self.objective)
         return Trained(state, self.notes)
 
@@ -155,11 +164,11 @@ class Trainer:
             found = callback.adjust(found)
         return found
 
-    def draw(self) -> list[Any]:
+    def draw(self) -> Any:
         """Return the micro-batches of the next update."""
         return self.batches.draw(self.state.update, self.hyperparameters())
 
-    def update(self, batch: list[Any]) -> Tensor:
+    def update(self, batch: Any) -> Tensor:
         """Make one update; return its figures. Raises NotFiniteError on a CPU, before the weights change."""
         self._used = self.hyperparameters()
         figures = self.objective.update(self.learner, batch, self._used)
@@ -168,7 +177,7 @@ class Trainer:
         return figures
 
     def try_update(self) -> None:
-        """Make one update that is not logged. Raises NotFiniteError where its loss is not finite."""
+        """Make one update that is not logged. Raises NotFiniteError when its loss is not finite."""
         try:
             self.update(self.draw())
             self.learner.require_finite()
@@ -176,28 +185,28 @@ class Trainer:
             self.learner.abandon()
             raise
 
-    def _draw(self, writer: Writer, row_due: bool) -> list[Any]:
+    def _draw(self, writer: Writer, row_due: bool) -> Any:
         waited = time.monotonic()
         try:
             batch = self.draw()
             if row_due:
                 for callback in self.callbacks:
                     callback.prepare()
-        except UserError:  # the data are gone: what was trained so far is kept
-            if self.state.shares.world_size == 1:  # else the other processes would have to be here too
-                writer.finish(self.state)
+        except UserError:  # the data are gone: save what was trained so far
+            if not self.state.is_sharded:  # else all processes would have to write
+                writer.finish()
             raise
         self.state.seconds["data_wait"] += time.monotonic() - waited
         return batch
 
     def _recover(self, error: NotFiniteError) -> None:
-        """Go back to an earlier update where a callback can; else raise the error."""
+        """Continue from an earlier update if a callback restored it; else raise the error."""
         actions = [callback.not_finite(error) for callback in self.callbacks]
         if Action.RESTORED not in actions:
             raise error
 
     def _row(self) -> Action:
-        """Append a row to the curves, and do what the callbacks find to do."""
+        """Append a row to the curves and let the callbacks act on it."""
         state, start = self.state, self.task.start
         since = state.update - (state.rows[-1]["update"] if state.rows else start.update if start else 0)
         now = self._used
@@ -216,15 +225,15 @@ class Trainer:
         return Action.STOP if self._stopped else Action.CONTINUE
 
     def _save(self, writer: Writer, request: ShutdownRequest, ended: bool) -> None:
-        """Write a checkpoint; raise Stopped where a signal requested it."""
+        """Write a checkpoint; raise Stopped after a termination signal."""
         now, seconds = time.monotonic(), self.state.seconds
-        seconds["training"] += now - self._lapped
-        self._lapped = now
+        seconds["training"] += now - self._lap
+        self._lap = now
         stop = self.group.any(request.number is not None)
         if ended or stop:
-            writer.finish(self.state)
+            writer.finish()
         else:
-            writer.save(self.state)
+            writer.save()
         seconds["saving"] += time.monotonic() - now
         if stop and not ended:
             raise Stopped(request.number or signal.SIGTERM)
@@ -235,10 +244,10 @@ class Trainer:
 
 
 def _require_same_update(group: ProcessGroup, update: int) -> None:
-    """Raise UserError when processes found checkpoints of different updates."""
+    """Raise UserError when processes loaded checkpoints of different updates."""
     found = group.all_gather(update)
     if len(set(found)) > 1:
         raise UserError(
-            f"Found the processes at updates {', '.join(map(str, found))}, expected one for all: put work/ where every "
-            "machine sees the same files."
+            f"Found the processes at updates {', '.join(map(str, found))}, expected the same on all: put work/ where "
+            "all machines share it."
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from afm_pipe.cli.app import app
-from afm_pipe.objectives.adversarial_flow.losses import gradient_penalty, logit_centering, moved, relativistic
+from afm_pipe.objectives.adversarial_flow.losses import gradient_penalty, logit_centering, perturb, relativistic
 from afm_pipe.params import Guidance, Params, Toy
 from afm_pipe.params.file import load_params
 from afm_pipe.reporting import titles
@@ -142,14 +142,18 @@ def test_loss_of_all_seeds_is_the_sum_of_the_pipelines_losses(toy: Toy) -> None:
         "real": training._judge(g, critic, batch.target, batch.t, batch.labels),
         "fake": training._judge(g, critic, fake, batch.t, batch.labels),
         "real_moved": training._judge(
-            g, critic, moved(batch.target[:, :16], noise[0], epsilon), batch.t[:, :16], batch.labels
+            g, critic, perturb(batch.target[:, :16], noise[0], epsilon), batch.t[:, :16], batch.labels
         ),
-        "fake_moved": training._judge(g, critic, moved(fake[:, :16], noise[1], epsilon), batch.t[:, :16], batch.labels),
+        "fake_moved": training._judge(
+            g, critic, perturb(fake[:, :16], noise[1], epsilon), batch.t[:, :16], batch.labels
+        ),
     }
     for seed in range(toy.seeds):
         real, fake, real_moved, fake_moved = (value[seed] for value in judged.values())
         w = torch.full((16,), 0.25)
-        penalty = gradient_penalty(real, real_moved, epsilon, w) + gradient_penalty(fake, fake_moved, epsilon, w)
+        penalty = gradient_penalty(real[:16], real_moved, epsilon, w) + gradient_penalty(
+            fake[:16], fake_moved, epsilon, w
+        )
         expected = expected + relativistic(real, fake) + toy.penalty.weight * penalty
         expected = expected + toy.logit_centering * logit_centering(real, fake)
     assert batch.source.shape == shape

@@ -1,4 +1,4 @@
-"""A training that is killed, asked to end or left alone by who started it goes on to the very same bits."""
+"""A run that is killed, sent a termination signal or orphaned resumes to the same bits."""
 
 import json
 import os
@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,10 +20,11 @@ from afm_pipe.params import Params
 from afm_pipe.params.file import load_params
 from afm_pipe.runtime import paths
 from afm_pipe.training.checkpoints import checkpoints
+from afm_pipe.training.trainer import Trainer
 from tests.conftest import ROOT
 from tests.crash import OVERRIDES, RUN, crash, result, start, train, wait
 
-# As dvc does it: a shell between, and no word to the stage when it ends.
+# As DVC does it: a shell in between, and no signal to the stage when it ends.
 PARENT = """
 import os, subprocess, sys
 os.environ["DVC_STAGE"] = "train@t4"
@@ -45,7 +47,7 @@ def params(discs: Path) -> Params:
 
 @pytest.fixture(scope="module")
 def expected(discs: Path, params: Params, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What a training makes that is left alone."""
+    """What an uninterrupted run makes."""
     project, before = tmp_path_factory.mktemp("alone") / "project", Path.cwd()
     shutil.copytree(discs, project)
     os.chdir(project)
@@ -80,13 +82,13 @@ def updates() -> list[int]:
     return [json.loads((path / "manifest.json").read_text())["update"] for path in checkpoints(folder)]
 
 
-def test_trainings_killed_at_random_moments_end_with_the_same_bits(discs: Path, params: Params) -> None:
+def test_runs_killed_at_random_moments_end_with_the_same_bits(discs: Path, params: Params) -> None:
     found = crash(discs, params, 5, random.Random(int(time.time())))
     assert found["kills"] == found["identical"] == 5, found
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
-def test_a_training_asked_to_end_writes_a_checkpoint_and_says_what_to_do(
+def test_a_termination_signal_writes_a_checkpoint_and_says_what_to_do(
     project: Path, params: Params, expected: dict[str, bytes], number: signal.Signals, code: int
 ) -> None:
     child = start(train(params, 1000), project / "said")
@@ -103,20 +105,18 @@ def test_a_training_asked_to_end_writes_a_checkpoint_and_says_what_to_do(
     assert result() == expected
 
 
-def test_a_second_interrupt_ends_a_training_at_once(
+def test_a_second_interrupt_ends_a_run_at_once(
     project: Path, params: Params, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from afm_pipe.training.update import Updates
+    update = Trainer.update
 
-    update = Updates.update
-
-    def long(self: Updates, *arguments: object) -> torch.Tensor:
+    def long(self: Trainer, batch: list[Any]) -> torch.Tensor:
         if self.state.update == 15:
             Path("busy").touch()
             time.sleep(60)
-        return update(self, *arguments)
+        return update(self, batch)
 
-    monkeypatch.setattr(Updates, "update", long)
+    monkeypatch.setattr(Trainer, "update", long)
     child = start(train(params, 0), project / "said")
     monkeypatch.undo()
     os.chdir(project)
@@ -132,7 +132,7 @@ def test_a_second_interrupt_ends_a_training_at_once(
     assert result() == expected
 
 
-def test_data_cut_short_in_mid_epoch_end_a_training_with_a_checkpoint(
+def test_data_cut_short_in_mid_epoch_end_a_run_with_a_checkpoint(
     project: Path, params: Params, expected: dict[str, bytes]
 ) -> None:
     whole = paths.LATENTS.read_bytes()
@@ -161,7 +161,7 @@ def test_a_stage_whose_dvc_is_gone_ends_with_a_checkpoint(project: Path, expecte
 
 
 @pytest.mark.slow  # dvc and the stage import what they need, twice
-def test_dvc_repro_that_is_terminated_leaves_no_trainer_and_goes_on(
+def test_a_terminated_dvc_repro_leaves_no_trainer_and_resumes(
     project: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = f"{sys.executable} stage.py"

@@ -57,7 +57,7 @@ def trained(latents: Latents, discs_params: Params) -> Callable[..., TrainingSta
     def trained(
         folder: Path,
         retention: RetentionPolicy = RetentionPolicy(),  # noqa: B008  # an immutable value
-        checkpoint_seconds: float = 0.0,
+        checkpoint_seconds: float = 1e9,
         **monitor: object,
     ) -> TrainingState:
         settings = {
@@ -74,7 +74,7 @@ def trained(latents: Latents, discs_params: Params) -> Callable[..., TrainingSta
 
 
 def test_a_run_keeps_every_n_updates_and_its_best_probe(trained: Callable[..., TrainingState], tmp_path: Path) -> None:
-    state = trained(tmp_path, RetentionPolicy(last=1, in_background=False, every=15, best=True))
+    state = trained(tmp_path, RetentionPolicy(last=1, in_background=False, every=15, best=True), 0.0)
     best = min(state.extra["monitor"]["probes"], key=lambda probe: probe["kid"])["update"]
     assert updates_of(RunStore(tmp_path).checkpoints) == sorted({15, 30, state.update, int(best)})
 
@@ -99,7 +99,7 @@ def test_latents_lost_before_a_probe_leave_a_checkpoint_that_resumes_to_the_same
     with monkeypatch.context() as patched:
         patched.setattr("afm_pipe.training.monitor.Probe", lost)
         with pytest.raises(UserError, match="cut short"):
-            trained(tmp_path / "cut", checkpoint_seconds=1e9)
+            trained(tmp_path / "cut")
     assert updates_of(RunStore(tmp_path / "cut").checkpoints) == [9], "the last update before a row that is probed"
     assert_same(trained(tmp_path / "cut"), whole)
 

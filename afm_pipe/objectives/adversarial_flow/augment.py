@@ -1,6 +1,6 @@
-"""Random changes to latents: of what D sees in guided phases, and of what the classifier learns from.
+"""Augmentation of latents: of what D sees in guided phases, and of what the classifier is trained on.
 
-Drawn from a generator of one's own, so that a batch's changes are a function of (seed, images seen) like all else.
+Each is drawn from a separate generator, so that a batch's augmentation is a function of (seed, images seen).
 """
 
 import math
@@ -13,61 +13,61 @@ from torch import Tensor
 from afm_pipe.data.order import ALL
 from afm_pipe.params import Affine, Augmentation
 
-ASPECT = (0.3, 3.3)  # of an erased rectangle, drawn log-uniformly; the usual range, the paper names none
+ASPECT = (0.3, 3.3)  # of an erased rectangle: half of the draws below 1, half above, as kornia's RandomErasing draws
 
 
 class View(Protocol):
-    """How latents (N, C, H, W) are seen."""
+    """An augmentation of latents."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return them as they are seen."""
+        """Return augmented latents (N, C, H, W)."""
 
 
-class DiscriminatorView(NamedTuple):
+class AugmentedView(NamedTuple):
     """Translations and erasings of a batch, applied differentiably, to real and fake alike."""
 
-    origins: Tensor  # (N, H, W): which pixel, counted by rows, each comes from
+    origins: Tensor  # (N, H, W): the index of the source pixel, row by row
     keep: Tensor  # (N, H, W) bool; the others are zero
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return latents x (N, C, H, W) as D sees them."""
+        """Return augmented latents x (N, C, H, W)."""
         n, channels = x.shape[:2]
         where = self.origins.to(x.device).view(n, 1, -1).expand(n, channels, -1)
         return x.flatten(2).gather(2, where).view_as(x) * self.keep.to(x.device)[:, None]
 
 
 class AffineView(NamedTuple):
-    """Rotations, translations and magnifications of a batch; what lies beyond the border is reflected."""
+    """Rotations, translations and magnifications of a batch, with reflection at the border."""
 
     theta: Tensor  # (N, 2, 3)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return latents x (N, C, H, W), moved."""
+        """Return augmented latents x (N, C, H, W)."""
         grid = F.affine_grid(self.theta.to(x), list(x.shape), align_corners=False)
         return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
 
 
-def discriminator_view(
+def augmented_view(
     augment: Augmentation, count: int, side: int, generator: torch.Generator, own: slice = ALL
-) -> DiscriminatorView:
+) -> AugmentedView:
     """Draw translations and erasings for a batch of latents (N, C, H, W) with N = `count`, H = W = `side`.
 
-    Zeros move in, and erased rectangles are zero. `own` says which of the batch are wanted.
+    Content moves right and down by a share of the side drawn from U(0, `translate`), as kornia's RandomTranslate does
+    with the released range; zeros move in, and erased rectangles are zero. `own` says which of the batch are wanted.
     """
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")  # (H, W)
-    most = round(augment.translate * side)
-    moves = torch.randint(-most, most + 1, (2, count, 1, 1), generator=generator)
+    moves = (augment.translate * side * torch.rand(2, count, 1, 1, generator=generator)).round().long()
     moves = moves * (torch.rand(count, 1, 1, generator=generator) < augment.probability)
     from_rows, from_columns = rows - moves[0], columns - moves[1]  # (N, H, W)
     keep = (from_rows >= 0) & (from_rows < side) & (from_columns >= 0) & (from_columns < side)
     for _ in range(augment.erasings):
         keep &= ~_rectangles(augment, count, side, generator, rows, columns)
     index = from_rows.clamp(0, side - 1) * side + from_columns.clamp(0, side - 1)
-    return DiscriminatorView(index[own].contiguous(), keep[own].contiguous())
+    return AugmentedView(index[own].contiguous(), keep[own].contiguous())
 
 
-def affine_view(affine: Affine, count: int, generator: torch.Generator, own: slice = ALL) -> AffineView:
-    """Draw rotations, translations and magnifications for a batch of `count`, of which `own` are wanted."""
+def affine_view(affine: Affine, count: int, generator: torch.Generator, shard: slice = ALL) -> AffineView:
+    """Draw rotations, translations and magnifications for a batch of `count` latents; return those of `shard`."""
     angle = math.radians(affine.degrees) * (2 * torch.rand(count, generator=generator) - 1)
     shift = 2 * affine.translate * (2 * torch.rand(2, count, generator=generator) - 1)  # in half sides
     low, high = affine.scale
@@ -75,19 +75,20 @@ def affine_view(affine: Affine, count: int, generator: torch.Generator, own: sli
     chosen = torch.rand(count, generator=generator) < affine.probability
     cosine, sine = angle.cos() / scale, angle.sin() / scale
     theta = torch.stack([cosine, -sine, shift[0], sine, cosine, shift[1]], dim=1).view(count, 2, 3)
-    return AffineView(torch.where(chosen[:, None, None], theta, torch.eye(2, 3))[own])
+    return AffineView(torch.where(chosen[:, None, None], theta, torch.eye(2, 3))[shard])
 
 
 def _rectangles(
     augment: Augmentation, count: int, side: int, generator: torch.Generator, rows: Tensor, columns: Tensor
 ) -> Tensor:
     """Draw a rectangle per latent as a mask (N, H, W); empty where the draw leaves the latent alone."""
-    chosen, area, aspect, top, left = torch.rand(5, count, 1, 1, generator=generator)
+    chosen, area, wide, narrow, tall, top, left = torch.rand(7, count, 1, 1, generator=generator)
     low, high = augment.area
     area = (low + (high - low) * area) * side**2
-    aspect = torch.exp(math.log(ASPECT[0]) + (math.log(ASPECT[1]) - math.log(ASPECT[0])) * aspect)
+    flat, steep = ASPECT
+    aspect = torch.where(wide < 0.5, flat + (1 - flat) * narrow, 1 + (steep - 1) * tall)  # height over width
     height = (area * aspect).sqrt().round().clamp(1, side)
-    width = (area / height).round().clamp(1, side)
+    width = (area / aspect).sqrt().round().clamp(1, side)
     top, left = (top * (side - height + 1)).floor(), (left * (side - width + 1)).floor()
     inside = (rows >= top) & (rows < top + height) & (columns >= left) & (columns < left + width)
     return inside & (chosen < augment.probability)

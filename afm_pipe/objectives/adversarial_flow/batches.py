@@ -1,10 +1,11 @@
 """The batches of a run: latents, labels, times and noise, each a function of (seed, stream, images seen).
 
 Every process draws for the whole batch and takes a strided shard of it, `rank::world_size`; each of its micro-batches
-is a strided shard of that. So nothing depends on the number of processes and micro-batches, and the first images of a
-batch, which are penalized, are spread evenly over them.
+is a strided shard of that. So no number depends on how many processes and micro-batches there are, and the penalized
+images, the first ones of a batch, are spread evenly over them.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -13,8 +14,14 @@ from torch import Tensor, nn
 from afm_pipe.data.latents import Latents
 from afm_pipe.data.order import Order, stream_generator
 from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from afm_pipe.objectives.adversarial_flow.augment import DiscriminatorView, discriminator_view
-from afm_pipe.objectives.adversarial_flow.guidance import GuideAtTimes, GuideToData, guide_at_times, guide_to_data
+from afm_pipe.objectives.adversarial_flow.augment import AugmentedView, View, augmented_view
+from afm_pipe.objectives.adversarial_flow.guidance import (
+    Guide,
+    GuideAtTimes,
+    GuideToData,
+    guide_at_times,
+    guide_to_data,
+)
 from afm_pipe.objectives.adversarial_flow.losses import interpolate, step_weighting
 from afm_pipe.objectives.base import Hyperparameters, num_micro_batches
 from afm_pipe.params import Augmentation, Guidance, Run
@@ -24,7 +31,7 @@ Draws = TypeVar("Draws", bound=tuple[Any, ...] | None)
 
 
 class Batch(NamedTuple):
-    """What one update of G or D is made from. In one step x_s is noise, x_t is data, and there are no times."""
+    """The batch of one step of G or D. For one-step generation x_s is noise, x_t is data, and there are no times."""
 
     real: Tensor  # (N, C, H, W), x_t: what D compares G's output with
     source: Tensor  # (N, C, H, W), x_s: G's input
@@ -43,33 +50,43 @@ class Batch(NamedTuple):
 
 
 class PenaltyNoise(NamedTuple):
-    """Directions of the finite differences, for the penalized first part of the batch."""
+    """Directions of the finite differences, for the penalized images: the first ones of the batch."""
 
     real: Tensor  # (n, C, H, W)
     fake: Tensor  # (n, C, H, W)
 
 
-class Share(NamedTuple):
-    """The share of the whole batch that a micro-batch is: the weight of its losses, so that they add up."""
+class DiscriminatorPart(NamedTuple):
+    """A micro-batch of one D step."""
 
-    batch: float = 1.0
-    penalized: float = 1.0  # of the penalized images
+    batch: Batch
+    noise: PenaltyNoise | None  # None in updates that lazy penalties leave out
+    view: View | None = None
+    share: float = 1.0
+    """Of the whole batch: the weight of its losses, so that they add up over micro-batches."""
+    penalized_share: float = 1.0
+    """Of the penalized images."""
 
 
-class Part(NamedTuple):
-    """What one D step and one G step are made from: a micro-batch."""
+class GeneratorPart(NamedTuple):
+    """A micro-batch of the G step."""
 
-    d_batch: Batch
-    g_batch: Batch  # the same as D's where the forward pass is reused
-    noise: PenaltyNoise | None
-    d_view: DiscriminatorView | None
-    g_view: DiscriminatorView | None
-    guide: GuideToData | GuideAtTimes | None
-    share: Share
+    batch: Batch
+    view: View | None = None
+    guide: Guide | None = None
+    share: float = 1.0
+    """Of the whole batch."""
+
+
+class Draw(NamedTuple):
+    """What one update is made from: the micro-batches of each D step, and those of the G step."""
+
+    discriminator: Sequence[Sequence[DiscriminatorPart]]
+    generator: Sequence[GeneratorPart]
 
 
 class AdversarialBatches:
-    """Draws the batches of G and of D, which see the data in orders of their own."""
+    """Draws the batches of G and of D, each of which sees the data in its own order."""
 
     def __init__(
         self,
@@ -90,33 +107,45 @@ class AdversarialBatches:
         self.labels = torch.as_tensor(latents.labels)
         self.orders = {stream: Order(latents.num_images, run.seed, stream) for stream in ("discriminator", "generator")}
 
-    def draw(self, update: int, hyperparameters: Hyperparameters) -> list[Part]:
+    def draw(self, update: int, hyperparameters: Hyperparameters) -> Draw:
         """Return this process's micro-batches of an update, counted from 0."""
         images_seen, phase = update * self.run.batch_size, hyperparameters.phase
         assert phase is not None
+        steps = self.run.discriminator_updates
         g_batch = self.batch("generator", images_seen)
-        d_batch = g_batch if self.run.reuse_forward else self.batch("discriminator", images_seen)
-        noise = self.penalty_noise(images_seen)
-        d_view, g_view = (self.view(phase.augment, stream, images_seen) for stream in ("discriminator", "generator"))
+        g_view = self.view(phase.augment, "generator", images_seen)
         guide = self.guide(phase.guidance, g_batch, images_seen)
+        d_steps = []
+        for step in range(steps):
+            at = (update * steps + step) * self.run.batch_size
+            batch = g_batch if self.run.reuse_forward else self.batch("discriminator", at)
+            noise = self.penalty_noise(at, update)
+            d_steps.append(self._discriminator_parts(batch, noise, self.view(phase.augment, "discriminator", at)))
+        return Draw(d_steps, self._generator_parts(g_batch, g_view, guide))
+
+    def _discriminator_parts(
+        self, batch: Batch, noise: PenaltyNoise | None, view: AugmentedView | None
+    ) -> list[DiscriminatorPart]:
         found = []
         for index in range(self.num_micro_batches):
-            part_noise, part_d_batch = self._part(noise, index), self._part(d_batch, index)
-            found.append(
-                Part(
-                    part_d_batch,
-                    part_d_batch if self.run.reuse_forward else self._part(g_batch, index),
-                    part_noise,
-                    self._part(d_view, index),
-                    self._part(g_view, index),
-                    self._part(guide, index),
-                    self._share(part_d_batch, part_noise),
-                )
-            )
+            images, directions = self._part(batch, index), self._part(noise, index)
+            penalized = 0 if directions is None else len(directions.real)
+            shares = len(images.real) / self.run.batch_size, penalized / self._penalized
+            found.append(DiscriminatorPart(images, directions, self._part(view, index), *shares))
+        return found
+
+    def _generator_parts(
+        self, batch: Batch, view: AugmentedView | None, guide: GuideToData | GuideAtTimes | None
+    ) -> list[GeneratorPart]:
+        found = []
+        for index in range(self.num_micro_batches):
+            images = self._part(batch, index)
+            share = len(images.real) / self.run.batch_size
+            found.append(GeneratorPart(images, self._part(view, index), self._part(guide, index), share))
         return found
 
     def batch(self, stream: Stream, images_seen: int) -> Batch:
-        """Return this process's shard of the batch of a stream that starts when G has seen `images_seen` images."""
+        """Return this process's shard of a stream's batch, which starts when G has seen `images_seen` images."""
         count, generator = self.run.batch_size, stream_generator(self.run.seed, stream, "noise", images_seen)
         shape, shard = (count, *self.latents.latent_shape), self.shard
         indices = self.orders[stream].indices(images_seen, count)
@@ -131,27 +160,27 @@ class AdversarialBatches:
         return batch.to(self.device)
 
     def _noisy(self, labels: Tensor, stream: Stream, images_seen: int) -> Tensor:
-        """Return the labels (N,) of a batch with the run's share of them replaced by random ones."""
+        """Return labels (N,), of which the run's share is replaced by random ones."""
         if not self.run.label_noise:
             return labels
         generator = stream_generator(self.run.seed, stream, "labels", images_seen)
         wrong = torch.rand(len(labels), generator=generator) < self.run.label_noise
         return torch.where(wrong, torch.randint(self.latents.num_classes, labels.shape, generator=generator), labels)
 
-    def penalty_noise(self, images_seen: int) -> PenaltyNoise | None:
+    def penalty_noise(self, images_seen: int, update: int) -> PenaltyNoise | None:
         """Return the directions of the finite differences for the D step at `images_seen`, if it has penalties."""
-        if images_seen // self.run.batch_size % self.run.penalty.every:
+        if update % self.run.penalty.every:
             return None
         generator = stream_generator(self.run.seed, "penalty", images_seen)
         noises = torch.randn(2, self._penalized, *self.latents.latent_shape, generator=generator)[:, self.shard]
         return PenaltyNoise(*noises.to(self.device, non_blocking=True))
 
-    def view(self, augment: Augmentation | None, stream: Stream, images_seen: int) -> DiscriminatorView | None:
+    def view(self, augment: Augmentation | None, stream: Stream, images_seen: int) -> AugmentedView | None:
         """Return how D sees the latents of a stream's batch, if the phase augments them."""
         if augment is None:
             return None
         generator = stream_generator(self.run.seed, "augment", stream, images_seen)
-        return discriminator_view(augment, self.run.batch_size, self.latents.latent_shape[1], generator, self.shard)
+        return augmented_view(augment, self.run.batch_size, self.latents.latent_shape[1], generator, self.shard)
 
     def guide(self, guidance: Guidance | None, batch: Batch, images_seen: int) -> GuideToData | GuideAtTimes | None:
         """Return the guidance loss for G's batch, if the phase guides."""
@@ -165,7 +194,7 @@ class AdversarialBatches:
         return guide_to_data(self.classifier, guidance, batch.labels, shape, generator, self.shard)
 
     def _part(self, draws: Draws, part: int) -> Draws:
-        """Return the strided shard `part::num_micro_batches` of draws that are tensors over images, or None."""
+        """Return the strided shard `part::num_micro_batches` of a tuple of tensors over images, or None."""
         if draws is None or self.num_micro_batches == 1:
             return draws
         chosen = (each[part :: self.num_micro_batches] if isinstance(each, Tensor) else each for each in draws)
@@ -174,10 +203,6 @@ class AdversarialBatches:
     @property
     def _penalized(self) -> int:
         return round(self.run.batch_size * self.run.penalty.batch_fraction)
-
-    def _share(self, batch: Batch, noise: PenaltyNoise | None) -> Share:
-        penalized = 0 if noise is None else len(noise.real)
-        return Share(len(batch.real) / self.run.batch_size, penalized / self._penalized)
 
 
 def draw_times(nfe: int | Literal["any"], count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
-"""Flow-based classifier guidance: a classifier's gradient on G's output, at noise levels it was trained for."""
+"""Flow-based classifier guidance: a classifier's gradient at G's output, at noise levels that it was trained on."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,15 @@ from afm_pipe.objectives.adversarial_flow.losses import interpolate
 from afm_pipe.params import Guidance
 
 
+class Guide(Protocol):
+    """A weighted loss of G's output."""
+
+    def __call__(self, output: Tensor) -> Tensor:
+        """Return the loss of G's output (N, C, H, W)."""
+
+
 class GuideToData(NamedTuple):
-    """The loss scale * CE(C(interp(output, z', t'), t'), labels) of one step (paper section 3)."""
+    """The loss scale * CE(C(interp(output, z', t'), t'), labels) of one-step generation (paper section 3)."""
 
     classifier: nn.Module
     scale: float
@@ -27,9 +34,9 @@ class GuideToData(NamedTuple):
 
 
 class GuideAtTimes(NamedTuple):
-    """The loss of several steps: where G goes to a chosen time, C sees its output as it is.
+    """The loss of multi-step generation: C sees G's output unchanged where its target time is a chosen one.
 
-    The mean is over the whole batch, so that a guided sample weighs the same whatever the others' times are.
+    The mean is over the whole batch, so that the weight of a sample does not depend on the others' times.
     """
 
     classifier: nn.Module
@@ -50,21 +57,21 @@ def guide_to_data(
     labels: Tensor,
     shape: tuple[int, ...],
     generator: torch.Generator,
-    own: slice = ALL,
+    shard: slice = ALL,
 ) -> GuideToData:
-    """Draw z', fresh noise of `shape` (N, C, H, W), and t' ~ U(low, high) for the guidance of one step.
+    """Draw noise z' of `shape` (N, C, H, W) and t' ~ U(low, high) for one-step guidance; keep those of `shard`.
 
-    Of a batch of that shape, `own` says which images are wanted; `labels` are theirs.
+    `labels` are those of the shard's images.
     """
     assert guidance.t is not None
     low, high = guidance.t
-    z = torch.randn(shape, generator=generator)[own].to(labels.device)
-    t = (low + (high - low) * torch.rand(shape[0], generator=generator))[own].to(labels.device)
+    z = torch.randn(shape, generator=generator)[shard].to(labels.device)
+    t = (low + (high - low) * torch.rand(shape[0], generator=generator))[shard].to(labels.device)
     return GuideToData(classifier, guidance.scale, labels, z, t)
 
 
 def guide_at_times(classifier: nn.Module, guidance: Guidance, labels: Tensor, t: Tensor) -> GuideAtTimes:
-    """Return the guidance of several steps: where the target time t (N,) is one of guidance.at."""
+    """Return multi-step guidance, where the target time t (N,) is one of guidance.at."""
     assert guidance.at is not None
     times = torch.tensor(guidance.at, device=t.device)
     chosen = ((t[:, None] - times).abs() < 1e-6).any(dim=1)  # (N,)

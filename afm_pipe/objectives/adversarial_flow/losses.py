@@ -11,27 +11,29 @@ from torch import Tensor
 
 
 class Logits(NamedTuple):
-    """D's logits of one D step: real, generated, and both moved a small step in a random direction."""
+    """D's logits of one D step: real, generated, and what the penalties compare."""
 
     real: Tensor  # (N,)
     fake: Tensor  # (N,)
-    real_moved: Tensor  # (n,)
-    fake_moved: Tensor  # (n,)
+    real_penalized: Tensor  # (n,), the first of `real`, in the penalties' precision
+    fake_penalized: Tensor  # (n,)
+    real_perturbed: Tensor  # (n,)
+    fake_perturbed: Tensor  # (n,)
 
 
 def relativistic(higher: Tensor, lower: Tensor) -> Tensor:
-    """Return mean softplus(-(higher - lower)): D wants real above generated, G the other way round."""
+    """Return mean softplus(-(higher - lower)): D wants real above generated, G the reverse."""
     return F.softplus(lower - higher).mean()
 
 
-def gradient_penalty(logits: Tensor, moved: Tensor, epsilon: float, weighting: Tensor | float = 1.0) -> Tensor:
-    """Return mean w ((D(u + eps noise) - D(u)) / eps)^2 over the first len(moved) samples of the batch.
+def gradient_penalty(logits: Tensor, perturbed: Tensor, epsilon: float, weighting: Tensor | float = 1.0) -> Tensor:
+    """Return mean w ((D(u + eps noise) - D(u)) / eps)^2 of logits (n,) at u and at u + eps noise; 0 where n = 0.
 
-    A finite difference, so no gradient of a gradient is needed. Without any moved sample it is 0.
+    A finite difference, so no gradient of a gradient is needed.
     """
-    if not len(moved):
+    if not len(perturbed):
         return logits.new_zeros(())
-    return (weighting * ((moved - logits[: len(moved)]) / epsilon).square()).mean()
+    return (weighting * ((perturbed - logits) / epsilon).square()).mean()
 
 
 def logit_centering(real: Tensor, fake: Tensor) -> Tensor:
@@ -49,11 +51,11 @@ def step_weighting(s: Tensor, t: Tensor) -> Tensor:
     return (s - t).abs().clamp(min=0.001)
 
 
-def moved(x: Tensor, noise: Tensor, epsilon: float) -> Tensor:
+def perturb(x: Tensor, noise: Tensor, epsilon: float) -> Tensor:
     """Return x + epsilon noise."""
     return torch.add(x, noise, alpha=epsilon)
 
 
 def interpolate(x: Tensor, z: Tensor, t: Tensor) -> Tensor:
-    """Return x_t = (1 - t) x + t z for latents (N, ...) and times (N,), or for numbers with a time each."""
+    """Return x_t = (1 - t) x + t z for x and z (N, ...) and times t (N,), or times of the shape of x."""
     return torch.lerp(x, z, t.reshape(*t.shape, *[1] * (x.ndim - t.ndim)))

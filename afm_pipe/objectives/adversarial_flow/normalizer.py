@@ -10,11 +10,11 @@ TINY = 1e-8
 
 
 def divisor(mean_square: Tensor, square_sum: Tensor, elements: int, decay: float) -> Tensor:
-    """Update the running mean of m sum(g^2), in place, and return its root, by which the gradients are divided.
+    """Update the running mean of m sum(g^2), in place, and return its root, the divisor of the gradients.
 
-    With sum(g^2) the squared norm over the whole batch and m = `elements` their number, a stationary gradient leaves
-    with an rms of 1 / m per element. The mean starts at 0 and is not corrected for it, as released: the first gradients
-    come out up to 1 / sqrt(1 - decay) times too large.
+    sum(g^2) = `square_sum` is the squared norm over the whole batch and m = `elements` its number of elements, so a
+    stationary gradient is scaled to an rms of 1 / m per element. The mean starts at 0 without bias correction, as
+    released: the first gradients are up to 1 / sqrt(1 - decay) times too large.
     """
     square = square_sum * elements
     mean_square.lerp_(square.to(mean_square.dtype), 1 - decay)

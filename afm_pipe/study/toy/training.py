@@ -18,7 +18,7 @@ from afm_pipe.objectives.adversarial_flow.losses import (
     gradient_penalty,
     interpolate,
     logit_centering,
-    moved,
+    perturb,
     relativistic,
     step_weighting,
     transport_cost,
@@ -116,15 +116,15 @@ def _discriminator_loss(g: Map, d: Mlps, batch: Batch, noise: Tensor, toy: Toy) 
     with torch.no_grad():
         fake = g(batch.source, batch.s, batch.t, batch.labels)  # (S, N)
     ends = [batch.target, fake]
-    x = torch.cat(ends + [moved(x[:, :n], z, penalty.epsilon) for x, z in zip(ends, noise, strict=True)], dim=1)
+    x = torch.cat(ends + [perturb(x[:, :n], z, penalty.epsilon) for x, z in zip(ends, noise, strict=True)], dim=1)
     t, labels = (torch.cat([value, value, value[:, :n], value[:, :n]], dim=1) for value in (batch.t, batch.labels))
     logits = _judge(g, d, x, t, labels).split([toy.batch_size, toy.batch_size, n, n], dim=1)
 
     def loss(logits: tuple[Tensor, ...], weighting: Tensor) -> Tensor:
-        real, fake, real_moved, fake_moved = logits
+        real, fake, real_perturbed, fake_perturbed = logits
         adversarial = relativistic(real, fake)
-        r1 = gradient_penalty(real, real_moved, penalty.epsilon, weighting)
-        r2 = gradient_penalty(fake, fake_moved, penalty.epsilon, weighting)
+        r1 = gradient_penalty(real[:n], real_perturbed, penalty.epsilon, weighting)
+        r2 = gradient_penalty(fake[:n], fake_perturbed, penalty.epsilon, weighting)
         centering = logit_centering(real, fake)
         return adversarial + penalty.weight * (r1 + r2) + toy.logit_centering * centering
 

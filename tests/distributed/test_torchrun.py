@@ -1,0 +1,114 @@
+"""Several processes from the command line: they start, fail and end together."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from afm_pipe.distributed.launch import Launch
+from afm_pipe.distributed.sbatch import batch_script
+from afm_pipe.distributed.torchrun import run_processes
+
+RUN = [sys.executable, "-m", "afm_pipe", "train", "t4", "--nproc-per-node", "2"]
+
+
+@pytest.fixture
+def project(discs: Path, tmp_path: Path) -> Path:
+    shutil.copytree(discs, tmp_path / "project")
+    return tmp_path / "project"
+
+
+@pytest.mark.slow  # two processes import torch twice
+def test_the_command_line_starts_ranks_and_goes_on_alone(project: Path) -> None:
+    short = ["--set", "runs.t4.phases=[{until_epoch: 2}]"]
+    done = subprocess.run([*RUN, *short], cwd=project, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "15/15 updates" in done.stderr
+    cost = json.loads((project / "costs/t4.json").read_text())
+    assert (cost["ranks"], cost["threads"], cost["updates"]) == (2, 1, 15)
+    rows = (project / "curves/t4.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["update", "10", "15"]
+
+
+@pytest.mark.slow
+def test_a_mistake_on_all_ranks_is_said_once(project: Path) -> None:
+    done = subprocess.run(
+        [*RUN, "--set", "runs.t4.lr=1.0e+20"], cwd=project, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("error:") == 1
+    assert "expected a finite one" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [True, False], ids=["a rank is killed", "the scheduler asks"])
+def test_one_end_is_the_end_of_all(project: Path, killed: bool) -> None:
+    long = ["--set", "runs.t4.phases=[{until_epoch: 800}]"]
+    trainer = subprocess.Popen([*RUN, *long], cwd=project, stderr=subprocess.PIPE, text=True)
+    ranks: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + 200
+        while not any(file.read_text().count("\n") > 1 for file in project.glob("work/t4/*/curves.csv")):
+            assert trainer.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        ranks = psutil.Process(trainer.pid).children()
+        assert len(ranks) == 2
+        if killed:
+            ranks[1].kill()
+        else:
+            trainer.send_signal(signal.SIGUSR1)
+        said = trainer.communicate(timeout=100)[1]
+        assert not any(rank.is_running() for rank in ranks)
+        saved = list(project.glob("work/t4/*/checkpoints/update-*/manifest.json"))
+        assert "Traceback" not in said
+        if killed:
+            assert trainer.returncode == 1 and said.count("error:") == 1 and "rank 1 ended by SIGKILL" in said
+        else:
+            assert trainer.returncode == 75 and saved and said.count("exit code 75") == 1
+    finally:
+        for process in [trainer, *ranks]:
+            if process.poll() is None if process is trainer else process.is_running():
+                process.kill()
+
+
+@pytest.mark.parametrize(
+    ("exits", "code", "said"),
+    [
+        ((1, -signal.SIGKILL), 1, "rank 1 ended by SIGKILL"),  # the other heard of it, and ended, first
+        ((-signal.SIGTERM, 1), 1, ""),  # torchrun ended the other
+        ((-signal.SIGTERM, -signal.SIGSEGV), 1, "rank 1 ended by SIGSEGV"),
+        ((2, 3), 2, ""),
+    ],
+)
+def test_the_rank_is_named_that_the_others_ended_because_of(
+    exits: tuple[int, int], code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from torch.distributed.elastic.multiprocessing import errors
+
+    failures = {rank: errors.ProcessFailure(rank, 100 + rank, exits[rank], "") for rank in (0, 1)}
+    for rank, failure in failures.items():
+        failure.timestamp = rank
+
+    def fail(_: object) -> None:
+        raise errors.ChildFailedError("afm-pipe", failures)
+
+    monkeypatch.setattr("torch.distributed.run.run", fail)
+    for name in ("signal.signal", "logging.disable"):
+        monkeypatch.setattr(name, lambda *_: None)
+    assert run_processes(Launch(nproc_per_node=2), ["-m", "afm_pipe"]) == code
+    written = capsys.readouterr().err
+    assert said in written and bool(written) == bool(said)
+
+
+def test_the_batch_script_is_one_that_bash_reads() -> None:
+    script = batch_script(["train", "xl2", "--set", "runs.xl2.seed=1"], nodes=2, gpus=8, time="12:00:00")
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    assert "srun afm-pipe train xl2 --set runs.xl2.seed=1 &" in script
+    assert "-eq 75 ]; then scontrol requeue" in script
