@@ -1,6 +1,6 @@
-"""The stages as functions: each reads its declared inputs, calls the library, writes its declared outputs.
+"""The stages as functions: each reads its declared inputs, calls the library and writes its declared outputs.
 
-The scripts in stages/ (what DVC runs) and the commands of `afm-pipe` are two doors to these functions.
+The scripts in stages/, which DVC runs, and the commands of `afm-pipe` call these functions.
 """
 
 from afm_pipe.pipeline.find import count_images, load_sampler, model_config, named_run, open_latents, run_budget

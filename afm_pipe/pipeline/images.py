@@ -27,7 +27,7 @@ def prepare(params: Params) -> None:
         track("materialize", materialize(params.data.source, root))
     manifest = track("prepare", build_manifest(params.data))
     write_manifest(paths.MANIFEST, manifest)
-    print(f"{manifest.num_images} images of {len(manifest.classes)} classes under {manifest.root}.")
+    print(manifest.describe())
 
 
 def autoencoder(params: Params, launch: Launch) -> None:
@@ -71,6 +71,8 @@ def reference(params: Params, launch: Launch) -> None:
         track("check images", require_images(manifest, params.data))
     with atomic_path(paths.REFERENCE) as folder:
         track("reference", build_reference(params, manifest, images, vae, folder, device))
+    with atomic_path(paths.REFERENCE_DONE) as aside:
+        aside.write_text("reference\n")
 
 
 def classifier(params: Params, launch: Launch) -> None:

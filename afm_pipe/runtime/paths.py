@@ -11,6 +11,7 @@ AUTOENCODER = Path("models/autoencoder")  # for kind kl, a diffusers Autoencoder
 AUTOENCODER_WEIGHTS = AUTOENCODER / "diffusion_pytorch_model.safetensors"  # whose sha256 is its identity
 CLASSIFIER = Path("models/classifier")  # guidance classifier, written by classifier
 REFERENCE = Path("reference")  # statistics of the real images, the default feature network, thumbnails
+REFERENCE_DONE = Path("data/reference.done")  # always the same, so that a run may wait for the reference alone
 WORK = Path("work")  # state of unfinished work, unknown to git and DVC
 TRIALS = WORK / "trials"  # every trial of the study, by fingerprint
 OLD_TRIALS = WORK / "cells"  # trials of version 0.1

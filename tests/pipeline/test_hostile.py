@@ -246,10 +246,10 @@ def test_params_out_of_all_measure_are_refused(override: str, words: str) -> Non
 def test_names_that_could_be_paths_are_refused_everywhere(name: str, smoke_params: Params) -> None:
     launch = Launch(device="cpu")
     doors: list[tuple[Callable[[], Any], str]] = [
-        (lambda: pipeline.load_sampler(smoke_params, name, CPU), "the model's name"),
-        (lambda: pipeline.sample(smoke_params, name, launch), "the model's name"),
-        (lambda: pipeline.evaluate(smoke_params, name, launch), "the model's name"),
-        (lambda: pipeline.export(name, "released", Path("x.pth")), "the model's name"),
+        (lambda: pipeline.load_sampler(smoke_params, name, CPU), "the model name"),
+        (lambda: pipeline.sample(smoke_params, name, launch), "the model name"),
+        (lambda: pipeline.evaluate(smoke_params, name, launch), "the model name"),
+        (lambda: pipeline.export(name, "released", Path("x.pth")), "the model name"),
         (lambda: pipeline.train(smoke_params, name, launch), "no run"),
         (lambda: pipeline.import_weights(smoke_params, name, Imported(file="x.pth")), "the name"),
         (lambda: pipeline.tables(smoke_params, [name], launch), "no table"),
@@ -290,7 +290,9 @@ def test_a_model_that_says_nonsense_of_its_latents_is_refused(
     shutil.copytree(discs / paths.AUTOENCODER, paths.AUTOENCODER)
     described = read_json(folder / "config.json") | {"classes": list("abcdefghij"), "scaling_factor": 1.0}
     write_json(folder / "config.json", described | changes)
-    with pytest.raises(UserError, match="without 10 class names or with a scaling factor that is no number"):
+    with pytest.raises(
+        UserError, match="without 10 class names or with a scaling factor that is not a positive number"
+    ):
         pipeline.load_sampler(discs_params, "x", CPU)
 
 
