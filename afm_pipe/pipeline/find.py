@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from afm_pipe.params import Params, Run, valid_name
-from afm_pipe.pipeline.notices import notice_models
+from afm_pipe.pipeline.notices import notice_model
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import read_json, sha256_file
@@ -86,7 +86,7 @@ def load_sampler(params: Params, name: str, device: "torch.device", group: Proce
 
     folder = find_model(name)
     generator, described = load_generator(folder, device), read_json(folder / "config.json")
-    notice_models(folder)
+    notice_model(folder)
     config, vae = load_config(folder), load_autoencoder(params, paths.AUTOENCODER, device)
     found = (vae.spec.shape[0], vae.spec.scaling_factor or 1.0)
     factor, names = described.get("scaling_factor"), described.get("classes")

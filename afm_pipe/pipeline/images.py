@@ -27,7 +27,7 @@ def prepare(params: Params) -> None:
         track("materialize", materialize(params.data.source, root))
     manifest = track("prepare", build_manifest(params.data))
     write_manifest(paths.MANIFEST, manifest)
-    print(f"{manifest.num_images} images of {len(manifest.classes)} classes under {manifest.root}.")
+    print(manifest.describe())
 
 
 def autoencoder(params: Params, launch: Launch) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from afm_pipe.distributed.launch import Launch, machine_name
 from afm_pipe.params import Params, Run
 from afm_pipe.pipeline.find import model_config, named_run, open_latents, run_budget
-from afm_pipe.pipeline.notices import begin_work, notice_models
+from afm_pipe.pipeline.notices import begin_work, notice_model
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import NotFiniteError, UserError
 from afm_pipe.runtime.files import atomic_path, read_json, sha256_file, write_json
@@ -159,11 +159,11 @@ def _origin(
         updates = described.get("updates") if isinstance(described, dict) else None
         if type(updates) is not int or updates < 1:
             raise UserError(f"Found {base / 'config.json'} without its number of updates: train {base.name} again.")
-        notice_models(base)
+        notice_model(base)
         start = Start({part: load_tensors(files[part]) for part in ("generator", "discriminator")}, updates)
     if run.guided:
         guide = load_latent_classifier(paths.CLASSIFIER, device)
-        notice_models(paths.CLASSIFIER)
+        notice_model(paths.CLASSIFIER)
     return start, guide, {part: sha256_file(file) for part, file in files.items()}
 
 
