@@ -61,13 +61,15 @@ class PlainTraining:
     def update(self, online: bool = False) -> None:
         """Draw a batch and update D, G and the moving average."""
         now = self.objective.hyperparameters(self.step.count, self.num_images)
-        (part,) = self.batches.draw(self.step.count, now)
-        real = (part.d_batch.real, part.g_batch.real)
+        draw = self.batches.draw(self.step.count, now)
+        ((of_d,),), (of_g,) = draw.discriminator, draw.generator
+        batches = of_d.batch, of_g.batch
+        real = tuple(batch.real for batch in batches)
         if online:
             images = torch.rand(len(real[0]), 3, 256, 256) * 2 - 1
             real = (online_encode(self.vae, images), online_encode(self.vae, images.flip(-1)))
-        sources, labels = (part.d_batch.source, part.g_batch.source), (part.d_batch.labels, part.g_batch.labels)
-        self.step.update(real, sources, labels, part.noise, now.weights["transport"])
+        sources, labels = (tuple(getattr(batch, name) for batch in batches) for name in ("source", "labels"))
+        self.step.update(real, sources, labels, of_d.noise, now.weights["transport"])
 
 
 @contextmanager

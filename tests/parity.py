@@ -24,7 +24,7 @@ from afm_pipe.distributed.process_group import SINGLE_PROCESS
 from afm_pipe.models import dit
 from afm_pipe.models.classifier import LatentClassifier
 from afm_pipe.models.model_files import ModelConfig
-from afm_pipe.objectives.adversarial_flow.batches import Batch, MicroBatch, PenaltyNoise, Share
+from afm_pipe.objectives.adversarial_flow.batches import Batch, DiscriminatorPart, Draw, GeneratorPart, PenaltyNoise
 from afm_pipe.objectives.adversarial_flow.guidance import GuideToData
 from afm_pipe.objectives.adversarial_flow.losses import interpolate
 from afm_pipe.objectives.adversarial_flow.objective import AdversarialFlow
@@ -133,7 +133,8 @@ class Released:
     def run(self, **changes: Any) -> Run:
         """Return the settings of the vectors (shared by all of them) as a run's."""
         base = load_params(PROFILE).runs["t4"]
-        penalty = base.penalty.model_copy(update={"weight": 0.25, "batch_fraction": 0.25, "epsilon": 0.01, "every": 1})
+        weights = {"weight": 0.25, "batch_fraction": 0.25, "epsilon": 0.01, "every": 1, "precision": "fp32"}
+        penalty = base.penalty.model_copy(update=weights)
         ema = base.ema.model_copy(update={"decay": 0.99, "warmup": False})
         normalization = base.gradient_normalization.model_copy(update={"enabled": True, "decay": 0.9})
         settings = {
@@ -147,6 +148,7 @@ class Released:
             "gradient_normalization": normalization,
             "logit_centering": 0.01,
             "reuse_forward": False,
+            "discriminator_updates": 1,
         }
         return base.model_copy(update=settings | changes)
 
@@ -180,9 +182,9 @@ def check_step(name: str, vectors: Vectors) -> Finding:
     run = released.run(lr=0.0, weight_decay=0.0, batch_size=len(vectors["in/labels"]))
     objective, learner = released.learner(run)
     batch = released.batch("in/")
-    part = MicroBatch(batch, batch, released.noise("in/"), None, None, None, Share())
+    draw = Draw([[DiscriminatorPart(batch, released.noise("in/"))]], [GeneratorPart(batch)])
     rates = {"generator": 0.0, "discriminator": 0.0}
-    figures = objective.update(learner, [part], Hyperparameters(rates, {"transport": 0.2}))
+    figures = objective.update(learner, draw, Hyperparameters(rates, {"transport": 0.2}))
     logged = dict(zip((term.name for term in objective.terms), figures, strict=True))
     found: dict[str, Tensor] = {
         "dis/loss/total": torch.tensor(learner.losses[0]),
@@ -212,13 +214,11 @@ def check_trajectory(name: str, vectors: Vectors) -> Finding:
     state, steps = learner.state, len(vectors["losses"])
     for update in range(steps // 2):
         d, g = f"{2 * update}/", f"{2 * update + 1}/"
-        views = [_view(vectors, prefix) for prefix in (d, g)]
-        part = MicroBatch(
-            released.batch(d), released.batch(g), released.noise(d), *views, _guide(vectors, g, classifier), Share()
-        )
+        of_d = DiscriminatorPart(released.batch(d), released.noise(d), _view(vectors, d))
+        of_g = GeneratorPart(released.batch(g), _view(vectors, g), _guide(vectors, g, classifier))
         weight = cosine(0.2, 0.01, 2 * update + 1, 20)
         rates = {"generator": run.lr, "discriminator": run.lr}
-        objective.update(learner, [part], Hyperparameters(rates, {"transport": weight}))
+        objective.update(learner, Draw([[of_d]], [of_g]), Hyperparameters(rates, {"transport": weight}))
         learner.update_ema()
         state.update += 1
     differences = {}

@@ -64,7 +64,7 @@ def test_results_become_a_section_of_the_page_and_a_file(tmp_path: Path, monkeyp
     case = {"machine": "m", "threads": 2, "torch": "2.6", "load": 0.1, "quick": False}
     write_json(paths.BENCHMARKS, {"cases": {"small": case | {"rows": [row.record() for row in rows]}}})
     (section,) = benchmark_sections()
-    assert section.verdict == "1 of 2 bars are met on this machine."
+    assert section.verdict == "1 of 2 targets are met on this machine."
     assert [len(table.rows) for table in section.tables] == [2, 1]
     assert section.tables[0].rows[0][5].value == 2.0 and section.tables[0].rows[0][5].key == "cases.small.rows[0].ratio"
     text = results_markdown(read_benchmarks())

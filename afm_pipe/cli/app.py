@@ -1,7 +1,8 @@
 """The commands of `afm-pipe`. Heavy imports happen inside the command that needs them, so --help is instant."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 
@@ -13,13 +14,22 @@ if TYPE_CHECKING:
     from afm_pipe.distributed.launch import Launch
     from afm_pipe.params import Params
 
+P = ParamSpec("P")
+
 app = typer.Typer(
     help="Adversarial flow models as one declarative pipeline. `dvc repro` runs all stages; these run one.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-DATA, RUNS, LOOK, MODELS, PARAMS, MACHINE = "Pipeline: data", "Pipeline: runs", "Look", "Models", "Params", "Machine"
+DATA, RUNS, INSPECT, MODELS, PARAMS, MACHINE = (
+    "Pipeline: data",
+    "Pipeline: runs",
+    "Inspect",
+    "Models",
+    "Params",
+    "Machine",
+)
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="The params file.")]
 Overrides = Annotated[
@@ -31,6 +41,11 @@ MicroBatch = Annotated[
 ]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run in params.")]
 ModelName = Annotated[str, typer.Argument(metavar="NAME", help="A model under models/: a run or an imported model.")]
+
+
+def _command(panel: str, name: str | None = None, **settings: Any) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Register a function as a command in a panel of --help."""
+    return lambda function: app.command(name, rich_help_panel=panel, **settings)(user_command(function))
 
 
 def _params(path: Path, overrides: list[str] | None = None) -> "Params":
@@ -52,8 +67,7 @@ def _start(nproc: int | None, micro_batch: int | None = None) -> "Launch":
     return launch_processes(_launch(nproc, micro_batch))
 
 
-@app.command(rich_help_panel=DATA)
-@user_command
+@_command(DATA)
 def prepare(params: ParamsFile = paths.PARAMS, overrides: Overrides = None) -> None:
     """Check, count and hash the images.  Example: afm-pipe prepare"""
     from afm_pipe import pipeline
@@ -61,8 +75,7 @@ def prepare(params: ParamsFile = paths.PARAMS, overrides: Overrides = None) -> N
     pipeline.prepare(_params(params, overrides))
 
 
-@app.command(rich_help_panel=DATA)
-@user_command
+@_command(DATA)
 def autoencoder(params: ParamsFile = paths.PARAMS, overrides: Overrides = None) -> None:
     """Train or fetch the autoencoder.  Example: afm-pipe autoencoder --set autoencoder.train.updates=200"""
     from afm_pipe import pipeline
@@ -70,8 +83,7 @@ def autoencoder(params: ParamsFile = paths.PARAMS, overrides: Overrides = None) 
     pipeline.autoencoder(_params(params, overrides), _launch())
 
 
-@app.command(rich_help_panel=DATA)
-@user_command
+@_command(DATA)
 def encode(nproc: Nproc = None, params: ParamsFile = paths.PARAMS, overrides: Overrides = None) -> None:
     """Encode the images to latents; resumable.  Example: afm-pipe encode"""
     from afm_pipe import pipeline
@@ -79,8 +91,7 @@ def encode(nproc: Nproc = None, params: ParamsFile = paths.PARAMS, overrides: Ov
     pipeline.encode(_params(params, overrides), _start(nproc))
 
 
-@app.command(rich_help_panel=DATA)
-@user_command
+@_command(DATA)
 def reference(params: ParamsFile = paths.PARAMS, overrides: Overrides = None) -> None:
     """Compute the statistics of the real images.  Example: afm-pipe reference"""
     from afm_pipe import pipeline
@@ -88,8 +99,7 @@ def reference(params: ParamsFile = paths.PARAMS, overrides: Overrides = None) ->
     pipeline.reference(_params(params, overrides), _launch())
 
 
-@app.command(rich_help_panel=DATA)
-@user_command
+@_command(DATA)
 def classifier(
     nproc: Nproc = None, micro_batch: MicroBatch = None, params: ParamsFile = paths.PARAMS, overrides: Overrides = None
 ) -> None:
@@ -99,8 +109,7 @@ def classifier(
     pipeline.classifier(_params(params, overrides), _start(nproc, micro_batch))
 
 
-@app.command(rich_help_panel=RUNS)
-@user_command
+@_command(RUNS)
 def train(
     run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run in params.")] = None,
     size: Annotated[str | None, typer.Option(help="Train the run named like this model size.")] = None,
@@ -122,8 +131,7 @@ def train(
         pipeline.train(loaded, name, _start(nproc, micro_batch))
 
 
-@app.command(rich_help_panel=RUNS)
-@user_command
+@_command(RUNS)
 def guide(
     run: RunName,
     nproc: Nproc = None,
@@ -137,8 +145,7 @@ def guide(
     pipeline.guide(_params(params, overrides), run, _start(nproc, micro_batch))
 
 
-@app.command(rich_help_panel=RUNS)
-@user_command
+@_command(RUNS)
 def sample(
     run: ModelName,
     classes: Annotated[str | None, typer.Option(help="Class numbers or names, separated by commas.")] = None,
@@ -174,8 +181,7 @@ def sample(
     pipeline.sample(_params(params, overrides), run, _start(nproc), request)
 
 
-@app.command(rich_help_panel=RUNS)
-@user_command
+@_command(RUNS)
 def evaluate(run: RunName, nproc: Nproc = None, params: ParamsFile = paths.PARAMS, overrides: Overrides = None) -> None:
     """Measure a run's samples.  Example: afm-pipe evaluate t4"""
     from afm_pipe import pipeline
@@ -183,8 +189,7 @@ def evaluate(run: RunName, nproc: Nproc = None, params: ParamsFile = paths.PARAM
     pipeline.evaluate(_params(params, overrides), run, _start(nproc))
 
 
-@app.command(rich_help_panel=RUNS)
-@user_command
+@_command(RUNS)
 def tables(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[TABLE]...", help="Tables in params; default: all.")
@@ -199,8 +204,7 @@ def tables(
     pipeline.tables(_params(params, overrides), names or [], _launch(), out)
 
 
-@app.command(rich_help_panel=RUNS)
-@user_command
+@_command(RUNS)
 def toy(params: ParamsFile = paths.PARAMS, overrides: Overrides = None) -> None:
     """Run the 1-D toy experiment.  Example: afm-pipe toy --set toy.pairs=5000"""
     from afm_pipe import pipeline
@@ -208,8 +212,7 @@ def toy(params: ParamsFile = paths.PARAMS, overrides: Overrides = None) -> None:
     pipeline.toy(_params(params, overrides), _launch())
 
 
-@app.command(rich_help_panel=RUNS)
-@user_command
+@_command(RUNS)
 def report(
     watch: Annotated[bool, typer.Option("--watch", help="Show the runs in training, until Ctrl-C.")] = False,
     every: Annotated[float, typer.Option(help="With --watch: seconds between updates of the page.")] = 5.0,
@@ -226,8 +229,7 @@ def report(
         pipeline.report(_params(params, overrides))
 
 
-@app.command(rich_help_panel=LOOK)
-@user_command
+@_command(INSPECT)
 def status(params: ParamsFile = paths.PARAMS) -> None:
     """Show all runs: state, phase, progress, time left, health.  Example: afm-pipe status"""
     from afm_pipe.cli.status import status_text
@@ -235,8 +237,7 @@ def status(params: ParamsFile = paths.PARAMS) -> None:
     typer.echo(status_text(_params(params)))
 
 
-@app.command(rich_help_panel=LOOK)
-@user_command
+@_command(INSPECT)
 def why(run: RunName, params: ParamsFile = paths.PARAMS) -> None:
     """Explain the state of a run and what to try; exit code 3 if it failed.  Example: afm-pipe why t4"""
     from afm_pipe.cli.why import why as explain
@@ -246,8 +247,7 @@ def why(run: RunName, params: ParamsFile = paths.PARAMS) -> None:
     raise typer.Exit(code)
 
 
-@app.command(rich_help_panel=LOOK)
-@user_command
+@_command(INSPECT)
 def summary(params: ParamsFile = paths.PARAMS) -> None:
     """Print the metrics of all measured runs.  Example: afm-pipe summary"""
     from afm_pipe.cli.status import summary_text
@@ -255,8 +255,7 @@ def summary(params: ParamsFile = paths.PARAMS) -> None:
     typer.echo(summary_text(_params(params)))
 
 
-@app.command("import", rich_help_panel=MODELS)
-@user_command
+@_command(MODELS, "import")
 def import_weights(
     file: Annotated[str, typer.Argument(help="Weights: .pth, .pt or .safetensors.")],
     name: Annotated[str, typer.Option(help="Name of the new model: models/NAME.")],
@@ -276,8 +275,7 @@ def import_weights(
     pipeline.import_weights(_params(params, overrides), name, imported(options))
 
 
-@app.command(rich_help_panel=MODELS)
-@user_command
+@_command(MODELS)
 def export(
     run: ModelName,
     kind: Annotated[str, typer.Option("--format", help="released, safetensors, diffusers or adm-npz.")],
@@ -294,8 +292,7 @@ def export(
         pipeline.export(run, kind, out)
 
 
-@app.command(rich_help_panel=PARAMS)
-@user_command
+@_command(PARAMS)
 def profile(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A file under profiles/, without .yaml.")] = None,
 ) -> None:
@@ -312,8 +309,7 @@ def profile(
         typer.echo(f"The old one is {switch.kept}.")
 
 
-@app.command(rich_help_panel=PARAMS)
-@user_command
+@_command(PARAMS)
 def migrate(
     file: Annotated[Path, typer.Argument(help="A params file of version 0.1.")] = paths.PARAMS,
 ) -> None:
@@ -328,7 +324,7 @@ def migrate(
         typer.echo(f"To keep {paths.LATENTS} of version 0.1: dvc commit -f prepare autoencoder encode")
 
 
-@app.command(rich_help_panel=PARAMS)
+@_command(PARAMS)
 def schema() -> None:
     """Print the JSON schema of params.yaml.  Example: afm-pipe schema > params.schema.json"""
     from afm_pipe.params.file import json_schema
@@ -336,8 +332,7 @@ def schema() -> None:
     typer.echo(json_schema(), nl=False)
 
 
-@app.command(rich_help_panel=MACHINE)
-@user_command
+@_command(MACHINE)
 def doctor(params: ParamsFile = paths.PARAMS) -> None:
     """Check the machine: each line is ok or says what to do.  Example: afm-pipe doctor"""
     from afm_pipe.cli.doctor import examine
@@ -350,13 +345,14 @@ def doctor(params: ParamsFile = paths.PARAMS) -> None:
     raise typer.Exit(0 if all(finding.ok for finding in findings) else 1)
 
 
-@app.command(rich_help_panel=MACHINE)
-@user_command
+@_command(MACHINE)
 def plan(
     runs: Annotated[list[str] | None, typer.Argument(metavar="[RUN]...", help="Runs in params; default: all.")] = None,
     gpus: Annotated[int, typer.Option(help="Number of GPUs; they share each batch.")] = 8,
     gpu: Annotated[str, typer.Option(help="a100, h100, h200 or b200.")] = "h100",
-    utilisation: Annotated[float, typer.Option(help="Fraction of the GPU's peak that training reaches.")] = 0.4,
+    utilization: Annotated[
+        float, typer.Option("--utilization", "--utilisation", help="Fraction of the GPU's peak that training reaches.")
+    ] = 0.4,
     precision: Annotated[str, typer.Option(help="fp32, tf32 or bf16.")] = "tf32",
     micro_batch: MicroBatch = None,
     checkpoint: Annotated[
@@ -374,12 +370,11 @@ def plan(
     from afm_pipe.planning.plan import machine
 
     loaded = _params(params, overrides)
-    planned = machine(gpu, gpus, utilisation, precision, micro_batch, checkpoint, shard)
+    planned = machine(gpu, gpus, utilization, precision, micro_batch, checkpoint, shard)
     typer.echo(plan_text(loaded, runs or [], planned, images))
 
 
-@app.command(rich_help_panel=MACHINE, context_settings={"ignore_unknown_options": True})
-@user_command
+@_command(MACHINE, context_settings={"ignore_unknown_options": True})
 def sbatch(
     command: Annotated[list[str], typer.Argument(metavar="COMMAND...", help="The command, without afm-pipe.")],
     nodes: Annotated[int, typer.Option(min=1, help="Number of machines.")] = 1,

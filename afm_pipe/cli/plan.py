@@ -28,8 +28,8 @@ def dry_run_text(params: Params, name: str, launch: Launch) -> str:
         updates = f"{run.phases[-1].until_epoch:g} epochs; `afm-pipe prepare` counts the images of an epoch"
     return (
         yaml.safe_dump({name: run.model_dump(mode="json")}, sort_keys=False)
-        + f"\ngenerator      {needs.generator_parameters:,} parameters{'' if manifest else ASSUMED}"
-        + f"\ndiscriminator  {needs.discriminator_parameters:,} parameters"
+        + "".join(f"\n{network:13}  {count:,} parameters" for network, count in needs.parameters.items())
+        + ("" if manifest else ASSUMED)
         + f"\nupdates        {updates}"
         + f"\nmemory         about {needs.memory_bytes / 2**30:.1f} GiB: {needs.state_bytes / 2**30:.2f} weights and "
         + f"optimizers, {needs.activation_bytes / 2**30:.2f} activations, the rest PyTorch itself{_settings(launch)}"

@@ -9,8 +9,8 @@ Legend: N images.
 import hashlib
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,19 @@ class Manifest:
     sha256: tuple[str, ...]
     digest: str
     spans: tuple[Span, ...] | None = None
+    passed_over: Mapping[str, int] = field(default_factory=dict)
+    """How many entries under the root do not count, by name (see `listing`); not in the file: only `prepare` knows."""
 
     @property
     def num_images(self) -> int:
         """N."""
         return len(self.paths)
+
+    def describe(self) -> str:
+        """Return the totals: images, classes, and what was passed over."""
+        total = f"{self.num_images} images of {len(self.classes)} classes under {self.root}"
+        named = ", ".join(f"{count} {name!r}" for name, count in self.passed_over.items())
+        return total + (f"; passed over {sum(self.passed_over.values())}: {named}" if named else "") + "."
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:

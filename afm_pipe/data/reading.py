@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afm_pipe.data.images import decode_image, read_image_file
-from afm_pipe.data.listing import class_root, list_images
+from afm_pipe.data.listing import beside_train, class_root, count_by_name, list_images
 from afm_pipe.data.manifest import Manifest, columns_digest
 from afm_pipe.data.sources import BUILT_IN, materialize
 from afm_pipe.data.tars import Span, index_tar, read_span
@@ -39,10 +39,12 @@ def build_manifest(data: Data) -> Generator[Progress, None, Manifest]:
     spans = None
     if data.source == "tar":
         root = Path(data.root)
-        (classes, images), spans = yield from index_tar(root)
+        (classes, images, passed_over), spans = yield from index_tar(root)
     else:
         root = class_root(Path(data.root))
-        classes, images = list_images(root)
+        classes, images, passed_over = list_images(root)
+        if root != Path(data.root):
+            passed_over = [*beside_train(Path(data.root)), *passed_over]
     paths, labels = [path for path, _ in images], [label for _, label in images]
     if len(images) < data.min_images:
         raise UserError(
@@ -79,7 +81,8 @@ def build_manifest(data: Data) -> Generator[Progress, None, Manifest]:
         )
     digest = columns_digest(classes, paths, labels, hashes)
     places = None if spans is None else tuple(spans)
-    return Manifest(root, tuple(classes), tuple(paths), np.array(labels, np.int64), tuple(hashes), digest, places)
+    columns = tuple(classes), tuple(paths), np.array(labels, np.int64), tuple(hashes)
+    return Manifest(root, *columns, digest, places, count_by_name(passed_over))
 
 
 def require_images(manifest: Manifest, data: Data) -> Generator[Progress, None, None]:

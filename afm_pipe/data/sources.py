@@ -4,6 +4,7 @@ import os
 from collections.abc import Generator
 from pathlib import Path
 
+from afm_pipe.data.listing import is_clutter
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.progress import Progress
 
@@ -49,9 +50,13 @@ def _is_free(root: Path) -> bool:
     """Return whether `root` is empty; False when it holds all digits. Raises UserError when it holds anything else."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return True
+
+    def clutter(path: Path) -> bool:
+        return any(is_clutter(part) for part in path.relative_to(root).parts)
+
     expected = {f"{digit}/{index:05}.png" for digit in range(DIGITS) for index in range(PER_DIGIT)}
-    found = {path.relative_to(root).as_posix() for path in root.glob("*/*")}
-    others = sorted(found - expected) + sorted(path.name for path in root.iterdir() if not path.is_dir())
+    found = {path.relative_to(root).as_posix() for path in root.glob("*/*") if not clutter(path)}
+    others = sorted(found - expected) + sorted(p.name for p in root.iterdir() if not (p.is_dir() or clutter(p)))
     if others or len(found) < len(expected):
         detail = f"and {others[0]}, which is not one of them" if others else "and no other file"
         raise UserError(

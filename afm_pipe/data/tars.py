@@ -1,7 +1,7 @@
 """Images inside a tar archive, read in place: the archive is indexed once and never unpacked.
 
 Two layouts: the official tar of tars (ILSVRC2012_img_train.tar holds n01440764.tar, which holds that class's images),
-and one archive of CLASS/IMAGE or train/CLASS/IMAGE.
+and one archive of CLASS/IMAGE or train/CLASS/IMAGE. What counts and what is passed over is `listing`'s rule.
 """
 
 import errno
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from afm_pipe.data.images import MAX_BYTES
-from afm_pipe.data.listing import Listing, checked_listing
+from afm_pipe.data.listing import Listing, checked_listing, is_beside, is_clutter, is_image
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.progress import Progress
 
@@ -29,35 +29,56 @@ class Span(NamedTuple):
 
 
 def index_tar(path: Path) -> Generator[Progress, None, tuple[Listing, list[Span]]]:
-    """List the images of an archive, and where each lies, without reading them; hidden files are ignored.
+    """List the images of an archive without reading them: where each lies, and what is passed over.
 
-    Raises UserError naming the member on links, devices, sparse files, absolute paths, paths with `..`, duplicate files
-    and files that are not images, and on a compressed, damaged or truncated archive.
+    Raises UserError naming the member on links, devices, sparse files, absolute paths, paths with `..`, duplicate
+    files, files that are not images and empty folders, and on a compressed, damaged or truncated archive.
     """
     if not path.is_file():
         raise UserError(f"Found no file {path}, expected a tar archive: check data.root, or set data.source: folder.")
     found: dict[str, dict[str, Span]] = {}
+    passed_over: set[str] = set()
+    folders: list[list[str]] = []
+    filled: set[str] = set()
     with path.open("rb") as file:
         whole = Span(0, os.fstat(file.fileno()).st_size)
-        for parts, span in _members(file.fileno(), whole, str(path)):
+        for parts, span in _members(file.fileno(), whole, str(path), passed_over):
+            if span is None:
+                folders.append(parts)
+                continue
             yield Progress(span.offset >> 20, (whole.size >> 20) + 1, "MiB", "indexed")
+            filled.update("/".join(parts[:depth]) for depth in range(1, len(parts)))
+            inside = parts[1:] if parts[0] == "train" and len(parts) == 3 else parts
             if parts[-1].endswith(".tar"):
                 images = found.setdefault(parts[-1].removesuffix(".tar"), {})
                 where = f"{path}/{'/'.join(parts)}"
-                for inner, inner_span in _members(file.fileno(), span, where):
-                    if len(inner) != 1:
+                for inner, inner_span in _members(file.fileno(), span, where, passed_over):
+                    if inner_span is None and not inner:
+                        continue  # the folder that was packed
+                    if inner_span is None or len(inner) != 1:
                         raise UserError(f"Found the folder {inner[0]} in {where}, expected images only: repack it.")
                     _add(images, inner[0], inner_span, where)
-                continue
-            inside = parts[1:] if parts[0] == "train" and len(parts) == 3 else parts
-            if len(inside) != 2:
+            elif len(parts) == 1 and is_beside(parts[0]):
+                passed_over.add(parts[0])
+            elif len(inside) != 2:
                 raise UserError(
                     f"Found {'/'.join(parts)} in {path}, expected CLASS/IMAGE, train/CLASS/IMAGE or CLASS.tar only: "
                     "pack the class folders and nothing else."
                 )
-            _add(found.setdefault(inside[0], {}), inside[1], span, str(path))
-    listing = checked_listing({name: list(images) for name, images in found.items()}, path)
-    return listing, [found[name][image] for name in listing.classes for image in sorted(found[name])]
+            else:
+                _add(found.setdefault(inside[0], {}), inside[1], span, str(path))
+    for parts in folders:  # an empty one is a class without images
+        if parts and "/".join(parts) not in filled:
+            found.setdefault("/".join(parts[1:] if parts[0] == "train" and parts[1:] else parts), {})
+    strays = [f"{name}/{image}" for name, images in found.items() for image in images if not is_image(image)]
+    strays += [name for name in found if name.startswith(".")]
+    names = {
+        name: [image for image in images if is_image(image)]
+        for name, images in found.items()
+        if not name.startswith(".")
+    }
+    listing = checked_listing(names, path, strays, passed_over)
+    return listing, [found[image.partition("/")[0]][image.partition("/")[2]] for image, _ in listing.images]
 
 
 def read_span(handle: int, span: Span) -> bytes:
@@ -92,8 +113,11 @@ class _Window(io.RawIOBase):
         return content
 
 
-def _members(handle: int, span: Span, where: str) -> Iterator[tuple[list[str], Span]]:
-    """Yield the path (in parts) and the span of each visible file of the archive at `span`."""
+def _members(handle: int, span: Span, where: str, passed_over: set[str]) -> Iterator[tuple[list[str], Span | None]]:
+    """Yield the path (in parts) and the span of each file of the archive at `span`; a folder has no span.
+
+    Known clutter is added to `passed_over` instead.
+    """
     try:
         tar = tarfile.open(fileobj=_Window(handle, span), mode="r:")  # noqa: SIM115  # it holds nothing open
         last = -1
@@ -104,8 +128,11 @@ def _members(handle: int, span: Span, where: str) -> Iterator[tuple[list[str], S
             if not last < tar.offset <= span.size:
                 raise UserError(f"Found {where} cut short within {member.name}: download it again.")
             last = tar.offset
-            if member.isreg() and not any(part.startswith(".") for part in parts):
-                yield parts, at
+            clutter = next((index for index, part in enumerate(parts) if is_clutter(part)), None)
+            if clutter is not None:
+                passed_over.add("/".join([where, *parts[: clutter + 1]]))
+            else:
+                yield parts, at if member.isreg() else None
     except UserError:
         raise
     except Exception as error:  # whatever tarfile raises for damaged or hostile bytes

@@ -5,10 +5,11 @@ sum over the batch is the sum of each rank's shard, reduced over the group, so t
 but speed.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from afm_pipe.runtime.environment import env_rank, env_world_size
 from afm_pipe.runtime.errors import RankLostError, UnwritableError, UserError
@@ -16,6 +17,9 @@ from afm_pipe.runtime.errors import RankLostError, UnwritableError, UserError
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,21 @@ class ProcessGroup:
         self.all_reduce(values)
         with report_lost_rank():
             return values.tolist()
+
+    def broadcast(self, value: T) -> T:
+        """Return the main process's value, which JSON can hold, on every process."""
+        if self.world_size == 1:
+            return value
+        content = json.dumps(value).encode() if self.is_main_process else b""
+        import torch
+
+        length = max(self.all_gather(len(content)))
+        sent = torch.zeros(length, dtype=torch.uint8)
+        sent[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else 0
+        sent = sent.to(self.device)
+        with report_lost_rank():
+            _dist().broadcast(sent, 0)
+            return json.loads(sent.cpu().numpy().tobytes())
 
     def gather_to_main(self, content: bytes) -> list[bytes]:
         """Return the bytes of all ranks on the main process, and an empty list on the others."""

@@ -17,12 +17,13 @@ from afm_pipe.distributed.mapping import map_across_ranks
 from afm_pipe.evaluation.accumulate import MetricAccumulator
 from afm_pipe.evaluation.adm import require_reference
 from afm_pipe.evaluation.features import load_networks
-from afm_pipe.evaluation.intervals import fraction, spread_evenly
+from afm_pipe.evaluation.intervals import fraction
 from afm_pipe.evaluation.measures import (
     SCORE_PART,
     ClassSpread,
     inception_score,
     sample_suffix,
+    spread_evenly,
     within_class_variance,
 )
 from afm_pipe.evaluation.networks import LEGACY, NAMES, SPATIAL

@@ -11,16 +11,11 @@ import math
 import numpy as np
 
 from afm_pipe.evaluation.frechet import Array
+from afm_pipe.evaluation.measures import spread_evenly
 
 Z95 = 1.959963984540054  # standard deviations of a normal distribution that contain 95 %
 KERNEL_ROWS = 5000  # samples, and real images, from which the variance of a kernel distance is estimated
 BLOCK = 1024  # rows at a time, to bound memory
-
-
-def spread_evenly(count: int, maximum: int) -> np.ndarray:
-    """Return at most `maximum` of `count` indices, evenly spaced: of data sorted by class, equal shares."""
-    chosen = min(count, maximum)
-    return np.arange(chosen) * count // chosen
 
 
 def frechet_error(features: np.ndarray, labels: np.ndarray, mu: Array, transport: Array) -> float:

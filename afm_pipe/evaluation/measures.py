@@ -79,6 +79,12 @@ class ClassSpread:
         return float(((squares - sums.square().sum(1) / counts) / (counts - 1)).mean())
 
 
+def spread_evenly(count: int, maximum: int) -> np.ndarray:
+    """Return at most `maximum` of `count` indices, evenly spaced: of data sorted by class, equal shares."""
+    chosen = min(count, maximum)
+    return np.arange(chosen) * count // chosen
+
+
 def sample_suffix(samples: int) -> str:
     """Return the suffix of a metric's key: none for 50,000 samples or more, else _5k or _1234."""
     if samples >= 50_000:

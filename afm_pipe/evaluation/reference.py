@@ -18,8 +18,7 @@ from afm_pipe.evaluation.accumulate import FeatureStream
 from afm_pipe.evaluation.adm import adm_path, adm_references
 from afm_pipe.evaluation.classifier import save_classifier, train_classifier
 from afm_pipe.evaluation.features import load_networks
-from afm_pipe.evaluation.intervals import spread_evenly
-from afm_pipe.evaluation.measures import within_class_variance
+from afm_pipe.evaluation.measures import spread_evenly, within_class_variance
 from afm_pipe.evaluation.networks import LEGACY, SPATIAL, FeatureNetwork
 from afm_pipe.evaluation.statistics import Reference
 from afm_pipe.evaluation.thumbnails import build_thumbnails, thumbnail

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from afm_pipe.models.dit import DiT, TimestepEmbedder, linear
+from afm_pipe.models.dit import DiT, TimestepEmbedder
 from afm_pipe.models.model_files import ModelConfig, load_network
 from afm_pipe.params.sizes import SIZES, ModelSize
 from afm_pipe.runtime.errors import UserError
@@ -19,15 +19,23 @@ class LatentClassifier(DiT):
         super().__init__(size, channels, latent_size)
         self.t_embedder = TimestepEmbedder(size.width)
         self.cls_embed = nn.Parameter(torch.randn(size.width) * 0.02)
-        self.final_layer = nn.Sequential(
-            nn.LayerNorm(size.width, eps=1e-6, elementwise_affine=False), linear(size.width, num_classes)
+        self.final_layer = nn.Sequential(  # the head keeps torch's initial weights, as released
+            nn.LayerNorm(size.width, eps=1e-6, elementwise_affine=False), nn.Linear(size.width, num_classes)
         )
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Map latents x (N, C, H, W) at times t (N,) to class logits (N, K)."""
+        return self.head(self.features(x, t))
+
+    def features(self, x: Tensor, t: Tensor) -> Tensor:
+        """Map latents x (N, C, H, W) at times t (N,) to what the head sees: (N, D)."""
         token = self.cls_embed.expand(len(x), 1, -1)
         tokens = self.run_blocks(torch.cat([token, self.embed(x)], dim=1), self.t_embedder(t))  # (N, 1 + T, D)
-        return self.final_layer(tokens[:, 0])
+        return self.final_layer[0](tokens[:, 0])
+
+    def head(self, features: Tensor) -> Tensor:
+        """Map features (N, D) to class logits (N, K)."""
+        return self.final_layer[1](features)
 
 
 def load_latent_classifier(folder: Path, device: torch.device) -> LatentClassifier:

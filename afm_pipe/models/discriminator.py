@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from afm_pipe.models.dit import DiT, LabelEmbedder, TimestepEmbedder, linear
+from afm_pipe.models.dit import DiT, LabelEmbedder, TimestepEmbedder
 from afm_pipe.params.sizes import ModelSize
 
 
@@ -30,8 +30,8 @@ class Discriminator(DiT):
             self.t_embedder = TimestepEmbedder(size.width)
         self.timed, self.sees_source = timed, sees_source
         self.dis_embed = nn.Parameter(torch.randn(size.width) * 0.02)
-        self.final_layer = nn.Sequential(
-            nn.LayerNorm(size.width, eps=1e-6, elementwise_affine=False), linear(size.width, 1, bias=False)
+        self.final_layer = nn.Sequential(  # the head keeps torch's initial weights, as released
+            nn.LayerNorm(size.width, eps=1e-6, elementwise_affine=False), nn.Linear(size.width, 1, bias=False)
         )
 
     def forward(self, x: Tensor, labels: Tensor, t: Tensor | None = None, source: Tensor | None = None) -> Tensor:

@@ -6,8 +6,10 @@ Shapes: N batch, C latent channels, H = W latent side, p patch, T = (H / p)^2 to
 """
 
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from afm_pipe.params.sizes import ModelSize
+
+Bias = Literal["zero", "torch"]
+"""Initial biases of a linear layer: zero, or torch's default."""
 
 FREQUENCIES = 256  # length of the sinusoidal time embedding
 TIME_SCALE = 1000.0  # times in [0, 1] are multiplied by this before the embedding (paper section 3)
@@ -42,9 +47,11 @@ class PatchEmbed(nn.Module):
 class TimestepEmbedder(nn.Module):
     """Embed times in [0, 1] with sinusoids and an MLP."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, bias: Bias = "zero") -> None:
         super().__init__()
-        self.mlp = nn.Sequential(linear(FREQUENCIES, width, std=0.02), nn.SiLU(), linear(width, width, std=0.02))
+        self.mlp = nn.Sequential(
+            linear(FREQUENCIES, width, std=0.02, bias=bias), nn.SiLU(), linear(width, width, std=0.02, bias=bias)
+        )
 
     def forward(self, t: Tensor) -> Tensor:  # (N,) -> (N, D)
         angles = (TIME_SCALE * t).float()[:, None] * time_rates(t.device)  # (N, 128), fp32 for any dtype of the weights
@@ -127,6 +134,16 @@ class Block(nn.Module):
         return torch.addcmul(x, gate_m, self.mlp(modulate(x, shift_m, scale_m)))
 
 
+@contextmanager
+def in_float32(network: nn.Module) -> Iterator[None]:
+    """Compute the blocks of a network in float32 within this, whatever its precision is."""
+    before, network.bf16 = network.bf16, False  # type: ignore[assignment]  # of a DiT
+    try:
+        yield
+    finally:
+        network.bf16 = before
+
+
 class DiT(nn.Module):
     """The shared trunk: patch embedding, position embedding, blocks."""
 
@@ -154,14 +171,14 @@ class DiT(nn.Module):
         return tokens
 
 
-def linear(inputs: int, outputs: int, std: float | None = None, bias: bool = True) -> nn.Linear:
-    """Return a linear layer with zero bias and weights from N(0, std^2), or Xavier uniform without `std`."""
-    layer = nn.Linear(inputs, outputs, bias=bias)
+def linear(inputs: int, outputs: int, std: float | None = None, bias: Bias = "zero") -> nn.Linear:
+    """Return a linear layer with weights from N(0, std^2), or Xavier uniform without `std`."""
+    layer = nn.Linear(inputs, outputs)
     if std is None:
         nn.init.xavier_uniform_(layer.weight)
     else:
         nn.init.normal_(layer.weight, std=std)
-    if bias:
+    if bias == "zero":
         nn.init.zeros_(layer.bias)
     return layer
 

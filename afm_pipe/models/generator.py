@@ -48,7 +48,7 @@ class Generator(DiT):
         if times != "none" or repeats > 1:
             self.t_embedder = TimestepEmbedder(size.width)
         if times == "both":
-            self.t_tgt_embedder = TimestepEmbedder(size.width)
+            self.t_tgt_embedder = TimestepEmbedder(size.width, bias="torch")  # as released
         self.final_layer = FinalLayer(size, channels)
 
     def forward(self, x: Tensor, labels: Tensor, s: Tensor | None = None, t: Tensor | None = None) -> Tensor:

@@ -107,8 +107,8 @@ class Sampler(Protocol):
 class Batches(Protocol):
     """Draws the micro-batches of updates."""
 
-    def draw(self, update: int, hyperparameters: Hyperparameters) -> list[Any]:
-        """Return this process's micro-batches of an update, counted from 0."""
+    def draw(self, update: int, hyperparameters: Hyperparameters) -> Any:
+        """Return what this process needs for an update, counted from 0: whatever `Objective.update` takes."""
 
 
 class Objective(ABC):
@@ -125,6 +125,8 @@ class Objective(ABC):
     """The network that the monitor and phases may reload from an earlier update."""
 
     settings: RunSettings
+    classifier: nn.Module | None = None
+    """The classifier of latents that guides, where there is one."""
 
     @abstractmethod
     def build_networks(self) -> dict[str, nn.Module]:
@@ -164,8 +166,8 @@ class Objective(ABC):
         """Return the batches of this process."""
 
     @abstractmethod
-    def update(self, learner: Learner, batch: Sequence[Any], hyperparameters: Hyperparameters) -> Tensor:
-        """Update the networks once with a batch's micro-batches; return the whole batch's figures (len(terms),)."""
+    def update(self, learner: Learner, batch: Any, hyperparameters: Hyperparameters) -> Tensor:
+        """Update the networks once from what `Batches.draw` returned; return the batch's figures (len(terms),)."""
 
     @abstractmethod
     def sampler(self, network: nn.Module) -> Sampler:
@@ -173,7 +175,7 @@ class Objective(ABC):
 
     @abstractmethod
     def example_batch(self, count: int, penalized: int | None = None) -> Any:
-        """Return a micro-batch of `count` images of the right shapes on the default device, for counting.
+        """Return what `update` takes, a micro-batch of `count` images, on the default device, for counting.
 
         `penalized` of them are penalized; left out: the run's share.
         """

@@ -133,12 +133,12 @@ class ClassifierTraining(Objective):
     def sampler(self, network: nn.Module) -> Sampler:
         raise TypeError("a classifier does not draw samples")
 
-    def example_batch(self, count: int, penalized: int | None = None) -> NoisyLatents:
+    def example_batch(self, count: int, penalized: int | None = None) -> list[NoisyLatents]:
         labels = torch.zeros(count, dtype=torch.int64)
-        return NoisyLatents(torch.empty(count, *self.latent_shape), torch.empty(count), labels, 1.0)
+        return [NoisyLatents(torch.empty(count, *self.latent_shape), torch.empty(count), labels, 1.0)]
 
     def example_forward(self, networks: Mapping[str, nn.Module], count: int) -> Tensor:
-        part = self.example_batch(count)
+        (part,) = self.example_batch(count)
         return networks["classifier"](part.x, part.t)
 
     def progress(self, row: Mapping[str, float]) -> str:

@@ -34,35 +34,9 @@ from afm_pipe.params.training import (
     Guided,
     Phase,
     Run,
+    Selection,
     Transport,
 )
-
-__all__ = [
-    "AdmReference",
-    "Affine",
-    "Augmentation",
-    "AutoencoderParams",
-    "Check",
-    "Classifier",
-    "Data",
-    "Ema",
-    "Evaluate",
-    "FeatureClassifier",
-    "Group",
-    "Guidance",
-    "Imported",
-    "LatentSpec",
-    "Params",
-    "Phase",
-    "Run",
-    "Sample",
-    "StudyTable",
-    "Toy",
-    "Transport",
-    "TrialSpec",
-    "deep_merge",
-    "valid_name",
-]
 
 RESERVED_NAMES = {"autoencoder", "classifier", "encode", "trials", "dvclive", "watch.html"}  # in models/ or work/
 
@@ -115,6 +89,8 @@ class Params(Section):
     def _continued(self, guided: Guided) -> Run:
         base = self.runs[guided.base]
         phase = Phase(**{name: getattr(guided, name) for name in Phase.model_fields})
+        if isinstance(phase.reload_discriminator, float | int):  # the run starts with that D: nothing is left to reload
+            phase = phase.model_copy(update={"reload_discriminator": None})
         seed = base.seed if guided.seed is None else guided.seed
         return base.model_copy(update={"phases": (*base.phases, phase), "seed": seed})
 
@@ -138,10 +114,12 @@ class Params(Section):
                     f"guided.{name}.from: expected a run with schedule fixed, whose end is known; found {guided.base} "
                     "with schedule auto"
                 )
-            if guided.reload_discriminator is not None:
+            kept, reload = self.runs[guided.base].keep_discriminators, guided.reload_discriminator
+            if isinstance(reload, float | int) and reload not in kept:
+                known = ", ".join(f"{epoch:g}" for epoch in kept) or "none"
                 raise ValueError(
-                    f"guided.{name}.reload_discriminator: expected nothing, since a guided run starts from its base's "
-                    "last D"
+                    f"guided.{name}.reload_discriminator: expected one of runs.{guided.base}.keep_discriminators "
+                    f"({known}), found {reload:g}"
                 )
         for name, run in self.runs.items():
             if run.guided:

@@ -12,9 +12,14 @@ class Probe(Section):
 
     every_epochs: Positive
     samples: Annotated[int, Field(ge=20)]
-    """Number of samples and of training latents; at most the data set's size."""
+    """Number of samples and of training latents, in equal shares of the classes; at most the data set's size."""
     updates: Count
-    """Training updates of the small feature network, at the start of a run; they take about a second."""
+    """Training updates of the feature network, which classifies latents at full resolution, at the start of a run.
+    Guided runs use the classifier that guides them instead."""
+    batch_size: Count
+    """Latents per update of the feature network."""
+    width: Count
+    """Channels of the feature network's first layer; later layers have up to four times as many."""
 
 
 class IdentityRule(Section):
@@ -36,11 +41,11 @@ class DivergenceRule(Section):
 
 
 class StagnationRule(Section):
-    """Quality stops improving while D wins: none of the last `probes` improves on the best before them."""
+    """Quality stops improving while D wins: the trend of the last `probes` probes is worse than `improvement`."""
 
-    probes: Count
+    probes: Annotated[int, Field(ge=3)]
     improvement: Fraction
-    """A probe improves if its distance is this fraction below the best before."""
+    """Fraction of its distance by which a run improves from probe to probe; significantly less is a plateau."""
     d_accuracy: Fraction
     """D wins above this accuracy on pairs."""
 
@@ -52,6 +57,8 @@ class CollapseRule(Section):
     """Smallest variance of features within classes, over that of the data."""
     class_accuracy: NotNegative
     """Smallest accuracy of the probe's network on the samples' classes, over that on the data."""
+    drop: Fraction
+    """Fraction by which either falls below its mean over the probes before: some of the classes collapse."""
     probes: Count
     """Consecutive probes below one of the thresholds."""
 
@@ -77,6 +84,8 @@ class Auto(Section):
 
     lr: Annotated[tuple[Positive, Positive], Field(strict=False)]
     """Learning rates of phases 2 and 3 over that of phase 1; in the paper 0.8 and 0.3."""
+    transport: NotNegative
+    """Transport weight of phases 2 and 3; 0.001 in the paper (Table 11)."""
 
 
 class Monitor(Section):
@@ -87,6 +96,8 @@ class Monitor(Section):
     settle_epochs: NotNegative
     """Epochs before which the identity rule and the rules on probes do not fire, since every run starts near a
     failure."""
+    significance: Positive
+    """Standard errors by which a probe's figure must lie beyond a limit."""
     rows: Count
     """Rows of the curves that rules average over."""
     probe: Probe

@@ -13,7 +13,18 @@ RENAMED = {  # the last parts of the old path: the new key
     ("tables", "watch_healthy"): "monitor_healthy",
     ("tables", "watch_provoked"): "monitor_provoked",
 }
-ADDED = {("train", "objective"): "adversarial_flow"}  # section and key: the value that version 0.1 implied
+ADDED = {  # the path of a required key that version 0.1 did not have: the value it implied, or one that is usual
+    ("train", "objective"): "adversarial_flow",
+    ("train", "discriminator_updates"): "1",
+    ("train", "keep_discriminators"): "[]",
+    ("train", "selection"): "null",
+    ("train", "penalty", "precision"): "fp32",
+    ("train", "monitor", "significance"): "2.33",
+    ("train", "monitor", "probe", "batch_size"): "64",
+    ("train", "monitor", "probe", "width"): "24",
+    ("train", "monitor", "collapse", "drop"): "0.3",
+    ("train", "monitor", "auto", "transport"): "0.001",
+}
 USER_NAMED = {"runs", "guided", "imported", "tables", "settings"}  # their keys are names, not fields
 
 Path = tuple[str | int, ...]
@@ -33,12 +44,22 @@ class OldKey(NamedTuple):
 
 def old_keys(raw: dict[str, Any]) -> list[OldKey]:
     """Return the keys of a parsed params file that the current version names differently or requires."""
-    added = [
-        OldKey((section, key), value, added=True)
-        for (section, key), value in ADDED.items()
-        if isinstance(raw.get(section), dict) and key not in raw[section]
-    ]
-    return [*_renamed(raw, ()), *added]
+    return [*_renamed(raw, ()), *_added(raw)]
+
+
+def _added(raw: dict[str, Any]) -> Iterator[OldKey]:
+    old_names = {new: old[0] for old, new in RENAMED.items() if len(old) == 1}
+    for (*sections, key), value in ADDED.items():
+        here: Any = raw
+        path: Path = ()
+        for section in sections:
+            found = isinstance(here, dict) and next((n for n in (section, old_names.get(section)) if n in here), None)
+            if not found:
+                break
+            here, path = here[found], (*path, found)
+        else:
+            if isinstance(here, dict) and key not in here:
+                yield OldKey((*path, key), value, added=True)
 
 
 def _renamed(value: Any, path: Path) -> Iterator[OldKey]:

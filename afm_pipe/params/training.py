@@ -38,7 +38,11 @@ class LazyPenalty(Penalty):
     """Gradient penalties that may be computed lazily."""
 
     every: Count
-    """Compute them in every N-th D update, with N times the weight; 1 in the paper."""
+    """Compute them in every N-th update, with N times the weight; 1 in the paper."""
+    precision: Literal["fp32", "bf16"]
+    """Of D's forward pass for the penalties where the run is in bf16. fp32: a pass of their own over the penalized
+    images, real and generated, each before and after its step, so that epsilon stays 0.01; bf16: D's one pass, which
+    needs a larger epsilon."""
 
 
 class GradientNormalization(Section):
@@ -82,11 +86,19 @@ class Augmentation(Section):
     probability: Fraction
     """Probability of the translation, and of each erasing."""
     translate: Fraction
-    """Largest translation, as a fraction of the side, in whole latent pixels, padded with zeros."""
+    """Largest translation, right and down, as a fraction of the side, in whole latent pixels, padded with zeros."""
     erasings: NotNegativeCount
     """Number of rectangles that may be set to zero."""
     area: Annotated[tuple[Fraction, Fraction], Field(strict=False)]
     """Smallest and largest fraction of the latent that one erasing covers."""
+
+
+class Selection(Section):
+    """The choice of the moving average by distance, as the paper reports the epoch with the best FID."""
+
+    every_epochs: Positive
+    samples: Annotated[int, Field(ge=100)]
+    """Drawn from noise of their own, apart from the evaluation's, and measured in the first of evaluate.features."""
 
 
 class Phase(Section):
@@ -105,8 +117,9 @@ class Phase(Section):
     reload_ema: Literal["never", "epoch"] = "never"
     """epoch: replace G by its EMA at the start of the phase and after every epoch."""
     reload_discriminator: Epochs | Literal["stall"] | None = None
-    """Replace D at the start of the phase by its state at this epoch. stall: whenever the monitor's stagnation rule
-    fires in this phase, replace D by the earlier D that does best in a short trial."""
+    """Replace D at the start of the phase by its state at this epoch, in a guided run one of its base's
+    keep_discriminators. stall: whenever the monitor's stagnation rule fires in this phase, replace D by the earlier D
+    that does best in a short trial."""
     guidance: Guidance | None = None
     augment: Augmentation | None = None
 
@@ -130,9 +143,11 @@ class Run(Section):
     """RMS-normalize queries and keys in G and D, for stable bf16 training."""
     precision: Literal["fp32", "bf16"]
     """Of matrix products inside blocks; weights, activations between blocks, logits and losses are float32. bf16 needs
-    qk_norm for stability, and a penalty.epsilon of at least 0.05."""
+    qk_norm for stability; penalty.precision is the penalties' own."""
     condition_on_source: bool
     """Concatenate G's input to D's input. The paper does not: training oscillates or diverges."""
+    discriminator_updates: Count
+    """D's updates to one of G, each on a batch of its own; 1 in the paper, `ttur` in its release."""
     reuse_forward: bool
     """Train D and G on one batch with one forward pass of G; the paper draws a batch for each."""
     label_noise: Fraction
@@ -151,10 +166,14 @@ class Run(Section):
     """lambda_cp, weight of the logit centering penalty."""
     transport: Transport
     gradient_normalization: GradientNormalization
+    keep_discriminators: Annotated[tuple[Epochs, ...], Field(strict=False)]
+    """Epochs at which D is kept beside the model, for guided runs that put D back to one of them."""
     schedule: Literal["fixed", "auto"]
     """fixed: the phases as given; auto: one phase, whose until_epoch is an upper bound, and the monitor decides when
     phases 2 and 3 of the paper begin and when training stops."""
     phases: Annotated[tuple[Phase, ...], Field(strict=False, min_length=1)]
+    selection: Selection | None
+    """Choose the moving average that is best by distance; null: the run's end."""
     monitor: Monitor
 
     _number = field_validator("transport", mode="before")(lambda value: _constant_transport(value))
@@ -175,6 +194,9 @@ class Run(Section):
                     f"expected reload_discriminator to be an epoch before the phase starts at {start:g}, "
                     f"found {phase.reload_discriminator:g}"
                 )
+        late = [epoch for epoch in self.keep_discriminators if epoch > ends[-1]]
+        if late:
+            raise ValueError(f"expected keep_discriminators up to the last epoch, {ends[-1]:g}, found {late[0]:g}")
         waits = any(phase.reload_discriminator == "stall" for phase in self.phases)
         if waits and self.monitor.policy == "off":
             raise ValueError("expected monitor.policy warn or act, since a phase reloads D on a stall; found off")
@@ -182,10 +204,19 @@ class Run(Section):
             raise ValueError(
                 f"expected one phase for schedule auto, whose until_epoch is the upper bound; found {len(self.phases)}"
             )
-        if self.precision == "bf16" and self.penalty.epsilon < BF16_EPSILON:
+        if self.schedule == "auto" and self.selection is not None:
             raise ValueError(
-                f"expected penalty.epsilon of at least {BF16_EPSILON} with precision bf16, since rounding hides the "
+                "expected selection null with schedule auto, which ends with the average of the best probe"
+            )
+        if self.precision == self.penalty.precision == "bf16" and self.penalty.epsilon < BF16_EPSILON:
+            raise ValueError(
+                f"expected penalty.epsilon of at least {BF16_EPSILON} with penalties in bf16, since rounding hides the "
                 f"effect of smaller steps, found {self.penalty.epsilon}"
+            )
+        if self.reuse_forward and self.discriminator_updates > 1:
+            raise ValueError(
+                f"expected discriminator_updates of 1 with reuse_forward, found {self.discriminator_updates}: one "
+                "forward pass of G serves one batch"
             )
         if round(self.batch_size * self.penalty.batch_fraction) < 1:
             raise ValueError(

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import yaml
 
-from afm_pipe.params import Run
+from afm_pipe.params import Params, Run
 from afm_pipe.params.sizes import SIZES
+from afm_pipe.runtime import paths
 from afm_pipe.runtime.files import read_json, write_json
 from afm_pipe.runtime.identity import fingerprint, source_digest
 
@@ -17,22 +18,9 @@ SHOWN = 5  # names in a notice, of each kind
 FILE = Path(__file__).with_name("versions.yaml")
 
 Part = Literal["data", "autoencoder", "objective", "sampling", "evaluation", "tables"]
-Stage = Literal[
-    "prepare",
-    "autoencoder",
-    "encode",
-    "reference",
-    "train",
-    "classifier",
-    "guide",
-    "sample",
-    "evaluate",
-    "table",
-    "toy",
-]
 
 # The parts of the code that shape the numbers of each stage: dvc.yaml lists the same.
-PARTS: Mapping[Stage, tuple[Part, ...]] = {
+PARTS: Mapping[str, tuple[Part, ...]] = {
     "prepare": ("data",),
     "autoencoder": ("data", "autoencoder"),
     "encode": ("data", "autoencoder"),
@@ -63,9 +51,24 @@ def declared() -> dict[str, int]:
     return yaml.safe_load(FILE.read_text(encoding="utf-8"))["versions"]
 
 
-def versions(stage: Stage) -> dict[str, int]:
+def versions(stage: str) -> dict[str, int]:
     """Return the declared versions of the parts of the code that a stage depends on."""
     return {part: declared()[part] for part in PARTS[stage]}
+
+
+def origin_files(params: Params, name: str) -> dict[str, Path]:
+    """Return what a run starts from, is guided by and is chosen by, if anything, by name."""
+    files = {}
+    if name in params.guided:
+        guided = params.guided[name]
+        base, reload = paths.model(guided.base), guided.reload_discriminator
+        d = "discriminator" if not isinstance(reload, float | int) else paths.kept_discriminator(reload)
+        files = {"generator": base / "generator.safetensors", "discriminator": base / f"{d}.safetensors"}
+    if params.models[name].guided:
+        files["classifier"] = paths.CLASSIFIER / "classifier.safetensors"
+    if params.models[name].selection is not None:
+        files["reference"] = paths.REFERENCE / "summary.json"
+    return files
 
 
 def run_identity(run: Run, latent_shape: tuple[int, ...], latents: str, origins: Mapping[str, str]) -> str:
@@ -74,12 +77,12 @@ def run_identity(run: Run, latent_shape: tuple[int, ...], latents: str, origins:
     return fingerprint(settings, {"latents": latents, **origins}, versions("train"))
 
 
-def code(stage: Stage) -> dict[str, str]:
+def code(stage: str) -> dict[str, str]:
     """Return what a result of a stage records: for each part of the code its version and a digest of its source."""
     return {part: f"v{declared()[part]} {source_digest(*ROOMS[part])}" for part in PARTS[stage]}
 
 
-def begun_with(folder: Path, stage: Stage) -> dict[str, str]:
+def begun_with(folder: Path, stage: str) -> dict[str, str]:
     """Return the code that the work in a folder was begun with; in a new folder that is today's, and is recorded."""
     path = folder / "code.json"
     if not path.is_file():

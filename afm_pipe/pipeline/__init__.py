@@ -1,6 +1,6 @@
-"""The stages as functions: each reads its declared inputs, calls the library, writes its declared outputs.
+"""The stages as functions: each reads its declared inputs, calls the library and writes its declared outputs.
 
-The scripts in stages/ (what DVC runs) and the commands of `afm-pipe` are two doors to these functions.
+The scripts in stages/, which DVC runs, and the commands of `afm-pipe` call these functions.
 """
 
 from afm_pipe.pipeline.find import count_images, load_sampler, model_config, named_run, open_latents, run_budget
@@ -8,27 +8,3 @@ from afm_pipe.pipeline.images import autoencoder, classifier, encode, prepare, r
 from afm_pipe.pipeline.results import report, tables, toy
 from afm_pipe.pipeline.runs import evaluate, export, export_samples, import_weights, sample
 from afm_pipe.pipeline.training import guide, train
-
-__all__ = [
-    "autoencoder",
-    "classifier",
-    "encode",
-    "evaluate",
-    "export",
-    "export_samples",
-    "guide",
-    "import_weights",
-    "count_images",
-    "load_sampler",
-    "model_config",
-    "named_run",
-    "open_latents",
-    "prepare",
-    "reference",
-    "report",
-    "run_budget",
-    "sample",
-    "tables",
-    "toy",
-    "train",
-]

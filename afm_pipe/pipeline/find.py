@@ -1,4 +1,4 @@
-"""What the stages look up: a run by its name, its model, its data, what it needs."""
+"""Look up a run, its model, its data and its budget."""
 
 import math
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from afm_pipe.params import Params, Run, valid_name
-from afm_pipe.pipeline.notices import notice_models
+from afm_pipe.pipeline.notices import notice_model
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import read_json, sha256_file
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 
 def named_run(params: Params, name: str) -> Run:
-    """Return a run by name, guided ones resolved. Raises UserError naming those there are."""
+    """Return a run, or a guided run with all its phases, by name. Raises UserError for an unknown name."""
     if name not in params.models:
         raise UserError(f"Found no run {name!r} in params, expected one of {', '.join(params.models)}.")
     return params.models[name]
 
 
 def count_images(params: Params) -> "Manifest | None":
-    """Return the manifest of the images params name, if `prepare` has made it; another profile's is not taken."""
+    """Return the manifest if `prepare` has written it for the images in params, else None."""
     from afm_pipe.data.manifest import read_manifest
 
     if not paths.MANIFEST.exists():
@@ -40,35 +40,37 @@ def count_images(params: Params) -> "Manifest | None":
 
 
 def find_model(name: str) -> Path:
-    """Return the folder of a model. Raises UserError for a name that no model can have, such as one with a slash."""
+    """Return the folder of a model. Raises UserError for an invalid name, such as one with a slash."""
     if not valid_name(name):
         raise UserError(
-            f"Found the model's name {name[:80]!r}, expected at most 64 small letters, digits, dots, dashes and "
-            "underlines: name a folder in models/."
+            f"Found the model name {name[:80]!r}, expected at most 64 lowercase letters, digits, dots, dashes and "
+            "underscores: name a folder in models/."
         )
     return paths.model(name)
 
 
-def run_budget(params: Params, name: str, launch: Launch, ranks: int | None = None) -> "Budget":
-    """Return what a rank of a run needs, counted without allocating it; before there is data, as for 1,000 classes.
+def run_budget(params: Params, name: str, launch: Launch, world_size: int | None = None) -> "Budget":
+    """Return what each process of a run needs, without allocating it; assumes 1,000 classes before `prepare`.
 
-    `ranks` are those that there are, or else those that `launch` asks for.
+    `world_size` defaults to that of the launch settings.
     """
     from afm_pipe.planning.budget import budget
 
     manifest = count_images(params)
     config = model_config(params, name, len(manifest.classes) if manifest else 1000)
-    run, ranks, parts = named_run(params, name), ranks or launch.world_size, launch.micro_batch
-    return budget(run, config, ranks, parts, launch.checkpoint_activations, launch.shard)
+    run, world_size = named_run(params, name), world_size or launch.world_size
+    return budget(run, config, world_size, launch.micro_batch, launch.checkpoint_activations, launch.shard)
 
 
 def model_config(params: Params, name: str, num_classes: int) -> "ModelConfig":
+    """Return the config of a run's model."""
     from afm_pipe.models.model_files import run_config
 
     return run_config(params.models[name], params.latent_shape, num_classes)
 
 
 def open_latents(params: Params) -> "Latents":
+    """Open the latents. Raises UserError if they belong to other params or to another autoencoder."""
     from afm_pipe.data.latents import Latents
 
     if not paths.AUTOENCODER_WEIGHTS.is_file():
@@ -77,27 +79,27 @@ def open_latents(params: Params) -> "Latents":
 
 
 def load_sampler(params: Params, name: str, device: "torch.device", group: ProcessGroup = SINGLE_PROCESS) -> "Sampler":
-    """Load a model for sampling. Raises UserError when the autoencoder is not that of its latents."""
+    """Load a model for sampling. Raises UserError if it was trained on latents of another autoencoder."""
     from afm_pipe.autoencoders import load_autoencoder
     from afm_pipe.models.model_files import load_config, load_generator
     from afm_pipe.sampling.sampler import Sampler
 
     folder = find_model(name)
     generator, described = load_generator(folder, device), read_json(folder / "config.json")
-    notice_models(folder)
+    notice_model(folder)
     config, vae = load_config(folder), load_autoencoder(params, paths.AUTOENCODER, device)
     found = (vae.spec.shape[0], vae.spec.scaling_factor or 1.0)
     factor, names = described.get("scaling_factor"), described.get("classes")
     if not _describes(factor, names, config.num_classes):
         raise UserError(
             f"Found {folder / 'config.json'} without {config.num_classes} class names or with a scaling factor that is "
-            "no number: train or import it again."
+            "not a positive number: train or import it again."
         )
     expected = (config.channels, factor or found[1])
     if found[0] != expected[0] or not math.isclose(found[1], expected[1], rel_tol=1e-6):
         raise UserError(
             f"Found {paths.AUTOENCODER} with {found[0]} latent channels and scaling factor {found[1]:g}, expected "
-            f"{expected[0]} and {expected[1]:g}, on which {folder} was trained: put that autoencoder there."
+            f"{expected[0]} and {expected[1]:g}, on which {folder} was trained: restore that autoencoder."
         )
     size = params.sample.micro_batch
     return Sampler(generator, vae, config.latent_shape, names, size, device, group)

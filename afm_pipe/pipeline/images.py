@@ -27,7 +27,7 @@ def prepare(params: Params) -> None:
         track("materialize", materialize(params.data.source, root))
     manifest = track("prepare", build_manifest(params.data))
     write_manifest(paths.MANIFEST, manifest)
-    print(f"{manifest.num_images} images of {len(manifest.classes)} classes under {manifest.root}.")
+    print(manifest.describe())
 
 
 def autoencoder(params: Params, launch: Launch) -> None:
@@ -71,6 +71,8 @@ def reference(params: Params, launch: Launch) -> None:
         track("check images", require_images(manifest, params.data))
     with atomic_path(paths.REFERENCE) as folder:
         track("reference", build_reference(params, manifest, images, vae, folder, device))
+    with atomic_path(paths.REFERENCE_DONE) as aside:
+        aside.write_text("reference\n")
 
 
 def classifier(params: Params, launch: Launch) -> None:
@@ -78,6 +80,7 @@ def classifier(params: Params, launch: Launch) -> None:
     from afm_pipe.distributed.process_group import init_distributed
     from afm_pipe.models.model_files import save_tensors
     from afm_pipe.objectives.latent_classifier import ClassifierTraining, accuracy_by_level
+    from afm_pipe.params.sizes import SIZES
     from afm_pipe.params.versions import versions
     from afm_pipe.runtime.environment import env_rank
     from afm_pipe.runtime.identity import fingerprint
@@ -93,7 +96,8 @@ def classifier(params: Params, launch: Launch) -> None:
         return
     latents = open_latents(params)
     described = {"classifier": settings.model_dump(), "seed": params.seed}
-    identity = fingerprint(described, {"latents": latents.fingerprint()}, versions("classifier"))
+    shaped = [described, SIZES[settings.size]]
+    identity = fingerprint(shaped, {"latents": latents.fingerprint()}, versions("classifier"))
     objective = ClassifierTraining(settings, params.seed, latents.latent_shape, len(latents.classes))
     work_dir, seconds = paths.WORK / "classifier", launch.checkpoint_seconds
     with init_distributed(device) as group, hold_lease(work_dir) if group.is_main_process else nullcontext() as lease:

@@ -5,12 +5,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from afm_pipe.params.versions import Stage, begun_with, code_notice
+from afm_pipe.params.versions import begun_with, code_notice
 from afm_pipe.runtime.environment import env_rank
 from afm_pipe.runtime.files import read_json
 
 
-def begin_work(folder: Path, stage: Stage) -> dict[str, str]:
+def begin_work(folder: Path, stage: str) -> dict[str, str]:
     """Return the code that the working state in `folder`, named by its identity, was begun with; begin it if it is new.
 
     Says which state of other identities lies beside it, and whether its own was begun with other source code.
@@ -23,11 +23,11 @@ def begin_work(folder: Path, stage: Stage) -> dict[str, str]:
     return code
 
 
-def notice_models(*folders: Path) -> None:
-    """Say which models were made by other source code than today's under an equal version."""
-    described = [(str(folder), read_json(folder / "config.json")) for folder in folders]
-    provenances = [(name, config.get("provenance")) for name, config in described if isinstance(config, dict)]
-    notice_code((name, found.get("code")) for name, found in provenances if isinstance(found, dict))
+def notice_model(folder: Path) -> None:
+    """Say whether a model was made by other source code than today's under an equal version."""
+    described = read_json(folder / "config.json")
+    provenance = described.get("provenance") if isinstance(described, dict) else None
+    notice_code([(str(folder), provenance.get("code") if isinstance(provenance, dict) else None)])
 
 
 def notice_code(recorded: Iterable[tuple[str, Any]]) -> None:

@@ -30,12 +30,12 @@ def tables(params: Params, names: Sequence[str], launch: Launch, out: Path | Non
 
 def toy(params: Params, launch: Launch) -> None:
     """Run the 1-D toy experiment, where the optimal map is known: its numbers, maps and figures."""
-    from afm_pipe.study.toy.study import run_study
-    from afm_pipe.study.toy.writing import write_study
+    from afm_pipe.study.toy.experiment import run_experiment
+    from afm_pipe.study.toy.writing import write_experiment
 
-    study = track("toy", run_study(params.toy, params.seed, launch.torch_device()))
+    experiment = track("toy", run_experiment(params.toy, params.seed, launch.torch_device()))
     with atomic_path(paths.TOY) as folder:
-        write_study(study, params.toy, folder)
+        write_experiment(experiment, params.toy, folder)
 
 
 def report(params: Params) -> None:

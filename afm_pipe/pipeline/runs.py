@@ -104,17 +104,19 @@ def evaluate(params: Params, name: str, launch: Launch) -> None:
                 f"Found {paths.model(name)} on latents {sampler.latent_shape}, expected {params.latent_shape}, as data "
                 "and autoencoder in params make them: evaluate it with its own data."
             )
+        described = read_json(paths.model(name) / "config.json")
         provenance = {
             "run": name,
             "nfe": sampler.generator.nfe,
             "weights": "EMA",
-            "images_seen": read_json(paths.model(name) / "config.json")["images_seen"],
+            "images_seen": described["images_seen"],
             "generator_sha256": sha256_file(paths.model(name) / "generator.safetensors"),
             "autoencoder_sha256": sha256_file(paths.AUTOENCODER_WEIGHTS),
         }
         evaluator = Evaluator(params, paths.REFERENCE, device)
         measured = {
             "provenance": provenance,
+            "model": described["model"],  # its form and repeats do not show in the weights
             "evaluate": params.evaluate.model_dump(),
             "micro_batch": params.sample.micro_batch,
             "device": str(device),

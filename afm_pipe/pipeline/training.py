@@ -1,6 +1,7 @@
 """Training of a run, guided ones included."""
 
 import resource
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from afm_pipe.distributed.launch import Launch, machine_name
 from afm_pipe.params import Params, Run
 from afm_pipe.pipeline.find import model_config, named_run, open_latents, run_budget
-from afm_pipe.pipeline.notices import begin_work, notice_models
+from afm_pipe.pipeline.notices import begin_work, notice_model
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import NotFiniteError, UserError
 from afm_pipe.runtime.files import atomic_path, read_json, sha256_file, write_json
@@ -18,6 +19,8 @@ from afm_pipe.runtime.progress import track
 if TYPE_CHECKING:
     import torch
 
+    from afm_pipe.distributed.process_group import ProcessGroup
+    from afm_pipe.evaluation.distance import SampleDistance
     from afm_pipe.models.model_files import ModelConfig
     from afm_pipe.training.checkpoints import RetentionPolicy
     from afm_pipe.training.state import Start, TrainingState
@@ -49,12 +52,13 @@ def train(params: Params, name: str, launch: Launch) -> None:
         _require_base(start, config, paths.model(params.guided[name].base))
     objective = build_objective(run, config, guide)
     keep_at = probes(run, latents.num_images, continues=start is not None)  # as a trial of a table would
-    task = Task(objective, latents, identity, start, keep_at)
     work_dir = paths.WORK / name
     with init_distributed(device) as group, hold_lease(work_dir) if group.is_main_process else nullcontext() as lease:
         require_memory(run_budget(params, name, launch, group.world_size), name, device)
         group.barrier()  # no process has taken any memory while another looks
         retention = _retention(launch, run, latents.num_images, lease)
+        measure = _measure(params, run, list(latents.classes), device, group)
+        task = Task(objective, latents, identity, start, keep_at, measure)
         trainer = Trainer(
             task,
             Runtime(
@@ -87,10 +91,11 @@ def train(params: Params, name: str, launch: Launch) -> None:
             "classes": list(latents.classes),
             "scaling_factor": latents.spec.scaling_factor,
             "provenance": {"fingerprint": identity, "code": code, "latents": latents.provenance, **origins},
+            "selection": None if trainer.selection is None else trainer.selection.describe(),
             "updates": trained.state.update,
             "images_seen": trained.state.update * run.batch_size,
         }
-        _write_model(name, trained.state, description)
+        _write_model(name, run, latents.num_images, trained.state, trainer.store, description)
         write_curves(paths.curves(name), trained.state.rows, objective.columns())
         write_events(paths.events(name), trainer.store.read_events())
         own_updates = trained.state.update - (start.update if start else 0)
@@ -106,6 +111,19 @@ def _retention(launch: Launch, run: Run, num_images: int, lease: Lease | None) -
     every = None if epochs is None else max(update_at(run, epochs, num_images), 1)
     policy = RetentionPolicy(launch.keep_checkpoints, every=every, best=launch.keep_best)
     return policy if lease is None else policy._replace(check_lease=lease.check)
+
+
+def _measure(
+    params: Params, run: Run, classes: list[str], device: "torch.device", group: "ProcessGroup"
+) -> "SampleDistance | None":
+    """Return what a run with selection is chosen by."""
+    from afm_pipe.autoencoders import load_autoencoder
+    from afm_pipe.evaluation.distance import SampleDistance
+
+    if run.selection is None:
+        return None
+    autoencoder = load_autoencoder(params, paths.AUTOENCODER, device)
+    return SampleDistance(params, paths.REFERENCE, autoencoder, classes, run.selection.samples, device, group)
 
 
 def _log_end(store: "RunStore", error: NotFiniteError, batch_size: int) -> None:
@@ -131,22 +149,21 @@ def _origin(
     """Return what a run begins from and is guided by, if anything, and the hashes of those."""
     from afm_pipe.models.classifier import load_latent_classifier
     from afm_pipe.models.model_files import load_tensors
+    from afm_pipe.params.versions import origin_files
     from afm_pipe.training.state import Start
 
-    files, start, guide = {}, None, None
+    files, start, guide = origin_files(params, name), None, None
     if name in params.guided:
         base = paths.model(params.guided[name].base)
-        files = {part: base / f"{part}.safetensors" for part in ("generator", "discriminator")}
         described = read_json(base / "config.json")
         updates = described.get("updates") if isinstance(described, dict) else None
         if type(updates) is not int or updates < 1:
             raise UserError(f"Found {base / 'config.json'} without its number of updates: train {base.name} again.")
-        notice_models(base)
-        start = Start({part: load_tensors(file) for part, file in files.items()}, updates)
+        notice_model(base)
+        start = Start({part: load_tensors(files[part]) for part in ("generator", "discriminator")}, updates)
     if run.guided:
         guide = load_latent_classifier(paths.CLASSIFIER, device)
-        notice_models(paths.CLASSIFIER)
-        files["classifier"] = paths.CLASSIFIER / "classifier.safetensors"
+        notice_model(paths.CLASSIFIER)
     return start, guide, {part: sha256_file(file) for part, file in files.items()}
 
 
@@ -161,11 +178,17 @@ def _require_base(start: "Start", config: "ModelConfig", folder: Path) -> None:
             require_fit(build(config), start.networks[part], folder / f"{part}.safetensors")
 
 
-def _write_model(name: str, state: "TrainingState", description: dict[str, Any]) -> None:
+def _write_model(
+    name: str, run: Run, num_images: int, state: "TrainingState", store: "RunStore", description: dict[str, Any]
+) -> None:
     from afm_pipe.models.model_files import save_model
+    from afm_pipe.objectives.schedules import update_at
 
     with atomic_path(paths.model(name)) as folder:
         save_model(folder, state.ema, state.networks["discriminator"], description)
+        for epoch in run.keep_discriminators:
+            kept = store.adversary(update_at(run, epoch, num_images), "epoch")
+            shutil.copyfile(kept, folder / f"{paths.kept_discriminator(epoch)}.safetensors")
 
 
 def _cost(state: "TrainingState", updates: int, batch_size: int, device: "torch.device", ranks: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""What an update computes and what it keeps, counted on the meta device from the very steps that train.
+"""FLOPs and activation memory of an update, counted by running the objective's own update on the meta device.
 
-Shapes alone: nothing is computed, nothing allocated, and no data is needed.
+Only shapes are computed: nothing is allocated, and no data is needed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any, NamedTuple, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -25,21 +25,21 @@ FLOAT = 4  # bytes
 
 
 class Work(NamedTuple):
-    """One update of D and one of G on a batch; a multiplication and an addition are two FLOPs."""
+    """One update on a batch; a multiplication and an addition are two FLOPs."""
 
-    forward_flops: float  # of G on the batch: the unit of paper Table 12
+    forward_flops: float  # of the sampled network on the batch: the unit of paper Table 12
     flops: float
-    activation_bytes: float  # kept for the backward pass, at the larger of the two steps; float32
+    activation_bytes: float  # kept for the backward pass, at the largest step; float32
     parts: "Parts"  # of flops
 
     @property
     def units(self) -> float:
-        """The work in forward passes of G."""
+        """Work in forward passes of the sampled network."""
         return self.flops / self.forward_flops
 
 
 class Parts(NamedTuple):
-    """FLOPs of an update by network and direction, the steps of D and G together."""
+    """FLOPs of an update by network and direction: of the sampled network, and of all others."""
 
     generator_forward: float
     generator_backward: float
@@ -48,23 +48,93 @@ class Parts(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What one optimizer step of an update takes, from the step before it."""
+    """One optimizer step of an update, with everything since the step before."""
 
-    network: str  # that is stepped
+    network: str
     forward_flops: float
     backward_flops: float
-    kept_bytes: int  # for the backward pass, at the most
+    kept_bytes: int  # for the backward pass
+
+
+@cache
+def measure(
+    run: Run, config: ModelConfig, batch_size: int, penalized: int | None = None, checkpoint_activations: bool = False
+) -> Work:
+    """Count one update of a run on a batch, without guidance.
+
+    `penalized` images take part in penalties, by default the run's share; lazy penalties count by their mean over
+    updates. Every count is linear in the number of blocks, so networks of one and of two blocks are counted.
+    """
+    objective, depth = build_objective(run, config), SIZES[config.size].depth
+
+    def count(blocks: int) -> list[float]:
+        networks = _shallow(objective, depth, blocks)
+        calls: list[bool] = []  # forward passes of the sampled network: whether with gradients
+        with torch.device("meta"):
+            with _Counter() as alone:
+                objective.example_forward(networks, batch_size).sum().backward()
+            for network in networks.values():
+                network.checkpointing = checkpoint_activations  # type: ignore[assignment]
+            networks[objective.sampled].register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+            steps = count_update(objective, objective.example_batch(batch_size, penalized), networks)
+            forwards, backwards = len(calls), sum(calls)
+            updates = [steps]
+            if run.penalty.every > 1:
+                unpenalized = count_update(objective, objective.example_batch(batch_size, 0), networks)
+                updates += [unpenalized] * (run.penalty.every - 1)
+        forward, backward = (
+            sum(getattr(step, field) for update in updates for step in update) / len(updates)
+            for field in ("forward_flops", "backward_flops")
+        )
+        own = forwards * alone.forward_flops, backwards * alone.backward_flops
+        return [alone.forward_flops, *own, forward - own[0], backward - own[1], *(step.kept_bytes for step in steps)]
+
+    forward, *parts = (one + (depth - 1) * (two - one) for one, two in zip(count(1), count(2), strict=True))
+    return Work(forward, sum(parts[:4]), max(parts[4:]), Parts(*parts[:4]))
+
+
+def count_update(objective: Objective, batch: Any, networks: Mapping[str, nn.Module] | None = None) -> list[Step]:
+    """Return the steps of one update on `objective.example_batch`."""
+    with torch.device("meta"):
+        networks = networks or objective.build_networks()
+        learner = _CountingLearner(networks, objective.build_buffers(torch.device("meta")))
+        with learner.counter:
+            objective.update(learner, batch, objective.hyperparameters(0, 1))
+    # With activation checkpointing the backward pass holds what one block keeps, besides the inputs of all blocks.
+    return [
+        step._replace(kept_bytes=step.kept_bytes + max((n * block_bytes(*block) for n, *block in blocks), default=0))
+        for step, blocks in learner.steps
+    ]
+
+
+def _shallow(objective: Objective, depth: int, blocks: int) -> dict[str, nn.Module]:
+    """Return networks that keep the first `blocks` of `depth` blocks; networks of another depth stay as they are."""
+    with torch.device("meta"):
+        networks = objective.build_networks()
+    for network in networks.values():
+        if len(getattr(network, "blocks", ())) == depth:
+            del network.blocks[blocks:]  # type: ignore[union-attr, operator]
+    return networks
 
 
 class _CountingLearner:
     """Counts the steps of an objective's update, on the meta device."""
 
-    def __init__(self, networks: Mapping[str, torch.nn.Module], buffers: Mapping[str, Tensor]) -> None:
-        self.networks, self.buffers, self.steps = networks, buffers, list[Step]()
+    def __init__(self, networks: Mapping[str, nn.Module], buffers: Mapping[str, Tensor]) -> None:
+        self.networks, self.buffers, self.counter = networks, buffers, _Counter()
         self.weights = [weight for network in networks.values() for weight in network.parameters()]
-        self.counter = _Counter()
+        self.recomputed: set[tuple[int, ModelSize, int]] = set()  # images, size and tokens of checkpointed blocks
+        self.steps: list[tuple[Step, set[tuple[int, ModelSize, int]]]] = []
+        for network in networks.values():
+            if getattr(network, "checkpointing", False):
+                for block in network.blocks:  # type: ignore[union-attr]
+                    block.register_forward_pre_hook(lambda _, inputs, size=network.size: self._recompute(size, *inputs))
 
-    def module(self, name: str) -> torch.nn.Module:
+    def _recompute(self, size: ModelSize, tokens: Tensor, condition: Tensor) -> None:
+        if torch.is_grad_enabled():
+            self.recomputed.add((len(tokens), size, tokens.shape[1]))
+
+    def module(self, name: str) -> nn.Module:
         return self.networks[name]
 
     def accumulate(self, name: str, last: bool) -> AbstractContextManager[None]:
@@ -76,51 +146,11 @@ class _CountingLearner:
     def step(self, name: str, loss: Tensor, hyperparameters: Hyperparameters) -> Tensor:
         counter = self.counter
         kept = counter.kept_bytes(self.weights)
-        self.steps.append(Step(name, counter.forward_flops, counter.backward_flops, kept))
+        self.steps.append((Step(name, counter.forward_flops, counter.backward_flops, kept), self.recomputed))
+        self.recomputed = set()
         counter.reset()
         self.networks[name].zero_grad(set_to_none=True)
         return torch.zeros(())
-
-
-def count_update(objective: Objective, batch: Any) -> list[Step]:
-    """Return what each step of one update takes on a micro-batch of `objective.example_batch`."""
-    with torch.device("meta"):
-        networks = objective.build_networks()
-        learner = _CountingLearner(networks, objective.build_buffers(torch.device("meta")))
-        with learner.counter:
-            objective.update(learner, [batch], objective.hyperparameters(0, 1))
-    return learner.steps
-
-
-@cache
-def measure(run: Run, config: ModelConfig, batch_size: int, penalized: int | None = None) -> Work:
-    """Count one update of a run on a batch of `batch_size`, without guidance; shapes alone, nothing is computed.
-
-    D's penalties are taken on `penalized` images, left out on the run's share; lazy ones are counted by their mean
-    over updates.
-    """
-    objective = build_objective(run, config)
-    with torch.device("meta"):
-        networks = objective.build_networks()
-        with _Counter() as alone:
-            objective.example_forward(networks, batch_size).sum().backward()
-        batch = objective.example_batch(batch_size, penalized)
-        steps = count_update(objective, batch)
-        d_step, g_step = steps
-        d_step_without = count_update(objective, batch._replace(noise=None))[0]
-
-    def mean(direction: str) -> float:  # over updates with penalties and without, both steps
-        with_, without, g = (getattr(step, direction) for step in (d_step, d_step_without, g_step))
-        return (with_ + (run.penalty.every - 1) * without) / run.penalty.every + g
-
-    forwards = 1 if run.reuse_forward else 2
-    parts = Parts(
-        generator_forward=alone.forward_flops * forwards,
-        generator_backward=alone.backward_flops,
-        discriminator_forward=mean("forward_flops") - forwards * alone.forward_flops,
-        discriminator_backward=mean("backward_flops") - alone.backward_flops,
-    )
-    return Work(alone.forward_flops, sum(parts), max(step.kept_bytes for step in steps), parts)
 
 
 @cache
@@ -146,20 +176,6 @@ def block_bytes(size: ModelSize, tokens: int, frozen: bool = False) -> int:
         x = torch.empty(2, tokens, size.width, requires_grad=True)  # of one, a view would stand for v's copy
         condition = torch.empty(2, size.width, requires_grad=not frozen)
         return kept_by(lambda: block(x, condition), list(block.parameters())) // 2
-
-
-def checkpointed_bytes(config: ModelConfig, judged: float, made: float) -> float:
-    """Return the bytes kept for the backward pass when of every block only its input is, and the inside of one block.
-
-    `judged` images go through D in its own step, `made` through G in the other.
-    """
-    size = SIZES[config.size]
-    tokens = (config.latent_size // size.patch) ** 2
-    g_block, d_block = block_bytes(size, tokens), block_bytes(size, tokens + 1)
-    g_in, d_in = FLOAT * tokens * size.width, FLOAT * (tokens + 1) * size.width
-    of_d = judged * (size.depth * d_in + d_block)
-    of_g = made * (config.repeats * size.depth * g_in + size.depth * d_in + max(g_block, d_block))
-    return max(of_d, of_g)
 
 
 def kept_by(work: Callable[[], object], weights: list[torch.nn.Parameter]) -> int:

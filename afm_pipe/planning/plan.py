@@ -1,8 +1,6 @@
-"""What a study needs before any of it is run: work, memory, days and disk of every run, estimated for a machine.
+"""What a study needs before it runs: work, time, memory and disk of every run on a chosen machine.
 
-Work is counted on the meta device from the very steps that train; nothing is computed and no data is needed.
-
-Legend: N batch of one device, C, H, W of latents.
+Legend: N images of a batch, n GPUs; C, H, W of latents.
 """
 
 from collections.abc import Generator, Sequence
@@ -12,143 +10,175 @@ from typing import Literal, NamedTuple, cast, get_args
 from afm_pipe.models.model_files import run_config
 from afm_pipe.objectives.schedules import update_at
 from afm_pipe.params import Params
-from afm_pipe.planning.budget import budget
-from afm_pipe.planning.counting import FLOAT, Work, guidance_flops, measure
+from afm_pipe.planning.budget import Budget, budget, largest_part
+from afm_pipe.planning.counting import Work, guidance_flops, measure
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.progress import Progress
 from afm_pipe.runtime.tables import table_text
 
 Precision = Literal["fp32", "tf32", "bf16"]
 DAY = 86400.0  # seconds
+NODE = 8  # GPUs of a machine
+LINK_UTILIZATION = 0.8
+NETWORK = NODE * 50.0  # GB/s out of a machine: one 400 Gb/s network card per GPU
 
 
 class Gpu(NamedTuple):
-    """Peaks of a GPU without sparsity, in TFLOP/s, and its memory in GB."""
+    """Dense peaks in TFLOP/s, memory in GB, and NVLink bandwidth in each direction in GB/s."""
 
     fp32: float
     tf32: float
     bf16: float
     memory: float
-
-    def peak(self, precision: Precision) -> float:
-        """Return the peak of a precision in FLOP/s."""
-        return 1e12 * {"fp32": self.fp32, "tf32": self.tf32, "bf16": self.bf16}[precision]
+    link: float
 
 
-# NVIDIA's data sheets of the SXM parts as others quote them; where those give only 2:4 sparse figures, half of them.
+# NVIDIA's data sheets of the SXM parts; half of the figure where only the one for 2:4 sparsity is given.
 GPUS = {
-    # name          fp32       tf32        bf16         memory
-    "a100": Gpu(fp32=19.5, tf32=156.0, bf16=312.0, memory=80),
-    "h100": Gpu(fp32=67.0, tf32=494.5, bf16=989.5, memory=80),
-    "h200": Gpu(fp32=67.0, tf32=494.5, bf16=989.5, memory=141),
-    "b200": Gpu(fp32=80.0, tf32=1100.0, bf16=2250.0, memory=180),
+    # name          fp32       tf32        bf16         memory      link
+    "a100": Gpu(fp32=19.5, tf32=156.0, bf16=312.0, memory=80, link=300),
+    "h100": Gpu(fp32=67.0, tf32=494.5, bf16=989.5, memory=80, link=450),
+    "h200": Gpu(fp32=67.0, tf32=494.5, bf16=989.5, memory=141, link=450),
+    "b200": Gpu(fp32=80.0, tf32=1100.0, bf16=2250.0, memory=180, link=900),
 }
 
-
 NOTES = (
-    "All but the parameters of G and D are estimates. FLOPs are those of matrix products, counted on the training",
-    "steps; G forwards are the units of the paper's Table 12. Memory is weights, gradients, optimizers and moving",
-    "average in float32, and activations (in bf16 half of float32's) of the larger step, with what --micro-batch,",
-    "--checkpoint-activations and --shard save; computing activations again is not counted as work. Disk is two",
-    "checkpoints and the model. A guided run's row is its own phase alone. Encoding, the classifier and evaluation are",
-    "left out.",
+    "Everything but the parameter counts is an estimate. FLOPs are those of the matrix products of the training step;",
+    "G forwards are the unit of the paper's Table 12. Days include summing the gradients, not overlapped. Memory holds",
+    "weights, gradients, optimizers and EMA in float32, and the activations (half as large in bf16) of the larger step",
+    "with --micro-batch, --checkpoint-activations and --shard; recomputed activations do not count as work.",
+    "Disk holds two checkpoints and the model. The row of a guided run is its guided phase. Encoding, the classifier",
+    "and evaluation are not included.",
 )
 
 
 class Machine(NamedTuple):
-    """What a study is planned for."""
+    """GPUs and launch settings that a study is planned for."""
 
     gpu: str
     gpus: int
-    utilisation: float  # share of the peak that training reaches
+    utilization: float  # fraction of the peak that training reaches
     precision: Precision
     micro_batch: int | None = None
     checkpoint_activations: bool = False
     shard: bool = False
 
+    @property
+    def peak(self) -> float:
+        """Peak of one GPU in FLOP/s."""
+        return 1e12 * float(getattr(GPUS[self.gpu], self.precision))
+
+    def compute_seconds(self, flops: float) -> float:
+        """Return the seconds of `flops` over all GPUs."""
+        return flops / (self.gpus * self.utilization * self.peak)
+
+    def reduce_seconds(self, gradient_bytes: float) -> float:
+        """Return the seconds of a ring all-reduce: 2 (n - 1) / n of the bytes pass through every GPU."""
+        link = GPUS[self.gpu].link
+        rate = 1e9 * LINK_UTILIZATION * (link if self.gpus <= NODE else min(link, NETWORK))
+        return 2 * (self.gpus - 1) / self.gpus * gradient_bytes / rate
+
 
 def machine(
     gpu: str,
     gpus: int,
-    utilisation: float,
+    utilization: float,
     precision: str,
     micro_batch: int | None = None,
     checkpoint_activations: bool = False,
     shard: bool = False,
 ) -> Machine:
-    """Return a machine from a person's words. Raises UserError naming the one that is wrong."""
+    """Return a machine from command-line values. Raises UserError naming the one that is wrong."""
     if gpu not in GPUS:
-        raise UserError(f"Found --gpu {gpu}, expected one of {', '.join(GPUS)}: take the most similar.")
+        raise UserError(f"Found --gpu {gpu}, expected one of {', '.join(GPUS)}: choose the most similar.")
     if gpus < 1:
         raise UserError(f"Found --gpus {gpus}, expected at least 1.")
-    if not 0 < utilisation <= 1:
-        raise UserError(f"Found --utilisation {utilisation:g}, expected more than 0 and at most 1.")
+    if not 0 < utilization <= 1:
+        raise UserError(f"Found --utilization {utilization:g}, expected more than 0 and at most 1.")
     if precision not in get_args(Precision):
         raise UserError(f"Found --precision {precision}, expected one of {', '.join(get_args(Precision))}.")
-    return Machine(gpu, gpus, utilisation, cast(Precision, precision), micro_batch, checkpoint_activations, shard)
+    return Machine(gpu, gpus, utilization, cast(Precision, precision), micro_batch, checkpoint_activations, shard)
 
 
 class Plan(NamedTuple):
-    """Needs of one run; a guided run's own phase alone."""
+    """Needs of one run on a machine; of a guided run, its guided phase alone."""
 
     name: str
-    generator_parameters: int
-    discriminator_parameters: int
-    work: Work  # of one update, over all devices
-    images: int  # seen by G
+    machine: Machine
+    budget: Budget  # of one GPU
+    work: Work  # of one update, over all GPUs
     updates: int
-    memory_bytes: float  # of one device
-    days: float
-    checkpoint_bytes: int  # two checkpoints and the model
+    images: int  # seen by G
+
+    @property
+    def memory_bytes(self) -> float:
+        """Peak memory of one GPU; bf16 halves the activations."""
+        saved = self.budget.activation_bytes / 2 if self.machine.precision == "bf16" else 0
+        return self.budget.memory_bytes - saved
+
+    @property
+    def compute_seconds(self) -> float:
+        """Seconds of the matrix products of an update."""
+        return self.machine.compute_seconds(self.work.flops)
+
+    @property
+    def reduce_seconds(self) -> float:
+        """Seconds of summing the gradients of an update if nothing overlaps."""
+        return self.machine.reduce_seconds(self.budget.gradient_bytes)
+
+    @property
+    def days(self) -> float:
+        """Days of the run."""
+        return self.updates * (self.compute_seconds + self.reduce_seconds) / DAY
+
+    @property
+    def disk_bytes(self) -> int:
+        """Two checkpoints and the model."""
+        return 2 * self.budget.checkpoint_bytes + self.budget.gradient_bytes  # a model is as large as the gradients
 
 
 def plan_run(params: Params, name: str, num_images: int, num_classes: int, machine: Machine) -> Plan:
-    """Estimate what a run needs, on a data set of so many images and classes.
-
-    Memory is that of one device. Raises UserError when the batch is not shared evenly.
-    """
+    """Estimate what a run needs on a data set. Raises UserError when the GPUs do not divide the batch."""
     run = params.models[name]
     if run.batch_size % machine.gpus:
         raise UserError(
-            f"Found {machine.gpus} GPUs for the batch of {run.batch_size} of {name}, expected a number that divides it."
+            f"Found {machine.gpus} GPUs for the batch of {run.batch_size} of {name}, expected a divisor of the batch."
         )
     config = run_config(run, params.latent_shape, num_classes)
-    share = run.batch_size // machine.gpus
-    of_base = params.runs[params.guided[name].base] if name in params.guided else run
-    engine = machine.micro_batch, machine.checkpoint_activations, machine.shard
-    needs, work = budget(of_base, config, machine.gpus, *engine), measure(of_base, config, share)
+    unguided = params.runs[params.guided[name].base] if name in params.guided else run
+    images, penalized = largest_part(unguided, machine.gpus)
+    work = measure(unguided, config, images, penalized)
     flops = work.flops
     if run.phases[-1].guidance is not None and params.classifier is not None:
-        flops += guidance_flops(params.classifier.size, config, share)
-    work = work._replace(forward_flops=work.forward_flops * machine.gpus, flops=flops * machine.gpus)
+        flops += guidance_flops(params.classifier.size, config, images)
     updates = update_at(run, run.phases[-1].until_epoch, num_images)
     if name in params.guided:
         updates -= update_at(run, run.phases[-2].until_epoch, num_images)
-    activations = needs.activation_bytes / (2 if machine.precision == "bf16" else 1)
-    seconds = updates * work.flops / (GPUS[machine.gpu].peak(machine.precision) * machine.gpus * machine.utilisation)
-    g, d = needs.generator_parameters, needs.discriminator_parameters
+    settings = machine.micro_batch, machine.checkpoint_activations, machine.shard
     return Plan(
         name=name,
-        generator_parameters=g,
-        discriminator_parameters=d,
-        work=work,
-        images=updates * run.batch_size,
+        machine=machine,
+        budget=budget(unguided, config, machine.gpus, *settings),
+        work=work._replace(forward_flops=work.forward_flops * machine.gpus, flops=flops * machine.gpus),
         updates=updates,
-        memory_bytes=needs.memory_bytes - needs.activation_bytes + activations,
-        days=seconds / DAY,
-        checkpoint_bytes=2 * needs.checkpoint_bytes + FLOAT * (g + d),
+        images=updates * run.batch_size,
     )
 
 
 def latents_bytes(params: Params, num_images: int) -> int:
-    """Return the size of latents.h5: float16, of both mirrors with data.mirror."""
-    return num_images * (2 if params.data.mirror else 1) * 2 * prod(params.latent_spec.encoded_shape)
+    """Return the size of latents.h5: a row per image, two with data.mirror."""
+    return num_images * (2 if params.data.mirror else 1) * row_bytes(params)
+
+
+def row_bytes(params: Params) -> int:
+    """Return the size of one row of latents.h5, in float16."""
+    return 2 * prod(params.latent_spec.encoded_shape)
 
 
 def plan_text(
     params: Params, names: Sequence[str], machine: Machine, num_images: int, num_classes: int
 ) -> Generator[Progress, None, str]:
-    """Return the plan of some models, or of all, as a table and what its figures rest on."""
+    """Return a table of the plans of the named models, or of all, and the assumptions behind it."""
     unknown = [name for name in names if name not in params.models]
     if unknown:
         raise UserError(f"Found no run {unknown[0]!r} in params, expected one of {', '.join(params.models)}.")
@@ -158,45 +188,43 @@ def plan_text(
         yield Progress(done, len(names), "runs", name)
         plans.append(plan_run(params, name, num_images, num_classes, machine))
     yield Progress(len(names), len(names), "runs")
-    header = ("run", "G", "D", "TFLOP/update", "G forwards", "images", "updates", "GB/device", "days", "disk GB")
-    gpu = GPUS[machine.gpu]
-    rows = [_row(plan, gpu) for plan in plans]
-    total = sum(plan.days for plan in plans)
-    disk = sum(plan.checkpoint_bytes for plan in plans) + latents_bytes(params, num_images)
-    latents = latents_bytes(params, num_images) / 1e9
+    networks = list({name: None for plan in plans for name in plan.budget.parameters})
+    header = ("run", *networks, "TFLOP/update", "G forwards", "images", "updates", "GB/device", "days", "disk GB")
+    capacity, latents = GPUS[machine.gpu].memory, latents_bytes(params, num_images)
+    days, disk = sum(plan.days for plan in plans), sum(plan.disk_bytes for plan in plans) + latents
     stored = "moments" if params.latent_spec.stochastic else "latents"
     lines = [
-        table_text(header, rows),
-        f"In all about {_figure(total)} days and {_figure(disk / 1e9)} GB of disk, {_figure(latents)} of it latents"
-        f" ({num_images:,} images{', both mirrors' if params.data.mirror else ''}, float16 {stored}).",
-        f"On {machine.gpus} x {machine.gpu} in {machine.precision}: {gpu.peak(machine.precision) / 1e12:g} TFLOP/s each"
-        f" by the data sheet (dense), of which {machine.utilisation:.0%} are assumed to be used (--utilisation).",
+        table_text(header, [_row(plan, networks, capacity) for plan in plans]),
+        f"Total: about {figure(days)} days and {figure(disk / 1e9)} GB of disk, {figure(latents / 1e9)} for latents "
+        f"({num_images:,} images{', both mirrors' if params.data.mirror else ''}, float16 {stored}).",
+        f"On {machine.gpus} x {machine.gpu} in {machine.precision}: {machine.peak / 1e12:g} TFLOP/s each by the data "
+        f"sheet (dense), of which {machine.utilization:.0%} is assumed to be reached (--utilization).",
         *NOTES,
     ]
-    crowded = [plan.name for plan in plans if plan.memory_bytes > gpu.memory * 1e9]
+    crowded = [plan.name for plan in plans if plan.memory_bytes > capacity * 1e9]
     if crowded:
         lines.append(
-            f"! More than the {gpu.memory:g} GB of one {machine.gpu}: {', '.join(crowded)}. Take more --gpus, others, "
+            f"! More than the {capacity:g} GB of one {machine.gpu}: {', '.join(crowded)}. Use more or larger GPUs, "
             "--micro-batch, --checkpoint-activations or --shard."
         )
     return "\n".join(lines)
 
 
-def _row(plan: Plan, gpu: Gpu) -> list[str]:
-    memory = plan.memory_bytes / 1e9
+def _row(plan: Plan, networks: Sequence[str], capacity: float) -> list[str]:
+    memory, parameters = plan.memory_bytes / 1e9, plan.budget.parameters
     return [
         plan.name,
-        f"{plan.generator_parameters / 1e6:,.4g}M",
-        f"{plan.discriminator_parameters / 1e6:,.4g}M",
-        _figure(plan.work.flops / 1e12),
+        *(f"{parameters[name] / 1e6:,.4g}M" if name in parameters else "" for name in networks),
+        figure(plan.work.flops / 1e12),
         f"{plan.work.units:.1f}",
-        f"{_figure(plan.images / 1e6)}M",
+        f"{figure(plan.images / 1e6)}M",
         f"{plan.updates:,}",
-        f"{_figure(memory)}{' !' if memory > gpu.memory else ''}",
-        _figure(plan.days),
-        _figure(plan.checkpoint_bytes / 1e9),
+        f"{figure(memory)}{' !' if memory > capacity else ''}",
+        figure(plan.days),
+        figure(plan.disk_bytes / 1e9),
     ]
 
 
-def _figure(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}" if value < 10 else f"{value:.1f}"
+def figure(value: float) -> str:
+    """Return an estimate with two or three significant digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2g}"

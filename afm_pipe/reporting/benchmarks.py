@@ -1,10 +1,11 @@
-"""How fast the project is beside plain implementations of the same work: what `make bench` measured, as tables."""
+"""Speed beside plain implementations of the same work: what `make bench` measured, as tables."""
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from afm_pipe.reporting.printing import markdown
+from afm_pipe.reporting.ranking import Row as Cells
 from afm_pipe.reporting.section import Section
-from afm_pipe.reporting.table import Cell, Column, Table
+from afm_pipe.reporting.table import Cell, Column, Table, plain
 from afm_pipe.reporting.titles import number
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
@@ -26,10 +27,10 @@ COLUMNS = (
     Column("case", "Case", numeric=False),
     Column("what", "What", numeric=False),
     Column("ours", "Ours"),
-    Column("against", "Against"),
-    Column("baseline", "which is", numeric=False),
-    Column("ratio", "Ratio", "Median over rounds of what was timed in turns; of speeds, except for waits and start-up"),
-    Column("bar", "Asked", numeric=False),
+    Column("against", "Baseline"),
+    Column("baseline", "Kind of baseline", numeric=False),
+    Column("ratio", "Ratio", "Median over rounds that alternate; of speeds, except for waits and start-up"),
+    Column("bar", "Target", numeric=False),
     Column("met", "Met", numeric=False),
     Column("note", "Note", numeric=False),
 )
@@ -59,7 +60,7 @@ class Row(BaseModel):
 
 
 class Case(BaseModel):
-    """The rows of a case, and on what they were measured."""
+    """The rows of a case, and the machine they were measured on."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -73,12 +74,12 @@ class Case(BaseModel):
     @property
     def words(self) -> str:
         """Where it was measured."""
-        quick = ", as few repeats as possible" if self.quick else ""
+        quick = ", few repeats" if self.quick else ""
         return f"{self.machine}, {self.threads} threads, torch {self.torch}, load {self.load:g} at the end{quick}"
 
 
 def read_benchmarks() -> dict[str, Case]:
-    """Return what was measured, by case. Raises UserError when the file is none of ours."""
+    """Return what was measured, by case. Raises UserError when the file is not of `make bench`."""
     try:
         return {name: Case.model_validate(case) for name, case in read_json(paths.BENCHMARKS)["cases"].items()}
     except (ValidationError, KeyError, TypeError, AttributeError) as error:
@@ -87,24 +88,18 @@ def read_benchmarks() -> dict[str, Case]:
 
 
 def benchmark_sections() -> tuple[Section, ...]:
-    """Return the section on speed, where it was measured."""
+    """Return the section on speed, if it was measured."""
     if not paths.BENCHMARKS.exists():
         return ()
     cases = read_benchmarks()
-    asked = [row for case in cases.values() for row in case.rows if row.met is not None]
-    return (
-        Section(
-            "speed",
-            "Speed",
-            prose=(
-                "Every row was timed in turns with something plain in one process: a straightforward update of the "
-                "same result, bare forward passes, an array in memory, or the machine's matrix products. Both sides "
-                "are in benchmarks/."
-            ),
-            verdict=f"{sum(bool(row.met) for row in asked)} of {len(asked)} bars are met on this machine.",
-            tables=_tables(cases),
-        ),
+    met = [row.met for case in cases.values() for row in case.rows if row.met is not None]
+    prose = (
+        "Each row was timed in turns with a plain baseline in one process: a straightforward update with the same "
+        "result, bare forward passes, an array in memory, or the machine's matrix products. Both sides are in "
+        "benchmarks/."
     )
+    verdict = f"{sum(met)} of {len(met)} targets are met on this machine."
+    return (Section("speed", "Speed", prose, verdict, tuple(_tables(cases))),)
 
 
 def results_markdown(cases: dict[str, Case]) -> str:
@@ -112,48 +107,43 @@ def results_markdown(cases: dict[str, Case]) -> str:
     return "# Benchmarks\n\nWritten by `make bench`; see `benchmarks/`.\n\n" + "\n".join(map(markdown, _tables(cases)))
 
 
-def _tables(cases: dict[str, Case]) -> tuple[Table, ...]:
-    known = [(name, cases[name]) for name in (*TITLES, *sorted(cases.keys() - TITLES.keys())) if name in cases]
-    rows = [
-        _comparison(name, row, f"cases.{name}.rows[{index}]")
-        for name, case in known
-        for index, row in enumerate(case.rows)
-        if not row.case.endswith(PROFILED)
-    ]
-    places = {case.words: [] for _, case in known}  # type: dict[str, list[str]]
-    for name, case in known:
-        places[case.words].append(TITLES.get(name, name))
-    where = "; ".join(f"{', '.join(names)}: {words}" for words, names in places.items())
-    tables = [Table("benchmarks", f"Speed beside plain implementations. {where}.", COLUMNS, tuple(rows))]
-    for name, case in known:
-        profiled = [(index, row) for index, row in enumerate(case.rows) if row.case.endswith(PROFILED)]
+def _tables(cases: dict[str, Case]) -> list[Table]:
+    names = [name for name in (*TITLES, *sorted(cases.keys() - TITLES.keys())) if name in cases]
+    rows = [(name, row, f"cases.{name}.rows[{index}]") for name in names for index, row in enumerate(cases[name].rows)]
+    places = dict.fromkeys(cases[name].words for name in names)
+    where = "; ".join(
+        f"{', '.join(TITLES.get(name, name) for name in names if cases[name].words == words)}: {words}"
+        for words in places
+    )
+    compared = tuple(_comparison(*each) for each in rows if not each[1].case.endswith(PROFILED))
+    tables = [Table("benchmarks", f"Speed beside plain implementations. {where}.", COLUMNS, compared)]
+    for name in names:
+        profiled = [(row, key) for of, row, key in rows if of == name and row.case.endswith(PROFILED)]
         if profiled:
-            caption = f"Where the time of {profiled[0][1].baseline} goes: operators' own time under torch's profiler."
-            lines = tuple(_operator(row, f"cases.{name}.rows[{index}]") for index, row in profiled)
-            tables.append(Table(f"benchmarks_{name}_where", caption, OPERATORS, lines))
-    return tuple(tables)
+            caption = f"Time of {profiled[0][0].baseline} by operator: own time under torch's profiler."
+            operators = tuple(_operator(*each) for each in profiled)
+            tables.append(Table(f"benchmarks_{name}_where", caption, OPERATORS, operators))
+    return tables
 
 
-def _comparison(name: str, row: Row, key: str) -> tuple[Cell, ...]:
-    met = {True: "yes", False: "no", None: ""}[row.met]
-    bar = row.bar.replace(">=", "≥").replace("<=", "≤")
+def _comparison(name: str, row: Row, key: str) -> Cells:
     return (
         Cell(TITLES.get(name, name), name),
-        Cell(row.what, row.what),
+        plain(row.what),
         Cell(f"{number(row.ours)} {row.unit}", row.ours, SOURCE, f"{key}.ours"),
         Cell(f"{number(row.against)} {row.unit}", row.against, SOURCE, f"{key}.against"),
-        Cell(row.baseline, row.baseline),
+        plain(row.baseline),
         Cell(number(row.ratio), row.ratio, SOURCE, f"{key}.ratio"),
-        Cell(bar, row.bar),
-        Cell(met, met),
-        Cell(row.note, row.note),
+        Cell(row.bar.replace(">=", "≥").replace("<=", "≤"), row.bar),
+        plain({True: "yes", False: "no", None: ""}[row.met]),
+        plain(row.note),
     )
 
 
-def _operator(row: Row, key: str) -> tuple[Cell, ...]:
+def _operator(row: Row, key: str) -> Cells:
     return (
-        Cell(row.what, row.what),
+        plain(row.what),
         Cell(number(row.ours), row.ours, SOURCE, f"{key}.ours"),
         Cell(f"{100 * row.ratio:.1f} %", row.ratio, SOURCE, f"{key}.ratio"),
-        Cell(row.note, row.note),
+        plain(row.note),
     )

@@ -1,4 +1,4 @@
-"""Which pictures the page shows: samples side by side, strips from seed to seed, grids, and the check for copies."""
+"""The pictures of the page: samples side by side, strips from seed to seed, and the check for copies."""
 
 import io
 from pathlib import Path
@@ -11,76 +11,66 @@ from afm_pipe.reporting.inputs import Inputs, RunRecord, stage_of
 from afm_pipe.reporting.pictures import Picture
 from afm_pipe.runtime import paths
 
-PICTURE_BYTES = 6 * 2**20  # of all pictures on the page, before base64 adds a third: it stays under 10 MiB
+PICTURE_BYTES = 6 * 2**20  # of all pictures on the page, which base64 makes a third larger: below 10 MiB
 SIDE_BY_SIDE = 2  # seeds of each class, the first of the grid
-GAP = 2  # between a grid's pictures, as drawn
+GAP = 2  # pixels between a grid's pictures
+OF_RUN = {  # name of the file: its stage, and its alternative text
+    "grid": ("sample", "Samples of run {run}, one row per class: {classes}"),
+    "interpolation": ("sample", "Samples of run {run} along great arcs from seed to seed, one row per class"),
+    "nearest": ("evaluate", "Samples of run {run}, each above the training images nearest to it in pixels"),
+}
 
 
 class Gallery(NamedTuple):
     """Pictures of all runs, ready for the page."""
 
-    beside: list[tuple[str, Picture]]  # a run's name, or nothing for real images, over the same seeds of every run
+    beside: list[tuple[str, Picture]]
+    """A run's name, or nothing for real images, with the same seeds of every run."""
     strips: list[Picture]
     nearest: list[Picture]
 
 
 def gallery(inputs: Inputs) -> Gallery:
-    """Read what the page shows of all runs. Raises UserError naming the stage of a picture that is missing."""
+    """Read the pictures of all runs. Raises UserError naming the stage of a missing one."""
     share = PICTURE_BYTES // (2 + 3 * max(len(inputs.runs), 1))
-    rows = f"one row per class: {class_list(inputs)}"
     beside = []
-    for title, name in (("Real images", "real"), ("Reconstructed", "reconstructed")):
-        alt = f"{title}, {rows}"
-        beside.append(
-            ("", pictures.inline(_columns(inputs, paths.REFERENCE / f"{name}.png", "reference"), alt, title, share))
-        )
-    strips, nearest = [], []
-    for record in inputs.runs:
-        stage = stage_of(inputs.params, "sample", record.name)
-        alt = f"Samples of run {record.name} from the same {SIDE_BY_SIDE} seeds as every run, {rows}"
-        columns = _columns(inputs, paths.samples(record.name) / "grid.png", stage)
-        beside.append((record.name, pictures.inline(columns, alt, record.name, share)))
-        strips.append(strip(inputs, record, share))
-        nearest.append(nearest_picture(inputs, record, share))
+    for name, (title, path, stage) in zip(("", "", *inputs.params.names), _grids(inputs), strict=True):
+        what = f"Samples of run {name} from the same {SIDE_BY_SIDE} seeds as every run" if name else title
+        alt = f"{what}, one row per class: {class_list(inputs)}"
+        beside.append((name, pictures.inline(_columns(inputs, path, stage), alt, title, share)))
+    strips, nearest = (
+        [run_picture(inputs, record, kind, record.name, share) for record in inputs.runs]
+        for kind in ("interpolation", "nearest")
+    )
     return Gallery(beside, strips, nearest)
 
 
-def grid(inputs: Inputs, record: RunRecord, max_bytes: int) -> Picture:
-    """Return a run's whole grid."""
-    stage, alt = stage_of(inputs.params, "sample", record.name), f"Samples of run {record.name}, one row per class"
-    path = paths.samples(record.name) / "grid.png"
-    return pictures.inline(pictures.read(path, stage), f"{alt}: {class_list(inputs)}", "Samples", max_bytes)
-
-
-def strip(inputs: Inputs, record: RunRecord, max_bytes: int) -> Picture:
-    """Return a run's strips from seed to seed."""
-    stage, path = stage_of(inputs.params, "sample", record.name), paths.samples(record.name) / "interpolation.png"
-    alt = f"Samples of run {record.name} along great arcs from seed to seed, one row per class"
-    return pictures.inline(pictures.read(path, stage), alt, record.name, max_bytes)
-
-
-def nearest_picture(inputs: Inputs, record: RunRecord, max_bytes: int) -> Picture:
-    """Return a run's samples above the training images nearest to them."""
-    stage, path = stage_of(inputs.params, "evaluate", record.name), paths.samples(record.name) / "nearest.png"
-    alt = f"Samples of run {record.name}, each above the training images nearest to it in pixels"
-    return pictures.inline(pictures.read(path, stage), alt, record.name, max_bytes)
+def run_picture(inputs: Inputs, record: RunRecord, name: str, caption: str, max_bytes: int) -> Picture:
+    """Return one of the pictures `OF_RUN`."""
+    verb, alt = OF_RUN[name]
+    source = pictures.read(paths.samples(record.name) / f"{name}.png", stage_of(inputs.params, verb, record.name))
+    return pictures.inline(source, alt.format(run=record.name, classes=class_list(inputs)), caption, max_bytes)
 
 
 def tiles(inputs: Inputs) -> list[tuple[str, Image.Image]]:
-    """Return the titled grids of the sheet that stands as a file of its own."""
-    real = [(title, paths.REFERENCE / f"{title}.png", "reference") for title in ("real", "reconstructed")]
-    runs = [
-        (run.name, paths.samples(run.name) / "grid.png", stage_of(inputs.params, "sample", run.name))
-        for run in inputs.runs
-    ]
-    return [(title, pictures.open_png(path, stage)) for title, path, stage in real + runs]
+    """Return the titled grids of the sheet that is a file."""
+    return [(title, pictures.open_png(path, stage)) for title, path, stage in _grids(inputs)]
 
 
 def class_list(inputs: Inputs, most: int = 10) -> str:
-    """Name the classes that a grid's rows show."""
-    shown = inputs.summary.classes[: min(most, inputs.params.sample.classes)]
-    more = min(inputs.params.sample.classes, len(inputs.summary.classes)) - len(shown)
-    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
+    """Return the names of the classes in a grid's rows."""
+    shown = inputs.summary.classes[: inputs.params.sample.classes]
+    more = len(shown) - most
+    return ", ".join(shown[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def _grids(inputs: Inputs) -> list[tuple[str, Path, str]]:
+    """Return title, path and stage of the grids of real images, their reconstructions, and every run."""
+    real = [(title, f"{title.lower().split()[0]}.png") for title in ("Real images", "Reconstructed")]
+    return [(title, paths.REFERENCE / name, "reference") for title, name in real] + [
+        (run.name, paths.samples(run.name) / "grid.png", stage_of(inputs.params, "sample", run.name))
+        for run in inputs.runs
+    ]
 
 
 def _columns(inputs: Inputs, path: Path, stage: str) -> pictures.Source:

@@ -1,4 +1,4 @@
-"""Pictures for the page: inlined whole, or made smaller when the page would grow too large; and one sheet as a file."""
+"""Pictures inside the page, made smaller where it would grow too large; and one sheet as a file."""
 
 import base64
 import io
@@ -12,11 +12,11 @@ from PIL import Image, ImageChops, ImageDraw, ImageFont
 from afm_pipe.reporting.inputs import needed
 from afm_pipe.runtime.errors import UserError
 
-SIDES = (2048, 1536, 1024, 768, 512, 256)  # tried in turn for a picture that is too heavy
+SIDES = (2048, 1536, 1024, 768, 512, 256)  # tried in turn for a picture that is too large
 
 
 class Picture(NamedTuple):
-    """A picture inside the page: a data URI with its size in pixels and the text for who cannot see it."""
+    """A picture inside the page: a data URI, its size in pixels and its alternative text."""
 
     uri: str
     width: int
@@ -27,7 +27,7 @@ class Picture(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A picture as it was read, with the bytes of a PNG that hold it."""
+    """A decoded picture with the bytes of its PNG."""
 
     path: Path
     image: Image.Image
@@ -35,7 +35,7 @@ class Source(NamedTuple):
 
 
 def read(path: Path, stage: str) -> Source:
-    """Read a PNG. Raises UserError when the file is missing or is no whole PNG."""
+    """Read a PNG. Raises UserError when the file is missing or damaged."""
     return Source(path, open_png(path, stage), path.read_bytes())
 
 
@@ -54,13 +54,13 @@ def inline(source: Source, alt: str, caption: str, max_bytes: int) -> Picture:
 
 
 def open_png(path: Path, stage: str) -> Image.Image:
-    """Decode a PNG. Raises UserError naming its stage when the file is missing or is no whole PNG."""
+    """Decode a PNG. Raises UserError naming its stage when the file is missing or damaged."""
     try:
         with Image.open(needed(path, stage), formats=["PNG"]) as image:
             return image.convert("RGB")
+    except UserError:
+        raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"Found {path}, which is no whole PNG ({error}): run `dvc repro --force {stage}`.") from None
 
 
@@ -74,8 +74,7 @@ def draw_sheet(tiles: Sequence[tuple[str, Image.Image]], path: Path, columns: in
     columns = min(columns, len(tiles))
     rows = math.ceil(len(tiles) / columns)
     sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
-    draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(16)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
     for index, ((title, _), image) in enumerate(zip(tiles, images, strict=True)):
         x, y = gap + index % columns * (width + gap), gap + index // columns * (height + gap)
         draw.text((x, y), title, fill="#1c2127", font=font)
@@ -86,5 +85,5 @@ def draw_sheet(tiles: Sequence[tuple[str, Image.Image]], path: Path, columns: in
 
 
 def _is_grey(image: Image.Image) -> bool:
-    red, *others = image.convert("RGB").split()
+    red, *others = image.split()
     return all(ImageChops.difference(red, band).getbbox() is None for band in others)

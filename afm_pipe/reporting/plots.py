@@ -1,36 +1,114 @@
-"""Grids as heat maps and sweeps as error bars, drawn as SVG like the curves: CSS variables, text only, same bytes.
+"""Grids as heat maps, sweeps as error bars, and the axes and styles of all drawings, as SVG.
 
-Both say their numbers in words for whoever cannot see them (aria-label).
+Colors are CSS variables, so that one drawing serves light, dark and print. Each drawing states its numbers in words
+(aria-label), and the same input gives the same bytes.
 """
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import NamedTuple
 
-from afm_pipe.reporting.curves import axis_ticks, short
+import numpy as np
+from numpy.typing import ArrayLike
+
 from afm_pipe.reporting.titles import number
 
+LIGHT = ("#1f6fb5", "#c4511a", "#2b8a3e", "#8b46b5", "#9a7200", "#0c7f81", "#c2255c", "#555b63")
+DARK = ("#6cb2f0", "#f4915b", "#69c77b", "#c792ea", "#e0b84c", "#4fd1c5", "#f783ac", "#b4bbc4")
 CELL_WIDTH, CELL_HEIGHT = 92, 40
-STRONGEST = 0.62  # opacity of the fullest cell, under which ink is readable in light and dark
-WIDTH, HEIGHT = 560, 250
+STRONGEST = 0.62  # opacity of the best cell: text on it is readable in light and dark
+WIDTH, HEIGHT = 560, 250  # of error bars
 LEFT, RIGHT, TOP, BOTTOM = 64, 20, 30, 44
-LETTER = 6.4  # of 11 px text, at the widest
+LETTER = 6.4  # width of a letter of 11 px text
 TITLE_LETTER = 7.6  # of a title
-LINE = 13  # from one line of a long label to the next
+LINE = 13  # height of a line of a label
 
-PLOTS_CSS = """svg .cell{fill:var(--run-0);stroke:var(--surface);stroke-width:2}
+
+def stylesheet() -> str:
+    """Return the CSS of all drawings: colors for light and dark, and classes."""
+    light, dark = (";".join(f"--run-{i}:{color}" for i, color in enumerate(colors)) for colors in (LIGHT, DARK))
+    return (
+        f":root{{{light};--surface:#fff;--ink:#1c2127;--muted:#59636e;--rule:#dfe3e8}}\n"
+        "@media screen and (prefers-color-scheme: dark)"
+        f"{{:root{{{dark};--surface:#171b20;--ink:#e7eaee;--muted:#a0abb7;--rule:#323a43}}}}\n"
+        """svg text{font:11px system-ui,sans-serif;fill:var(--muted)}
+svg text.title{font-weight:600;font-size:12px;fill:var(--ink)}
+svg .grid{stroke:var(--rule);stroke-width:1}
+svg .line{fill:none;stroke-width:1.6;stroke-linejoin:round;stroke-linecap:round}
+svg .mark{fill:none;stroke-width:2;stroke-dasharray:none}
+svg .mark.intervention{fill:var(--surface)}
+svg .cell{fill:var(--run-0);stroke:var(--surface);stroke-width:2}
 svg .cell.none{fill:var(--rule);fill-opacity:.45}
 svg .cell.best{stroke:var(--ink)}
 svg text.value{fill:var(--ink);font-size:12px;font-variant-numeric:tabular-nums}
 svg .bar{stroke:var(--run-0);stroke-width:2;fill:none}
 svg .dot{fill:var(--run-0)}
 svg .dot.hollow{fill:var(--surface);stroke:var(--run-0);stroke-width:2}"""
+    )
+
+
+class Axis(NamedTuple):
+    """A linear or logarithmic axis."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    @classmethod
+    def around(cls, values: ArrayLike, log: bool = False, trim: float = 0.0) -> "Axis":
+        """Return an axis that holds the finite values with a margin, without `trim` percent of them on either side.
+
+        An axis of values none of which is positive is linear.
+        """
+        found = np.asarray(values, dtype=float)
+        found = found[np.isfinite(found)]
+        log = log and bool((found > 0).any())
+        if log:
+            found = found[found > 0]
+        if not found.size:
+            return cls(0.0, 1.0)
+        low, high = map(float, np.percentile(found, (trim, 100 - trim)))
+        if log:
+            return cls(low / 1.3, high * 1.3, True)
+        pad = 0.07 * (high - low) or abs(high) * 0.1 or 1.0
+        return cls(0.0 if 0 <= low <= 0.4 * high else low - pad, high + pad)
+
+    def place(self, values: ArrayLike) -> np.ndarray:
+        """Return places along the axis, 0 at its low end and 1 at its high end; nan for what has none."""
+        found = np.asarray(values, dtype=float)
+        if not self.log:
+            return (found - self.low) / (self.high - self.low)
+        return np.log(np.where(found > 0, found, math.nan) / self.low) / math.log(self.high / self.low)
+
+    def ticks(self) -> list[float]:
+        """Return a few round numbers along the axis."""
+        if self.log:
+            powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            for factors in ((1,), (1, 3), (1, 2, 5)):
+                ticks = [factor * 10.0**power for power in powers for factor in factors]
+                ticks = [tick for tick in ticks if self.low <= tick <= self.high]
+                if len(ticks) >= 2:
+                    return ticks[:: math.ceil(len(ticks) / 5)]
+        span = self.high - self.low
+        step = 10 ** math.floor(math.log10(span / 3))
+        step *= max(factor for factor in (1, 2, 5, 10) if factor == 1 or span / (step * factor) >= 2.5)
+        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+        return [index * step for index in range(first, last + 1)]
+
+    def rules(self, left: float, right: float, top: float, height: float) -> str:
+        """Draw the axis upwards: a rule and a number at every tick."""
+        return "".join(
+            f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            + text(left - 6, y + 4, short(tick), "end")
+            for tick in self.ticks()
+            for y in (top + (1 - float(self.place(tick))) * height,)
+        )
 
 
 class Point(NamedTuple):
-    """A mean with the ends of its interval; without ends it is drawn hollow. `x` is a place on the axis, or a label."""
+    """A mean and the ends of its interval; without ends it is drawn hollow. `x` is a number or a label."""
 
     x: float | str
     mean: float | None
@@ -51,45 +129,46 @@ def heat_map(
     log: bool = False,
     lower_is_better: bool = True,
 ) -> str:
-    """Draw a grid: one cell per row and column, the better the fuller, the best framed; None has a quiet cell.
+    """Draw a grid with a cell per row and column: the better, the fuller; the best is framed, None is pale.
 
-    `texts` are what the cells say, in the shape of `values`; `log` spreads colours by ratio. `meaning` is said after
-    the title to whoever cannot see it.
+    `texts` stand in the cells and have the shape of `values`; `log` spreads opacity by ratio; `meaning` follows the
+    title in the words for screen readers.
     """
     left = max(70.0, LETTER * max(map(len, (*rows, row_title))) + 16)
-    heads = [_lines(name, CELL_WIDTH) for name in columns]
+    heads = [_wrap(name, CELL_WIDTH) for name in columns]
     top = (62 if column_title else 46) + LINE * (max(map(len, heads)) - 1)
     width = max(left + CELL_WIDTH * len(columns), TITLE_LETTER * len(title) + 8) + 8
-    height = top + CELL_HEIGHT * len(rows) + 8
     found = [value for line in values for value in line if value is not None and math.isfinite(value)]
-    best = (min if lower_is_better else max)(found) if found else None
-    parts = [f'<text class="title" x="8" y="16">{escape(title)}</text>']
-    if column_title:
-        middle = left + CELL_WIDTH * len(columns) / 2
-        parts.append(f'<text x="{middle:.1f}" y="38" text-anchor="middle">{escape(column_title)}</text>')
-    if row_title:
-        parts.append(f'<text x="{left - 8:.1f}" y="{top - 8}" text-anchor="end">{escape(row_title)}</text>')
-    for index, lines in enumerate(heads):
-        parts += _label(left + CELL_WIDTH * (index + 0.5), top - 8 - LINE * (len(lines) - 1), lines)
+    best = (min if lower_is_better else max)(found, default=None)
+    scale = Axis(min(found), max(found), log and min(found) > 0) if found else Axis(0, 1)
+    parts = [
+        text(8, 16, title, kind="title"),
+        text(left + CELL_WIDTH * len(columns) / 2, 38, column_title, "middle") if column_title else "",
+        text(left - 8, top - 8, row_title, "end") if row_title else "",
+        *(
+            _label(left + CELL_WIDTH * (index + 0.5), top - 8 - LINE * (len(lines) - 1), lines)
+            for index, lines in enumerate(heads)
+        ),
+    ]
     for line, name in enumerate(rows):
         y = top + CELL_HEIGHT * line
-        middle = y + CELL_HEIGHT / 2 + 4
-        parts.append(f'<text x="{left - 8:.1f}" y="{middle:.1f}" text-anchor="end">{escape(name)}</text>')
-        for index in range(len(columns)):
-            value, x = values[line][index], left + CELL_WIDTH * index
-            known = value is not None and math.isfinite(value)
-            fill = f' fill-opacity="{_fullness(value, found, log, lower_is_better):.3f}"' if known else ""  # type: ignore[arg-type]
-            kind = "cell none" if not known else "cell best" if value == best else "cell"
+        parts.append(text(left - 8, y + CELL_HEIGHT / 2 + 4, name, "end"))
+        for index, (value, words) in enumerate(zip(values[line], texts[line], strict=True)):
+            x, kind, fill = left + CELL_WIDTH * index, "cell none", ""
+            if value is not None and math.isfinite(value):
+                share = float(scale.place(value)) if scale.high > scale.low else 0.0
+                fill = f' fill-opacity="{0.06 + (STRONGEST - 0.06) * (1 - share if lower_is_better else share):.3f}"'
+                kind = "cell best" if value == best else "cell"
             parts.append(
                 f'<rect class="{kind}" x="{x + 1:.1f}" y="{y + 1}" width="{CELL_WIDTH - 2}" height="{CELL_HEIGHT - 2}"'
-                f' rx="4"{fill}/><text class="value" x="{x + CELL_WIDTH / 2:.1f}" y="{middle:.1f}" '
-                f'text-anchor="middle">{escape(texts[line][index])}</text>'
+                f' rx="4"{fill}/>' + text(x + CELL_WIDTH / 2, y + CELL_HEIGHT / 2 + 4, words, "middle", "value")
             )
     words = "; ".join(
-        f"{row}: " + ", ".join(f"{text} at {column}" for column, text in zip(columns, line, strict=True))
+        f"{row}: " + ", ".join(f"{cell} at {column}" for column, cell in zip(columns, line, strict=True))
         for row, line in zip(rows, texts, strict=True)
     )
-    return _svg(width, height, f"{title}. {meaning}. {words}", parts)
+    height = top + CELL_HEIGHT * len(rows) + 8
+    return svg(width, height, f"{title}. {meaning}. {words}", parts, f"max-width:{width:.0f}px")
 
 
 def error_bars(
@@ -104,72 +183,82 @@ def error_bars(
 ) -> str:
     """Draw means with their intervals over an axis of numbers, or side by side when any `x` is a label.
 
-    A point without a mean is left out of the drawing and said in words; one without an interval is hollow. A place
-    that a logarithmic axis has not (0) stands at its left end.
+    A point without a mean is not drawn, only named in words; one without an interval is hollow. On a logarithmic axis
+    0 stands at the left end.
     """
     drawn = [point for point in points if point.mean is not None and math.isfinite(point.mean)]
-    ends = [end for p in drawn for end in (p.mean, p.low, p.high) if end is not None and math.isfinite(end)]
-    log_y = log_y and all(end > 0 for end in ends)
-    low, high, ticks = axis_ticks(ends, log_y)
+    ends = [end for p in drawn for end in (p.mean, p.low, p.high) if end is not None]
+    axis = Axis.around(ends, log_y and all(end > 0 for end in ends))
     inner_width, inner_height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
     places, names = _places(points, log_x)
     room = inner_width / len(points) if any(isinstance(point.x, str) for point in points) else inner_width
-    labels = [(place, _lines(name, room)) for place, name in names]
+    labels = [(LEFT + place * inner_width, _wrap(name, room)) for place, name in names]
     height = HEIGHT + LINE * (max((len(lines) for _, lines in labels), default=1) - 1)
 
     def up(value: float) -> float:
-        above, span = (math.log(max(value, low) / low), math.log(high / low)) if log_y else (value - low, high - low)
-        return TOP + (1 - above / span) * inner_height
+        return TOP + (1 - float(axis.place(value))) * inner_height
 
-    parts = [f'<text class="title" x="{LEFT}" y="16">{escape(title)}</text>']
-    for tick in ticks:
-        parts.append(
-            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{up(tick):.1f}" y2="{up(tick):.1f}"/>'
-            f'<text x="{LEFT - 6}" y="{up(tick) + 4:.1f}" text-anchor="end">{short(tick)}</text>'
-        )
-    for place, lines in labels:
-        parts += _label(LEFT + place * inner_width, HEIGHT - BOTTOM + 16, lines)
-    if x_title:
-        parts.append(f'<text x="{WIDTH - RIGHT}" y="{height - 8}" text-anchor="end">{escape(x_title)}</text>')
-    if y_title:
-        parts.append(f'<text x="8" y="{height - 8}">{escape(y_title)}</text>')
+    parts = [
+        text(LEFT, 16, title, kind="title"),
+        axis.rules(LEFT, WIDTH - RIGHT, TOP, inner_height),
+        *(_label(x, HEIGHT - BOTTOM + 16, lines) for x, lines in labels),
+        text(WIDTH - RIGHT, height - 8, x_title, "end") if x_title else "",
+        text(8, height - 8, y_title) if y_title else "",
+    ]
     for point, place in zip(points, places, strict=True):
-        if point not in drawn:
+        if point not in drawn or point.mean is None:
             continue
-        assert point.mean is not None
-        x, hollow = LEFT + place * inner_width, point.low is None or point.high is None
+        x, hollow = LEFT + place * inner_width, " hollow"
         if point.low is not None and point.high is not None:
-            a, b = up(point.low), up(point.high)
+            a, b, hollow = up(point.low), up(point.high), ""
             parts.append(
                 f'<path class="bar" d="M{x:.1f} {a:.1f}V{b:.1f}M{x - 5:.1f} {a:.1f}h10M{x - 5:.1f} {b:.1f}h10"/>'
             )
         parts.append(
-            f'<circle class="dot{" hollow" * hollow}" cx="{x:.1f}" cy="{up(point.mean):.1f}" r="4.5">'
+            f'<circle class="dot{hollow}" cx="{x:.1f}" cy="{up(point.mean):.1f}" r="4.5">'
             f"<title>{escape(_words(point))}</title></circle>"
         )
-    return _svg(WIDTH, height, f"{title}. {meaning}. {'; '.join(map(_words, points))}", parts)
+    words = "; ".join(map(_words, points))
+    return svg(WIDTH, height, f"{title}. {meaning}. {words}", parts, f"max-width:{WIDTH}px")
 
 
-def _fullness(value: float, found: Sequence[float], log: bool, lower_is_better: bool) -> float:
-    log = log and min(found) > 0
-    low, high, here = ((math.log(v) if log else v) for v in (min(found), max(found), value))
-    share = (here - low) / (high - low) if high > low else 0.0
-    return 0.06 + (STRONGEST - 0.06) * (1 - share if lower_is_better else share)
+def svg(width: float, height: float, label: str, parts: Iterable[str], style: str = "") -> str:
+    """Wrap the parts of a drawing; `label` describes it to screen readers."""
+    styled = f' style="{style}"' if style else ""
+    return (
+        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img"{styled} aria-label="{escape(label)}">'
+        f"{''.join(parts)}</svg>"
+    )
+
+
+def text(x: float, y: float, words: str, anchor: str = "", kind: str = "") -> str:
+    """Write words at a place; `anchor` is start, middle or end, `kind` a CSS class."""
+    attributes = f' text-anchor="{anchor}"' * bool(anchor) + f' class="{kind}"' * bool(kind)
+    return f'<text x="{x:.1f}" y="{y:.1f}"{attributes}>{escape(words)}</text>'
+
+
+def short(value: float) -> str:
+    """Print a tick: 20k, 0.05, 1e-5."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:.4g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.3g}".replace("e-0", "e-")
 
 
 def _places(points: Sequence[Point], log_x: bool) -> tuple[list[float], list[tuple[float, str]]]:
-    """Return where along the axis each point stands (0 to 1), and the axis's labels with their places."""
+    """Return the points' places along the x axis (0 to 1), and the axis's labels with their places."""
     if any(isinstance(point.x, str) for point in points):
         places = [(index + 0.5) / len(points) for index in range(len(points))]
         return places, [(place, _name(point.x)) for place, point in zip(places, points, strict=True)]
     numbers = [float(point.x) for point in points]
     positive = [x for x in numbers if x > 0]
-    if log_x and positive:
-        least = min(positive) / (3 if len(positive) < len(numbers) else 1)  # a place of its own for 0
-        numbers = [math.log(x if x > 0 else least) for x in numbers]
-    low, high = min(numbers), max(numbers)
-    span = high - low or 1.0
-    places = [0.05 + 0.9 * ((x - low) / span if high > low else 0.5) for x in numbers]
+    log_x = log_x and bool(positive)
+    if log_x:
+        least = min(positive) / (3 if len(positive) < len(numbers) else 1)  # a place for 0
+        numbers = [max(x, least) for x in numbers]
+    axis = Axis(min(numbers), max(numbers), log_x)
+    shares = [0.5] * len(points) if axis.low == axis.high else map(float, axis.place(numbers))
+    places = [0.05 + 0.9 * share for share in shares]
     labels: list[tuple[float, str]] = []
     for place, point in sorted(zip(places, points, strict=True), key=lambda pair: pair[0]):
         name = _name(point.x)
@@ -178,16 +267,13 @@ def _places(points: Sequence[Point], log_x: bool) -> tuple[list[float], list[tup
     return places, labels
 
 
-def _lines(name: str, room: float) -> list[str]:
-    """Break a label into lines that fit into so many pixels."""
+def _wrap(name: str, room: float) -> list[str]:
+    """Break a label into lines of at most `room` pixels."""
     return textwrap.wrap(name, max(int(room / LETTER), 4)) or [""]
 
 
-def _label(x: float, y: float, lines: Sequence[str]) -> list[str]:
-    return [
-        f'<text x="{x:.1f}" y="{y + LINE * index}" text-anchor="middle">{escape(line)}</text>'
-        for index, line in enumerate(lines)
-    ]
+def _label(x: float, y: float, lines: Sequence[str]) -> str:
+    return "".join(text(x, y + LINE * index, line, "middle") for index, line in enumerate(lines))
 
 
 def _name(x: float | str) -> str:
@@ -197,10 +283,3 @@ def _name(x: float | str) -> str:
 def _words(point: Point) -> str:
     interval = f" [{number(point.low)}, {number(point.high)}]" if point.low is not None else ""
     return f"{_name(point.x)}: {number(point.mean)}{interval}"
-
-
-def _svg(width: float, height: float, label: str, parts: Sequence[str]) -> str:
-    return (
-        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" style="max-width:{width:.0f}px" '
-        f'aria-label="{escape(label)}">{"".join(parts)}</svg>'
-    )

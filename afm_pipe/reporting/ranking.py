@@ -1,4 +1,4 @@
-"""Numbers with their intervals, and who is best: never said of two rows whose intervals overlap."""
+"""Metrics with their intervals, and the best of each column: rows with overlapping intervals are never ranked."""
 
 from collections.abc import Iterable, Sequence
 
@@ -9,20 +9,20 @@ from afm_pipe.runtime import paths
 
 Row = tuple[Cell, ...]
 NO_INTERVALS = (
-    "No row carries an interval, and each is one training with one seed: nothing here is ranked; read large "
-    "differences as directions, small ones as nothing."
+    "No row has an interval, and each is one run with one seed: nothing is ranked. Read large differences as "
+    "directions, small ones as nothing."
 )
 INTERVALS = (
-    "In brackets: 95 % intervals of the measurement, of one training each; another seed may lie outside. Best is "
-    "marked among rows with an interval; rows whose interval overlaps the best's are not told apart from it."
+    "In brackets: 95 % intervals of the measurement, of one run each; another seed may lie outside. The best is marked "
+    "among rows with an interval; rows whose interval overlaps the best's are indistinguishable from it."
 )
 
 
 def metric_cell(record: RunRecord, key: str) -> Cell:
     """Return a run's metric as a cell: 7.0 [6.6, 7.4] where it has an interval."""
-    value, interval = record.metrics.get(key), record.intervals.get(key)
     if key not in record.metrics:
         return Cell(titles.MISSING, None)
+    value, interval = record.metrics[key], record.intervals.get(key)
     text = titles.metric_text(key, value)
     if interval is not None and value is not None:
         text += f" [{titles.metric_text(key, interval[0])}, {titles.metric_text(key, interval[1])}]"
@@ -30,37 +30,34 @@ def metric_cell(record: RunRecord, key: str) -> Cell:
 
 
 def ranked(rows: Sequence[Row], columns: Sequence[Column], places: Iterable[int]) -> list[Row]:
-    """Mark in the columns at `places` the best row and those not told apart from it.
+    """Mark the best row in each column at `places`, and the rows that are indistinguishable from it.
 
-    A column is ranked if it has a better direction and at least two rows with intervals; rows without one take no part.
+    A column is ranked if it has a better direction and at least two rows with intervals; other rows take no part.
     """
     marked = [list(row) for row in rows]
     for place in places:
-        better = titles.metric(columns[place].key).better
+        sign = {"lower": 1, "higher": -1}.get(titles.metric(columns[place].key).better)
         values = {
-            index: float(value)
-            for index, row in enumerate(marked)
-            if row[place].interval is not None and isinstance(value := row[place].value, int | float)
+            index: sign * cell.value
+            for index, cell in enumerate(row[place] for row in rows)
+            if sign is not None and cell.interval is not None and isinstance(cell.value, int | float)
         }
-        if better not in ("lower", "higher") or len(values) < 2:
+        if len(values) < 2:
             continue
-        sign = 1 if better == "lower" else -1
-        best = min(values, key=lambda index: sign * values[index])
+        best = min(values, key=values.__getitem__)
         for index in values:
-            if index == best:
-                marked[index][place] = marked[index][place]._replace(mark="best")
-            elif overlap(marked[index][place].interval, marked[best][place].interval):
-                marked[index][place] = marked[index][place]._replace(mark="tied")
+            if overlap(rows[index][place].interval, rows[best][place].interval):
+                marked[index][place] = rows[index][place]._replace(mark="best" if index == best else "tied")
     return [tuple(row) for row in marked]
 
 
 def overlap(first: tuple[float, float] | None, second: tuple[float, float] | None) -> bool:
-    """Tell whether two intervals share a point; one that is unknown overlaps everything."""
+    """Return whether two intervals share a point; an unknown one overlaps everything."""
     return first is None or second is None or (first[0] <= second[1] and second[0] <= first[1])
 
 
 def interval_note(rows: Sequence[Row]) -> str:
-    """Return what a table's readers need to know of its intervals."""
+    """Return what readers of a table need to know of its intervals."""
     if not rows:
         return ""
     return INTERVALS if any(cell.interval for row in rows for cell in row) else NO_INTERVALS

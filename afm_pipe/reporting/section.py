@@ -1,7 +1,4 @@
-"""A section of the page as data: a question, what was found, tables and figures. The template draws any of them.
-
-A new section is a function that returns one, listed in `sections.py`; the template stays as it is.
-"""
+"""A section of the page as data: the template draws any of them."""
 
 from typing import NamedTuple
 
@@ -9,7 +6,7 @@ from afm_pipe.reporting.table import Table
 
 
 class Figure(NamedTuple):
-    """A drawing inside the page (SVG text of ours, never of a user), what it shows, and the file its numbers are in."""
+    """An SVG drawing (markup of ours, never a user's), its caption, and the file that holds its numbers."""
 
     svg: str
     caption: str
@@ -17,16 +14,16 @@ class Figure(NamedTuple):
 
 
 class Section(NamedTuple):
-    """One section: `anchor` is its id, unique on the page; `published` tables stand in a frame of the paper's own."""
+    """A section; `anchor` is its id, unique on the page, and `published` tables stand in a frame of the paper's."""
 
     anchor: str
     title: str
     prose: str = ""
-    """What is asked, and how it was tried."""
+    """The question, and how it was tried."""
     verdict: str | None = None
-    """What was found, in one sentence; None where nothing was run to find it."""
+    """The finding, in one sentence; None where nothing was run."""
     tables: tuple[Table, ...] = ()
     figures: tuple[Figure, ...] = ()
     published: tuple[Table, ...] = ()
     warning: str = ""
-    """In what it departs from the paper, where someone might compare."""
+    """How it departs from the paper, where a reader might compare."""

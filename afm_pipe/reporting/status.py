@@ -18,7 +18,7 @@ import psutil
 from afm_pipe.data.latents_format import provenance_fingerprint, read_provenance
 from afm_pipe.objectives.schedules import num_updates, update_at
 from afm_pipe.params import Params, Run
-from afm_pipe.params.versions import code_notice, run_identity
+from afm_pipe.params.versions import code_notice, origin_files, run_identity
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import read_text, sha256_file
@@ -218,13 +218,7 @@ def _printable(event: Event) -> Event:
 
 def _identity(params: Params, name: str, provenance: dict[str, str]) -> str:
     """Return the identity that a run would have if it were trained now."""
-    files = {}
-    if name in params.guided:
-        base = paths.model(params.guided[name].base)
-        files = {part: base / f"{part}.safetensors" for part in ("generator", "discriminator")}
-    if params.models[name].guided:
-        files["classifier"] = paths.CLASSIFIER / "classifier.safetensors"
-    origins = {part: sha256_file(file) for part, file in files.items()}
+    origins = {part: sha256_file(file) for part, file in origin_files(params, name).items()}
     return run_identity(params.models[name], params.latent_shape, provenance_fingerprint(provenance), origins)
 
 

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from afm_pipe.reporting.table import Cell, Column, Table
-from afm_pipe.reporting.tables import published_cell
+from afm_pipe.reporting.table import Cell, Column, Table, published_cell
 from afm_pipe.runtime.errors import UserError
 
 _WHAT = {

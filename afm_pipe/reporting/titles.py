@@ -1,4 +1,4 @@
-"""What numbers are called and how they are printed: the one place where a metric's key becomes words."""
+"""Titles of metrics and formats of numbers: the one place where a metric's key becomes words."""
 
 import math
 import re
@@ -10,7 +10,7 @@ Better = Literal["lower", "higher", "near 1", ""]
 
 
 class Metric(NamedTuple):
-    """How one metric reads: its title ({n}: the sample count), the better direction, plain words, whether a share."""
+    """A metric's title, its better direction, an explanation, and whether it is a share."""
 
     title: str
     better: Better
@@ -19,56 +19,66 @@ class Metric(NamedTuple):
 
 
 _FRECHET = "Fréchet distance between two Gaussians, one fitted to the features of samples, one to those of real images"
-_KERNEL = "Unbiased kernel distance (cubic kernel, mean over random subsets) between the features of both"
-_CLASSIFIER = (
-    "of a small classifier trained on the same real images; not Inception's, so values compare within this page only"
-)
-_PRECISION = "Share of samples among the real images: within the ball of one that reaches to its third nearest other"
-_RECALL = "Share of real images among the samples: within the ball of one that reaches to its third nearest other"
-_METRICS = {  # in the order of the tables' columns
-    "fid": Metric("FID{n}", "lower", f"{_FRECHET}; Inception features, TensorFlow's resizing (the common protocol)"),
-    "kid": Metric("KID{n}", "lower", f"{_KERNEL}; Inception features, TensorFlow's resizing"),
-    "sfid": Metric("sFID{n}", "lower", f"{_FRECHET}; spatial features of Inception, TensorFlow's resizing"),
-    "inception_score": Metric("IS{n}", "higher", "Inception Score, the mean over parts of 5,000 in random order"),
-    "precision": Metric("Precision{n}", "higher", f"{_PRECISION}; Inception features"),
-    "recall": Metric("Recall{n}", "higher", f"{_RECALL}; Inception features"),
-    "fid_clean": Metric("FID{n} (clean)", "lower", f"{_FRECHET}; Inception features, clean-fid's resizing"),
-    "kid_clean": Metric("KID{n} (clean)", "lower", f"{_KERNEL}; Inception features, clean-fid's resizing"),
-    "precision_clean": Metric("Precision{n} (clean)", "higher", f"{_PRECISION}; Inception, clean-fid's resizing"),
-    "recall_clean": Metric("Recall{n} (clean)", "higher", f"{_RECALL}; Inception features, clean-fid's resizing"),
-    "fd_classifier": Metric("FD{n} (classifier)", "lower", f"{_FRECHET}; features {_CLASSIFIER}"),
-    "kid_classifier": Metric("KD{n} (classifier)", "lower", f"{_KERNEL}; features {_CLASSIFIER}"),
-    "precision_classifier": Metric("Precision{n} (classifier)", "higher", f"{_PRECISION}; features {_CLASSIFIER}"),
-    "recall_classifier": Metric("Recall{n} (classifier)", "higher", f"{_RECALL}; features {_CLASSIFIER}"),
+_METRICS = {  # those that are measured in some feature space, by the first part of their key
+    "fid": Metric("FID", "lower", _FRECHET),
+    "fd": Metric("FD", "lower", _FRECHET),
+    "kid": Metric(
+        "KID", "lower", "Unbiased kernel distance (cubic kernel, mean over random subsets) between the features of both"
+    ),
+    "precision": Metric(
+        "Precision",
+        "higher",
+        "Share of samples in the ball around any real image that reaches its third nearest neighbor",
+    ),
+    "recall": Metric(
+        "Recall", "higher", "Share of real images in the ball around any sample that reaches its third nearest neighbor"
+    ),
+}
+_SPACES = {
+    "": "Inception features, TensorFlow's resizing (the common protocol)",
+    "clean": "Inception features, clean-fid's resizing",
+    "classifier": (
+        "features of a small classifier trained on the same real images; not Inception's, so values compare within "
+        "this page only"
+    ),
+}
+_OTHERS = {
+    "sfid": Metric("sFID", "lower", f"{_FRECHET}; spatial features of Inception, TensorFlow's resizing"),
+    "inception_score": Metric("IS", "higher", "Inception Score, the mean over splits of 5,000 in random order"),
     "class_accuracy": Metric(
-        "Right class", "higher", "Share of samples that the classifier puts in the class asked for", share=True
+        "Class accuracy", "higher", "Share of samples that the classifier assigns to their class", share=True
     ),
     "within_class_variance": Metric(
         "Within-class variance",
         "near 1",
-        "Variance of the pixels within a class, averaged over classes, samples over real images; well below 1: too "
+        "Pixel variance within a class, averaged over classes, of samples relative to real images; well below 1: too "
         "little variety",
     ),
     "within_class_variance_features": Metric(
-        "... of features",
+        "Within-class variance (features)",
         "near 1",
-        "The same for the features of the network distances are taken in; odd images weigh more here",
+        "The same for the features that distances are measured in; unusual images weigh more",
     ),
     "copies": Metric(
         "Copies",
         "lower",
-        "Share of samples as near, in pixels, to a training image as only one in a thousand of those is to another; "
-        "new real images would give about 0.1 %",
+        "Share of samples as near, in pixels, to a training image as only one training image in a thousand is to "
+        "another; new real images would give about 0.1 %",
         share=True,
     ),
     "nearest_distance_ratio": Metric(
         "Nearest distance",
         "near 1",
-        "Median distance in pixels from a sample to its nearest training image, over that from a real image to its "
-        "nearest other one; well below 1: memorised",
+        "Median pixel distance from a sample to its nearest training image, relative to that from a real image to its "
+        "nearest other one; well below 1: memorized",
     ),
 }
-_DISTANCES = ("fid", "fid_clean", "sfid", "fd_")
+_ORDER = (
+    *("fid", "kid", "sfid", "inception_score", "precision", "recall"),
+    *("fid_clean", "kid_clean", "precision_clean", "recall_clean"),
+    *("fd_classifier", "kid_classifier", "precision_classifier", "recall_classifier"),
+    *("class_accuracy", "within_class_variance", "within_class_variance_features", "copies", "nearest_distance_ratio"),
+)
 _SAMPLES = re.compile(r"^(?P<base>.+?)_(?P<count>\d+k?)$")
 
 
@@ -79,35 +89,31 @@ def base_key(key: str) -> str:
 
 
 def metric(key: str) -> Metric:
-    """Return how a metric reads; a distance in features that are not Inception's is never called FID or KID."""
-    match = _SAMPLES.match(key)
-    base = base_key(key)
-    found = _METRICS.get(base)
-    if found is None and base.startswith(("fd_", "kid_")):
-        kind, features = base.split("_", 1)
-        words, short = (_FRECHET, "FD") if kind == "fd" else (_KERNEL, "KD")
-        found = Metric(f"{short}{{n}} ({features})", "lower", f"{words}; features of {features}, not Inception's")
-    if found is None and base.startswith(("precision_", "recall_")):
-        kind, features = base.split("_", 1)
-        words = _PRECISION if kind == "precision" else _RECALL
-        found = Metric(f"{kind.capitalize()}{{n}} ({features})", "higher", f"{words}; features of {features}")
-    found = found or Metric(f"{base}{{n}}", "", "")
-    return found._replace(title=found.title.replace("{n}", f"-{match['count']}" if match else ""))
+    """Return the words for a metric; a Fréchet distance in features that are not Inception's is never called FID."""
+    match, base = _SAMPLES.match(key), base_key(key)
+    family, _, space = base.partition("_")
+    found, suffix = _OTHERS.get(base, Metric(base, "", "")), ""
+    if base not in _OTHERS and family in _METRICS:
+        found, suffix = _METRICS[family], f" ({space})" if space else ""
+        features = _SPACES.get(space, f"features of {space}, not Inception's")
+        found = found._replace(meaning=f"{found.meaning}; {features}")
+    count = f"-{match['count']}" if match else ""
+    return found._replace(title=f"{found.title}{count}{suffix}")
 
 
 def in_order(keys: Iterable[str]) -> list[str]:
     """Return metric keys in the order of the tables' columns; unknown ones last, by name."""
-    known = list(_METRICS)
-    return sorted(set(keys), key=lambda key: (known.index(b) if (b := base_key(key)) in known else len(known), key))
+    places = {base: place for place, base in enumerate(_ORDER)}
+    return sorted(set(keys), key=lambda key: (places.get(base_key(key), len(places)), key))
 
 
 def is_distance(key: str) -> bool:
-    """Tell whether a metric is a Fréchet distance, by which runs may be compared."""
-    return base_key(key).startswith(_DISTANCES)
+    """Return whether a metric is a Fréchet distance, by which runs are compared."""
+    return base_key(key).startswith(("fid", "sfid", "fd_"))
 
 
 def number(value: float | int | None, digits: int = 3) -> str:
-    """Print a number with `digits` significant digits: 8.10, 1,250, 1.2e-5; a missing one as a dash."""
+    """Format a number with `digits` significant digits: 8.10, 1,250, 1.2e-5; a missing one as a dash."""
     if value is None:
         return MISSING
     if isinstance(value, int):
@@ -124,17 +130,17 @@ def number(value: float | int | None, digits: int = 3) -> str:
 
 
 def percent(value: float | None) -> str:
-    """Print a share as percent with one decimal."""
+    """Format a share as a percentage with one decimal."""
     return MISSING if value is None else f"{100 * value:.1f} %"
 
 
 def metric_text(key: str, value: float | None) -> str:
-    """Print a metric's value the way its kind is read."""
+    """Format a metric's value."""
     return percent(value) if metric(key).share else number(value)
 
 
 def duration(seconds: float) -> str:
-    """Print a time in the unit a person would choose."""
+    """Format a time in the unit that a person would choose."""
     for unit, size, until in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 172800)):
         if seconds < until:
             return f"{number(seconds / size)} {unit}"
@@ -142,5 +148,5 @@ def duration(seconds: float) -> str:
 
 
 def millions(count: int) -> str:
-    """Print a number of parameters in millions."""
+    """Format a number of parameters in millions."""
     return f"{number(count / 1e6)} M"

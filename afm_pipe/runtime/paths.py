@@ -11,6 +11,7 @@ AUTOENCODER = Path("models/autoencoder")  # for kind kl, a diffusers Autoencoder
 AUTOENCODER_WEIGHTS = AUTOENCODER / "diffusion_pytorch_model.safetensors"  # whose sha256 is its identity
 CLASSIFIER = Path("models/classifier")  # guidance classifier, written by classifier
 REFERENCE = Path("reference")  # statistics of the real images, the default feature network, thumbnails
+REFERENCE_DONE = Path("data/reference.done")  # always the same, so that a run may wait for the reference alone
 WORK = Path("work")  # state of unfinished work, unknown to git and DVC
 TRIALS = WORK / "trials"  # every trial of the study, by fingerprint
 OLD_TRIALS = WORK / "cells"  # trials of version 0.1
@@ -25,6 +26,11 @@ BENCHMARKS = Path("benchmarks/results.json")  # speed beside plain implementatio
 def model(run: str) -> Path:
     """Return the folder of a trained model: EMA generator, discriminator, config.json."""
     return Path("models") / run
+
+
+def kept_discriminator(epoch: float) -> str:
+    """Name, in a run's folder, of the discriminator it had at an epoch."""
+    return f"discriminator-epoch-{epoch:g}"
 
 
 def samples(run: str) -> Path:

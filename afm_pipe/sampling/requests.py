@@ -82,12 +82,13 @@ def draw(sampler: Sampler, request: Request, defaults: Sample) -> Generator[Prog
     None. Raises UserError, before any sampling, for unknown classes and for steps the generator was not trained for.
     """
     steps = sampler.generator.num_steps(request.steps)
-    labels, noise, columns = _resolve(sampler, request, defaults)
+    seed = defaults.seed if request.seed is None else request.seed
+    labels, noise, columns = _resolve(sampler, request, seed, defaults)
     is_main = sampler.group.is_main_process
     latency = sampler.latency(steps) if is_main else 0.0
     started, done, computed = time.monotonic(), 0, 0
     with ExitStack() as stack:
-        writers = _open_writers(request, labels, columns, defaults.seed, stack) if is_main else []
+        writers = _open_writers(request, labels, columns, seed, stack) if is_main else []
         for images in sampler.stream(labels, noise, steps):
             for writer in writers:
                 writer.add(images)
@@ -99,10 +100,9 @@ def draw(sampler: Sampler, request: Request, defaults: Sample) -> Generator[Prog
     return Drawn(labels, steps, latency, computed / seconds) if is_main else None
 
 
-def _resolve(sampler: Sampler, request: Request, defaults: Sample) -> tuple[Tensor, int | Tensor, int]:
+def _resolve(sampler: Sampler, request: Request, seed: int, defaults: Sample) -> tuple[Tensor, int | Tensor, int]:
     """Return the labels of all samples, their noise (see `Sampler`), and the number of columns of a grid."""
     num_classes = len(sampler.class_names)
-    seed = defaults.seed if request.seed is None else request.seed
     chosen = None if request.classes is None else torch.tensor(choose_classes(request.classes, sampler.class_names))
     if request.count is not None:
         every = torch.arange(num_classes) if chosen is None else chosen

@@ -4,6 +4,8 @@ The paper's authors intervened by hand; here it depends on the update's number o
 the same moments.
 """
 
+from collections.abc import Collection
+
 from afm_pipe.objectives.schedules import update_at
 from afm_pipe.params import Run
 from afm_pipe.runtime.errors import UserError
@@ -29,14 +31,14 @@ class Interventions(Callback):
         """Keep or reload the adversary, and replace G by its moving average."""
         state, store, run = self.training.state, self.training.store, self.run
         num_images, start = self.training.latents.num_images, 0
+        self._keep({update_at(run, epoch, num_images) for epoch in run.keep_discriminators})
         for phase in run.phases:
             end = update_at(run, phase.until_epoch, num_images)
             if isinstance(phase.reload_discriminator, float | int):
                 adversary = state.networks[self.adversary]
                 then = update_at(run, phase.reload_discriminator, num_images)
                 path = store.adversary(then, "epoch")
-                if state.update == then:
-                    store.save(path, adversary)
+                self._keep({then})
                 if state.update == start:
                     store.load(path, adversary)
                     self._note(f"D reloaded from epoch {phase.reload_discriminator:g}")
@@ -46,8 +48,19 @@ class Interventions(Callback):
                 self._note("G replaced by its moving average")
             start = end
 
-    def _note(self, text: str) -> None:
-        self.training.notes.append(f"update {self.training.state.update}: {text}")
+    def _keep(self, updates: Collection[int]) -> None:
+        """Keep the adversary if it is before one of some updates, or at the end of the run."""
+        name, state = self.training.objective.adversary, self.training.state
+        if name is not None and state.update in updates:
+            self.training.store.save(self.training.store.adversary(state.update, "epoch"), state.networks[name])
+
+    def end(self) -> None:
+        """Keep the adversary at the end of the run, where params say so."""
+        num_images = self.training.latents.num_images
+        self._keep({update_at(self.run, epoch, num_images) for epoch in self.run.keep_discriminators})
+
+    def _note(self, done: str) -> None:
+        self.training.notes.append(f"update {self.training.state.update}: {done}")
 
 
 def begins(run: Run, update: int, start: int, num_images: int) -> bool:

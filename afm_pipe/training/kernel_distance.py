@@ -59,3 +59,28 @@ def _cubes(x: np.ndarray, y: np.ndarray) -> float:
             inner = x[top : top + TILE] @ y[left : left + TILE].T
             total += float(np.vdot(inner * inner, inner))
     return total
+
+
+def kid_with_error(real: np.ndarray, features: np.ndarray) -> tuple[float, float]:
+    """Return the kernel distance of features (N, D) to real ones (M, D), and its standard error over samples.
+
+    The error is that of drawing other samples from the same generator, with the real images as they are: a sample's
+    first-order influence, 2 (mean k(x, samples) - mean k(x, real)), and what remains where it vanishes, at equality.
+    """
+    x, y = _with_one(features, 1.0), _with_one(real, 1.0)
+    n, m = len(x), len(y)
+    influence, within, square = np.empty(n), np.empty(n), 0.0
+    for start in range(0, n, TILE):
+        rows = x[start : start + TILE]
+        kernel = (rows @ x.T) ** 3  # (b, N)
+        kernel[np.arange(len(rows)), np.arange(start, start + len(rows))] = 0.0
+        within[start : start + TILE] = kernel.sum(axis=1) / (n - 1)
+        influence[start : start + TILE] = ((rows @ y.T) ** 3).mean(axis=1)
+        square += float(np.vdot(kernel, kernel))
+    among = _cubes_within(y) / (m * (m - 1))
+    distance = float(within.mean() - 2 * influence.mean()) + among
+    first = 4 * float(np.var(within - influence, ddof=1)) / n
+    # The variance of the kernel that is left when each sample's mean is taken out of it. Row means of N samples hold it
+    # over N, so that `first` counts it four times where the distance's variance has it twice.
+    rest = max(square / (n * (n - 1)) - 2 * float(np.square(within).mean()) + float(within.mean()) ** 2, 0.0)
+    return distance, math.sqrt(max(first - 2 * rest / (n * (n - 1)), first / 2))

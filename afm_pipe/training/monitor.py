@@ -6,23 +6,20 @@ decisions again, and so does one that was interrupted and resumed. docs/monitor.
 
 import math
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from afm_pipe.objectives.base import Hyperparameters
 from afm_pipe.objectives.schedules import update_at
 from afm_pipe.params import Run
-from afm_pipe.runtime.errors import NotFiniteError, UserError
-from afm_pipe.runtime.files import read_json
+from afm_pipe.runtime.errors import NotFiniteError
 from afm_pipe.training.callback import Action, Callback, Training
-from afm_pipe.training.checkpoints import checkpoints, load_latest, save_checkpoint
+from afm_pipe.training.checkpoints import Snapshot, load_latest, save_checkpoint
 from afm_pipe.training.events import Event
 from afm_pipe.training.interventions import begins
 from afm_pipe.training.monitor_state import MonitorState
 from afm_pipe.training.probe import WORST, Probe
-from afm_pipe.training.rules import Alarm, Watched, alarms_of_probes, alarms_of_rows, stopped_improving
+from afm_pipe.training.rules import Alarm, Probed, Watched, alarms_of_probes, alarms_of_rows, stopped_improving
 
 PHASES = 3  # of `schedule: auto`
 SPARE = 2  # adversaries kept besides the candidates: a checkpoint that is still being written refers to older ones
@@ -58,8 +55,9 @@ class TrainingMonitor(Callback):
 
     @cached_property
     def probe(self) -> Probe:
-        """The probe of the moving average."""
-        return Probe(self.training.latents, self.run, next(self.state.ema.parameters()).device)
+        """What measures the moving average."""
+        device = next(self.state.ema.parameters()).device
+        return Probe(self.training.latents, self.run, device, self.training.objective.classifier)
 
     def prepare(self) -> None:
         """Read the probe's real latents before the update whose row may need them, so that a failure costs nothing.
@@ -125,12 +123,16 @@ class TrainingMonitor(Callback):
 
     def _take_probe(self) -> None:
         row, memory = self.state.rows[-1], self.memory
-        found = self.probe(self.averaged)  # the same on every process
+        found = self._measure()
         memory.probes.append({"update": row["update"], "epoch": row["epoch"]} | found)
         if self.auto and found["kid"] <= min(probe["kid"] for probe in memory.probes):
             memory.best = self.state.update
             assert self.state.best is not None, "an auto schedule keeps its best"
             self.state.best.load_state_dict(self.state.ema.state_dict())
+
+    def _measure(self) -> Probed:
+        """Return the probe of the moving average: the main process's on all, so that all decide the same."""
+        return self.group.broadcast(self.probe(self.averaged))
 
     def _advance_schedule(self) -> None:
         """Begin the next phase of an auto schedule, or finish it, when probes have stopped improving."""
@@ -209,18 +211,15 @@ class TrainingMonitor(Callback):
         return f"D reloaded from update {best:,} (distance after a trial: {tried})"
 
     def _try(self, update: int) -> float:
-        """Return the distance after some updates with an earlier D; the state is restored."""
-        before = {
-            part: {name: tensor.detach().clone() for name, tensor in tensors.items()}
-            for part, tensors in self.state.tensors().items()
-        }
+        """Return the distance after some updates with an earlier D; the state is then as before."""
+        before = Snapshot.of(self.state).tensors()  # in the machine's memory: a second state may not fit the device
         at = self.state.update
         updates = max(update_at(self.run, self.run.monitor.act.trial_epochs, self.training.latents.num_images), 1)
         self._load_adversary(update)
         try:
             for _ in range(updates):
                 self.training.try_update()
-            return self.probe(self.averaged)["kid"]
+            return self._measure()["kid"]
         except NotFiniteError:
             return WORST
         finally:
@@ -242,36 +241,25 @@ class TrainingMonitor(Callback):
         self.memory.good = self.state.update
         self._remember()
         if self.group.is_main_process or self.state.is_sharded:
-            # A killed run may resume before its last rollback, and then rolls back again.
-            remembered = [memory.get("good") for memory in self._remembered(self.store.checkpoints)]
+            # A killed run may resume before its last rollback, and then goes back as it did before.
+            remembered = [memory.get("good") for memory in self.store.remembered("monitor", self.store.checkpoints)]
             keep = {good for good in remembered if good is not None}
             save_checkpoint(self.store.good, self.state, self.identity, last=SPARE, keep=keep)
         self.group.barrier()
 
     def _keep_adversary(self) -> None:
-        """Keep D where it may be reloaded later; remove those that no state refers to any more."""
-        reloads = any(phase.reload_discriminator == "stall" for phase in self.run.phases)
-        if self.training.objective.adversary is None or not (self.act or self.auto or reloads):
+        """Keep D where it may be put back later; drop those that no state refers to any more."""
+        if self.training.objective.adversary is None:
             return
         memory, update = self.memory, self.state.update
         memory.adversaries = [*memory.adversaries, update][-self.run.monitor.act.candidates - SPARE :]
         self.store.save(self.store.adversary(update), self._adversary)
         if self.group.is_main_process:
             wanted = set(memory.adversaries)
-            for remembered in self._remembered(self.store.good, self.store.checkpoints):
+            for remembered in self.store.remembered("monitor", self.store.good, self.store.checkpoints):
                 wanted |= set(remembered.get("adversaries", ()))
             self.store.keep_adversaries(wanted)
         self.group.barrier()
-
-    def _remembered(self, *folders: Path) -> list[dict[str, Any]]:
-        """Return what the monitor remembers in the checkpoints of some folders."""
-        found = []
-        for checkpoint in (each for folder in folders for each in checkpoints(folder)):
-            try:
-                found.append(read_json(checkpoint / "extra.json").get("monitor", {}))
-            except UserError:  # damaged, or being removed in the background: nothing resumes from it
-                continue
-        return found
 
     @property
     def _adversary(self) -> nn.Module:

@@ -1,6 +1,5 @@
 """The monitor's memory of a run: part of every checkpoint, as JSON."""
 
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -54,8 +53,9 @@ class MonitorState:
         """Return hyperparameters as actions and the phases of an auto schedule have changed them."""
         weights = {}
         if self.decay_speed != 1 or self.weight_scale != 1 or self.phase:
-            clock = math.inf if self.phase else self.clock(update)
-            scheduled = objective.hyperparameters(update, num_images, clock).weights
+            scheduled = objective.hyperparameters(update, num_images, self.clock(update)).weights
+            if self.phase and "transport" in scheduled:
+                scheduled = {**scheduled, "transport": run.monitor.auto.transport}
             weights = {name: self.weight_scale * weight for name, weight in scheduled.items()}
         rate = self.rate * (run.monitor.auto.lr[self.phase - 1] if self.phase else 1.0)
         return found.scaled(rate, weights)

@@ -13,7 +13,10 @@ from afm_pipe.training.curves import Row
 
 ROLES: tuple[Role, ...] = ("d_accuracy", "output_scale", "transport_distance")
 
-Probed = dict[str, float]  # update, epoch, kid, class_accuracy, variance, spread
+REFERENCE = 3  # probes before the last ones, whose mean a drop is measured from
+
+Probed = dict[str, float]
+"""A probe: update, epoch; kid, class_accuracy, variance, spread, each with its standard error (`kid_error`)."""
 
 
 class Alarm(NamedTuple):
@@ -76,9 +79,9 @@ def divergence(run: Run, watched: Watched, rows: Sequence[Row]) -> Alarm | None:
 def spread_lost(run: Run, probes: Sequence[Probed]) -> Alarm | None:
     """Return an alarm when samples hardly vary, over all classes."""
     last, limit = probes[-1], run.monitor.divergence.spread
-    if _settled(run, last) and last["spread"] < limit:
-        text = f"samples vary {last['spread']:.3g} times as much as data, below {limit:g}"
-        return Alarm("divergence", text, {"spread": last["spread"]})
+    if _settled(run, last) and _below(run, last, "spread", limit):
+        text = f"samples vary {_figure(last, 'spread')} times as much as data, below {limit:g}"
+        return Alarm("divergence", text, _evidence(last, "spread"))
     return None
 
 
@@ -104,40 +107,99 @@ def stagnation(run: Run, watched: Watched, rows: Sequence[Row], probes: Sequence
     limits = run.monitor.stagnation
     if watched.d_accuracy is None or not stopped_improving(run, probes):
         return None
-    since = probes[-limits.probes - 1]["update"]
+    since = probes[-limits.probes]["update"]
     wins = [row[watched.d_accuracy] for row in rows if row["update"] > since]
     accuracy = sum(wins) / len(wins)
     if accuracy <= limits.d_accuracy:
         return None
-    best = min(probe["kid"] for probe in probes)
-    text = f"no improvement over {limits.probes} probes, while D is right about {accuracy:.1%} of pairs"
-    return Alarm("stagnation", text, {"d_accuracy": accuracy, "kid": probes[-1]["kid"], "best_kid": best})
+    found = trend(run, probes)
+    text = f"no better for {limits.probes} probes ({found}), while D is right in {accuracy:.1%} of pairs"
+    return Alarm("stagnation", text, {"d_accuracy": accuracy, **_evidence(probes[-1], "kid"), **found._asdict()})
 
 
 def collapse(run: Run, probes: Sequence[Probed]) -> Alarm | None:
     """Return an alarm when, at several probes in a row, samples of one class or of all classes are too similar."""
     limits = run.monitor.collapse
-    last = probes[-limits.probes :]
+    last, before = probes[-limits.probes :], probes[: -limits.probes]
     if len(last) < limits.probes or not _settled(run, last[0]):
         return None
-    seen = {name: max(probe[name] for probe in last) for name in ("variance", "class_accuracy")}
-    if seen["variance"] < limits.variance:
-        text = f"samples of a class vary {seen['variance']:.3g} times as much as data, below {limits.variance:g}"
-        return Alarm("collapse", text, seen)
-    if seen["class_accuracy"] < limits.class_accuracy:
-        text = f"samples have {seen['class_accuracy']:.3g} times the class accuracy of data"
-        return Alarm("collapse", f"{text}, below {limits.class_accuracy:g}", seen)
+    for name, limit, text in (
+        ("variance", limits.variance, "samples of a class vary {} times as much as data"),
+        ("class_accuracy", limits.class_accuracy, "samples are classified right {} times as often as data"),
+    ):
+        if all(_below(run, probe, name, limit) for probe in last):
+            found = text.format(_figure(last[-1], name))
+            return Alarm("collapse", f"{found}, below {limit:g}", _evidence(last[-1], name))
+        usual = [probe for probe in before if _settled(run, probe)][-REFERENCE:]
+        if len(usual) < REFERENCE:
+            continue
+        mean, error = _mean(usual, name)
+        if all(_below(run, probe, name, (1 - limits.drop) * mean, error) for probe in last):
+            found = text.format(_figure(last[-1], name))
+            evidence = {**_evidence(last[-1], name), f"{name}_before": mean, f"{name}_before_error": error}
+            return Alarm("collapse", f"{found}, {limits.drop:.0%} below {mean:.3g} before", evidence)
     return None
 
 
+class Trend(NamedTuple):
+    """How the distance of the last probes changes from probe to probe, as a share of their mean."""
+
+    slope: float
+    slope_error: float
+
+    def __str__(self) -> str:
+        return f"{self.slope:+.1%} ± {self.slope_error:.1%} a probe"
+
+
+def trend(run: Run, probes: Sequence[Probed]) -> Trend:
+    """Return the least-squares trend of the last `stagnation.probes` probes.
+
+    Its error is that of the probes' own errors, or of their scatter around the line where that is larger: a run's path
+    has noise of its own.
+    """
+    last = probes[-run.monitor.stagnation.probes :]
+    values, errors = [probe["kid"] for probe in last], [probe["kid_error"] for probe in last]
+    count, mean = len(values), sum(values) / len(values)
+    places = [index - (count - 1) / 2 for index in range(count)]
+    square = sum(place**2 for place in places)
+    slope = sum(place * value for place, value in zip(places, values, strict=True)) / square
+    own = math.sqrt(sum((place * error) ** 2 for place, error in zip(places, errors, strict=True))) / square
+    residuals = [value - mean - slope * place for place, value in zip(places, values, strict=True)]
+    scatter = math.sqrt(sum(residual**2 for residual in residuals) / (count - 2) / square)
+    level = max(abs(mean), *errors)  # near zero the distance may be negative
+    return Trend(slope / level, max(own, scatter) / level)
+
+
 def stopped_improving(run: Run, probes: Sequence[Probed], since: int = 0) -> bool:
-    """Return whether none of the last probes, all after `since`, is clearly better than the best before them."""
+    """Return whether the last probes, all taken after `since`, improve significantly less than a run that learns."""
     limits = run.monitor.stagnation
-    before, last = probes[: -limits.probes], probes[-limits.probes :]
-    if not before or not _settled(run, before[-1]) or last[0]["update"] <= since:
+    last = probes[-limits.probes :]
+    if len(last) < limits.probes or not _settled(run, last[0]) or last[0]["update"] <= since:
         return False
-    best = min(probe["kid"] for probe in before)
-    return min(probe["kid"] for probe in last) > best - limits.improvement * abs(best)
+    found = trend(run, probes)
+    return found.slope - run.monitor.significance * found.slope_error > -limits.improvement
+
+
+def _below(run: Run, probe: Probed, name: str, limit: float, limit_error: float = 0.0) -> bool:
+    """Return whether a figure of a probe lies significantly below a limit."""
+    error = math.hypot(probe[f"{name}_error"], limit_error)
+    return probe[name] + run.monitor.significance * error < limit
+
+
+def _mean(probes: Sequence[Probed], name: str) -> tuple[float, float]:
+    """Return the mean of a figure over probes, and its standard error."""
+    values, errors = [probe[name] for probe in probes], [probe[f"{name}_error"] for probe in probes]
+    mean = sum(values) / len(values)
+    scatter = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+    return mean, max(scatter, math.sqrt(sum(error**2 for error in errors)) / len(errors))
+
+
+def _figure(probe: Probed, name: str) -> str:
+    return f"{probe[name]:.3g} ± {probe[f'{name}_error']:.1g}"
+
+
+def _evidence(probe: Probed, name: str) -> dict[str, float]:
+    return {name: probe[name], f"{name}_error": probe[f"{name}_error"]}
 
 
 def _settled(run: Run, at: Row) -> bool:

@@ -3,6 +3,7 @@
     curves.csv       rows so far          events.jsonl    the event log
     checkpoints/     the newest           good/           checkpoints for rollbacks
     adversaries/     earlier adversaries  kept/           moving averages after some updates
+    selected/        the best moving average so far
 
 The checkpoints hold the authoritative rows and events; both files are rewritten at every start, so that after a kill
 they equal those of an uninterrupted run.
@@ -10,14 +11,15 @@ they equal those of an uninterrupted run.
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from afm_pipe.models.model_files import load_exactly, load_tensors, save_tensors
 from afm_pipe.runtime.errors import UserError
-from afm_pipe.runtime.files import atomic_path, remove_leftovers
+from afm_pipe.runtime.files import atomic_path, read_json, remove_leftovers
+from afm_pipe.training.checkpoints import checkpoints
 from afm_pipe.training.curves import Row, append_curve, write_curves
 from afm_pipe.training.events import FILE, Event, append_event, read_events, write_events
 from afm_pipe.training.sharding import full_tensors, shard_like
@@ -76,6 +78,29 @@ class RunStore:
     def adversary(self, update: int, reason: Literal["probe", "epoch"] = "probe") -> Path:
         """Return the file of the adversary after an update, kept for the monitor or because a phase reloads it."""
         return self.folder / "adversaries" / f"{reason}-{update:09d}.safetensors"
+
+    def selected(self, update: int) -> Path:
+        """Return where the moving average after an update is kept while it is the best."""
+        return self.folder / "selected" / f"update-{update:09d}.safetensors"
+
+    def keep_selected(self, updates: Collection[int]) -> None:
+        """Remove the selected averages of all updates but some."""
+        if self.group.is_main_process:
+            wanted = {self.selected(update) for update in updates}
+            for path in set((self.folder / "selected").glob("update-*")) - wanted:
+                path.unlink()
+
+    def remembered(self, owner: str, *folders: Path) -> list[Any]:
+        """Return what the checkpoints of some folders hold for an owner."""
+        found = []
+        for checkpoint in (each for folder in folders for each in checkpoints(folder)):
+            try:
+                extra = read_json(checkpoint / "extra.json")
+            except UserError:  # damaged, or just being removed in the background: nothing resumes from it
+                continue
+            if owner in extra:
+                found.append(extra[owner])
+        return found
 
     def keep_adversaries(self, updates: Collection[int]) -> None:
         """Remove the adversaries kept for the monitor, except those after `updates`."""

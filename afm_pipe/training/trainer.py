@@ -27,6 +27,7 @@ from afm_pipe.training.engine import Engine
 from afm_pipe.training.interventions import Interventions
 from afm_pipe.training.learner import Learner
 from afm_pipe.training.monitor import TrainingMonitor
+from afm_pipe.training.selection import BestAverage, Measure
 from afm_pipe.training.state import Start, TrainingState
 from afm_pipe.training.store import RunStore
 
@@ -44,7 +45,9 @@ class Task:
     start: Start | None = None
     """Where a continued run begins; left out: fresh weights."""
     keep_at: Collection[int] = ()
-    """Updates after which the moving average is kept, as `RunStore.kept`."""
+    """Updates after which the moving average is kept, at `RunStore.kept`."""
+    measure: Measure | None = None
+    """The distance by which a run with `selection` chooses its moving average."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,10 @@ class Trainer:
         self.callbacks: list[Callback] = []
         if run is not None:
             self.callbacks = [Interventions(self, run), TrainingMonitor(self, run, task.identity)]
+        self.selection: BestAverage | None = None
+        if run is not None and run.selection is not None and task.measure is not None:
+            self.selection = BestAverage(self, run.selection, task.measure)
+            self.callbacks.append(self.selection)
         self._stopped = False  # by a callback
         self._used = self.hyperparameters()  # by the last update
         self._lap = time.monotonic()  # when the training clock was last read
@@ -157,12 +164,12 @@ class Trainer:
             found = callback.adjust(found)
         return found
 
-    def draw(self) -> list[Any]:
+    def draw(self) -> Any:
         """Return the micro-batches of the next update."""
         return self.batches.draw(self.state.update, self.hyperparameters())
 
-    def update(self, batch: list[Any]) -> Tensor:
-        """Make one update; return its figures. On a CPU, raises NotFiniteError before the weights change."""
+    def update(self, batch: Any) -> Tensor:
+        """Make one update; return its figures. Raises NotFiniteError on a CPU, before the weights change."""
         self._used = self.hyperparameters()
         figures = self.objective.update(self.learner, batch, self._used)
         self.learner.update_ema()
@@ -178,7 +185,7 @@ class Trainer:
             self.learner.abandon()
             raise
 
-    def _draw(self, writer: Writer, row_due: bool) -> list[Any]:
+    def _draw(self, writer: Writer, row_due: bool) -> Any:
         waited = time.monotonic()
         try:
             batch = self.draw()

@@ -33,7 +33,9 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_help_groups_the_commands_and_gives_an_example_of_each(run) -> None:
     text = run("--help").output
-    assert all(group in text for group in ("Pipeline: data", "Pipeline: runs", "Look", "Models", "Params", "Machine"))
+    assert all(
+        group in text for group in ("Pipeline: data", "Pipeline: runs", "Inspect", "Models", "Params", "Machine")
+    )
     for command in COMMANDS:
         assert f"afm-pipe {command}" in " ".join(run(command, "--help").output.split())
 

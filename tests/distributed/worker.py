@@ -136,8 +136,9 @@ def work(folder: Path, size: int, stage: int) -> None:
     with init_distributed(CPU) as group:
         found: dict[str, Any] = {}
         # One run that every group resumes, each from the checkpoint of the group before.
-        until = UPDATES * (stage + 1)
-        handed_on, _ = train_case("plain", folder / "handed on", group, until=until, checkpoint_seconds=0.0)
+        handed_on, _ = train_case(
+            "plain", folder / "handed on", group, until=UPDATES * (stage + 1), checkpoint_seconds=0.0
+        )
         found["handed on"] = outcome(handed_on)
         if stage == 0:
             found["never handed on"] = outcome(train_case("plain", folder / "whole", group, until=3 * UPDATES)[0])

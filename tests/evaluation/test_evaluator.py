@@ -1,7 +1,7 @@
 """The reference of the real images, and what is measured of a generator against it.
 
-The real images here are samples of a known generator, so that the perfect generator is at hand, and so are a copier,
-one that ignores its noise, and one that mixes up classes.
+The real images here are samples of a known generator: the tests evaluate the perfect generator, one that copies, one
+that ignores its noise, and one that mixes up classes.
 """
 
 import json
@@ -40,7 +40,7 @@ def global_numpy_state() -> list[int]:
     return [*state[1], state[2]]
 
 
-def test_reference_writes_what_it_promises(reference: Path, real: tuple[np.ndarray, np.ndarray]) -> None:
+def test_reference_writes_its_files(reference: Path, real: tuple[np.ndarray, np.ndarray]) -> None:
     assert {path.name for path in reference.iterdir()} == {
         "classifier.npz",
         "classifier.safetensors",
@@ -71,7 +71,7 @@ def test_reference_pictures_hold_a_class_per_row(reference: Path, real: tuple[np
     assert (pictures[0][20:36, 2:18] == real[0][second_row[0], 0]).all()
 
 
-def test_reference_bytes_are_the_same_again(
+def test_reference_is_deterministic(
     reference: Path, real: tuple[np.ndarray, np.ndarray], vae: Any, tmp_path: Path
 ) -> None:
     track("reference", build_reference(params_with(), manifest_of(real[1]), real[0], vae, tmp_path))
@@ -95,7 +95,7 @@ def test_reference_refuses_images_of_another_size(
         track("r", build_reference(params_with(), manifest_of(labels[:-1]), images, vae, tmp_path))
 
 
-def test_missing_inception_is_told_before_anything_is_built(
+def test_missing_inception_is_an_error_before_anything_is_built(
     real: tuple[np.ndarray, np.ndarray], vae: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AFM_WEIGHTS", str(tmp_path / "weights"))
@@ -116,7 +116,7 @@ def test_perfect_generator_scores_well_and_copies_nothing(vae: Any, reference: P
     assert 0.8 < metrics["nearest_distance_ratio"] < 1.2
 
 
-def test_copier_is_caught(vae: Any, reference: Path) -> None:
+def test_copies_are_detected(vae: Any, reference: Path) -> None:
     # The seed of the real images gives those very images again; the first 198 of them are among the thumbnails.
     metrics = evaluate(Painter(), vae, reference, evaluate={"seed": REAL_SEED, "samples": 198})
     assert metrics["copies"] == 1
@@ -130,13 +130,13 @@ def test_generator_that_ignores_its_noise_has_no_variance(vae: Any, reference: P
     assert metrics["copies"] < 0.02  # a mean is near to many training images, and a copy of none
 
 
-def test_generator_that_mixes_up_classes_is_caught_by_accuracy_alone(vae: Any, reference: Path) -> None:
+def test_mixed_up_classes_show_in_accuracy_alone(vae: Any, reference: Path) -> None:
     right, wrong = (evaluate(Painter(shift=shift), vae, reference) for shift in (0, 1))
     assert wrong["class_accuracy"] < 0.1
     assert wrong["fd_classifier_240"] < 5 * right["fd_classifier_240"] + 0.1
 
 
-def test_protocol_stands_beside_the_numbers(vae: Any, reference: Path) -> None:
+def test_protocol_is_recorded_with_the_metrics(vae: Any, reference: Path) -> None:
     protocol = evaluate(Painter(), vae, reference)["protocol"]
     assert protocol["run"] == "painter" and protocol["samples"] == 240 and protocol["seed"] == 2000
     assert protocol["features"] == {"classifier": load_network("classifier", reference).sha256}
@@ -244,7 +244,7 @@ def test_nearest_other_is_never_the_image_itself_and_zero_for_a_duplicate() -> N
         build_thumbnails(images[:2], np.zeros(2, np.int64))
 
 
-def test_near_copies_are_told_from_means_and_from_new_images() -> None:
+def test_near_copies_are_distinguished_from_means_and_new_images() -> None:
     images = some_images(300)
     training, new = images[:200], images[200:]
     thumbnails = build_thumbnails(training, np.zeros(200, np.int64))

@@ -37,7 +37,7 @@ def trained(channels: int = 1, side: int = 12, seed: int = 0) -> tuple[Classifie
 
 
 @pytest.mark.parametrize(("channels", "side"), [(1, 12), (3, 27), (1, 8)])
-def test_classifier_learns_images_of_any_size_and_colour(channels: int, side: int) -> None:
+def test_classifier_learns_images_of_any_size_and_color(channels: int, side: int) -> None:
     assert trained(channels, side)[1] >= 0.95
 
 
@@ -75,7 +75,7 @@ def test_saved_classifier_gives_the_same_features_and_classes(tmp_path: Path) ->
         assert torch.equal(network.predict(features), model(images).argmax(dim=1))
 
 
-def test_networks_are_told_apart_by_hash(tmp_path: Path) -> None:
+def test_networks_differ_by_hash(tmp_path: Path) -> None:
     for seed in (0, 1):
         save_classifier(trained(seed=seed)[0], tmp_path / str(seed))
     first, second = (load_network("classifier", tmp_path / str(seed)).sha256 for seed in (0, 1))
@@ -129,7 +129,7 @@ class Pool(nn.Module):
 class StandIn(nn.Module):
     """A network with the outside of the Inception file: its resizing, its named layers, its two kinds of answers."""
 
-    def __init__(self, spoilt: float = 0.0) -> None:
+    def __init__(self, offset: float = 0.0) -> None:
         super().__init__()
         torch.manual_seed(0)
         layers = nn.Sequential()
@@ -138,7 +138,7 @@ class StandIn(nn.Module):
         layers.add_module("pool2", Pool())
         self.layers = layers
         self.output = nn.Linear(2048, 1008)
-        self.spoilt = spoilt
+        self.offset = offset
 
     def forward(self, img: Tensor, return_features: bool = False, no_output_bias: bool = False) -> Tensor:
         size, (height, width) = img.shape[0], (img.shape[2], img.shape[3])
@@ -147,7 +147,7 @@ class StandIn(nn.Module):
         theta[1, 2] += 1 / height - 1 / 299
         grid = F.affine_grid(theta.unsqueeze(0).repeat([size, 1, 1]), [size, 3, 299, 299], align_corners=False)
         x = F.grid_sample(img.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
-        features = self.layers((x - 128) / 128).view(size, 2048) + self.spoilt
+        features = self.layers((x - 128) / 128).view(size, 2048) + self.offset
         if return_features:
             return features
         if no_output_bias:
@@ -175,12 +175,12 @@ def load_inception(mode: str) -> FeatureNetwork:
 
 
 @pytest.mark.parametrize("mode", ["clean", "legacy_tensorflow"])
-def test_inception_features_of_grey_equal_those_of_the_same_in_colour(mode: str, sha256: str) -> None:
+def test_inception_features_of_gray_equal_those_of_rgb(mode: str, sha256: str) -> None:
     network = load_inception(mode)
-    grey = torch.randint(0, 256, (3, 1, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    features = network(grey)
+    gray = torch.randint(0, 256, (3, 1, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    features = network(gray)
     assert features.shape == (3, 2048) and features.dtype == torch.float32
-    assert torch.equal(features, network(grey.repeat(1, 3, 1, 1)))
+    assert torch.equal(features, network(gray.repeat(1, 3, 1, 1)))
     assert not torch.equal(features[0], features[1])
     with pytest.raises(UserError, match="Found no classes"):
         network.predict(features)
@@ -226,27 +226,27 @@ def test_one_pass_of_inception_gives_features_spatial_features_and_probabilities
 
 
 def test_an_inception_with_other_layers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put_inception(StandIn(spoilt=5.0), tmp_path, monkeypatch)
+    put_inception(StandIn(offset=5.0), tmp_path, monkeypatch)
     with pytest.raises(UserError, match="whose layers are not as expected .features .* off its own"):
         load_inception("legacy_tensorflow")
 
 
-def test_efficientnet_tells_photographs_apart_from_noise() -> None:
+def test_efficientnet_takes_gray_and_rgb() -> None:
     pytest.importorskip("efficientnet_lite_pytorch")
     network = load_network("efficientnet")
-    grey = torch.randint(0, 256, (2, 1, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    features = network(grey)
+    gray = torch.randint(0, 256, (2, 1, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    features = network(gray)
     assert features.shape == (2, 1280) and features.std() > 0.01
-    assert torch.allclose(features, network(grey.repeat(1, 3, 1, 1)))
+    assert torch.allclose(features, network(gray.repeat(1, 3, 1, 1)))
 
 
-def test_missing_dinov2_says_where_it_belongs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_dinov2_names_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AFM_WEIGHTS", str(tmp_path))
     with pytest.raises(UserError, match="dinov2_vitl14.safetensors"):
         load_network("dinov2")
 
 
-def test_dinov2s_weights_are_known_by_a_hash_that_params_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dinov2_weights_need_a_hash_in_params(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AFM_WEIGHTS", str(tmp_path))
     path = tmp_path / "dinov2_vitl14.safetensors"
     path.write_bytes(b"other weights")
@@ -259,7 +259,7 @@ def test_dinov2s_weights_are_known_by_a_hash_that_params_hold(tmp_path: Path, mo
     assert dinov2_path(found) == path
 
 
-def test_another_inception_file_is_refused_before_it_is_loaded(
+def test_different_inception_file_is_refused_before_it_is_loaded(
     sha256: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / INCEPTION_FILE
@@ -270,7 +270,7 @@ def test_another_inception_file_is_refused_before_it_is_loaded(
     assert str(path) in str(error.value) and "https://" in str(error.value)
 
 
-def test_missing_inception_file_says_where_it_belongs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_inception_file_names_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AFM_WEIGHTS", str(tmp_path))
     with pytest.raises(UserError) as error:
         inception_path()

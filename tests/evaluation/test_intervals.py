@@ -88,10 +88,10 @@ def test_wilson_interval_of_ten(hits: int, low: float, high: float) -> None:
 
 
 def brute(real: np.ndarray, samples: np.ndarray) -> tuple[float, float]:
-    def share(points: np.ndarray, centres: np.ndarray) -> float:
-        apart = np.linalg.norm(centres[:, None] - centres[None], axis=2)
+    def share(points: np.ndarray, centers: np.ndarray) -> float:
+        apart = np.linalg.norm(centers[:, None] - centers[None], axis=2)
         radii = np.sort(apart, axis=1)[:, 3]
-        return float((np.linalg.norm(points[:, None] - centres[None], axis=2) <= radii).any(axis=1).mean())
+        return float((np.linalg.norm(points[:, None] - centers[None], axis=2) <= radii).any(axis=1).mean())
 
     return share(samples, real), share(real, samples)
 

@@ -1,4 +1,4 @@
-"""What an evaluation keeps in memory, and what a reference of ADM's statistics is spared."""
+"""The memory of an evaluation, and the passes that ADM's statistics save."""
 
 import tracemalloc
 from collections.abc import Callable
@@ -28,7 +28,7 @@ DISTANCES = 3 * 4  # bytes of a sample's distances to its nearest training image
 
 
 class Largest(TorchDispatchMode):
-    """Notes the bytes of the largest tensor that an operation gave, views of what it was given left out."""
+    """Records the bytes of the largest result of an operation, views of its arguments excluded."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Largest(TorchDispatchMode):
 
 
 def held(thing: Any, known: set[int]) -> int:
-    """Return the bytes of all arrays and tensors that an object holds, however deep, each once."""
+    """Return the bytes of all arrays and tensors that an object holds, at any depth, each counted once."""
     if id(thing) in known:
         return 0
     known.add(id(thing))
@@ -60,7 +60,7 @@ def features_of(count: int) -> np.ndarray:
     return np.random.default_rng(count).normal(size=(count, DIM)).astype(np.float32)
 
 
-def test_of_a_sample_only_features_and_three_distances_are_kept() -> None:
+def test_memory_grows_by_features_and_three_distances_per_sample() -> None:
     network = FeatureNetwork("classifier", DIM, "0" * 64, lambda x: x.flatten(1)[:, :DIM].float())
 
     def kept(samples: int) -> int:
@@ -75,7 +75,7 @@ def test_of_a_sample_only_features_and_three_distances_are_kept() -> None:
 
 
 @pytest.mark.parametrize("measure", ["distances", "precision and recall", "score"])
-def test_measuring_makes_no_copy_of_the_features(measure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_do_not_copy_the_features(measure: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("afm_pipe.evaluation.precision_recall.TILE", (64, 256))
     monkeypatch.setattr("afm_pipe.evaluation.measures.SCORE_PART", 250)
     monkeypatch.setattr("afm_pipe.evaluation.intervals.BLOCK", 64)
@@ -112,7 +112,7 @@ def test_measuring_makes_no_copy_of_the_features(measure: str, monkeypatch: pyte
 
 
 class Counting:
-    """Stands for Inception: features of a few pixels, and how many images were passed through."""
+    """Stands in for Inception: returns a few pixels, and counts images."""
 
     def __init__(self) -> None:
         self.seen = 0
@@ -137,7 +137,7 @@ def write_adm(path: Path, seed: int) -> None:
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_of_networks_with_adms_statistics_only_what_is_used_is_passed_through(
+def test_adms_statistics_save_passes_through_their_networks(
     first: bool,
     real: tuple[np.ndarray, np.ndarray],
     vae: Any,
@@ -183,7 +183,7 @@ def test_of_networks_with_adms_statistics_only_what_is_used_is_passed_through(
     )
 
 
-def test_a_reference_of_another_adm_file_than_params_name_is_refused(
+def test_reference_of_a_different_adm_file_is_refused(
     vae: Any,
     real: tuple[np.ndarray, np.ndarray],
     tmp_path: Path,
@@ -210,7 +210,7 @@ def test_a_reference_of_another_adm_file_than_params_name_is_refused(
         Evaluator(params("adm.npz", "2" * 64), folder)
     with pytest.raises(UserError, match="expected those of training images"):
         Evaluator(params(None, None), folder)
-    Evaluator(params("gone.npz", None), folder)  # no hash is known: whatever the reference was built of
+    Evaluator(params("gone.npz", None), folder)  # without a hash, any reference of ADM's statistics
     write_adm(adm, 1)
     with pytest.raises(UserError, match=f"of adm {right} .*expected those of adm {sha256_file(adm)}"):
         Evaluator(params("adm.npz", None), folder)

@@ -1,4 +1,4 @@
-"""An evaluation that is killed goes on; images kept; the npz for ADM's evaluator; ADM's statistics."""
+"""A killed evaluation resumes; intervals; agreement with clean-fid on files."""
 
 import json
 import signal
@@ -11,15 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from afm_pipe.evaluation.adm import adm_path, adm_references
 from afm_pipe.evaluation.evaluator import Evaluator
-from afm_pipe.evaluation.networks import LEGACY, SPATIAL, FeatureNetwork
-from afm_pipe.evaluation.statistics import Reference
-from afm_pipe.params import AdmReference
-from afm_pipe.runtime.errors import UserError
-from afm_pipe.runtime.files import sha256_file
 from afm_pipe.runtime.progress import track
-from afm_pipe.sampling.image_writers import NpzWriter, PngWriter
+from afm_pipe.sampling.image_writers import PngWriter
 from afm_pipe.sampling.sampler import balanced_labels
 from tests.conftest import ROOT
 from tests.evaluation.painter import Painter, evaluate, load_network, params_with, sampler_of
@@ -43,7 +37,7 @@ for tick in run:
 """
 
 
-def test_a_killed_evaluation_goes_on_and_gives_the_same_numbers(
+def test_killed_evaluation_resumes_to_the_same_numbers(
     vae: Any,
     reference: Path,
     tmp_path: Path,
@@ -58,21 +52,21 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same_numbers(
             break
     assert child.wait() == -signal.SIGKILL
 
-    asked = []
+    generated = []
 
     class Counting(Painter):
         def sample(self, x: torch.Tensor, labels: torch.Tensor, steps: int | None = None) -> torch.Tensor:
-            asked.append(len(x))
+            generated.append(len(x))
             return super().sample(x, labels)
 
     evaluator = Evaluator(params_with(), reference)
     resumed = track("evaluate", evaluator.evaluate(sampler_of(Counting(), vae), {}, tmp_path / "work"))
     whole = track("evaluate", evaluator.evaluate(sampler_of(Painter(), vae), {}))
     assert resumed is not None and resumed == whole
-    assert sum(asked) <= 240 - 80  # what was measured before the kill was not generated again
+    assert sum(generated) <= 240 - 80  # what was measured before the kill was not generated again
 
 
-def test_intervals_stand_beside_every_distance_and_share(vae: Any, reference: Path) -> None:
+def test_every_distance_and_fraction_has_an_interval(vae: Any, reference: Path) -> None:
     metrics = evaluate(Painter(spread=0.7), vae, reference)
     keys = ("fd_classifier_240", "kid_classifier_240", "precision_classifier_240", "recall_classifier_240")
     assert metrics["intervals"].keys() == {*keys, "class_accuracy"}
@@ -82,19 +76,19 @@ def test_intervals_stand_beside_every_distance_and_share(vae: Any, reference: Pa
     assert metrics["protocol"]["reference"] == {"classifier": "training images"}
 
 
-def test_a_narrow_generator_is_precise_and_recalls_little(vae: Any, reference: Path) -> None:
+def test_narrow_generator_has_precision_without_recall(vae: Any, reference: Path) -> None:
     narrow, right = (evaluate(Painter(spread=spread), vae, reference) for spread in (0.05, 0.5))
     assert narrow["recall_classifier_240"] < 0.5 * right["recall_classifier_240"]
     assert right["precision_classifier_240"] > 0.6
 
 
-def test_our_distances_are_clean_fids_on_a_folder_of_the_same_images(
+def test_distances_equal_clean_fids_on_a_folder_of_the_same_images(
     vae: Any,
     reference: Path,
     real: tuple[np.ndarray, np.ndarray],
     tmp_path: Path,
 ) -> None:
-    """Its folder of PNG files against our stream: quantisation, features and formula at once."""
+    """Compares quantization, features and formula at once: its PNG files with our stream."""
     from cleanfid import fid
 
     folders = tmp_path / "samples", tmp_path / "real"
@@ -118,55 +112,3 @@ def test_our_distances_are_clean_fids_on_a_folder_of_the_same_images(
     except TypeError:
         pytest.skip("this scipy has no sqrtm(disp=), which clean-fid's formula calls")
     assert metrics["fd_classifier_240"] == pytest.approx(expected, rel=1e-6)
-
-
-def test_the_npz_for_adms_evaluator_is_shuffled_with_its_labels(tmp_path: Path) -> None:
-    images = torch.arange(60, dtype=torch.uint8).view(60, 1, 1, 1).expand(60, 1, 4, 4)
-    labels = balanced_labels(range(60), 7)
-    for name in ("a", "b"):
-        file = NpzWriter(tmp_path / f"{name}.npz", labels, shuffle_seed=5)
-        for batch in images.split(25):
-            file.add(batch)
-        file.finish()
-    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
-    with np.load(tmp_path / "a.npz", allow_pickle=False) as found:
-        pixels, order = found["arr_0"], found["arr_0"][:, 0, 0, 0]
-        assert pixels.shape == (60, 4, 4, 3) and pixels.dtype == np.uint8
-        assert sorted(order) == list(range(60)) and (order != np.arange(60)).any()
-        assert (found["arr_1"] == order % 7).all()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "b.npz"]
-
-
-def test_adms_statistics_take_the_place_of_ours_and_are_checked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("AFM_WEIGHTS", str(tmp_path))
-    random, spread = np.random.default_rng(0), np.eye(5)
-    arrays = {"mu": random.normal(size=5), "sigma": spread, "mu_s": random.normal(size=5), "sigma_s": 2 * spread}
-    batch = random.integers(0, 256, (23, 4, 4, 3), dtype=np.uint8)
-    np.savez(tmp_path / "adm.npz", arr_0=batch, **arrays)
-    sha256 = sha256_file(tmp_path / "adm.npz")
-    networks = [
-        FeatureNetwork(name, 5, "0" * 64, lambda x: x.flatten(1)[:, :5].float())
-        for name in ("classifier", LEGACY, SPATIAL)
-    ]
-    ours = [
-        Reference(n.name, n.sha256, "digest", 9, np.zeros(5), spread, np.zeros((9, 5), np.float32), np.arange(9), 1.0)
-        for n in networks
-    ]
-    kept, pooled, spatial = adm_references(AdmReference(file="adm.npz", sha256=sha256), networks, ours, 10)
-    assert kept is ours[0] and kept.source == "training images"
-    assert pooled.source == spatial.source == f"adm {sha256}"
-    assert (pooled.mu == arrays["mu"]).all() and (spatial.mu == arrays["mu_s"]).all()
-    assert (spatial.sigma == 2 * spread).all() and pooled.digest != ours[1].digest
-    assert (pooled.features == batch.transpose(0, 3, 1, 2).reshape(23, -1)[:, :5]).all()
-    with pytest.raises(UserError, match="with sha256 .*evaluate.adm_reference"):
-        adm_path(AdmReference(file="adm.npz", sha256="1" * 64))
-    with pytest.raises(UserError, match="Found no .*gone.npz"):
-        adm_path(AdmReference(file="gone.npz", sha256=None))
-    np.savez(tmp_path / "half.npz", arr_0=batch)
-    with pytest.raises(UserError, match="expected arrays mu, sigma"):
-        list(adm_references(AdmReference(file="half.npz", sha256=None), networks, ours, 10))
-    np.savez(tmp_path / "wide.npz", arr_0=batch, **(arrays | {"mu": np.zeros(6)}))
-    with pytest.raises(UserError, match=r"Found mean \(6,\)"):
-        list(adm_references(AdmReference(file="wide.npz", sha256=None), networks, ours, 10))

@@ -53,7 +53,7 @@ RUN = {
     "eps": 1e-8,
     "weight_decay": 0.01,
     "ema": {"decay": 0.9, "warmup": True},
-    "penalty": {"weight": 0.25, "batch_fraction": 0.5, "epsilon": 0.01, "every": 1},
+    "penalty": {"weight": 0.25, "batch_fraction": 0.5, "epsilon": 0.01, "every": 1, "precision": "fp32"},
     "logit_centering": 0.01,
     "transport": {"start": 0.2, "end": 0.05, "decay_epochs": END},
     "gradient_normalization": {"enabled": True, "decay": 0.9},

@@ -7,7 +7,7 @@ import torch
 
 from afm_pipe.data.latents import Latents
 from afm_pipe.distributed.process_group import ProcessGroup
-from afm_pipe.objectives.adversarial_flow.batches import AdversarialBatches, MicroBatch, draw_times
+from afm_pipe.objectives.adversarial_flow.batches import AdversarialBatches, DiscriminatorPart, draw_times
 from afm_pipe.objectives.base import Hyperparameters, num_micro_batches
 from afm_pipe.params import Run
 from afm_pipe.runtime.errors import UserError
@@ -49,11 +49,11 @@ def test_label_noise_does_not_depend_on_the_number_of_processes(latents: Latents
         assert torch.equal(found, alone[rank::2])
 
 
-def whole(parts: list[list[MicroBatch]], field: str) -> torch.Tensor:
+def whole(parts: list[list[DiscriminatorPart]], field: str) -> torch.Tensor:
     """Put a tensor of D's batch together again from the micro-batches of all processes."""
     of_rank = []
     for of_process in parts:
-        shards = [getattr(part.d_batch, field) for part in of_process]
+        shards = [getattr(part.batch, field) for part in of_process]
         joined = torch.empty(sum(map(len, shards)), *shards[0].shape[1:], dtype=shards[0].dtype)
         for index, shard in enumerate(shards):
             joined[index :: len(shards)] = shard
@@ -70,30 +70,41 @@ def test_processes_and_micro_batches_share_one_batch_and_its_penalized_images(
 ) -> None:
     run = smoke_run.model_copy(update={"batch_size": 12, "nfe": 2, "form": "residual"})
     now = Hyperparameters({}, {}, phase=run.phases[0])
-    (alone,) = batches(latents, run).draw(7, now)
-    parts = [
-        batches(latents, run, ProcessGroup(rank, world_size), micro_batch).draw(7, now) for rank in range(world_size)
-    ]
+    ((alone,),) = batches(latents, run).draw(7, now).discriminator
+    groups = [ProcessGroup(rank, world_size) for rank in range(world_size)]
+    parts = [list(batches(latents, run, group, micro_batch).draw(7, now).discriminator[0]) for group in groups]
     for field in ("real", "source", "labels", "s", "t"):
-        assert torch.equal(whole(parts, field), getattr(alone.d_batch, field)), field
+        assert torch.equal(whole(parts, field), getattr(alone.batch, field)), field
     assert alone.noise is not None
     every = [part for of_process in parts for part in of_process]
-    assert all(len(part.d_batch.real) <= (micro_batch or 12) for part in every)
-    assert sum(part.share.batch for part in every) == pytest.approx(1)
-    assert sum(part.share.penalized for part in every) == pytest.approx(1)
+    assert all(len(part.batch.real) <= (micro_batch or 12) for part in every)
+    assert sum(part.share for part in every) == pytest.approx(1)
+    assert sum(part.penalized_share for part in every) == pytest.approx(1)
     noises = {tuple(noise.flatten().tolist()) for part in every if part.noise for noise in part.noise.real}
     assert noises == {tuple(noise.flatten().tolist()) for noise in alone.noise.real}
     # A part's penalized images are its first ones, since penalties take the first of D's batch.
-    first = [image for part in every if part.noise for image in part.d_batch.real[: len(part.noise.real)]]
-    penalized = alone.d_batch.real[: len(alone.noise.real)]
+    first = [image for part in every if part.noise for image in part.batch.real[: len(part.noise.real)]]
+    penalized = alone.batch.real[: len(alone.noise.real)]
     assert {tuple(image.flatten().tolist()) for image in first} == {tuple(x.flatten().tolist()) for x in penalized}
 
 
 def test_lazy_penalties_are_left_out_of_the_updates_between(latents: Latents, smoke_run: Run) -> None:
     lazy = smoke_run.model_copy(update={"penalty": smoke_run.penalty.model_copy(update={"every": 3})})
     now = Hyperparameters({}, {}, phase=lazy.phases[0])
-    drawn = [batches(latents, lazy).draw(update, now)[0] for update in range(4)]
+    drawn = [batches(latents, lazy).draw(update, now).discriminator[0][0] for update in range(4)]
     assert [part.noise is None for part in drawn] == [False, True, True, False]
+
+
+def test_each_step_of_the_discriminator_has_a_batch_of_its_own(latents: Latents, smoke_run: Run) -> None:
+    several = smoke_run.model_copy(update={"discriminator_updates": 3, "batch_size": 8})
+    now = Hyperparameters({}, {}, phase=several.phases[0])
+    drawn = [batches(latents, several).draw(update, now) for update in range(2)]
+    steps = [parts[0].batch for each in drawn for parts in each.discriminator]
+    assert len({tuple(step.source.flatten().tolist()) for step in steps}) == 6
+    alone = batches(latents, several.model_copy(update={"discriminator_updates": 1}))
+    for place, step in enumerate(steps):  # one order of images and noise, however many steps an update has
+        assert torch.equal(step.real, alone.draw(place, now).discriminator[0][0].batch.real)
+    assert torch.equal(drawn[1].generator[0].batch.real, alone.draw(1, now).generator[0].batch.real)
 
 
 def test_micro_batches_are_never_empty_and_processes_never_idle() -> None:

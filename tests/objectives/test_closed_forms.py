@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from afm_pipe.distributed.process_group import SINGLE_PROCESS
 from afm_pipe.models.model_files import ModelConfig, build_discriminator, run_config
-from afm_pipe.objectives.adversarial_flow.batches import Batch, MicroBatch, PenaltyNoise, Share
+from afm_pipe.objectives.adversarial_flow.batches import Batch, DiscriminatorPart, Draw, GeneratorPart, PenaltyNoise
 from afm_pipe.objectives.adversarial_flow.losses import (
     gradient_penalty,
     logit_centering,
@@ -71,7 +71,8 @@ def test_relativistic_loss_is_log_of_one_plus_exp() -> None:
 def test_gradient_penalty_of_a_linear_critic_is_its_squared_slope_along_the_noise() -> None:
     slope = torch.tensor([2.0, -1.0], dtype=torch.float64)
     u, noise = torch.randn(8, 2, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64)
-    found = gradient_penalty(u @ slope, (u[:3] + 0.01 * noise) @ slope, 0.01, torch.tensor([1.0, 0.5, 0.25]))
+    weighting = torch.tensor([1.0, 0.5, 0.25])
+    found = gradient_penalty(u[:3] @ slope, (u[:3] + 0.01 * noise) @ slope, 0.01, weighting)
     expected = (torch.tensor([1.0, 0.5, 0.25]) * (noise @ slope).square()).mean()
     assert found.item() == pytest.approx(expected.item(), rel=1e-9)
 
@@ -108,8 +109,8 @@ class Recorder(Learner):
         return super().step(name, loss, hyperparameters)
 
 
-def gradients_of(run: Run, *parts: MicroBatch) -> tuple[list[dict[str, Tensor]], list[dict[str, float]]]:
-    """Update from each part, at the same weights; return gradients by network, and figures."""
+def gradients_of(run: Run, *draws: Draw) -> tuple[list[dict[str, Tensor]], list[dict[str, float]]]:
+    """Update from each draw, at the same weights; return gradients by network, and figures."""
     objective = AdversarialFlow(run, run_config(run, SHAPE, CLASSES))
     state = TrainingState.fresh(objective, torch.device("cpu"))
     torch.manual_seed(0)
@@ -119,19 +120,19 @@ def gradients_of(run: Run, *parts: MicroBatch) -> tuple[list[dict[str, Tensor]],
     learner = Recorder(state, run.ema, SINGLE_PROCESS)
     gradients, figures = [], []
     still = Hyperparameters({"generator": 0.0, "discriminator": 0.0}, {"transport": 0.2})
-    for part in parts:
+    for draw in draws:
         learner.gradients = {}
-        values = objective.update(learner, [part], still)
+        values = objective.update(learner, draw, still)
         gradients.append(learner.gradients)
         figures.append(dict(zip((term.name for term in objective.terms), values.tolist(), strict=True)))
     return gradients, figures
 
 
 @pytest.fixture
-def part(float64: None) -> MicroBatch:
+def draw(float64: None) -> Draw:
     torch.manual_seed(1)
     batch = Batch(torch.randn(8, *SHAPE), torch.randn(8, *SHAPE), torch.arange(8) % CLASSES)
-    return MicroBatch(batch, batch, PenaltyNoise(*torch.randn(2, 2, *SHAPE)), None, None, None, Share())
+    return Draw([[DiscriminatorPart(batch, PenaltyNoise(*torch.randn(2, 2, *SHAPE)))]], [GeneratorPart(batch)])
 
 
 @pytest.fixture
@@ -139,19 +140,21 @@ def run(smoke_run: Run) -> Run:
     return smoke_run.model_copy(update={"size": "s4", "batch_size": 8, "weight_decay": 0.0})
 
 
-def test_lazy_penalties_have_the_penalties_mean_gradient(run: Run, part: MicroBatch) -> None:
+def test_lazy_penalties_have_the_penalties_mean_gradient(run: Run, draw: Draw) -> None:
     lazy = run.model_copy(update={"penalty": run.penalty.model_copy(update={"every": 4})})
-    (always,), (whole,) = gradients_of(run, part)
-    of_four, figures = gradients_of(lazy, part, *[part._replace(noise=None)] * 3)
+    (always,), (whole,) = gradients_of(run, draw)
+    ((part,),) = draw.discriminator
+    without = draw._replace(discriminator=[[part._replace(noise=None)]])
+    of_four, figures = gradients_of(lazy, draw, *[without] * 3)
     mean = torch.stack([gradients["discriminator"] for gradients in of_four]).mean(0)
     assert distance(mean, always["discriminator"]) < 1e-9
     assert [each["r1"] for each in figures] == pytest.approx([4 * whole["r1"], 0, 0, 0])
     assert whole["r1"] > 1e-6
 
 
-def test_a_reused_forward_gives_the_same_gradients(run: Run, part: MicroBatch) -> None:
-    (drawn_twice,), _ = gradients_of(run, part)
-    (reused,), _ = gradients_of(run.model_copy(update={"reuse_forward": True}), part)
+def test_a_reused_forward_gives_the_same_gradients(run: Run, draw: Draw) -> None:
+    (drawn_twice,), _ = gradients_of(run, draw)
+    (reused,), _ = gradients_of(run.model_copy(update={"reuse_forward": True}), draw)
     assert not run.reuse_forward
     for network, gradients in drawn_twice.items():
         assert torch.equal(reused[network], gradients), network

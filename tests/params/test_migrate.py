@@ -16,6 +16,8 @@ from tests.conftest import ROOT, SMOKE
 
 OLD = sorted((Path(__file__).parent / "v0_1").glob("*.yaml"))
 PROSE = ("title", "question", "claim")
+SINCE = ("monitor", "gradient_clip", "keep_discriminators", "selection", "reload_discriminator", "strong_discriminator")
+"""What the committed files have set otherwise since 0.1."""
 
 
 @pytest.fixture(params=OLD, ids=lambda path: path.stem)
@@ -24,9 +26,9 @@ def old(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 def settings(value: Any) -> Any:
-    """Drop the sentences that only the report shows."""
+    """Drop the sentences that only the report shows, and what has been set otherwise since."""
     if isinstance(value, dict):
-        return {key: settings(inner) for key, inner in value.items() if key not in PROSE}
+        return {key: settings(inner) for key, inner in value.items() if key not in PROSE + SINCE}
     return [settings(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
@@ -39,6 +41,7 @@ def test_a_committed_file_of_0_1_migrated_equals_todays(old: Path) -> None:
     done = CliRunner().invoke(app, ["migrate", str(old)])
     assert done.exit_code == 0, done.output
     assert settings(load_params(old).model_dump()) == settings(load_params(today).model_dump())
+    assert load_params(old).train.monitor.auto.transport == 0.001
     assert comments(old.read_text()) == comments(before)
     kept = old.with_name(f"{old.stem}.before-migrate.yaml")
     assert kept.read_text() == before and str(kept) in done.output.replace("\n", "")
@@ -79,8 +82,16 @@ def test_a_file_in_flow_style_with_quoted_keys_is_migrated(tmp_path: Path) -> No
     text = yaml.safe_dump(yaml.safe_load(OLD[0].read_text()), default_flow_style=True, width=10**9)
     path.write_text(text.replace("centring:", "'centring':"))
     migrate(path)
-    assert "{objective: adversarial_flow, " in path.read_text()
+    assert "objective: adversarial_flow, " in path.read_text()
     assert load_params(path).train.logit_centering == 0.01
+
+
+def test_keys_are_added_to_an_empty_section(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text("train: {}\n")
+    with pytest.raises(UserError, match="train.size: found nothing") as error:
+        migrate(path)
+    assert "train.objective" not in str(error.value)
 
 
 def test_a_file_that_stays_wrong_is_not_written(tmp_path: Path) -> None:

@@ -127,14 +127,14 @@ def test_an_array_that_inflates_a_thousandfold_is_refused() -> None:
     refused(lambda: load_arrays(Path("x.npz"), ("mu",)), "would become 83,88")
 
 
-def test_thumbnails_that_do_not_belong_together_are_refused() -> None:
+def test_thumbnails_that_do_not_match_are_refused() -> None:
     images = torch.randint(0, 256, (5, 1, 8, 8), dtype=torch.uint8)
     whole = build_thumbnails(images, np.arange(5))
     whole.save(Path("x.npz"))
     arrays = dict(np.load("x.npz"))
     for name, array in (("labels", np.arange(4)), ("images", np.zeros((5, 8), np.uint8)), ("ratio", np.array("x"))):
         np.savez("y.npz", **(arrays | {name: array}))
-        refused(lambda: Thumbnails.load(Path("y.npz")), "do not belong together")
+        refused(lambda: Thumbnails.load(Path("y.npz")), "do not match")
 
 
 # Images and their list
@@ -246,10 +246,10 @@ def test_params_out_of_all_measure_are_refused(override: str, words: str) -> Non
 def test_names_that_could_be_paths_are_refused_everywhere(name: str, smoke_params: Params) -> None:
     launch = Launch(device="cpu")
     doors: list[tuple[Callable[[], Any], str]] = [
-        (lambda: pipeline.load_sampler(smoke_params, name, CPU), "the model's name"),
-        (lambda: pipeline.sample(smoke_params, name, launch), "the model's name"),
-        (lambda: pipeline.evaluate(smoke_params, name, launch), "the model's name"),
-        (lambda: pipeline.export(name, "released", Path("x.pth")), "the model's name"),
+        (lambda: pipeline.load_sampler(smoke_params, name, CPU), "the model name"),
+        (lambda: pipeline.sample(smoke_params, name, launch), "the model name"),
+        (lambda: pipeline.evaluate(smoke_params, name, launch), "the model name"),
+        (lambda: pipeline.export(name, "released", Path("x.pth")), "the model name"),
         (lambda: pipeline.train(smoke_params, name, launch), "no run"),
         (lambda: pipeline.import_weights(smoke_params, name, Imported(file="x.pth")), "the name"),
         (lambda: pipeline.tables(smoke_params, [name], launch), "no table"),
@@ -290,7 +290,9 @@ def test_a_model_that_says_nonsense_of_its_latents_is_refused(
     shutil.copytree(discs / paths.AUTOENCODER, paths.AUTOENCODER)
     described = read_json(folder / "config.json") | {"classes": list("abcdefghij"), "scaling_factor": 1.0}
     write_json(folder / "config.json", described | changes)
-    with pytest.raises(UserError, match="without 10 class names or with a scaling factor that is no number"):
+    with pytest.raises(
+        UserError, match="without 10 class names or with a scaling factor that is not a positive number"
+    ):
         pipeline.load_sampler(discs_params, "x", CPU)
 
 

@@ -1,4 +1,4 @@
-"""The images that evaluation measures, as PNG files and as an npz, by the commands that write them."""
+"""`sample` and `export` write the images that evaluation measures."""
 
 import os
 from pathlib import Path
@@ -32,7 +32,7 @@ def afm(*words: str) -> Result:
 
 @pytest.fixture(scope="module")
 def measured(project: Path) -> np.ndarray:  # noqa: F811
-    """The images (N, H, W) that `afm-pipe evaluate one` handed to its networks."""
+    """The images (N, H, W) that `afm-pipe evaluate one` measures."""
     before, seen, generate = Path.cwd(), [], Sampler.images
 
     def watched(*args: Any) -> Any:
@@ -57,7 +57,7 @@ def measured(project: Path) -> np.ndarray:  # noqa: F811
     return np.concatenate(seen)[:SAMPLES, 0]  # the last call draws the nearest images
 
 
-def test_images_kept_are_those_that_evaluation_measured(
+def test_kept_images_are_those_that_evaluation_measures(
     project: Path,  # noqa: F811
     measured: np.ndarray,
     monkeypatch: pytest.MonkeyPatch,
@@ -73,7 +73,7 @@ def test_images_kept_are_those_that_evaluation_measured(
     assert np.array_equal(np.stack([np.asarray(Image.open(file)) for file in files]), measured)
 
 
-def test_the_npz_for_adms_evaluator_holds_what_evaluation_measured(
+def test_npz_for_adms_evaluator_holds_what_evaluation_measures(
     project: Path,  # noqa: F811
     measured: np.ndarray,
     tmp_path: Path,
@@ -89,7 +89,7 @@ def test_the_npz_for_adms_evaluator_holds_what_evaluation_measured(
     assert pixels.shape == (SAMPLES, 32, 32, 3)
     index = {image.tobytes(): i for i, image in enumerate(measured)}
     order = [index[image[..., 0].tobytes()] for image in pixels]
-    assert sorted(order) == list(range(SAMPLES)) != order
+    assert order == np.random.default_rng(load_params().evaluate.seed).permutation(SAMPLES).tolist()
     assert [i % 10 for i in order] == labels.tolist()
     assert [path.name for path in tmp_path.iterdir()] == ["one.npz"]
 
@@ -101,7 +101,7 @@ def test_the_npz_for_adms_evaluator_holds_what_evaluation_measured(
         (["none", "--out", "x.npz"], "Found no models/none/config.json"),
     ],
 )
-def test_an_npz_that_cannot_be_written_is_explained(
+def test_wrong_npz_request_is_explained(
     project: Path,  # noqa: F811
     words: list[str],
     message: str,

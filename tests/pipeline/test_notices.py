@@ -95,7 +95,7 @@ def test_work_of_other_params_is_named_and_stays(
     (other,) = {path.relative_to(paths.WORK).parts[1] for path in before}
     capsys.readouterr()
     pipeline.train(change(SHORT, "runs.t4.lr=0.0005"), "t4", LAUNCH)
-    assert f"Not resumed: {other} in work/t4, of other params, data or versions." in capsys.readouterr().out
+    assert f"Not resumed: work/t4/{other}, of other params, data or versions." in capsys.readouterr().out
     assert all(path.read_bytes() == content for path, content in before.items())
 
 

@@ -82,7 +82,7 @@ def test_every_output_is_there_and_git_stays_clean(clone: Path) -> None:
 def test_a_table_is_in_the_report_with_a_verdict(clone: Path) -> None:
     cells = json.loads((clone / "results" / "tables" / "transport.json").read_text())["trials"]
     assert [(cell["row"], cell["cost"]["updates"] > 0) for cell in cells] == [("0.2", True), ("0", True)]
-    checks = (clone / "results" / "report" / "checks.md").read_text()
+    checks = (clone / "results" / "rendered" / "checks.md").read_text()
     assert "Without the transport loss samples are worse | transport | undecided" in checks  # one seed decides nothing
 
 

@@ -127,7 +127,7 @@ def test_a_run_that_went_back_by_itself_has_not_failed(project: Path, change: Ca
     assert status.run_status(params, "t4").state == "stopped"
     log.write_text(event(20, "divergence", evidence={"loss": 1e4}, action="given up after 3 rollbacks"))
     assert status.run_status(params, "t4").state == "stopped", "a loss that is large ends nothing"
-    log.write_text(event(20, "divergence", text="a non-finite loss", action="given up after 3 rollbacks"))
+    log.write_text(event(20, "divergence", text="a loss that is not finite", action="given up after 3 rollbacks"))
     assert status.run_status(params, "t4").state == "failed"
     log.write_text(event(20, "phase") + event(40, "phase"))
     assert status.run_status(params, "t4").phase == "3"

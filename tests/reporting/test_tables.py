@@ -21,7 +21,7 @@ from tests.reporting.report_inputs import (
 )
 
 
-def test_intervals_are_shown_and_overlapping_rows_are_not_told_apart(project: Path) -> None:
+def test_intervals_are_shown_and_overlapping_rows_are_indistinguishable(project: Path) -> None:
     params = make_params(a={}, b={"lr": 5.0e-4}, c={"lr": 6.0e-4}, d={"lr": 7.0e-4})
     write_inputs(params)
     values = {"a": (8.0, [7.0, 9.0]), "b": (7.0, [6.6, 7.4]), "c": (20.0, [19.0, 21.0]), "d": (6.0, None)}
@@ -30,8 +30,8 @@ def test_intervals_are_shown_and_overlapping_rows_are_not_told_apart(project: Pa
         write(paths.metrics(name), stored | ({"intervals": {"fd_classifier_5k": interval}} if interval else {}))
     page = built(params)
     cells = [row[1] for row in page.rows["table-runs tbody"]]
-    assert cells == ["8.00 [7.00, 9.00]not told apart", "7.00 [6.60, 7.40]best", "20.0 [19.0, 21.0]", "6.00"]
-    assert "rows whose interval overlaps the best's are not told apart from it" in page.text
+    assert cells == ["8.00 [7.00, 9.00]indistinguishable", "7.00 [6.60, 7.40]best", "20.0 [19.0, 21.0]", "6.00"]
+    assert "rows whose interval overlaps the best's are indistinguishable from it" in page.text
     with (paths.RENDERED / "runs.csv").open(newline="") as file:
         row = list(csv.DictReader(file))[1]
     assert (row["fd_classifier_5k_low"], row["fd_classifier_5k_high"]) == ("6.6", "7.4")
@@ -42,16 +42,16 @@ def test_rows_without_intervals_are_not_ranked_and_the_caption_says_so(project: 
     write_inputs(params)
     page = built(params)
     assert not any(each.get("class", "").startswith("mark") for each in page.all("abbr"))  # type: ignore[union-attr]
-    assert "No row carries an interval" in (paths.RENDERED / "runs.md").read_text()
+    assert "No row has an interval" in (paths.RENDERED / "runs.md").read_text()
 
 
-def test_the_summary_says_what_the_lowest_is_not_told_apart_from(project: Path) -> None:
+def test_the_summary_says_what_the_lowest_is_indistinguishable_from(project: Path) -> None:
     params = make_params(a={}, b={"lr": 5.0e-4})
     write_inputs(params)
     for name, value in {"a": 8.0, "b": 7.5}.items():
         stored = json.loads(paths.metrics(name).read_text()) | {"fd_classifier_5k": value}
         write(paths.metrics(name), stored | {"intervals": {"fd_classifier_5k": [value - 1, value + 1]}})
-    assert "run b, the lowest, not told apart from a" in built(params).text
+    assert "run b, the lowest, indistinguishable from a" in built(params).text
 
 
 @pytest.mark.parametrize("intervals", [[1, 2], {"fd_classifier_5k": 3.0}, {"fd_classifier_5k": ["x", 1]}])

@@ -1,4 +1,4 @@
-"""Samples at a prompt: the classes and seeds asked for, each image the same whatever is drawn beside it."""
+"""Samples on request at the command line: classes, seeds, files, interpolations."""
 
 import zipfile
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
     vae: Any = AutoencoderKL(in_channels=1, out_channels=1, block_out_channels=(8, 16, 32), norm_num_groups=8, **blocks)
     with torch.no_grad():
-        vae.decoder.conv_out.weight.mul_(20)  # an untrained decoder gives nearly the same grey for everything
+        vae.decoder.conv_out.weight.mul_(20)  # an untrained decoder gives nearly the same gray for everything
     vae.register_to_config(scaling_factor=0.5)
     KLAutoencoder(vae, 32).save(folder / paths.AUTOENCODER)
     for name, nfe in (("one", 1), ("two", 2), ("free", "any")):
@@ -64,13 +64,15 @@ def images(path: Path) -> np.ndarray:
         return file["arr_0"]
 
 
-def test_without_options_the_grid_of_the_report_is_drawn(run: Run) -> None:
+def test_without_options_the_grid_and_strips_of_the_report_are_drawn(run: Run) -> None:
     assert run("one").exit_code == 0
     sheet = Image.open(paths.samples("one") / "grid.png")
     assert sheet.size == (2 * (SIDE + GAP) + GAP, 10 * (SIDE + GAP) + GAP)
+    strips = Image.open(paths.samples("one") / "interpolation.png")
+    assert strips.size == (9 * (SIDE + GAP) + GAP, 5 * (SIDE + GAP) + GAP)
 
 
-def test_chosen_classes_stand_in_rows_and_speed_is_told(run: Run, tmp_path: Path) -> None:
+def test_chosen_classes_are_rows_and_speed_is_printed(run: Run, tmp_path: Path) -> None:
     done = run("one", "--classes", "3, digit 7", "--seed", "5", "--per-class", "4", "--grid", "OUT/a.png")
     assert done.exit_code == 0, done.output
     assert Image.open(tmp_path / "a.png").size == (4 * (SIDE + GAP) + GAP, 2 * (SIDE + GAP) + GAP)
@@ -79,7 +81,7 @@ def test_chosen_classes_stand_in_rows_and_speed_is_told(run: Run, tmp_path: Path
     assert "images/s" in done.output
 
 
-def test_an_image_is_the_same_in_every_file_and_whatever_is_drawn_with_it(run: Run, tmp_path: Path) -> None:
+def test_an_image_is_the_same_in_every_file_and_for_every_count(run: Run, tmp_path: Path) -> None:
     run("one", "--count", "17", "--seed", "5", "--npz", "OUT/all.npz", "--images", "OUT/all", "--grid", "OUT/all.png")
     run("one", "--count", "4", "--seed", "5", "--npz", "OUT/few.npz")
     whole = images(tmp_path / "all.npz")
@@ -127,7 +129,7 @@ def test_noise_between_seeds_stays_on_the_sphere() -> None:
     assert torch.equal(slerp(first, first, 0.3), first)
 
 
-def test_a_generator_of_any_number_of_steps_takes_as_many_as_asked(run: Run, tmp_path: Path) -> None:
+def test_any_step_generator_takes_the_requested_steps(run: Run, tmp_path: Path) -> None:
     for steps in ("1", "3"):
         done = run("free", "--count", "2", "--steps", steps, "--npz", f"OUT/{steps}.npz")
         assert done.exit_code == 0, done.output
@@ -152,7 +154,7 @@ def test_a_generator_of_any_number_of_steps_takes_as_many_as_asked(run: Run, tmp
         (["one", "--count", "1", "--images", "models"], "expected a new folder or one of numbered PNG files"),
     ],
 )
-def test_a_request_that_makes_no_sense_is_explained_and_draws_nothing(
+def test_wrong_request_is_explained_and_draws_nothing(
     run: Run, tmp_path: Path, words: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Sampler, "latency", lambda *_: pytest.fail("it sampled"))
@@ -171,7 +173,7 @@ def test_classes_are_found_by_name_or_number() -> None:
         choose_classes("crane", FLOWERS)
 
 
-def test_what_was_there_stays_when_drawing_fails(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_stay_unchanged_when_drawing_fails(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.npz").write_text("precious")
 
     def fail(*_: Any) -> Any:

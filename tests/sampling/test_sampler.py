@@ -1,22 +1,17 @@
-"""Samples by index: the same whatever is generated beside them."""
+"""Samples by index do not depend on the other samples of a batch."""
 
-import io
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image
 from torch import Tensor, nn
 
 from afm_pipe.autoencoders.kl import KLAutoencoder
 from afm_pipe.models.flow import Flow
 from afm_pipe.models.generator import Generator
-from afm_pipe.params import LatentSpec
 from afm_pipe.params.sizes import ModelSize
 from afm_pipe.runtime.errors import UserError
-from afm_pipe.sampling.image_writers import grid
 from afm_pipe.sampling.sampler import Sampler, balanced_labels, seeded_noise
 
 SHAPE = (4, 8, 8)
@@ -28,7 +23,7 @@ CLASSES = 5
 def generator() -> nn.Module:
     torch.manual_seed(0)
     model = Generator(ModelSize(depth=2, width=64, heads=4, patch=4), 4, 8, CLASSES)
-    with torch.no_grad():  # it starts as zero: give every weight something to say
+    with torch.no_grad():  # some weights are initialized to zero
         for weight in model.parameters():
             weight.normal_(std=0.1)
     return Flow(model.eval(), "direct", nfe=1)
@@ -84,9 +79,7 @@ def test_labels_take_classes_in_turn() -> None:
     ],
     ids=["at once", "one by one", "backwards", "strided", "uneven"],
 )
-def test_an_image_does_not_depend_on_what_is_generated_beside_it(
-    generator: nn.Module, vae: Any, chunks: list[list[int]]
-) -> None:
+def test_image_does_not_depend_on_the_other_samples(generator: nn.Module, vae: Any, chunks: list[list[int]]) -> None:
     whole = images_of(generator, vae, list(range(24)))
     latents = latents_of(generator, list(range(24)))
     for chunk in chunks:
@@ -94,9 +87,9 @@ def test_an_image_does_not_depend_on_what_is_generated_beside_it(
         assert torch.equal(latents_of(generator, chunk), latents[chunk])
 
 
-def test_a_sample_always_sits_in_the_same_place_of_a_batch_of_the_same_size() -> None:
+def test_sample_is_always_in_the_same_slot_of_a_batch_of_one_size() -> None:
     class Placed(nn.Module):
-        """Exaggerates what rounding may do: its output depends on the place in the batch and the batch's size."""
+        """Exaggerates rounding: its output depends on the slot in the batch and on the batch size."""
 
         def sample(self, x: Tensor, labels: Tensor, steps: int | None) -> Tensor:
             return x + torch.arange(len(x)).view(-1, 1, 1, 1) + 100 * len(x)
@@ -106,7 +99,7 @@ def test_a_sample_always_sits_in_the_same_place_of_a_batch_of_the_same_size() ->
         assert torch.equal(latents_of(Placed(), indices), whole[indices])
 
 
-def test_one_index_may_be_asked_for_in_several_classes(generator: nn.Module, vae: Any) -> None:
+def test_an_index_can_be_drawn_in_several_classes(generator: nn.Module, vae: Any) -> None:
     sampler = sampler_of(generator, vae)
     both = sampler.latents([2, 2], torch.tensor([0, 1]), 0)
     for i in range(2):
@@ -141,7 +134,7 @@ def test_no_samples_are_no_images(generator: nn.Module) -> None:
     assert latents_of(generator, []).shape == (0, *SHAPE)
 
 
-def test_latents_that_are_not_finite_are_refused_by_index(vae: Any) -> None:
+def test_non_finite_latents_are_refused_by_index(vae: Any) -> None:
     class Diverged(nn.Module):
         def sample(self, x: Tensor, labels: Tensor, steps: int | None) -> Tensor:
             return torch.where(labels.view(-1, 1, 1, 1) == 3, torch.nan, x)
@@ -149,22 +142,3 @@ def test_latents_that_are_not_finite_are_refused_by_index(vae: Any) -> None:
     with pytest.raises(UserError, match="sample 8"):
         images_of(Diverged(), vae, [6, 7, 8, 9])
     assert len(images_of(Diverged(), vae, [5, 6, 7])) == 3
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_quantised_images_equal_a_png_round_trip(channels: int) -> None:
-    image = LatentSpec((4, 2, 2), True).to_uint8(
-        torch.rand(1, channels, 9, 7, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    )
-    file = io.BytesIO()
-    grid(image, columns=1, gap=0).save(file, "PNG")
-    back = np.asarray(Image.open(file)).reshape(9, 7, channels).transpose(2, 0, 1)
-    assert (back == image[0].numpy()).all()
-
-
-def test_grid_lays_out_row_by_row_on_white() -> None:
-    images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 1, 4, 3)
-    sheet = np.asarray(grid(images, columns=2, gap=1))
-    assert sheet.shape == (3 * 5 + 1, 2 * 4 + 1)
-    assert sheet[1, 1] == 0 and sheet[1, 5] == 1 and sheet[6, 1] == 2 and sheet[11, 1] == 4
-    assert (sheet[11:, 5:] == 255).all() and (sheet[0] == 255).all()

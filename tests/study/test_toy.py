@@ -1,10 +1,9 @@
-"""The study on a line: its closed forms, its trainings in miniature, its files and its section of the report."""
+"""The 1-D toy experiment: its closed forms, small trainings, files, and section of the report."""
 
 import csv
 import json
-from collections.abc import Generator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from afm_pipe.cli.app import app
-from afm_pipe.objectives.adversarial_flow.losses import gradient_penalty, logit_centering, moved, relativistic
+from afm_pipe.objectives.adversarial_flow.losses import gradient_penalty, logit_centering, perturb, relativistic
 from afm_pipe.params import Guidance, Params, Toy
 from afm_pipe.params.file import load_params
 from afm_pipe.reporting import titles
@@ -20,25 +19,22 @@ from afm_pipe.reporting.one_dimension import read_one_dimension
 from afm_pipe.reporting.printing import csv_text
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
-from afm_pipe.runtime.progress import Progress
+from afm_pipe.runtime.progress import finish
 from afm_pipe.study.toy import mixture, training
-from afm_pipe.study.toy.networks import CODES, Mlps
-from afm_pipe.study.toy.study import Study, adversarial_settings, guided_setting, measure, measure_maps, run_study
-from afm_pipe.study.toy.training import Batch, Map, Setting, carry, train_adversarially, train_flow
-from afm_pipe.study.toy.writing import write_study
+from afm_pipe.study.toy.experiment import (
+    Experiment,
+    measure,
+    measure_map,
+    run_experiment,
+    toy_settings,
+)
+from afm_pipe.study.toy.networks import EMBEDDING, Map, Mlps, transport
+from afm_pipe.study.toy.training import Batch, Setting, train_adversarially, train_flow
+from afm_pipe.study.toy.writing import write_experiment
 from tests.conftest import SMOKE
 
-T = TypeVar("T")
 CPU = torch.device("cpu")
 FILES = {"results.json", "metrics.json", "maps.csv", "guidance.csv", "maps.png", "sweep.png", "guidance.png"}
-
-
-def finished(ticks: Generator[Progress, None, T]) -> T:
-    while True:
-        try:
-            next(ticks)
-        except StopIteration as end:
-            return end.value
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +49,16 @@ def quick(toy: Toy) -> Toy:
 
 
 @pytest.fixture(scope="module")
-def study(toy: Toy) -> Study:
-    return finished(run_study(toy, 0, CPU))
+def experiment(toy: Toy) -> Experiment:
+    return finish(run_experiment(toy, 0, CPU))
 
 
-def carried(setting: Setting, toy: Toy) -> tuple[Tensor, Tensor]:
-    """Train; return noises (K,) and where each seed takes them (S, K)."""
+def mapped(setting: Setting, toy: Toy) -> tuple[Tensor, Tensor]:
+    """Train; return the noise (K,) and the maps of it (S, K)."""
     noise = mixture.noise_grid(256)
     start = noise.float().expand(toy.seeds, -1)
-    flow = finished(train_adversarially(setting, toy, 0, CPU))
-    return noise, carry(flow, start, setting.steps, torch.zeros_like(start, dtype=torch.long)).double()
+    flow = finish(train_adversarially(setting, toy, 0, CPU))
+    return noise, transport(flow, start, setting.steps, torch.zeros_like(start, dtype=torch.long)).double()
 
 
 def test_optimal_map_takes_noise_to_the_data_without_crossings() -> None:
@@ -87,33 +83,33 @@ def test_wasserstein_distance_of_known_sets() -> None:
 def test_measures_of_known_maps() -> None:
     z = mixture.noise_grid(500)
     best = mixture.optimal_map(z)
-    numbers = measure_maps(torch.stack([best, best + 0.2, best - 0.2]), z, best)
+    numbers = measure_map(torch.stack([best, best + 0.2, best - 0.2]), z, best)
     assert numbers["rms_mean"] == pytest.approx(0.4 / 3)
     assert numbers["spread_mean"] == pytest.approx((0.2 + 2 * (0.5 * (0.2**2 + 0.4**2)) ** 0.5) / 3)
-    assert measure_maps(z.expand(3, -1), z, best)["move_mean"] == 0
+    assert measure_map(z.expand(3, -1), z, best)["move_mean"] == 0
 
 
-def test_exact_flow_takes_noise_to_its_class_and_guidance_takes_outer_classes_outwards() -> None:
+def test_exact_flow_maps_noise_to_its_class_and_guidance_moves_outer_classes_outward() -> None:
     z, labels = mixture.noise_grid(64).repeat(4), torch.arange(4).repeat_interleave(64)
     means = torch.tensor(mixture.MEANS, dtype=torch.float64)[labels]
-    torch.testing.assert_close(mixture.guided_exactly(z, labels, 1.0), means + mixture.STD * z, rtol=0, atol=2e-3)
-    guided = mixture.guided_exactly(z, labels, 3.0, steps=200).view(4, 64)
+    torch.testing.assert_close(mixture.guided_flow(z, labels, 1.0), means + mixture.STD * z, rtol=0, atol=2e-3)
+    guided = mixture.guided_flow(z, labels, 3.0, steps=200).view(4, 64)
     assert guided[3].mean() > 1.53
     assert guided[0].mean() < -1.53
     assert guided.std(1).max() < mixture.STD
 
 
-def test_velocity_of_a_class_at_the_noise_is_the_way_from_its_mean() -> None:
+def test_velocity_of_a_class_at_the_noise_is_the_offset_from_its_mean() -> None:
     z, labels = torch.linspace(-2, 2, 9, dtype=torch.float64), torch.full((9,), 2)
     torch.testing.assert_close(mixture.velocity(z, torch.ones_like(z), labels), z - 0.5)
 
 
-def test_classifier_is_sure_of_data_and_knows_nothing_of_noise() -> None:
+def test_classifier_is_certain_on_data_and_uniform_on_noise() -> None:
     x = torch.tensor(mixture.MEANS, dtype=torch.float64, requires_grad=True)
     at_data = mixture.log_posterior(x, torch.zeros(4, dtype=torch.float64))
     assert at_data.diagonal().exp().min() > 1 - 1e-12
     (gradient,) = torch.autograd.grad(at_data.diagonal().sum(), x)
-    assert gradient.abs().max() < 1e-6  # plain guidance has nothing to say
+    assert gradient.abs().max() < 1e-6  # plain guidance has no effect
     halfway = mixture.log_posterior(x, torch.full((4,), 0.5, dtype=torch.float64))
     (gradient,) = torch.autograd.grad(halfway.diagonal().sum(), x)
     assert gradient[3] > 0.1 > -0.1 > gradient[0]
@@ -123,20 +119,20 @@ def test_classifier_is_sure_of_data_and_knows_nothing_of_noise() -> None:
 
 
 def test_untrained_residual_form_keeps_what_direct_form_replaces() -> None:
-    networks = [Mlps(2, CODES * numbers, 8, torch.Generator()) for numbers in (1, 3)]
+    networks = [Mlps(2, EMBEDDING * numbers, 8, torch.Generator()) for numbers in (1, 3)]
     for network in networks:
         for parameter in network.parameters():
             torch.nn.init.zeros_(parameter)
     z, labels = torch.randn(2, 5), torch.zeros(2, 5, dtype=torch.long)
-    assert torch.equal(carry(Map(networks[0], 1, False), z, 1, labels), torch.zeros(2, 5))
-    assert torch.equal(carry(Map(networks[1], 4, False), z, 4, labels), z)
+    assert torch.equal(transport(Map(networks[0], 1, False), z, 1, labels), torch.zeros(2, 5))
+    assert torch.equal(transport(Map(networks[1], 4, False), z, 4, labels), z)
 
 
-def test_losses_of_seeds_at_once_are_the_pipelines_losses_of_each(toy: Toy) -> None:
+def test_loss_of_all_seeds_is_the_sum_of_the_pipelines_losses(toy: Toy) -> None:
     generator = torch.Generator().manual_seed(0)
     shape = (toy.seeds, toy.batch_size)
-    g = Map(Mlps(toy.seeds, CODES * 3, 8, generator), 4, False)
-    critic = Mlps(toy.seeds, CODES * 2, 8, generator)
+    g = Map(Mlps(toy.seeds, EMBEDDING * 3, 8, generator), 4, False)
+    critic = Mlps(toy.seeds, EMBEDDING * 2, 8, generator)
     batch = next(training._batches(4, toy, generator, CPU))
     noise = torch.randn(2, toy.seeds, 16, generator=generator)
     total = training._discriminator_loss(g, critic, batch, noise, toy)
@@ -146,14 +142,18 @@ def test_losses_of_seeds_at_once_are_the_pipelines_losses_of_each(toy: Toy) -> N
         "real": training._judge(g, critic, batch.target, batch.t, batch.labels),
         "fake": training._judge(g, critic, fake, batch.t, batch.labels),
         "real_moved": training._judge(
-            g, critic, moved(batch.target[:, :16], noise[0], epsilon), batch.t[:, :16], batch.labels
+            g, critic, perturb(batch.target[:, :16], noise[0], epsilon), batch.t[:, :16], batch.labels
         ),
-        "fake_moved": training._judge(g, critic, moved(fake[:, :16], noise[1], epsilon), batch.t[:, :16], batch.labels),
+        "fake_moved": training._judge(
+            g, critic, perturb(fake[:, :16], noise[1], epsilon), batch.t[:, :16], batch.labels
+        ),
     }
     for seed in range(toy.seeds):
         real, fake, real_moved, fake_moved = (value[seed] for value in judged.values())
         w = torch.full((16,), 0.25)
-        penalty = gradient_penalty(real, real_moved, epsilon, w) + gradient_penalty(fake, fake_moved, epsilon, w)
+        penalty = gradient_penalty(real[:16], real_moved, epsilon, w) + gradient_penalty(
+            fake[:16], fake_moved, epsilon, w
+        )
         expected = expected + relativistic(real, fake) + toy.penalty.weight * penalty
         expected = expected + toy.logit_centering * logit_centering(real, fake)
     assert batch.source.shape == shape
@@ -169,36 +169,36 @@ def test_source_and_target_lie_one_step_apart_on_one_line(toy: Toy) -> None:
     assert off.abs().max() < 6 * mixture.STD
 
 
-def test_training_brings_samples_to_the_data(quick: Toy) -> None:
-    before = mixture.wasserstein(carried(Setting(1, 0.05, 1), quick)[1])
-    after = mixture.wasserstein(carried(Setting(1, 0.05, 250), quick)[1])
+def test_training_moves_samples_to_the_data(quick: Toy) -> None:
+    before = mixture.wasserstein(mapped(Setting(1, 0.05, 1), quick)[1])
+    after = mixture.wasserstein(mapped(Setting(1, 0.05, 250), quick)[1])
     assert after.max() < 0.35 < 0.5 < before.min()
 
 
-def test_much_transport_weight_gives_the_identity_and_none_does_not(quick: Toy) -> None:
-    z, x = carried(Setting(1, 5.0, 200), quick)
+def test_a_large_transport_weight_gives_the_identity_and_zero_does_not(quick: Toy) -> None:
+    z, x = mapped(Setting(1, 5.0, 200), quick)
     assert (x - z).square().mean().sqrt() < 0.2
-    z, x = carried(Setting(1, 0.0, 200), quick)
+    z, x = mapped(Setting(1, 0.0, 200), quick)
     assert (x - z).square().mean(1).sqrt().max() > 0.5
 
 
 def test_flow_matching_needs_its_steps(quick: Toy) -> None:
-    flow = finished(train_flow(quick.model_copy(update={"flow_updates": 400}), 0, CPU))
+    flow = finish(train_flow(quick.model_copy(update={"flow_updates": 400}), 0, CPU))
     start = mixture.noise_grid(256).float().expand(quick.seeds, -1)
-    one, many = (mixture.wasserstein(carry(flow, start, steps, torch.zeros(0))) for steps in (1, 32))
+    one, many = (mixture.wasserstein(transport(flow, start, steps, torch.zeros(0))) for steps in (1, 32))
     assert many.max() < 0.5 * one.min()
 
 
 class OnTheMeans(Map):
-    """A generator whose samples are where they should be."""
+    """A generator whose samples are the class means."""
 
     def forward(self, x: Tensor, s: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         return torch.tensor(mixture.MEANS)[labels] + 0 * super().forward(x, s, t, labels)
 
 
-def test_plain_guidance_has_nothing_to_say_of_right_samples_and_flow_based_guidance_has(quick: Toy) -> None:
+def test_plain_guidance_has_no_effect_on_correct_samples_and_flow_based_guidance_does(quick: Toy) -> None:
     generator = torch.Generator().manual_seed(0)
-    g, critic = (OnTheMeans(Mlps(2, 2 * CODES, 8, generator), 1, True), Mlps(2, 2 * CODES, 8, generator))
+    g, critic = (OnTheMeans(Mlps(2, 2 * EMBEDDING, 8, generator), 1, True), Mlps(2, 2 * EMBEDDING, 8, generator))
     batch = next(training._batches(1, quick, generator, CPU))
     losses = []
     for t in (None, (0.0, 0.0), (0.0, 1.0)):
@@ -208,34 +208,36 @@ def test_plain_guidance_has_nothing_to_say_of_right_samples_and_flow_based_guida
     assert losses[2] > losses[0] + 0.2
 
 
-def test_study_has_every_setting_once_for_every_seed(study: Study, toy: Toy) -> None:
-    assert list(adversarial_settings(toy)) == [
+def test_experiment_has_every_setting_once_for_every_seed(experiment: Experiment, toy: Toy) -> None:
+    settings = toy_settings(toy)
+    unconditional = [
         *("gan", "afm_1", "afm_4", "afm_64"),
         *("afm_1_ot_0.005", "afm_1_ot_0.5", "afm_1_ot_5"),
     ]
-    plain, flow_based = (guided_setting(toy, name).guidance for name in ("plain", "flow_based"))
+    assert list(settings) == [*unconditional, "none", "plain", "flow_based"]
+    plain, flow_based = (settings[name].guidance for name in ("plain", "flow_based"))
     assert plain is not None and plain.t == (0.0, 0.0)
     assert flow_based is not None and flow_based.t == toy.guidance.t
-    assert guided_setting(toy, "none").guidance is None
-    assert set(study.maps) == {*adversarial_settings(toy), "flow_1", "flow_4", "flow_64"}
-    assert {learned.x.shape for learned in study.maps.values()} == {(toy.seeds, toy.points)}
-    assert {name: x.shape[0] for name, x in study.guided.items()} == {
+    assert settings["none"].guidance is None
+    assert set(experiment.maps) == {*unconditional, "flow_1", "flow_4", "flow_64"}
+    assert {learned.x.shape for learned in experiment.maps.values()} == {(toy.seeds, toy.points)}
+    assert {name: x.shape[0] for name, x in experiment.guided.items()} == {
         **dict.fromkeys(("none", "plain", "flow_based"), toy.seeds),
         "exact_cfg": 1,
     }
 
 
-def test_a_setting_does_not_depend_on_which_others_there_are(study: Study, toy: Toy) -> None:
+def test_a_setting_does_not_depend_on_which_others_there_are(experiment: Experiment, toy: Toy) -> None:
     alone = toy.model_copy(update={"sweep": (5.0,), "steps": (1,)})
-    again = finished(run_study(alone, 0, CPU))
-    assert torch.equal(again.maps["afm_1_ot_5"].x, study.maps["afm_1_ot_5"].x)
-    other = finished(run_study(alone, 1, CPU))
+    again = finish(run_experiment(alone, 0, CPU))
+    assert torch.equal(again.maps["afm_1_ot_5"].x, experiment.maps["afm_1_ot_5"].x)
+    other = finish(run_experiment(alone, 1, CPU))
     assert not torch.equal(other.maps["gan"].x, again.maps["gan"].x)
 
 
-def test_same_seed_gives_the_same_files(study: Study, toy: Toy, tmp_path: Path) -> None:
-    write_study(study, toy, tmp_path / "first")
-    write_study(finished(run_study(toy, 0, CPU)), toy, tmp_path / "second")
+def test_same_seed_gives_the_same_files(experiment: Experiment, toy: Toy, tmp_path: Path) -> None:
+    write_experiment(experiment, toy, tmp_path / "first")
+    write_experiment(finish(run_experiment(toy, 0, CPU)), toy, tmp_path / "second")
     assert {path.name for path in (tmp_path / "first").iterdir()} == FILES
     headline = json.loads((tmp_path / "first" / "metrics.json").read_text())
     assert headline["spread_ratio"] == pytest.approx(headline["gan"]["spread"] / headline["afm_1"]["spread"])
@@ -243,16 +245,16 @@ def test_same_seed_gives_the_same_files(study: Study, toy: Toy, tmp_path: Path) 
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
 
 
-def test_a_diverged_training_is_named(study: Study, toy: Toy) -> None:
-    broken = study.maps["gan"]._replace(x=study.maps["gan"].x * float("nan"))
-    with pytest.raises(UserError, match="samples of gan that are not finite"):
-        measure(study._replace(maps=study.maps | {"gan": broken}), toy)
+def test_a_diverged_setting_is_named(experiment: Experiment, toy: Toy) -> None:
+    broken = experiment.maps["gan"]._replace(x=experiment.maps["gan"].x * float("nan"))
+    with pytest.raises(UserError, match="non-finite samples of gan"):
+        measure(experiment._replace(maps=experiment.maps | {"gan": broken}), toy)
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, study: Study, toy: Toy) -> Path:
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experiment: Experiment, toy: Toy) -> Path:
     monkeypatch.chdir(tmp_path)
-    write_study(study, toy, paths.TOY)
+    write_experiment(experiment, toy, paths.TOY)
     return tmp_path
 
 
@@ -273,7 +275,7 @@ def test_report_shows_three_figures_and_the_numbers_of_the_file(project: Path) -
     assert "width 16 (the paper: 1024)" in section.scale
 
 
-def test_report_without_the_study_has_no_section_and_a_damaged_one_is_an_error(project: Path) -> None:
+def test_report_without_the_experiment_has_no_section_and_a_damaged_file_is_an_error(project: Path) -> None:
     path = paths.TOY / "results.json"
     path.write_text('{"maps": {}}')
     with pytest.raises(UserError, match=r"results/toy/results.json with a wrong guidance.*dvc repro --force toy"):

@@ -18,6 +18,7 @@ from afm_pipe.models.discriminator import Discriminator
 from afm_pipe.models.generator import Generator
 from afm_pipe.models.model_files import ModelConfig
 from afm_pipe.objectives import build_objective
+from afm_pipe.objectives.adversarial_flow.batches import Draw
 from afm_pipe.objectives.adversarial_flow.losses import gradient_penalty, perturb
 from afm_pipe.params import Run
 from afm_pipe.params.file import load_params
@@ -54,6 +55,13 @@ def vector(trainer: Trainer) -> Tensor:
     return torch.cat([tensor.flatten() for tensor in weights(trainer.state).values()])
 
 
+def without_numbers(draw: Draw) -> Draw:
+    """Return a draw whose real latents are not finite."""
+    ((part,),) = draw.discriminator
+    batch = part.batch._replace(real=part.batch.real * float("nan"))
+    return draw._replace(discriminator=[[part._replace(batch=batch)]])
+
+
 def kept_bytes(trainer: Trainer) -> int:
     """Return the bytes that D's backward pass needs, besides its weights."""
     kept: dict[int, int] = {}
@@ -62,9 +70,9 @@ def kept_bytes(trainer: Trainer) -> int:
         kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return tensor
 
-    (part,), discriminator = trainer.draw(), trainer.state.networks["discriminator"]
+    ((part,),), discriminator = trainer.draw().discriminator, trainer.state.networks["discriminator"]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        logits = discriminator(part.d_batch.real, part.d_batch.labels)
+        logits = discriminator(part.batch.real, part.batch.labels)
     del logits
     return sum(kept.values()) - sum(p.untyped_storage().nbytes() for p in discriminator.parameters())
 
@@ -92,7 +100,8 @@ def test_bf16_multiplies_in_bf16_and_keeps_weights_tokens_and_logits_in_fp32(
     first = vector(fp32)
     for _ in range(3):
         update(fp32, bf16)
-    assert seen == {"qkv": {torch.bfloat16}, "block": {torch.float32}, "logit": {torch.float32}}
+    # The float32 products are those of the penalties.
+    assert seen == {"qkv": {torch.bfloat16, torch.float32}, "block": {torch.float32}, "logit": {torch.float32}}
     assert {value.dtype for value in d.parameters()} == {torch.float32}
     apart = (vector(bf16) - vector(fp32)).norm() / (vector(fp32) - first).norm()
     assert 0 < apart < 0.5  # Adam's steps are the signs of gradients, of which some are noise
@@ -112,8 +121,10 @@ def test_bf16_measures_the_penalty_of_a_discriminator_that_has_a_slope() -> None
         with torch.no_grad():
             found[bf16] = gradient_penalty(network(x, labels), network(away, labels), BF16_EPSILON).item()
     assert found[True] == pytest.approx(found[False], rel=0.1)
-    with pytest.raises(ValidationError, match="penalty.epsilon to be at least 0.05 with precision bf16"):
-        Run.model_validate(RUN.model_dump() | {"precision": "bf16"})
+    penalty = RUN.penalty.model_dump() | {"precision": "bf16"}
+    with pytest.raises(ValidationError, match="penalty.epsilon of at least 0.05 with penalties in bf16"):
+        Run.model_validate(RUN.model_dump() | {"precision": "bf16", "penalty": penalty})
+    Run.model_validate(RUN.model_dump() | {"precision": "bf16"})
 
 
 def test_a_non_finite_loss_stops_all_updates_on_the_device_and_is_raised_when_it_is_read(
@@ -124,10 +135,10 @@ def test_a_non_finite_loss_stops_all_updates_on_the_device_and_is_raised_when_it
     update(trainer)
     trainer.learner.require_finite()
     before = {name: tensor.clone() for name, tensor in weights(trainer.state).items() if not name.startswith("ema")}
-    (healthy,) = trainer.draw()
-    broken = healthy._replace(d_batch=healthy.d_batch._replace(real=healthy.d_batch.real * float("nan")))
-    trainer.update([broken])
-    trainer.update([healthy])
+    healthy = trainer.draw()
+    broken = without_numbers(healthy)
+    trainer.update(broken)
+    trainer.update(healthy)
     assert all(torch.equal(weights(trainer.state)[name], tensor) for name, tensor in before.items())
     with pytest.raises(NotFiniteError, match="at update 1") as stopped:
         trainer.learner.require_finite()
@@ -138,9 +149,9 @@ def test_a_non_finite_loss_is_raised_before_the_update_on_a_cpu(make: Callable[.
     trainer = make()
     update(trainer)
     before = vector(trainer)
-    (healthy,) = trainer.draw()
+    healthy = trainer.draw()
     with pytest.raises(NotFiniteError, match="at update 1"):
-        trainer.update([healthy._replace(d_batch=healthy.d_batch._replace(real=healthy.d_batch.real * float("nan")))])
+        trainer.update(without_numbers(healthy))
     assert torch.equal(vector(trainer), before)
     assert trainer.state.update == 1
 

@@ -17,7 +17,7 @@ from afm_pipe.params import Params, Run, deep_merge
 from afm_pipe.params.file import load_params
 from afm_pipe.runtime.errors import NotFiniteError, UserError
 from afm_pipe.training.events import FILE, Event
-from afm_pipe.training.probe import Probe
+from afm_pipe.training.probe import Probe, equal_shares
 from afm_pipe.training.state import TrainingState
 from afm_pipe.training.store import RunStore
 from afm_pipe.training.trainer import Runtime, Task, Trainer
@@ -161,7 +161,7 @@ def test_a_run_that_keeps_diverging_fails(runs: Runs, policy: str, actions: list
 STUCK = {
     "monitor": {
         "policy": "act",
-        "stagnation": {"probes": 1, "improvement": 1.0, "d_accuracy": 0.0},
+        "stagnation": {"probes": 3, "improvement": 1.0, "d_accuracy": 0.0},
         "divergence": {"spread": 0.0},
         "act": {"trial_epochs": 0.6, "candidates": 2},
     }
@@ -220,7 +220,7 @@ def test_a_phase_that_waits_for_a_stall_reloads_whatever_the_policy(runs: Runs) 
     assert "D reloaded" in (runs.events("waits", "stagnation")[0].action or "")
 
 
-AUTO = {"schedule": "auto", "monitor": {"stagnation": {"probes": 1, "improvement": 1.0}}}
+AUTO = {"schedule": "auto", "monitor": {"stagnation": {"probes": 3, "improvement": 1.0}}}
 
 
 def test_an_auto_schedule_has_three_phases_and_returns_its_best_probe(runs: Runs) -> None:
@@ -278,7 +278,7 @@ def test_figures_of_a_probe_are_relative_to_the_data(latents: Latents, discs_par
     raw = discs_params.runs["t4"].model_dump(mode="json")
     run = Run.model_validate(deep_merge(raw, {"monitor": {"probe": {"updates": 150}}}))
     generator = stream_generator(run.seed, "probe")
-    chosen = torch.randperm(latents.num_images, generator=generator)[: run.monitor.probe.samples]
+    chosen = equal_shares(torch.as_tensor(latents.labels), run.monitor.probe.samples, generator)
     data = latents.draw(chosen, generator)
 
     class Copies:
@@ -293,6 +293,7 @@ def test_figures_of_a_probe_are_relative_to_the_data(latents: Latents, discs_par
     probe = Probe(latents, run, torch.device("cpu"))
     same = probe(Copies(data))
     assert [same[name] for name in ("class_accuracy", "variance", "spread")] == pytest.approx([1, 1, 1])
+    assert all(0 < same[f"{name}_error"] < 1 for name in ("class_accuracy", "variance", "spread"))
     other = probe(Copies(data.roll(1, 0)))
     assert other["class_accuracy"] < 1 and other["spread"] == pytest.approx(1)
     one = probe(Copies(data[:1].expand_as(data)))

@@ -84,8 +84,9 @@ def test_a_reload_is_refused_where_there_is_no_adversary(smoke_run: Run, tmp_pat
 
 def test_the_monitor_acts_without_an_adversary(smoke_run: Run, tmp_path: Path) -> None:
     raw = smoke_run.model_dump(mode="json")
-    stuck = {"probes": 1, "improvement": 1.0, "d_accuracy": 0.0}
-    monitor = {"policy": "act", "settle_epochs": 0.5, "probe": {"every_epochs": 1.0}, "stagnation": stuck}
+    stuck = {"probes": 3, "improvement": 1.0, "d_accuracy": 0.0}
+    calm = {"policy": "act", "settle_epochs": 0.5, "significance": 0.001}
+    monitor = calm | {"probe": {"every_epochs": 1.0}, "stagnation": stuck}
     changes = {"size": "s4", "batch_size": 8, "phases": [{"until_epoch": 4.0}], "monitor": monitor}
     run = Run.model_validate(deep_merge(deep_merge(raw, changes), {"monitor": {"divergence": {"spread": 0.0}}}))
     latents = MemoryLatents()

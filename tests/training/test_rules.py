@@ -18,6 +18,7 @@ from afm_pipe.training.rules import (
     spread_lost,
     stagnation,
     stopped_improving,
+    trend,
 )
 
 WATCHED = Watched.of(AdversarialFlow)
@@ -41,10 +42,12 @@ def trace(count: int = 40, **columns: Any) -> list[Row]:
     return rows
 
 
-def probes(*kids: float, **figures: float) -> list[Probed]:
+def probes(*kids: float, error: float = 0.02, **figures: float) -> list[Probed]:
     """A probe an epoch, of a healthy run but for some figures."""
     healthy = {"class_accuracy": 0.9, "variance": 0.6, "spread": 0.9} | figures
-    return [{"update": 100 * n, "epoch": float(n), "kid": kid} | healthy for n, kid in enumerate(kids, 1)]
+    healthy = {f"{name}_error": 0.01 for name in healthy} | healthy
+    clocks = [{"update": 100 * n, "epoch": float(n), "kid": kid, "kid_error": error} for n, kid in enumerate(kids, 1)]
+    return [clock | healthy for clock in clocks]
 
 
 def test_nothing_fires_on_a_healthy_trace(run: Run) -> None:
@@ -85,17 +88,32 @@ def test_identity_is_a_generator_that_does_not_move(run: Run) -> None:
 
 
 def test_stagnation_needs_both_no_progress_and_a_winning_discriminator(run: Run) -> None:
-    stuck = probes(9.0, 5.0, 5.1, 4.9, 5.3)
-    won, even = trace(50, d_accuracy=0.99), trace(50)
+    stuck = probes(9.0, 5.0, 5.1, 4.9, 5.0, 5.0)
+    won, even = trace(60, d_accuracy=0.99), trace(60)
     alarm = stagnation(run, WATCHED, won, stuck)
     assert alarm is not None
-    assert alarm.evidence == pytest.approx({"d_accuracy": 0.99, "kid": 5.3, "best_kid": 4.9})
+    assert alarm.evidence["kid"] == 5.0
+    assert alarm.evidence["kid_error"] == 0.02
+    assert alarm.evidence["d_accuracy"] == pytest.approx(0.99)
     assert stagnation(run, WATCHED, even, stuck) is None
-    assert stagnation(run, WATCHED, won, probes(9.0, 5.0, 5.1, 4.9, 4.0)) is None
-    late = [0.5] * 20 + [0.99] * 30
-    assert stagnation(run, WATCHED, trace(50, d_accuracy=late), stuck) is not None, (
+    late = [0.5] * 20 + [0.99] * 40
+    assert stagnation(run, WATCHED, trace(60, d_accuracy=late), stuck) is not None, (
         "rows before the window do not count"
     )
+
+
+def test_a_plateau_is_a_trend_significantly_worse_than_progress(run: Run) -> None:
+    progress = [5.0 * 0.9**n for n in range(5)]
+    assert not stopped_improving(run, probes(*progress))
+    assert stopped_improving(run, probes(5.0, 5.02, 4.98, 5.0, 5.01))
+    assert not stopped_improving(run, probes(5.0, 5.02, 4.98, 5.0, 5.01, error=1.0)), "that may be noise"
+    assert not stopped_improving(run, probes(5.0, 3.0, 7.0, 4.0, 6.0)), "so may a run whose path scatters"
+
+
+def test_the_trend_is_the_least_squares_line_and_its_error(run: Run) -> None:
+    found = trend(run, probes(5.0, 4.0, 3.0, 2.0, 1.0, error=0.3))
+    assert found.slope == pytest.approx(-1 / 3)
+    assert found.slope_error == pytest.approx(0.3 / 10**0.5 / 3)
 
 
 @pytest.mark.parametrize(("figure", "low", "enough"), [("variance", 0.1, 0.35), ("class_accuracy", 0.2, 0.5)])
@@ -106,6 +124,20 @@ def test_collapse_is_a_loss_of_variance_within_classes_or_of_classes(
     assert alarm is not None
     assert (alarm.kind, alarm.evidence[figure]) == ("collapse", low)
     assert collapse(run, probes(5.0, 5.0, **{figure: enough})) is None
+    assert alarm.evidence[f"{figure}_error"] == 0.01
+    assert collapse(run, probes(5.0, 5.0, **{figure: low, f"{figure}_error": 1.0})) is None, "that may be noise"
+
+
+@pytest.mark.parametrize("figure", ["variance", "class_accuracy"])
+def test_a_collapse_of_some_classes_is_a_significant_drop(run: Run, figure: str) -> None:
+    before, after = probes(*[5.0] * 5, **{figure: 0.9}), probes(*[5.0] * 7, **{figure: 0.55})[5:]
+    alarm = collapse(run, before + after)
+    assert alarm is not None
+    assert alarm.evidence[f"{figure}_before"] == pytest.approx(0.9)
+    assert collapse(run, before + after[:1]) is None, "one probe is none"
+    assert collapse(run, before + probes(*[5.0] * 7, **{figure: 0.7})[5:]) is None, "a small drop is none"
+    noisy = probes(*[5.0] * 7, **{figure: 0.55, f"{figure}_error": 0.2})[5:]
+    assert collapse(run, before + noisy) is None, "that may be noise"
 
 
 def test_a_collapse_that_passes_or_comes_while_all_begins_is_none(run: Run) -> None:
@@ -117,11 +149,11 @@ def test_a_collapse_that_passes_or_comes_while_all_begins_is_none(run: Run) -> N
 
 
 def test_a_plateau_is_judged_from_the_probes_of_its_phase(run: Run) -> None:
-    assert not stopped_improving(run, probes(5.0, 5.0, 5.0))
-    flat = probes(9.0, 5.0, 5.0, 5.0, 5.0)
+    assert not stopped_improving(run, probes(5.0, 5.0, 5.0, 5.0))
+    flat = probes(9.0, 5.0, 5.0, 5.0, 5.0, 5.0)
     assert stopped_improving(run, flat)
-    assert stopped_improving(run, flat, since=200)
-    assert not stopped_improving(run, flat, since=300)
+    assert stopped_improving(run, flat, since=100)
+    assert not stopped_improving(run, flat, since=200)
 
 
 def test_thresholds_are_params(run: Run) -> None:

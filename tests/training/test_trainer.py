@@ -266,13 +266,14 @@ def test_one_full_update_of_b2_at_the_papers_shape(smoke_run: Run) -> None:
     run = smoke_run.model_copy(update={"size": "b2", "batch_size": 4})
     objective = build_objective(run, run_config(run, (4, 32, 32), 1000))
     state = TrainingState.fresh(objective, torch.device("cpu"))
-    part = objective.example_batch(4)
+    draw = objective.example_batch(4)
+    ((part,),) = draw.discriminator
     torch.manual_seed(0)
-    for latents in (part.d_batch.real, part.d_batch.source, part.noise.real, part.noise.fake):
+    for latents in (part.batch.real, part.batch.source, part.noise.real, part.noise.fake):
         latents.normal_()
     before = {name: tensor.clone() for name, tensor in weights(state).items()}
     learner = Learner(state, run.ema, SINGLE_PROCESS)
-    figures = objective.update(learner, [part], objective.hyperparameters(0, 1_281_167))
+    figures = objective.update(learner, draw, objective.hyperparameters(0, 1_281_167))
     assert figures.isfinite().all()
     now = weights(state)
     assert not torch.equal(now["generator.final_layer.linear.weight"], before["generator.final_layer.linear.weight"])

@@ -13,7 +13,7 @@ from torch import Tensor
 from afm_pipe.data.order import ALL
 from afm_pipe.params import Affine, Augmentation
 
-ASPECT = (0.3, 3.3)  # of an erased rectangle, drawn log-uniformly; the usual range, the paper names none
+ASPECT = (0.3, 3.3)  # of an erased rectangle: half of the draws below 1, half above, as kornia's RandomErasing draws
 
 
 class View(Protocol):
@@ -23,8 +23,8 @@ class View(Protocol):
         """Return augmented latents (N, C, H, W)."""
 
 
-class DiscriminatorView(NamedTuple):
-    """Translations and erasings of a batch, differentiable and the same for real and fake."""
+class AugmentedView(NamedTuple):
+    """Translations and erasings of a batch, applied differentiably, to real and fake alike."""
 
     origins: Tensor  # (N, H, W): the index of the source pixel, row by row
     keep: Tensor  # (N, H, W) bool; the others are zero
@@ -47,23 +47,23 @@ class AffineView(NamedTuple):
         return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
 
 
-def discriminator_view(
-    augment: Augmentation, count: int, side: int, generator: torch.Generator, shard: slice = ALL
-) -> DiscriminatorView:
-    """Draw translations and erasings for a batch of `count` latents of `side` x `side`; return those of `shard`.
+def augmented_view(
+    augment: Augmentation, count: int, side: int, generator: torch.Generator, own: slice = ALL
+) -> AugmentedView:
+    """Draw translations and erasings for a batch of latents (N, C, H, W) with N = `count`, H = W = `side`.
 
-    Zeros move in, and erased rectangles are zero.
+    Content moves right and down by a share of the side drawn from U(0, `translate`), as kornia's RandomTranslate does
+    with the released range; zeros move in, and erased rectangles are zero. `own` says which of the batch are wanted.
     """
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")  # (H, W)
-    most = round(augment.translate * side)
-    moves = torch.randint(-most, most + 1, (2, count, 1, 1), generator=generator)
+    moves = (augment.translate * side * torch.rand(2, count, 1, 1, generator=generator)).round().long()
     moves = moves * (torch.rand(count, 1, 1, generator=generator) < augment.probability)
     from_rows, from_columns = rows - moves[0], columns - moves[1]  # (N, H, W)
     keep = (from_rows >= 0) & (from_rows < side) & (from_columns >= 0) & (from_columns < side)
     for _ in range(augment.erasings):
         keep &= ~_rectangles(augment, count, side, generator, rows, columns)
     index = from_rows.clamp(0, side - 1) * side + from_columns.clamp(0, side - 1)
-    return DiscriminatorView(index[shard].contiguous(), keep[shard].contiguous())
+    return AugmentedView(index[own].contiguous(), keep[own].contiguous())
 
 
 def affine_view(affine: Affine, count: int, generator: torch.Generator, shard: slice = ALL) -> AffineView:
@@ -81,13 +81,14 @@ def affine_view(affine: Affine, count: int, generator: torch.Generator, shard: s
 def _rectangles(
     augment: Augmentation, count: int, side: int, generator: torch.Generator, rows: Tensor, columns: Tensor
 ) -> Tensor:
-    """Draw a rectangle per latent as a mask (N, H, W), empty where the latent is not erased."""
-    chosen, area, aspect, top, left = torch.rand(5, count, 1, 1, generator=generator)
+    """Draw a rectangle per latent as a mask (N, H, W); empty where the draw leaves the latent alone."""
+    chosen, area, wide, narrow, tall, top, left = torch.rand(7, count, 1, 1, generator=generator)
     low, high = augment.area
     area = (low + (high - low) * area) * side**2
-    aspect = torch.exp(math.log(ASPECT[0]) + (math.log(ASPECT[1]) - math.log(ASPECT[0])) * aspect)
+    flat, steep = ASPECT
+    aspect = torch.where(wide < 0.5, flat + (1 - flat) * narrow, 1 + (steep - 1) * tall)  # height over width
     height = (area * aspect).sqrt().round().clamp(1, side)
-    width = (area / height).round().clamp(1, side)
+    width = (area / aspect).sqrt().round().clamp(1, side)
     top, left = (top * (side - height + 1)).floor(), (left * (side - width + 1)).floor()
     inside = (rows >= top) & (rows < top + height) & (columns >= left) & (columns < left + width)
     return inside & (chosen < augment.probability)

@@ -5,6 +5,7 @@ is a strided shard of that. So no number depends on how many processes and micro
 images, the first ones of a batch, are spread evenly over them.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -13,8 +14,14 @@ from torch import Tensor, nn
 from afm_pipe.data.latents import Latents
 from afm_pipe.data.order import Order, stream_generator
 from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from afm_pipe.objectives.adversarial_flow.augment import DiscriminatorView, discriminator_view
-from afm_pipe.objectives.adversarial_flow.guidance import GuideAtTimes, GuideToData, guide_at_times, guide_to_data
+from afm_pipe.objectives.adversarial_flow.augment import AugmentedView, View, augmented_view
+from afm_pipe.objectives.adversarial_flow.guidance import (
+    Guide,
+    GuideAtTimes,
+    GuideToData,
+    guide_at_times,
+    guide_to_data,
+)
 from afm_pipe.objectives.adversarial_flow.losses import interpolate, step_weighting
 from afm_pipe.objectives.base import Hyperparameters, num_micro_batches
 from afm_pipe.params import Augmentation, Guidance, Run
@@ -49,23 +56,33 @@ class PenaltyNoise(NamedTuple):
     fake: Tensor  # (n, C, H, W)
 
 
-class Share(NamedTuple):
-    """A micro-batch's share of the whole batch: the weight of its losses, so that they add up."""
+class DiscriminatorPart(NamedTuple):
+    """A micro-batch of one D step."""
 
-    batch: float = 1.0
-    penalized: float = 1.0  # of the penalized images
+    batch: Batch
+    noise: PenaltyNoise | None  # None in updates that lazy penalties leave out
+    view: View | None = None
+    share: float = 1.0
+    """Of the whole batch: the weight of its losses, so that they add up over micro-batches."""
+    penalized_share: float = 1.0
+    """Of the penalized images."""
 
 
-class MicroBatch(NamedTuple):
-    """A micro-batch of one D step and one G step."""
+class GeneratorPart(NamedTuple):
+    """A micro-batch of the G step."""
 
-    d_batch: Batch
-    g_batch: Batch  # the same as D's where the forward pass is reused
-    noise: PenaltyNoise | None
-    d_view: DiscriminatorView | None
-    g_view: DiscriminatorView | None
-    guide: GuideToData | GuideAtTimes | None
-    share: Share
+    batch: Batch
+    view: View | None = None
+    guide: Guide | None = None
+    share: float = 1.0
+    """Of the whole batch."""
+
+
+class Draw(NamedTuple):
+    """What one update is made from: the micro-batches of each D step, and those of the G step."""
+
+    discriminator: Sequence[Sequence[DiscriminatorPart]]
+    generator: Sequence[GeneratorPart]
 
 
 class AdversarialBatches:
@@ -90,29 +107,41 @@ class AdversarialBatches:
         self.labels = torch.as_tensor(latents.labels)
         self.orders = {stream: Order(latents.num_images, run.seed, stream) for stream in ("discriminator", "generator")}
 
-    def draw(self, update: int, hyperparameters: Hyperparameters) -> list[MicroBatch]:
+    def draw(self, update: int, hyperparameters: Hyperparameters) -> Draw:
         """Return this process's micro-batches of an update, counted from 0."""
         images_seen, phase = update * self.run.batch_size, hyperparameters.phase
         assert phase is not None
+        steps = self.run.discriminator_updates
         g_batch = self.batch("generator", images_seen)
-        d_batch = g_batch if self.run.reuse_forward else self.batch("discriminator", images_seen)
-        noise = self.penalty_noise(images_seen)
-        d_view, g_view = (self.view(phase.augment, stream, images_seen) for stream in ("discriminator", "generator"))
+        g_view = self.view(phase.augment, "generator", images_seen)
         guide = self.guide(phase.guidance, g_batch, images_seen)
+        d_steps = []
+        for step in range(steps):
+            at = (update * steps + step) * self.run.batch_size
+            batch = g_batch if self.run.reuse_forward else self.batch("discriminator", at)
+            noise = self.penalty_noise(at, update)
+            d_steps.append(self._discriminator_parts(batch, noise, self.view(phase.augment, "discriminator", at)))
+        return Draw(d_steps, self._generator_parts(g_batch, g_view, guide))
+
+    def _discriminator_parts(
+        self, batch: Batch, noise: PenaltyNoise | None, view: AugmentedView | None
+    ) -> list[DiscriminatorPart]:
         found = []
         for index in range(self.num_micro_batches):
-            part_noise, part_d_batch = self._part(noise, index), self._part(d_batch, index)
-            found.append(
-                MicroBatch(
-                    part_d_batch,
-                    part_d_batch if self.run.reuse_forward else self._part(g_batch, index),
-                    part_noise,
-                    self._part(d_view, index),
-                    self._part(g_view, index),
-                    self._part(guide, index),
-                    self._share(part_d_batch, part_noise),
-                )
-            )
+            images, directions = self._part(batch, index), self._part(noise, index)
+            penalized = 0 if directions is None else len(directions.real)
+            shares = len(images.real) / self.run.batch_size, penalized / self._penalized
+            found.append(DiscriminatorPart(images, directions, self._part(view, index), *shares))
+        return found
+
+    def _generator_parts(
+        self, batch: Batch, view: AugmentedView | None, guide: GuideToData | GuideAtTimes | None
+    ) -> list[GeneratorPart]:
+        found = []
+        for index in range(self.num_micro_batches):
+            images = self._part(batch, index)
+            share = len(images.real) / self.run.batch_size
+            found.append(GeneratorPart(images, self._part(view, index), self._part(guide, index), share))
         return found
 
     def batch(self, stream: Stream, images_seen: int) -> Batch:
@@ -138,20 +167,20 @@ class AdversarialBatches:
         wrong = torch.rand(len(labels), generator=generator) < self.run.label_noise
         return torch.where(wrong, torch.randint(self.latents.num_classes, labels.shape, generator=generator), labels)
 
-    def penalty_noise(self, images_seen: int) -> PenaltyNoise | None:
-        """Return the directions of the finite differences for D's step at `images_seen`, if it has penalties."""
-        if images_seen // self.run.batch_size % self.run.penalty.every:
+    def penalty_noise(self, images_seen: int, update: int) -> PenaltyNoise | None:
+        """Return the directions of the finite differences for the D step at `images_seen`, if it has penalties."""
+        if update % self.run.penalty.every:
             return None
         generator = stream_generator(self.run.seed, "penalty", images_seen)
         noises = torch.randn(2, self._penalized, *self.latents.latent_shape, generator=generator)[:, self.shard]
         return PenaltyNoise(*noises.to(self.device, non_blocking=True))
 
-    def view(self, augment: Augmentation | None, stream: Stream, images_seen: int) -> DiscriminatorView | None:
-        """Return the augmentation of what D sees of a stream's batch, if the phase has one."""
+    def view(self, augment: Augmentation | None, stream: Stream, images_seen: int) -> AugmentedView | None:
+        """Return how D sees the latents of a stream's batch, if the phase augments them."""
         if augment is None:
             return None
         generator = stream_generator(self.run.seed, "augment", stream, images_seen)
-        return discriminator_view(augment, self.run.batch_size, self.latents.latent_shape[1], generator, self.shard)
+        return augmented_view(augment, self.run.batch_size, self.latents.latent_shape[1], generator, self.shard)
 
     def guide(self, guidance: Guidance | None, batch: Batch, images_seen: int) -> GuideToData | GuideAtTimes | None:
         """Return the guidance loss for G's batch, if the phase guides."""
@@ -174,10 +203,6 @@ class AdversarialBatches:
     @property
     def _penalized(self) -> int:
         return round(self.run.batch_size * self.run.penalty.batch_fraction)
-
-    def _share(self, batch: Batch, noise: PenaltyNoise | None) -> Share:
-        penalized = 0 if noise is None else len(noise.real)
-        return Share(len(batch.real) / self.run.batch_size, penalized / self._penalized)
 
 
 def draw_times(nfe: int | Literal["any"], count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

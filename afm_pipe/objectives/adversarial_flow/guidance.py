@@ -1,6 +1,6 @@
 """Flow-based classifier guidance: a classifier's gradient at G's output, at noise levels that it was trained on."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,13 @@ from torch import Tensor, nn
 from afm_pipe.data.order import ALL
 from afm_pipe.objectives.adversarial_flow.losses import interpolate
 from afm_pipe.params import Guidance
+
+
+class Guide(Protocol):
+    """A weighted loss of G's output."""
+
+    def __call__(self, output: Tensor) -> Tensor:
+        """Return the loss of G's output (N, C, H, W)."""
 
 
 class GuideToData(NamedTuple):

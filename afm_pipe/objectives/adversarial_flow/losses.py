@@ -11,10 +11,12 @@ from torch import Tensor
 
 
 class Logits(NamedTuple):
-    """D's logits of one D step: real, generated, and both perturbed by a small step in a random direction."""
+    """D's logits of one D step: real, generated, and what the penalties compare."""
 
     real: Tensor  # (N,)
     fake: Tensor  # (N,)
+    real_penalized: Tensor  # (n,), the first of `real`, in the penalties' precision
+    fake_penalized: Tensor  # (n,)
     real_perturbed: Tensor  # (n,)
     fake_perturbed: Tensor  # (n,)
 
@@ -25,13 +27,13 @@ def relativistic(higher: Tensor, lower: Tensor) -> Tensor:
 
 
 def gradient_penalty(logits: Tensor, perturbed: Tensor, epsilon: float, weighting: Tensor | float = 1.0) -> Tensor:
-    """Return mean w ((D(u + eps noise) - D(u)) / eps)^2 over the first len(perturbed) samples of the batch.
+    """Return mean w ((D(u + eps noise) - D(u)) / eps)^2 of logits (n,) at u and at u + eps noise; 0 where n = 0.
 
-    A finite difference, so no gradient of a gradient is needed. It is 0 without perturbed samples.
+    A finite difference, so no gradient of a gradient is needed.
     """
     if not len(perturbed):
         return logits.new_zeros(())
-    return (weighting * ((perturbed - logits[: len(perturbed)]) / epsilon).square()).mean()
+    return (weighting * ((perturbed - logits) / epsilon).square()).mean()
 
 
 def logit_centering(real: Tensor, fake: Tensor) -> Tensor:

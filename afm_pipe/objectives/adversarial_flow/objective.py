@@ -16,11 +16,19 @@ from torch import Tensor, nn
 
 from afm_pipe.data.latents import Latents
 from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from afm_pipe.models.dit import in_float32
 from afm_pipe.models.flow import Flow, transport_map
 from afm_pipe.models.generator import Generator
 from afm_pipe.models.model_files import ModelConfig, build_discriminator, build_generator
 from afm_pipe.objectives import register
-from afm_pipe.objectives.adversarial_flow.batches import AdversarialBatches, Batch, MicroBatch, PenaltyNoise, Share
+from afm_pipe.objectives.adversarial_flow.batches import (
+    AdversarialBatches,
+    Batch,
+    DiscriminatorPart,
+    Draw,
+    GeneratorPart,
+    PenaltyNoise,
+)
 from afm_pipe.objectives.adversarial_flow.losses import Logits, perturb, relativistic
 from afm_pipe.objectives.adversarial_flow.normalizer import divisor
 from afm_pipe.objectives.adversarial_flow.terms import D_TERMS, G_ADVERSARIAL, G_TERMS, DLossInputs, GLossInputs
@@ -32,8 +40,10 @@ from afm_pipe.params import Run
 class OutputGradients(NamedTuple):
     """The gradients of G's loss at G's output, weighted by the micro-batch's share."""
 
-    adversarial: Tensor  # (N, C, H, W), to be normalized
-    others: Tensor  # (N, C, H, W), of transport and guidance
+    adversarial: Tensor  # (N, C, H, W), of the adversarial loss at what D sees, to be normalized
+    seen: Tensor  # (N, C, H, W), what D sees of `leaf`: itself, or an augmented view with its graph
+    leaf: Tensor  # (N, C, H, W), G's output without G's graph
+    others: Tensor  # (N, C, H, W), of transport and guidance, at G's output
     losses: Tensor  # (terms,), unweighted
     squares: Tensor  # (3,), mean squares of G(x_s) - x_s, of G(x_s), of x_t
     output: Tensor | None  # G's output with its graph; None where it is not kept
@@ -58,7 +68,7 @@ class AdversarialFlow(Objective):
             "rms(G(z)) over rms(x): far above 1, the run diverges",
             role="output_scale",
         ),
-        Term("g_adv_output_grad_norm", "Adversarial gradient at G's output", "Before normalization", log=True),
+        Term("g_adv_output_grad_norm", "Adversarial gradient at what D sees", "Before normalization", log=True),
         Term("g_transport_output_grad_norm", "Transport gradient at G's output", "With guidance's, if any", log=True),
         Term("g_grad_norm", "Generator's gradient norm", "Log scale", log=True),
     )
@@ -117,140 +127,157 @@ class AdversarialFlow(Objective):
     def progress(self, row: Mapping[str, float]) -> str:
         return f"logit gap {row['logit_gap']:.2f}  transport {row['transport_rms']:.2f}"
 
-    def update(self, learner: Learner, batch: Sequence[MicroBatch], hyperparameters: Hyperparameters) -> Tensor:
-        # One forward pass of G for both steps keeps its graph in between: only for a single micro-batch.
-        output = self._generate(learner.module("generator"), batch[0]) if self._reuses(batch) else None
-        of_d = self._update_discriminator(learner, batch, hyperparameters, output)
+    def update(self, learner: Learner, batch: Draw, hyperparameters: Hyperparameters) -> Tensor:
+        made = batch.generator
+        # One forward pass of G for both steps needs its graph kept meanwhile: only where there is one micro-batch.
+        reused = self.run.reuse_forward and len(made) == 1
+        output = self._generate(learner.module("generator"), made[0].batch) if reused else None
+        for parts in batch.discriminator:
+            of_d = self._update_discriminator(learner, parts, hyperparameters, output)
         discriminator = learner.networks["discriminator"].requires_grad_(False)
-        of_g = self._update_generator(learner, batch, hyperparameters, output)
+        of_g = self._update_generator(learner, made, hyperparameters, output)
         discriminator.requires_grad_(True)
         return torch.cat([of_d, of_g])
 
-    def example_batch(self, count: int, penalized: int | None = None) -> MicroBatch:
+    def example_batch(self, count: int, penalized: int | None = None) -> Draw:
         if penalized is None:
             penalized = max(round(count * self.run.penalty.batch_fraction), 1)
         latents = torch.empty(count, *self.config.latent_shape)
         times = (None, None) if self.config.nfe == 1 else (torch.empty(count), torch.empty(count))
         batch = Batch(latents, torch.empty_like(latents), torch.zeros(count, dtype=torch.int64), *times)
         noise = PenaltyNoise(torch.empty_like(latents[:penalized]), torch.empty_like(latents[:penalized]))
-        return MicroBatch(batch, batch, noise, None, None, None, Share())
+        part = DiscriminatorPart(batch, noise if penalized else None)
+        return Draw([[part]] * self.run.discriminator_updates, [GeneratorPart(batch)])
 
     def example_forward(self, networks: Mapping[str, nn.Module], count: int) -> Tensor:
-        return self._generate(networks["generator"], self.example_batch(count))
+        return self._generate(networks["generator"], self.example_batch(count).generator[0].batch)
 
-    def _reuses(self, batch: Sequence[MicroBatch]) -> bool:
-        return self.run.reuse_forward and len(batch) == 1
-
-    def _generate(self, generator: nn.Module, part: MicroBatch) -> Tensor:
-        """Return G's output (N, C, H, W) for G's batch."""
-        source, labels, s, t = part.g_batch.source, part.g_batch.labels, part.g_batch.s, part.g_batch.t
-        return transport_map(generator, self.config.form, source, labels, s, t)
+    def _generate(self, generator: nn.Module, batch: Batch) -> Tensor:
+        """Return G's output (N, C, H, W) on a batch."""
+        return transport_map(generator, self.config.form, batch.source, batch.labels, batch.s, batch.t)
 
     def _update_discriminator(
-        self, learner: Learner, batch: Sequence[MicroBatch], now: Hyperparameters, output: Tensor | None
+        self, learner: Learner, parts: Sequence[DiscriminatorPart], now: Hyperparameters, output: Tensor | None
     ) -> Tensor:
         figures = []
-        for index, part in enumerate(batch):
-            with learner.accumulate("discriminator", index == len(batch) - 1):
+        for index, part in enumerate(parts):
+            with learner.accumulate("discriminator", index == len(parts) - 1):
                 figures.append(self._discriminator_backward(learner, part, now, output))
         total, *others = learner.sum(figures)
         return torch.stack([*others, learner.step("discriminator", total, now)])
 
     def _discriminator_backward(
-        self, learner: Learner, part: MicroBatch, now: Hyperparameters, output: Tensor | None
+        self, learner: Learner, part: DiscriminatorPart, now: Hyperparameters, output: Tensor | None
     ) -> Tensor:
         """Backpropagate D's loss through one forward pass of D over 2 N + 2 n latents; return its figures.
 
-        Updates that lazy penalties skip have no penalty noise: n = 0.
+        Without penalty noise the update is one that lazy penalties leave out: n = 0. Where the run is in bf16 and its
+        penalties are not, a second forward pass in float32 is over 4 n latents.
         """
-        batch, share, run = part.d_batch, part.share, self.run
-        real, labels, t, source = batch.real, batch.labels, batch.t, batch.source
+        batch, run = part.batch, self.run
+        real, source = batch.real, batch.source
         if output is None:
             with torch.no_grad():
-                generator = learner.networks["generator"]
-                output = transport_map(generator, self.config.form, source, labels, batch.s, t)  # (N, C, H, W)
+                output = self._generate(learner.networks["generator"], batch)  # (N, C, H, W)
         fake = output.detach()
-        if part.d_view is not None:
-            real, fake, source = part.d_view(real), part.d_view(fake), part.d_view(source)
-        epsilon, noise = run.penalty.epsilon, part.noise
-        n = 0 if noise is None else len(noise.real)
-        samples = [real, fake]
-        if noise is not None:
-            samples += [perturb(real[:n], noise.real, epsilon), perturb(fake[:n], noise.fake, epsilon)]
-        discriminator = learner.module("discriminator")
-        times = None if t is None else _repeat(t, n)
-        logits = discriminator(torch.cat(samples), _repeat(labels, n), times, _repeat(source, n))  # (2 N + 2 n,)
+        if part.view is not None:
+            real, fake, source = part.view(real), part.view(fake), part.view(source)
+        n = 0 if part.noise is None else len(part.noise.real)
+        logits = self._judge(learner, batch, real, fake, source, part.noise)
         weighting = batch.weighting if isinstance(batch.weighting, float) else batch.weighting[:n]
-        inputs = DLossInputs(Logits(*logits.split([len(real), len(fake), n, n])), epsilon, weighting)
-        # Lazy penalties are scaled up where they are computed, so that their mean over updates is the penalty's.
-        scale = {"batch": share.batch, "penalized": run.penalty.every * share.penalized}
-        values = [scale[each.over] * each.value(inputs) for each in D_TERMS]
+        seen = DLossInputs(logits, run.penalty.epsilon, weighting)
+        # Lazy penalties weigh more where they are computed, so that their mean over updates is the penalty's.
+        shares = {"batch": part.share, "penalized": run.penalty.every * part.penalized_share}
+        values = [shares[each.over] * each.value(seen) for each in D_TERMS]
         total = _weighted([each.weight(run, now) for each in D_TERMS], values)
         total.backward()
-        gap = (inputs.logits.real - inputs.logits.fake).detach()
-        gap_figures = share.batch * gap.mean(), share.batch * (gap > 0).to(gap.dtype).mean()
-        return torch.stack([total.detach(), *(value.detach() for value in values), *gap_figures])
+        gap = (logits.real - logits.fake).detach()
+        beside = part.share * gap.mean(), part.share * (gap > 0).to(gap.dtype).mean()
+        return torch.stack([total.detach(), *(value.detach() for value in values), *beside])
+
+    def _judge(
+        self, learner: Learner, batch: Batch, real: Tensor, fake: Tensor, source: Tensor, noise: PenaltyNoise | None
+    ) -> Logits:
+        """Return D's logits of real and generated latents (N, C, H, W), and of those the penalties need."""
+        judge, count, n = learner.module("discriminator"), len(real), 0
+        ends, steps = [real, fake], list[Tensor]()
+        if noise is not None:
+            n, epsilon = len(noise.real), self.run.penalty.epsilon
+            steps = [perturb(real[:n], noise.real, epsilon), perturb(fake[:n], noise.fake, epsilon)]
+        whole, penalized = slice(None), slice(n)
+        if n == 0 or self.run.precision == "fp32" or self.run.penalty.precision == "bf16":
+            rows = [whole, whole, penalized, penalized]
+            logits = judge(torch.cat([*ends, *steps]), *_beside(batch, source, rows))  # (2 N + 2 n,)
+            of_real, of_fake, *of_steps = logits.split([count, count, n, n])
+            return Logits(of_real, of_fake, of_real[:n], of_fake[:n], *of_steps)
+        logits = judge(torch.cat(ends), *_beside(batch, source, [whole, whole]))  # (2 N,)
+        starts = [end[:n] for end in ends]
+        with in_float32(learner.networks["discriminator"]):
+            exact = judge(torch.cat([*starts, *steps]), *_beside(batch, source, [penalized] * 4))  # (4 n,)
+        return Logits(*logits.split(count), *exact.split(n))
 
     def _update_generator(
-        self, learner: Learner, batch: Sequence[MicroBatch], now: Hyperparameters, output: Tensor | None
+        self, learner: Learner, parts: Sequence[GeneratorPart], now: Hyperparameters, output: Tensor | None
     ) -> Tensor:
-        at_output = self._output_gradients(learner, batch, now, output)
+        at_output = self._output_gradients(learner, parts, now, output)
         scale = self._divisor(learner, at_output)
-        for index, (part, gradients) in enumerate(zip(batch, at_output, strict=True)):
-            with learner.accumulate("generator", index == len(batch) - 1):
-                adversarial = gradients.adversarial if scale is None else gradients.adversarial / scale
-                out = gradients.output
-                if out is None:
-                    out = self._generate(learner.module("generator"), part)
-                out.backward(adversarial + gradients.others)
+        for index, (part, gradients) in enumerate(zip(parts, at_output, strict=True)):
+            with learner.accumulate("generator", index == len(parts) - 1):
+                made = gradients.output
+                if made is None:
+                    made = self._generate(learner.module("generator"), part.batch)
+                made.backward(_at_output(gradients, scale) + gradients.others)
         norms = [torch.stack([each.adversarial.square().sum(), each.others.square().sum()]) for each in at_output]
         pairs = zip(at_output, norms, strict=True)
         figures = learner.sum([torch.cat([each.losses, each.squares, norm]) for each, norm in pairs])
-        losses, (distance, out_square, real_square, push, pull) = figures[: 1 + len(G_TERMS)], figures[-5:]
+        losses, (distance, made_square, real_square, push, pull) = figures[: 1 + len(G_TERMS)], figures[-5:]
         total = _weighted([1.0, *(each.weight(self.run, now) for each in G_TERMS)], list(losses))
         norm = learner.step("generator", total, now)
-        ratio = (out_square / real_square.clamp(min=1e-12)).sqrt()
+        ratio = (made_square / real_square.clamp(min=1e-12)).sqrt()
         return torch.stack([*losses, distance.sqrt(), ratio, push.sqrt(), pull.sqrt(), norm])
 
     def _output_gradients(
-        self, learner: Learner, batch: Sequence[MicroBatch], now: Hyperparameters, output: Tensor | None
+        self, learner: Learner, parts: Sequence[GeneratorPart], now: Hyperparameters, output: Tensor | None
     ) -> list[OutputGradients]:
         """Return the gradients at G's output for every micro-batch.
 
         G's graph is kept for a single micro-batch; several of them pass through G again.
         """
         found = []
-        for part in batch:
-            with torch.set_grad_enabled(len(batch) == 1):
-                generator = learner.module("generator") if len(batch) == 1 else learner.networks["generator"]
-                out = self._generate(generator, part) if output is None else output
-            found.append(self._gradients_at(learner.networks["discriminator"], part, now, out))
+        for part in parts:
+            with torch.set_grad_enabled(len(parts) == 1):
+                single = learner.module("generator") if len(parts) == 1 else learner.networks["generator"]
+                made = self._generate(single, part.batch) if output is None else output
+            found.append(self._gradients_at(learner.networks["discriminator"], part, now, made))
         return found
 
     def _gradients_at(
-        self, discriminator: nn.Module, part: MicroBatch, now: Hyperparameters, out: Tensor
+        self, discriminator: nn.Module, part: GeneratorPart, now: Hyperparameters, made: Tensor
     ) -> OutputGradients:
-        """Return the gradients of G's loss at G's output `out` (N, C, H, W) for a micro-batch."""
-        batch, view, share = part.g_batch, part.g_view, part.share.batch
-        output = out.detach().requires_grad_()
-        real, fake, source = batch.real, output, batch.source
+        """Return the gradients of G's loss at G's output `made` (N, C, H, W), on a micro-batch."""
+        batch, view, share = part.batch, part.view, part.share
+        output = made.detach().requires_grad_()
+        real, seen, source = batch.real, output, batch.source
         if view is not None:
-            real, fake, source = view(real), view(output), view(source)
+            real, seen, source = view(real), view(output), view(source)
+        judged = seen.detach().requires_grad_()
         with torch.no_grad():
             real_logits = discriminator(real, batch.labels, batch.t, source)
-        adversarial = share * relativistic(discriminator(fake, batch.labels, batch.t, source), real_logits)
-        (gradient,) = torch.autograd.grad(adversarial, output)
-        inputs = GLossInputs(output, batch.source, batch.weighting, part.guide)
-        values = [share * each.value(inputs) for each in G_TERMS]
+        adversarial = share * relativistic(discriminator(judged, batch.labels, batch.t, source), real_logits)
+        (gradient,) = torch.autograd.grad(adversarial, judged)
+        generated = GLossInputs(output, batch.source, batch.weighting, part.guide)
+        values = [share * each.value(generated) for each in G_TERMS]
         total = _weighted([each.weight(self.run, now) for each in G_TERMS], values)
         (others,) = torch.autograd.grad(total, output)
         squares = (output.detach() - batch.source).square(), output.detach().square(), batch.real.square()
         return OutputGradients(
             adversarial=gradient,
+            seen=seen,
+            leaf=output,
             others=others,
             losses=torch.stack([adversarial.detach(), *(value.detach() for value in values)]),
             squares=torch.stack([share * square.mean() for square in squares]),
-            output=out if out.requires_grad else None,
+            output=made if made.requires_grad else None,
         )
 
     def _divisor(self, learner: Learner, at_output: Sequence[OutputGradients]) -> Tensor | None:
@@ -263,6 +290,18 @@ class AdversarialFlow(Objective):
         return divisor(learner.buffers["mean_square"], square, elements, settings.decay)
 
 
+def _at_output(gradients: OutputGradients, scale: Tensor | None) -> Tensor:
+    """Return the adversarial gradient at G's output (N, C, H, W), normalized by `scale` where D sees it.
+
+    The release normalizes there, too: what an augmentation erases counts in the norm, and the normalized gradient goes
+    back through the augmentation.
+    """
+    gradient = gradients.adversarial if scale is None else gradients.adversarial / scale
+    if gradients.seen is gradients.leaf:
+        return gradient
+    return torch.autograd.grad(gradients.seen, gradients.leaf, gradient)[0]
+
+
 def _weighted(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
     """Return the weighted sum of loss terms."""
     total = weights[0] * values[0]
@@ -271,6 +310,8 @@ def _weighted(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _repeat(values: Tensor, n: int) -> Tensor:
-    """Repeat values of a batch (N,) for the parts of D's forward pass: real, fake, and n perturbed ones of each."""
-    return torch.cat([values, values, values[:n], values[:n]])
+def _beside(batch: Batch, source: Tensor, rows: Sequence[slice]) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return what D is given beside latents, of some rows of a batch: labels, target times, G's input."""
+    labels, source = (torch.cat([value[each] for each in rows]) for value in (batch.labels, source))
+    times = None if batch.t is None else torch.cat([batch.t[each] for each in rows])
+    return labels, times, source

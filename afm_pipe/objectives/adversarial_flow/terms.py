@@ -4,10 +4,11 @@ Shapes: N images of a micro-batch, n penalized ones, C, H, W of latents. Every v
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
+from afm_pipe.objectives.adversarial_flow.guidance import Guide
 from afm_pipe.objectives.adversarial_flow.losses import (
     Logits,
     gradient_penalty,
@@ -17,13 +18,6 @@ from afm_pipe.objectives.adversarial_flow.losses import (
 )
 from afm_pipe.objectives.base import Hyperparameters, Term
 from afm_pipe.params import Run
-
-
-class Guide(Protocol):
-    """A weighted loss of G's output."""
-
-    def __call__(self, output: Tensor) -> Tensor:
-        """Return the loss of G's output (N, C, H, W)."""
 
 
 class DLossInputs(NamedTuple):
@@ -59,13 +53,13 @@ D_TERMS = (
     ),
     LossTerm(
         Term("r1", "R1 penalty", "Unweighted, log scale", log=True),
-        lambda d: gradient_penalty(d.logits.real, d.logits.real_perturbed, d.epsilon, d.weighting),
+        lambda d: gradient_penalty(d.logits.real_penalized, d.logits.real_perturbed, d.epsilon, d.weighting),
         lambda run, now: run.penalty.weight,
         "penalized",
     ),
     LossTerm(
         Term("r2", "R2 penalty", "Unweighted, log scale", log=True),
-        lambda d: gradient_penalty(d.logits.fake, d.logits.fake_perturbed, d.epsilon, d.weighting),
+        lambda d: gradient_penalty(d.logits.fake_penalized, d.logits.fake_perturbed, d.epsilon, d.weighting),
         lambda run, now: run.penalty.weight,
         "penalized",
     ),

@@ -1,1 +1,1 @@
-"""The paper's experiments in one dimension: the same losses on small networks, where the best map is known exactly."""
+"""The paper's 1-D toy experiment: the same losses on small networks, where the optimal map is known exactly."""

@@ -1,6 +1,6 @@
-"""The data of the study, four narrow Gaussians on a line, and all that is known of it in closed form.
+"""The data of the toy experiment, four narrow Gaussians in one dimension, and its closed forms.
 
-Shapes: ... any, K classes. Noise is N(0, 1); x_t = (1 - t) x + t z.
+Shapes: K classes; ... any. Noise is N(0, 1), x_t = (1 - t) x + t z.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 MEANS = (-1.5, -0.5, 0.5, 1.5)
 STD = 0.05
 CLASSES = len(MEANS)
-_FARTHEST, _HALVINGS = 4.0, 60  # the quantile lies within 4 of 0; 60 halvings of that reach float64's last bit
+_BOUND, _BISECTIONS = 4.0, 60  # all quantiles lie within the bound; the bisections reach float64 precision
 
 
 def draw(shape: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -19,42 +19,39 @@ def draw(shape: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Te
 
 
 def cdf(x: Tensor) -> Tensor:
-    """Return the share of the data at or below x."""
+    """Return the cumulative distribution function of the data at x."""
     return torch.special.ndtr((x[..., None] - x.new_tensor(MEANS)) / STD).mean(-1)
 
 
-def quantile(share: Tensor) -> Tensor:
-    """Return the x at or below which `share` of the data lies, by bisection (float64 in, float64 out)."""
-    low, high = torch.full_like(share, -_FARTHEST), torch.full_like(share, _FARTHEST)
-    for _ in range(_HALVINGS):
+def quantile(probability: Tensor) -> Tensor:
+    """Return the quantiles of the data, by bisection (float64 in, float64 out)."""
+    low, high = torch.full_like(probability, -_BOUND), torch.full_like(probability, _BOUND)
+    for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        below = cdf(middle) < share
+        below = cdf(middle) < probability
         low, high = torch.where(below, middle, low), torch.where(below, high, middle)
     return (low + high) / 2
 
 
 def optimal_map(z: Tensor) -> Tensor:
-    """Return the optimal transport of noise to data: on a line, the data's quantile at the noise's share below z."""
+    """Return the optimal transport of noise to data: in one dimension, equal quantiles are matched."""
     return quantile(torch.special.ndtr(z.double())).to(z.dtype)
 
 
 def noise_grid(points: int) -> Tensor:
-    """Return `points` noises (float64) that cut N(0, 1) into equal shares, at the middle of each, in rising order."""
+    """Return the midpoints (float64, ascending) of `points` equally probable intervals of N(0, 1)."""
     return torch.special.ndtri((torch.arange(points, dtype=torch.float64) + 0.5) / points)
 
 
 def log_posterior(x_t: Tensor, t: Tensor) -> Tensor:
-    """Return log p(class | x_t, t) (..., K): the classifier that no training could better."""
-    variance = _variance(t)[..., None]  # (..., 1), the same for all classes
+    """Return log p(class | x_t, t) (..., K), the exact classifier."""
+    variance = _variance(t)[..., None]  # (..., 1), equal for all classes
     mean = (1 - t)[..., None] * x_t.new_tensor(MEANS)  # (..., K)
     return torch.log_softmax(-(x_t[..., None] - mean).square() / (2 * variance), dim=-1)
 
 
 def velocity(x_t: Tensor, t: Tensor, labels: Tensor, scale: float = 1.0) -> Tensor:
-    """Return E[z - x | x_t, class], guided classifier-free: v + scale (v of the class - v), where v is of all data.
-
-    Scale 1 is the class's own flow, above 1 is guidance.
-    """
+    """Return E[z - x | x_t, class] with classifier-free guidance: v + scale (v_class - v); scale 1 is no guidance."""
     means = x_t.new_tensor(MEANS)
     slope = (t - (1 - t) * STD**2) / _variance(t)
     of_class = slope[..., None] * (x_t[..., None] - (1 - t)[..., None] * means) - means  # (..., K)
@@ -62,8 +59,8 @@ def velocity(x_t: Tensor, t: Tensor, labels: Tensor, scale: float = 1.0) -> Tens
     return of_all + scale * (of_class.gather(-1, labels[..., None]).squeeze(-1) - of_all)
 
 
-def guided_exactly(z: Tensor, labels: Tensor, scale: float, steps: int = 1000) -> Tensor:
-    """Return where the exact flow with classifier-free guidance takes noise z, by Heun's method."""
+def guided_flow(z: Tensor, labels: Tensor, scale: float, steps: int = 1000) -> Tensor:
+    """Return the end of the exact flow from noise z with classifier-free guidance, by Heun's method."""
     x, width = z, 1 / steps
     for index in range(steps):
         s = torch.full_like(z, 1 - index * width)
@@ -75,10 +72,10 @@ def guided_exactly(z: Tensor, labels: Tensor, scale: float, steps: int = 1000) -
 
 
 def wasserstein(samples: Tensor) -> Tensor:
-    """Return W1 between sets of equally weighted samples (..., K) and the data: mean distance of their quantiles."""
+    """Return W1 between sets of samples (..., n) and the data: the mean distance of their quantiles."""
     points = samples.shape[-1]
-    share = (torch.arange(points, dtype=torch.float64, device=samples.device) + 0.5) / points
-    return (samples.double().sort(-1).values - quantile(share)).abs().mean(-1)
+    probability = (torch.arange(points, dtype=torch.float64, device=samples.device) + 0.5) / points
+    return (samples.double().sort(-1).values - quantile(probability)).abs().mean(-1)
 
 
 def _variance(t: Tensor) -> Tensor:

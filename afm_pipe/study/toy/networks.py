@@ -1,4 +1,4 @@
-"""Generators and discriminators on a line: one MLP per seed, all seeds in one batched product.
+"""Networks of the toy experiment: one MLP per seed, evaluated for all seeds in one batched product.
 
 Shapes: S seeds, N batch, F features, W width.
 """
@@ -9,22 +9,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CODES = 64  # features per number; the scale makes numbers of size 1 pass through many periods (paper's toy)
-_SCALE, _LONGEST_PERIOD, HIDDEN_LAYERS = 100.0, 10_000.0, 4
+from afm_pipe.study.toy import mixture
+
+EMBEDDING = 64  # features per number
+HIDDEN_LAYERS = 4
+_SCALE, _LONGEST_PERIOD = 100.0, 10_000.0  # of the paper's toy: numbers of size 1 span many periods
 
 
-def codes(value: Tensor) -> Tensor:
-    """Return sines and cosines of value (...) at geometric frequencies, (..., CODES)."""
-    rates = torch.arange(CODES // 2, device=value.device) / (CODES // 2 - 1)
-    angle = _SCALE * value[..., None] * torch.exp(-math.log(_LONGEST_PERIOD) * rates)
-    return torch.cat([angle.sin(), angle.cos()], dim=-1)
+def embed(*values: Tensor, labels: Tensor | None = None) -> Tensor:
+    """Return sines and cosines of values (S, N) at geometric frequencies, and of classes where given: (S, N, F)."""
+    rates = torch.arange(EMBEDDING // 2, device=values[0].device) / (EMBEDDING // 2 - 1)
+    rates = torch.exp(-math.log(_LONGEST_PERIOD) * rates)
+    if labels is not None:
+        values = (*values, labels - (mixture.CLASSES - 1) / 2)  # centered, spaced as the data
+    angles = [_SCALE * value[..., None] * rates for value in values]
+    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=-1)
 
 
 class Mlps(nn.Module):
     """One MLP with four hidden layers per seed: (S, N, F) -> (S, N).
 
-    Weights start with variance 1 / fan-in, three times torch's default: with that, a small generator starts at nearly
-    one point for all noises, and most small GANs never leave it.
+    Weights start with variance 1 / fan-in, three times that of torch's default, with which a small generator starts at
+    nearly one point for all noise, and most small GANs never leave it.
     """
 
     def __init__(self, seeds: int, features: int, width: int, generator: torch.Generator) -> None:
@@ -43,3 +49,43 @@ class Mlps(nn.Module):
             if layer < HIDDEN_LAYERS:
                 h = F.silu(h)
         return h.squeeze(-1)  # (S, N)
+
+
+class Map(nn.Module):
+    """A generator x_s -> x_t, (S, N) each: direct for one step, residual x_s - (s - t) g(x_s, s, t) for several."""
+
+    def __init__(self, network: Mlps, steps: int, conditional: bool) -> None:
+        super().__init__()
+        self.network, self.steps, self.conditional = network, steps, conditional
+
+    def forward(self, x: Tensor, s: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        times = () if self.steps == 1 else (s, t)
+        output = self.network(embed(x, *times, labels=labels if self.conditional else None))
+        return output if self.steps == 1 else x - (s - t) * output
+
+
+class Velocity(nn.Module):
+    """An Euler step of flow matching along the learned velocity v(x_s, s)."""
+
+    def __init__(self, network: Mlps) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, s: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        return x - (s - t) * self.network(embed(x, s))
+
+
+class Posterior(nn.Module):
+    """The guiding classifier, exact here; the paper trains one."""
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return mixture.log_posterior(x_t, t)
+
+
+@torch.no_grad()
+def transport(flow: nn.Module, noise: Tensor, steps: int, labels: Tensor) -> Tensor:
+    """Take noise (S, N) of classes (S, N) to data in equal steps."""
+    x, times = noise, torch.linspace(1, 0, steps + 1, device=noise.device)
+    for s, t in zip(times[:-1], times[1:], strict=True):
+        x = flow(x, s.expand_as(x), t.expand_as(x), labels)
+    return x

@@ -1,4 +1,4 @@
-"""The plan of a study, and profiles: what they say and what they leave as it was."""
+"""The plan of a study."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from afm_pipe.cli.app import app
 from afm_pipe.models.model_files import ModelConfig, run_config
 from afm_pipe.params import Params
 from afm_pipe.params.file import load_params
-from afm_pipe.params.profiles import activate, list_profiles
 from afm_pipe.planning.budget import budget
 from afm_pipe.planning.counting import measure
 from afm_pipe.planning.plan import GPUS, Machine, latents_bytes, machine, plan_run, plan_text
@@ -65,17 +64,23 @@ def test_activations_are_what_a_step_keeps_and_nothing_more() -> None:
     assert counter.backward_flops == 2 * counter.forward_flops
 
 
-def test_a_plan_follows_from_images_peak_and_utilisation(params: Params) -> None:
+def test_a_plan_follows_from_images_peak_and_utilization(params: Params) -> None:
     plan = plan_run(params, "b2", 1_281_167, 1000, EIGHT)
     assert plan.updates == -(-170 * 1_281_167 // 256)
-    peak = 8 * 0.4 * 494.5e12
-    assert plan.days == pytest.approx(plan.updates * plan.work.flops / peak / 86400)
-    assert (round(plan.generator_parameters / 1e6), round(plan.discriminator_parameters / 1e6)) == (130, 129)
-    half = plan_run(params, "b2", 1_281_167, 1000, EIGHT._replace(utilisation=0.2))
-    assert half.days == pytest.approx(2 * plan.days)
-    bf16 = plan_run(params, "b2", 1_281_167, 1000, EIGHT._replace(precision="bf16"))
-    assert bf16.days == pytest.approx(plan.days * 494.5 / 989.5)
+    assert plan.compute_seconds == pytest.approx(plan.work.flops / (8 * 0.4 * 494.5e12))
+    gradients = 4 * sum(plan.budget.parameters.values())
+    assert plan.reduce_seconds == pytest.approx(2 * 7 / 8 * gradients / (0.8 * 450e9))
+    assert plan.days == pytest.approx(plan.updates * (plan.compute_seconds + plan.reduce_seconds) / 86400)
+    millions = {name: round(count / 1e6) for name, count in plan.budget.parameters.items()}
+    assert millions == {"generator": 130, "discriminator": 129}
+    half = plan._replace(machine=EIGHT._replace(utilization=0.2))
+    assert half.compute_seconds == pytest.approx(2 * plan.compute_seconds)
+    bf16 = plan._replace(machine=EIGHT._replace(precision="bf16"))
+    assert bf16.compute_seconds == pytest.approx(plan.compute_seconds * 494.5 / 989.5)
     assert bf16.memory_bytes < plan.memory_bytes
+    alone, two_machines = plan._replace(machine=EIGHT._replace(gpus=1)), plan._replace(machine=EIGHT._replace(gpus=16))
+    assert alone.reduce_seconds == 0
+    assert two_machines.reduce_seconds == pytest.approx(2 * 15 / 16 * gradients / (0.8 * 400e9))  # network cards
     guided = plan_run(params, "b2-guided", 1_281_167, 1000, EIGHT)
     assert guided.images == pytest.approx(30 * 1_281_167, abs=256)  # its own phase
     assert guided.work.units - plan.work.units == pytest.approx(2, rel=0.1)  # B/2 forward, and back to its input
@@ -111,8 +116,8 @@ def test_the_table_names_every_run_and_says_that_it_estimates() -> None:
     smoke = load_params(SMOKE)
     text = track("plan", plan_text(smoke, [], EIGHT, 5000, 10))
     assert all(f"  {name} " in text for name in smoke.models)
-    assert "estimates" in text
-    assert "--utilisation" in text
+    assert "is an estimate" in text
+    assert "--utilization" in text
     assert "More than" not in text
     one = track("plan", plan_text(load_params(IMAGENET), ["b2"], EIGHT._replace(gpus=1), 1_281_167, 1000))
     assert "! More than the 80 GB of one h100: b2" in one
@@ -123,7 +128,7 @@ def test_what_cannot_be_planned_is_said(params: Params) -> None:
     for words, wrong in (
         ("--gpu v1, expected one of a100", ("v1", 1, 0.4, "tf32")),
         ("--gpus 0", ("h100", 0, 0.4, "tf32")),
-        ("--utilisation 1.5", ("h100", 1, 1.5, "tf32")),
+        ("--utilization 1.5", ("h100", 1, 1.5, "tf32")),
         ("--precision fp8", ("h100", 1, 0.4, "fp8")),
     ):
         with pytest.raises(UserError, match=words):
@@ -148,100 +153,3 @@ def test_the_command_prints_the_plan(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     spare = CliRunner().invoke(app, [*words, "--micro-batch", "4", "--checkpoint-activations", "--shard"])
     assert spare.exit_code == 0, spare.output
     assert spare.stdout != result.stdout
-
-
-# The profile of the paper
-
-
-def test_the_profile_is_the_papers_schedule(params: Params) -> None:
-    names = {"b2": "B/2", "m2": "M/2", "l2": "L/2", "xl2": "XL/2"}
-    rows = PUBLISHED["schedule"]
-    assert len(params.runs) == len(params.guided) == len(rows) == 8
-    for (name, run), row in zip(params.runs.items(), rows, strict=True):
-        assert (names[run.size], run.nfe) == (row["model"], row["nfe"])
-        assert {"xl2-56l": 56, "xl2-112l": 112}.get(name, row["depth"]) == row["depth"]
-        ends = [phase.until_epoch for phase in params.models[f"{name}-guided"].phases]
-        assert ends == [until for until, _ in row["phases"]], name
-
-
-# Of phases 1 to 4: G's and D's learning rate (paper Table 11).
-RATES = {
-    "b2": ((1e-4, 8e-5, 3e-5, 5e-5), (1e-4, 8e-5, 3e-5, 5e-5)),
-    "m2": ((1e-4, 8e-5, 3e-5, 5e-5), (1e-4, 8e-5, 3e-5, 5e-5)),
-    "l2": ((1e-4, 8e-5, 3e-5, 5e-5), (1e-4, 8e-5, 3e-5, 5e-5)),
-    "xl2": ((1e-4, 8e-5, 3e-5, 5e-5), (1e-4, 8e-5, 3e-5, 5e-5)),
-    "xl2-2nfe": ((1e-4, 8e-5, 3e-5, 3e-5), (1e-4, 8e-5, 3e-5, 3e-5)),
-    "xl2-4nfe": ((1e-4, 8e-5, 3e-5, 3e-5), (1e-4, 8e-5, 3e-5, 3e-5)),
-    "xl2-56l": ((5e-5, 4e-5, 1.5e-5, 1e-5), (1e-4, 8e-5, 3e-5, 2e-5)),
-    "xl2-112l": ((2.5e-5, 2e-5, 2.5e-6, 5e-6), (1e-4, 8e-5, 1e-5, 2e-5)),
-}
-
-
-@pytest.mark.parametrize("name", RATES)
-def test_the_profile_has_the_papers_rates_weights_and_reloads(params: Params, name: str) -> None:
-    run = params.models[f"{name}-guided"]
-    rates = [phase.lr or run.lr for phase in run.phases]
-    assert tuple(rates) == RATES[name][0]
-    d_rates = [phase.lr_discriminator or rate for phase, rate in zip(run.phases, rates, strict=True)]
-    assert tuple(d_rates) == RATES[name][1]
-    start = 0.25 if "nfe" in name else 0.2
-    assert (run.transport.start, run.transport.end) == (start, 0.01 if name == "b2" else 0.005)
-    assert [phase.transport and phase.transport.end for phase in run.phases] == [None, 0.001, 0.001, 0.001]
-    assert [phase.reload_ema for phase in run.phases] == ["never", "epoch", "epoch", "epoch"]
-    assert [phase.reload_discriminator is not None for phase in run.phases] == [False, False, True, False]
-    several = "nfe" in name or run.repeats > 1
-    assert {phase.gradient_clip for phase in run.phases} == {5.0 if several else None}
-    guidance = run.phases[-1].guidance
-    assert guidance is not None
-    assert guidance.scale == (0.02 if "nfe" in name else 0.003)
-    assert guidance.at == {"xl2-2nfe": (0.0,), "xl2-4nfe": (0.0, 0.25)}.get(name)
-    assert run.form == ("residual" if "nfe" in name else "direct")
-
-
-# Making a profile active
-
-
-@pytest.fixture
-def project(tmp_path: Path) -> tuple[Path, Path]:
-    folder = tmp_path / "profiles"
-    folder.mkdir()
-    for name in ("smoke", "imagenet256"):
-        (folder / f"{name}.yaml").write_text((ROOT / "profiles" / f"{name}.yaml").read_text())
-    return folder, tmp_path / "params.yaml"
-
-
-def test_a_profile_becomes_params_and_the_old_ones_are_all_kept(project: tuple[Path, Path]) -> None:
-    folder, active = project
-    active.write_text("first")
-    assert activate("smoke", folder, active).kept == active.with_name("params.before-smoke.yaml")
-    assert active.read_text().splitlines()[0] == "# yaml-language-server: $schema=params.schema.json"
-    assert load_params(active) == load_params(SMOKE)
-    active.write_text("second")
-    assert activate("smoke", folder, active).kept == active.with_name("params.before-smoke.2.yaml")
-    kept = {path.name: path.read_text() for path in active.parent.glob("params.before-*")}
-    assert kept == {"params.before-smoke.yaml": "first", "params.before-smoke.2.yaml": "second"}
-    assert activate("smoke", folder, active) == (False, None)
-    assert len(list(active.parent.glob("params.before-*"))) == 2
-
-
-@pytest.mark.parametrize("name", ["imagenet", "../params", "smoke.yaml", ""])
-def test_an_unknown_profile_is_refused_with_those_there(project: tuple[Path, Path], name: str) -> None:
-    folder, active = project
-    active.write_text("mine")
-    with pytest.raises(UserError, match="expected one of imagenet256, smoke"):
-        activate(name, folder, active)
-    assert active.read_text() == "mine"
-
-
-def test_a_profile_with_a_mistake_is_refused(project: tuple[Path, Path]) -> None:
-    folder, active = project
-    (folder / "broken.yaml").write_text("seed: 0\n")
-    with pytest.raises(UserError, match="broken.yaml"):
-        activate("broken", folder, active)
-    assert not active.exists()
-
-
-def test_profiles_are_listed_with_their_first_words() -> None:
-    words = {profile.name: profile.description for profile in list_profiles(ROOT / "profiles")}
-    assert words["imagenet256"].startswith("The paper's whole study on ImageNet 256x256")
-    assert words["smoke"].startswith("The whole pipeline in about a minute")

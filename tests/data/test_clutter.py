@@ -1,0 +1,173 @@
+"""Every entry under the root is an image that counts, known clutter that is passed over and counted, or an error."""
+
+import io
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from afm_pipe.data.listing import list_images
+from afm_pipe.data.manifest import Manifest
+from afm_pipe.data.reading import build_manifest
+from afm_pipe.data.sources import materialize
+from afm_pipe.data.tars import index_tar
+from afm_pipe.params import Data
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.progress import track
+from tests.conftest import SMOKE, write_images
+
+APPLE = b"\0\5\x16\7\0\2\0\0Mac OS X"  # head of an AppleDouble file
+CLUTTER = {
+    "__MACOSX/class0/._000.png": APPLE,
+    ".DS_Store": b"\0\0\0\1Bud1",
+    "class0/.DS_Store": b"\0\0\0\1Bud1",
+    "class0/._000.png": APPLE,
+    "class0/._001.png": APPLE,
+    "class1/Thumbs.db": b"\xd0\xcf\x11\xe0",
+    "class1/desktop.ini": b"[.ShellClassInfo]",
+    "class1/@eaDir/000.png/SYNOPHOTO_THUMB_M.jpg": b"thumb",
+    "class1/.ipynb_checkpoints/000-checkpoint.png": b"png",
+    "$RECYCLE.BIN/S-1-5/x.png": b"png",
+    "lost+found/x.png": b"png",
+    "LICENSE": b"MIT",
+    "labels.csv": b"a,b",
+}
+PASSED_OVER = (
+    "12 images of 3 classes under {root}; passed over 13: 2 '.DS_Store', 2 '._*', 1 '$RECYCLE.BIN', "
+    "1 '.ipynb_checkpoints', 1 '@eaDir', 1 'LICENSE', 1 'Thumbs.db', 1 '__MACOSX', 1 'desktop.ini', 1 'labels.csv', "
+    "1 'lost+found'."
+)
+
+
+def data(root: Path, source: str = "folder") -> Data:
+    from afm_pipe.params.file import load_params
+
+    own = {"source": source, "root": str(root), "min_images": 1}
+    return load_params(SMOKE).data.model_copy(update=own)
+
+
+def prepared(root: Path, source: str = "folder") -> Manifest:
+    return track("prepare", build_manifest(data(root, source)))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    write_images(tmp_path / "images", per_class=4)
+    return tmp_path / "images"
+
+
+def put(root: Path, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+
+
+def packed(root: Path) -> Path:
+    path = root.with_suffix(".tar")
+    with tarfile.open(path, "w") as tar:
+        tar.add(root, arcname=".")
+    return path
+
+
+def test_known_clutter_changes_nothing_and_is_counted(root: Path) -> None:
+    digest = prepared(root).digest
+    put(root, CLUTTER)
+    found = prepared(root)
+    assert found.digest == digest
+    assert found.describe() == PASSED_OVER.format(root=root)
+
+
+def test_a_real_tar_of_a_cluttered_folder_counts_alike(root: Path) -> None:
+    digest = prepared(root).digest
+    put(root, CLUTTER)
+    found = prepared(packed(root), "tar")
+    assert found.digest == digest
+    assert found.describe() == PASSED_OVER.format(root=packed(root))
+
+
+def test_clutter_among_the_built_in_digits_is_no_mistake(tmp_path: Path) -> None:
+    root = tmp_path / "digits"
+    track("materialize", materialize("mnist5k", root))
+    put(root, {".DS_Store": b"x", "3/Thumbs.db": b"x"})
+    track("materialize", materialize("mnist5k", root))
+
+
+def test_dangling_links_are_named(root: Path) -> None:
+    for link, words in (
+        ("class9", "Found class9 under .*, a link that leads nowhere"),
+        ("class0/link.png", r"Found class0/link\.png under .*, a link that leads nowhere"),
+        (".DS_Store2", r"Found \.DS_Store2 under .*, a link that leads nowhere"),
+    ):
+        (root / link).symlink_to("/no/such/place")
+        with pytest.raises(UserError, match=words):
+            prepared(root)
+        (root / link).unlink()
+    (root / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match="Found loop under .*, a link that leads nowhere"):
+        prepared(root)
+
+
+def test_links_that_lead_somewhere_count(root: Path) -> None:
+    (root / "class0" / "link.png").symlink_to(root / "class1" / "000.png")
+    (root / "class3").symlink_to(root / "class1")
+    found = prepared(root)
+    assert (found.num_images, found.classes) == (17, ("class0", "class1", "class2", "class3"))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (".cats/000.png", r"Found \.cats under"),
+        ("class0/.hidden.png", r"Found class0/\.hidden\.png under"),
+        ("class3.zip", r"Found class3\.zip under"),
+        ("class3.tar", r"Found class3\.tar under"),
+        ("class0/more.zip", r"Found class0/more\.zip under"),
+        ("x.gif", r"Found x\.gif under"),
+        ("class0/x.tiff", r"Found class0/x\.tiff under"),
+        ("class0/deep/000.png", "Found class0/deep under"),
+        ("stray.jpg", r"Found stray\.jpg directly under"),
+    ],
+)
+def test_what_would_vanish_is_named(name: str, words: str, root: Path) -> None:
+    put(root, {name: b"x"})
+    with pytest.raises(UserError, match=words):
+        list_images(root)
+
+
+@pytest.mark.parametrize("name", [".cats/000.png", "class0/.hidden.png"])
+def test_what_would_vanish_from_a_tar_is_named(name: str, root: Path) -> None:
+    put(root, {name: b"x"})
+    with pytest.raises(UserError, match=f"Found {name.removesuffix('/000.png')}"):
+        track("index", index_tar(packed(root)))
+
+
+def test_an_empty_class_folder_of_a_tar_is_an_error_as_it_is_on_disk(root: Path) -> None:
+    (root / "class3").mkdir()
+    for check in (lambda: list_images(root), lambda: track("index", index_tar(packed(root)))):
+        with pytest.raises(UserError, match="Found no image of class class3 under"):
+            check()
+
+
+def test_splits_beside_train_are_passed_over_and_other_folders_are_named(root: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    root.rename(whole / "train")
+    put(whole, {"val/class0/x.png": b"x", "test/y.png": b"y", "README.md": b"z"})
+    assert prepared(whole).passed_over == {"README.md": 1, "test": 1, "val": 1}
+    put(whole, {"extra/000.png": b"x"})
+    with pytest.raises(UserError, match="Found extra beside .*train, expected the class folders in train"):
+        prepared(whole)
+
+
+def test_a_zip_that_a_mac_made_is_unpacked_into_a_data_set(root: Path, tmp_path: Path) -> None:
+    image = io.BytesIO()
+    Image.new("L", (32, 32)).save(image, "PNG")
+    with zipfile.ZipFile(tmp_path / "mac.zip", "w") as archive:
+        for name in ("cat/1.png", "dog/1.png"):
+            archive.writestr(name, image.getvalue())
+            archive.writestr(f"__MACOSX/{name.replace('/', '/._')}", APPLE)
+    zipfile.ZipFile(tmp_path / "mac.zip").extractall(tmp_path / "unpacked")
+    found = prepared(tmp_path / "unpacked")
+    assert (found.classes, found.passed_over) == (("cat", "dog"), {"__MACOSX": 1})

@@ -1,0 +1,42 @@
+"""README and docs: links lead somewhere, commands and params exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+import typer
+
+from afm_pipe.cli.app import app
+from tests.conftest import ROOT
+
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+LINK = re.compile(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)")
+COMMAND = re.compile(r"^    (?:\w+=\S+ )*afm-pipe (?P<name>[a-z]+)(?P<rest>[^#>|\n]*)", re.MULTILINE)
+
+
+def test_readme_is_at_most_10_kb() -> None:
+    assert len((ROOT / "README.md").read_bytes()) <= 10_000
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    prose = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target, heading in LINK.findall(prose):
+        path = page.parent / target if target else page
+        assert path.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = {"#" + re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert heading in anchors, f"{target}{heading}"
+
+
+def test_commands_in_the_docs_exist_with_their_flags() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    found = [(page.name, match) for page in PAGES for match in COMMAND.finditer(page.read_text(encoding="utf-8"))]
+    assert len(found) > 20
+    for name, match in found:
+        command = commands.get(match["name"])
+        assert command is not None, f"{name}: afm-pipe {match['name']}"
+        known = {flag for param in command.params for flag in param.opts} | {"--help"}
+        if match["name"] != "sbatch":  # its flags may be those of the command it wraps
+            assert set(re.findall(r"--[a-z-]+", match["rest"])) <= known, f"{name}: {match.group()}"
