@@ -1,8 +1,8 @@
-"""Measure, and write benchmarks/results.json and results.md.
+"""Measure speed and write benchmarks/results.json and results.md.
 
 make bench                                   # all cases
-python -m benchmarks small latents           # some of them; the others' results stay as they are
-python -m benchmarks --quick b2 --dry        # few repeats, and nothing written
+python -m benchmarks small latents           # some cases; results of the others stay
+python -m benchmarks --quick b2 --dry        # few repeats; writes nothing
 """
 
 from collections.abc import Callable, Iterator
@@ -18,11 +18,11 @@ CASES = ("startup", "latents", "small", "encode", "sampling", "evaluation", "b2"
 
 @user_command
 def main(
-    cases: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(CASES)}; left out, all.")] = None,
-    quick: Annotated[bool, typer.Option(help="As few repeats as possible.")] = False,
+    cases: Annotated[list[str] | None, typer.Argument(help=f"Default: all of {', '.join(CASES)}.")] = None,
+    quick: Annotated[bool, typer.Option(help="Few repeats.")] = False,
     dry: Annotated[bool, typer.Option(help="Print, write nothing.")] = False,
 ) -> None:
-    """Time the project beside plain implementations of the same work, in turns."""
+    """Time the package beside plain implementations of the same work."""
     import subprocess
     import sys
     import time
@@ -35,7 +35,7 @@ def main(
     if unknown:
         raise UserError(f"Found no case {unknown[0]!r}, expected some of {', '.join(CASES)}.")
     chosen = [case for case in CASES if not cases or case in cases]
-    if len(chosen) > 1:  # a process each: one leaves no memory to the next, the largest two would not fit together
+    if len(chosen) > 1:  # one process per case, so that each starts with all memory
         options = ["--quick"] * quick + ["--dry"] * dry
         for name in chosen:
             done = subprocess.run([sys.executable, "-m", "benchmarks", name, *options], check=False)

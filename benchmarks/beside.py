@@ -1,4 +1,4 @@
-"""Works in a process of their own, beside this one: what one does to its memory or its threads leaves others alone."""
+"""Work in another process, so that its memory and threads do not affect this one."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -10,7 +10,7 @@ Works = dict[str, Callable[[], Any]]
 
 
 class Beside:
-    """A process with works made by `make(*arguments)`, a context manager that gives them by name."""
+    """A process with the works that the context manager `make(*arguments)` yields by name."""
 
     def __init__(self, make: Callable[..., AbstractContextManager[Works]], *arguments: Any) -> None:
         context = get_context("spawn")
@@ -20,15 +20,15 @@ class Beside:
         there.close()
 
     def begin(self, work: str) -> None:
-        """Have a work done; `end` waits for it."""
+        """Start a work; `end` waits for it."""
         self.pipe.send(work)
 
     def end(self) -> Any:
-        """Wait for the work that was begun, and return what it returns."""
+        """Wait for the started work and return its result."""
         return self.pipe.recv()
 
     def do(self, work: str) -> Any:
-        """Have a work done and wait for it."""
+        """Run a work and return its result."""
         self.begin(work)
         return self.end()
 

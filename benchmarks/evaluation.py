@@ -1,11 +1,11 @@
-"""What evaluation costs beyond generating the samples and passing them through the feature networks.
+"""Cost of evaluation beyond generating samples and passing them through the feature networks.
 
     python benchmarks/evaluation.py t4 --rounds 3     # a trained run of this project, with evaluate.features of params
-    python benchmarks/evaluation.py t4 --samples 200 --inception   # a network as dear as Inception, untrained
+    python benchmarks/evaluation.py t4 --samples 200 --inception   # an untrained network as expensive as Inception
 
-Prints seconds of generation, of the networks' forward passes, of the whole evaluation and of its intervals, and the
-ratios of the pass over the samples, and of the whole but for the intervals, to the first two: the fastest of several
-rounds of each, taken in turns in one process. Loading is not counted.
+Prints the seconds of generation, of the networks' forward passes, of the whole evaluation and of its intervals, and the
+ratios of the pass over the samples and of the whole without intervals to the first two. Each is the fastest of several
+rounds, taken in turns in one process. Loading is not counted.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ REAL = 2_000  # real images of the untrained network: random features of their s
 @user_command
 def main(
     run: str,
-    rounds: Annotated[int, typer.Option(help="Turns, of which the fastest count.")] = 2,
+    rounds: Annotated[int, typer.Option(help="Rounds, of which the fastest counts.")] = 2,
     samples: Annotated[int | None, typer.Option(help="Instead of evaluate.samples.")] = None,
     inception: Annotated[bool, typer.Option(help="An untrained Inception v3 at 299 x 299 as the network.")] = False,
 ) -> None:
@@ -80,7 +80,7 @@ def generate_and_pass(params: Params, sampler: Sampler, tools: Evaluator) -> tup
 
 
 def put_inception_in(tools: Evaluator, device: torch.device) -> None:
-    """Let a torchvision Inception v3 with random weights stand for the networks: its cost, and no meaning."""
+    """Replace the networks by a torchvision Inception v3 with random weights: the same cost, no meaning."""
     from torchvision.models import inception_v3
 
     torch.manual_seed(0)
@@ -106,8 +106,8 @@ def put_inception_in(tools: Evaluator, device: torch.device) -> None:
     ]
 
 
-class timed:  # noqa: N801 (read as a verb)
-    """Time the calls of functions that measuring takes from the intervals' module."""
+class timed:  # noqa: N801  # reads as a verb
+    """Time calls of functions that evaluation imports from the module of intervals."""
 
     def __init__(self, *names: str) -> None:
         self.whole: dict[str, Callable[..., Any]] = {name: getattr(statistics_module, name) for name in names}

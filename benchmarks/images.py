@@ -1,4 +1,4 @@
-"""Images in and out: encoding, sampling and evaluation beside the bare forward passes they are made of."""
+"""Encoding, sampling and evaluation beside their bare forward passes."""
 
 import tempfile
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ SD_IMAGE, SD_LATENT, SD_BATCH = 256, (4, 32, 32), 2
 
 
 def encode(params: Params, quick: bool) -> Iterator[Row]:
-    """The whole of `encode`, from files to a latents file, beside the encoder on images in memory."""
+    """`encode` from files to a latents file, beside the encoder on images in memory."""
     for title, own, vae, manifest in _sources(params, quick):
         images = torch.from_numpy(_finish(load_images(manifest, own.data)))
         size, number = own.encode.batch_size, iter(range(1000))
@@ -47,8 +47,8 @@ def encode(params: Params, quick: bool) -> Iterator[Row]:
             seconds = in_turns(1 if quick else 2, warm=0 if quick else 1, whole=whole, bare=bare, load=load)
         loading, both = median(seconds["load"]), median(seconds["load"]) + median(seconds["bare"])
         note = (
-            f"reading and decoding the files alone, on the same cores: {len(images) / loading:.3g} images/s; one after "
-            f"the other, that and the encoder: {len(images) / both:.3g}"
+            f"reading and decoding files alone on the same cores: {len(images) / loading:.3g} images/s; followed by "
+            f"the encoder: {len(images) / both:.3g}"
         )
         yield speed_row(
             "encode", title, seconds, "whole", "bare", "the bare encoder on images in memory",
@@ -57,7 +57,7 @@ def encode(params: Params, quick: bool) -> Iterator[Row]:
 
 
 def sampling(params: Params, quick: bool) -> Iterator[Row]:
-    """Samples as evaluation draws them, beside the bare forward passes of generator and decoder."""
+    """Samples as evaluation draws them, beside bare forward passes of generator and decoder."""
     for title, own, flow, vae, count in _models(params, quick):
         size, shape = own.sample.micro_batch, own.latent_shape
 
@@ -82,7 +82,7 @@ def sampling(params: Params, quick: bool) -> Iterator[Row]:
         )
         spent = median(seconds["whole"])
         drawing, rounding = median(seconds["noise"]) / spent, median(seconds["quantise"]) * (count // size) / spent
-        note = f"drawing noise by index takes {drawing:.1%} of the time, rounding to 8 bits {rounding:.1%}"
+        note = f"drawing noise takes {drawing:.1%} of the time, rounding to 8 bits {rounding:.1%}"
         yield speed_row(
             "sampling", title, seconds, "whole", "bare", "bare generator and decoder",
             per=count, unit="images/s", bar=">= 0.95", note=note,
@@ -90,14 +90,14 @@ def sampling(params: Params, quick: bool) -> Iterator[Row]:
 
 
 def evaluation(params: Params, quick: bool) -> Iterator[Row]:
-    """Evaluation of a trained run, where there is one, beside generation and the networks' bare forward passes."""
+    """Evaluation of a trained run, if there is one, beside generation and the networks' bare forward passes."""
     from afm_pipe import pipeline
     from afm_pipe.evaluation.evaluator import Evaluator
     from benchmarks.evaluation import generate_and_pass, timed
 
     run = next((name for name in params.runs if (paths.model(name) / "config.json").exists()), None)
     if run is None or not paths.REFERENCE.exists():
-        print("evaluation: not measured, since it needs a trained run and its reference (make repro)")
+        print("evaluation: not measured, because it needs a trained run and its reference (make repro)")
         return
     evaluate = params.evaluate.model_copy(update={"samples": 500 if quick else 2000})
     params, device = params.model_copy(update={"evaluate": evaluate}), torch.device("cpu")
@@ -146,7 +146,7 @@ def _sources(params: Params, quick: bool) -> Iterator[tuple[str, Params, Any, Ma
         title = f"the default's autoencoder, {manifest.num_images:,} digits of 32 x 32"
         yield title, params, load_autoencoder(params, paths.AUTOENCODER), manifest
     else:
-        print("encode: the default's is not measured, since its images and autoencoder are not here (make repro)")
+        print("encode: the default's is not measured, because its images and autoencoder are missing (make repro)")
 
 
 def _models(params: Params, quick: bool) -> Iterator[tuple[str, Params, Flow, Any, int]]:
@@ -177,7 +177,7 @@ def _flow(config: ModelConfig) -> Flow:
 
 
 def _finish(work: Any) -> Any:
-    """Run a generator of ticks to its end; return what it returns."""
+    """Run a generator to its end; return its result."""
     while True:
         try:
             next(work)

@@ -1,4 +1,4 @@
-"""What the benchmarks run on: files and networks of the real shapes, with made-up content."""
+"""Inputs of the benchmarks: files and networks of real shapes with random content."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ CLASS_COUNT = 10
 
 
 def latents_file(path: Path, images: int, shape: tuple[int, int, int]) -> Latents:
-    """Write a latents file of random moments of latents (C, H, W), and open it as a training does."""
+    """Write a latents file of random moments of latents (C, H, W) and open it."""
     channels, height, width = shape
     random = np.random.default_rng(0)
     names = ("vae_sha256", "manifest_digest")

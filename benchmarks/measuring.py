@@ -1,4 +1,4 @@
-"""Things timed in turns in one process, so that a machine that slows down slows all of them; and rows made of that."""
+"""Works timed in turns, so that a machine that slows down slows all of them alike; rows of results."""
 
 import gc
 import time
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 
 class Row(NamedTuple):
-    """One comparison: of us with something plain, or with a bound nobody passes."""
+    """One comparison with a plain implementation or with an upper bound."""
 
     case: str
     what: str
@@ -16,15 +16,15 @@ class Row(NamedTuple):
     against: float
     unit: str
     baseline: str
-    """What `against` is of."""
+    """Kind of `against`."""
     ratio: float
     bar: str = ""
-    """Such as ">= 1.1"; left out where nothing is asked."""
+    """Target of the ratio, such as ">= 1.1"; empty: none."""
     note: str = ""
 
     @property
     def met(self) -> bool | None:
-        """Whether the bar is met; None without one."""
+        """Whether the target is met; None without one."""
         if not self.bar:
             return None
         sign, value = self.bar.split()
@@ -38,9 +38,9 @@ class Row(NamedTuple):
 def in_turns(
     rounds: int, warm: int = 1, before: Callable[[], Any] = lambda: None, **works: Callable[[], Any]
 ) -> dict[str, list[float]]:
-    """Return seconds of each work in each round; every other round goes backwards.
+    """Return the seconds of each work in each round; every other round runs in reverse order.
 
-    `warm` rounds come first and do not count, nor does what is done `before` each work.
+    The first `warm` rounds do not count, nor does `before`, which runs before each work.
     """
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for number in range(-warm, rounds):
@@ -55,7 +55,7 @@ def in_turns(
 
 
 def faster(seconds: dict[str, list[float]], ours: str, against: str) -> float:
-    """Return how many times as fast ours is: the median over rounds of the ratio of neighbours in time."""
+    """Return the speedup of ours: the median over rounds of the ratio of neighboring timings."""
     return median(theirs / own for theirs, own in zip(seconds[against], seconds[ours], strict=True))
 
 
@@ -71,7 +71,7 @@ def speed_row(
     bar: str = "",
     note: str = "",
 ) -> Row:
-    """Return a row of speeds: `per` things were done in each of the times."""
+    """Return a row of speeds: every timing is of `per` items."""
     own, theirs = (per / median(seconds[name]) for name in (ours, against))
     return Row(case, what, own, theirs, unit, baseline, faster(seconds, ours, against), bar, note)
 

@@ -1,4 +1,4 @@
-"""Random batches of latents from the HDF5 file, beside the same from an array in memory and from plain reads."""
+"""Random batches of latents from the HDF5 file, beside an array in memory and plain reads."""
 
 import copy
 import os
@@ -18,7 +18,7 @@ SHAPE = (4, 32, 32)
 
 
 def latents(params: Params, quick: bool) -> Iterator[Row]:
-    """Warm, cold, and from a file larger than the page cache, which dropping it before each batch stands for."""
+    """Warm, cold, and dropped before each batch, which stands for a file larger than the page cache."""
     with tempfile.TemporaryDirectory(dir=".") as folder:  # on the disk that data/ is on; /tmp may be memory
         path = Path(folder) / "latents.h5"
         file = latents_file(path, 2048 if quick else 16384, SHAPE)
@@ -84,7 +84,7 @@ def latents(params: Params, quick: bool) -> Iterator[Row]:
 
 
 def _drop(path: Path) -> None:
-    """Have the kernel forget a file's pages; needs nobody to have it mapped."""
+    """Drop a file from the page cache; nothing may have it mapped."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,4 +1,4 @@
-"""The results file: what was measured, on which machine, and whether the bars are met."""
+"""The results file: what was measured, and on which machine."""
 
 import os
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ def print_rows(name: str, rows: Sequence[Row], seconds: float) -> None:
 
 
 def write_results(name: str, rows: Sequence[Row], quick: bool) -> None:
-    """Put a case's rows into the results file in place of those it had."""
+    """Replace a case's rows in the results file."""
     import torch
 
     written: dict[str, Any] = read_json(paths.BENCHMARKS) if paths.BENCHMARKS.exists() else {"cases": {}}

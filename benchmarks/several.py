@@ -1,4 +1,4 @@
-"""Two ranks against one, a thread each, on B/2's shapes; and what two processes get of this machine at all."""
+"""Two processes of one thread against one, on the shapes of B/2, and the bound that this machine sets."""
 
 import os
 import socket
@@ -15,7 +15,7 @@ from benchmarks.measuring import Row, matmul_rate
 
 
 def ranks(params: Params, quick: bool) -> Iterator[Row]:
-    """Processes that live side by side and update in turns: one rank alone, then two together."""
+    """Update in turns: one process alone, then two together."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         from benchmarks.training import b2_latents, b2_run
 
@@ -36,18 +36,18 @@ def ranks(params: Params, quick: bool) -> Iterator[Row]:
     possible = 2 * median(alone / both for alone, both in zip(times[1], times[2], strict=True))
     balance = _balance(params)
     note = (
-        f"two processes that only multiply matrices, sharing nothing, do {possible:.2f} times the work of one here; "
-        f"the one image of four that is penalised is on one rank, so that both end {balance:.2f} times as soon at the "
-        f"best: together {possible * balance / 2:.2f}, before any gradient is exchanged"
+        f"two processes that multiply matrices and share nothing do {possible:.2f} times the work of one; one process "
+        f"has the one penalized image of four, so both together end at most {balance:.2f} times as soon: "
+        f"{possible * balance / 2:.2f} is possible before any gradient is exchanged"
     )
-    what = "B/2, 4 x 32 x 32, batch 4: two gloo ranks of one thread"
+    what = "B/2, 4 x 32 x 32, batch 4: two gloo processes of one thread"
     yield Row(
-        "ranks", what, 1 / median(two), 1 / median(one), "updates/s", "one rank of one thread", gain, ">= 1.6", note
+        "ranks", what, 1 / median(two), 1 / median(one), "updates/s", "one process of one thread", gain, ">= 1.6", note
     )
 
 
 def _balance(params: Params) -> float:
-    """Return how many times less the busier of two ranks has to do, by count of FLOPs, than one rank alone."""
+    """Return the FLOPs of one process alone over those of the busier of two."""
     from afm_pipe.models.model_files import run_config
     from afm_pipe.planning.counting import measure
     from benchmarks.inputs import CLASS_COUNT
@@ -55,7 +55,7 @@ def _balance(params: Params) -> float:
 
     run = b2_run(params)
     config = run_config(run, B2_SHAPE, CLASS_COUNT)
-    return measure(run, config, 4).flops / measure(run, config, 2).flops  # one image is penalised in either
+    return measure(run, config, 4).flops / measure(run, config, 2).flops  # one image is penalized in either
 
 
 def _world(stack: ExitStack, size: int, run: Run, folder: str) -> list[Beside]:
@@ -67,7 +67,7 @@ def _world(stack: ExitStack, size: int, run: Run, folder: str) -> list[Beside]:
 
 @contextmanager
 def _member(rank: int, size: int, port: int, run: Run, folder: str) -> Iterator[Works]:
-    """Be one rank; each work returns the seconds it took."""
+    """Yield the works of one process; each returns its seconds."""
     import time
 
     import torch

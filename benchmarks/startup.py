@@ -1,4 +1,4 @@
-"""How long a person waits: for --help, for a `dvc repro` that has nothing to do, for the first update of a training."""
+"""Waiting times: --help, a `dvc repro` with nothing to do, the first update of a run."""
 
 import subprocess
 import sys
@@ -24,7 +24,7 @@ IMPORTS = "import torch, diffusers; from diffusers import AutoencoderKL"
 
 
 def startup(params: Params, quick: bool) -> Iterator[Row]:
-    """`afm-pipe --help` beside a trivial typer app's; a no-op `dvc repro` beside `dvc status`."""
+    """`afm-pipe --help` beside a trivial typer app; a no-op `dvc repro` beside `dvc status`."""
     with tempfile.TemporaryDirectory() as folder:
         trivial = Path(folder) / "trivial.py"
         trivial.write_text(TRIVIAL)
@@ -42,7 +42,7 @@ def startup(params: Params, quick: bool) -> Iterator[Row]:
         seconds = in_turns(1 if quick else 3, ours=lambda: _run([*dvc, "repro"]), status=lambda: _run([*dvc, "status"]))
         yield _times("startup", "dvc repro with nothing to do", seconds, "ours", "status", "dvc status", "<= 2.0")
     else:
-        print("startup: no-op dvc repro is not measured, since stages here have changed (make repro)")
+        print("startup: no-op dvc repro is not measured, because stages have changed (make repro)")
     first = [sys.executable, "-c", "from benchmarks.startup import first_update; first_update()"]
     works = {"ours": lambda: _run(first), "imports": lambda: _run([sys.executable, "-c", IMPORTS])}
     seconds = in_turns(1 if quick else 3, **works)
@@ -51,7 +51,7 @@ def startup(params: Params, quick: bool) -> Iterator[Row]:
 
 
 def first_update() -> None:
-    """Make the first update of the small default, on random latents."""
+    """Run the first update of the small default on random latents."""
     from afm_pipe.params.file import load_params
     from benchmarks.inputs import latents_file
     from benchmarks.training import one_update, trainer_of

@@ -1,12 +1,11 @@
-"""The update of G and D as one would write it down from the paper, with the same result and the same counted work.
+"""The update of G and D as written down from the paper, with the same result and the same counted work.
 
-What it does not do, and afm_pipe does: one D forward over real, generated and moved latents together (here four, one
-after the other); fused AdamW, norms and moving averages over all tensors at once (here a loop over parameters);
-patches by a matrix product instead of a strided convolution; scale, shift and gate in one pass over memory. Neither
-trains on anything else: the test of the benchmarks compares losses and weights of the two.
+afm_pipe differs in speed alone: one forward pass of D over real, generated and perturbed latents (here four passes);
+fused AdamW, norms and EMA over all tensors at once (here a loop over parameters); patches by a matrix product instead of
+a strided convolution; scale, shift and gate in one pass over memory. `tests/test_benchmarks.py` compares the weights.
 
-`online` adds what the released trainer does at every step: images through the VAE's encoder in bf16, instead of
-latents that were encoded once.
+`online` adds what the released trainer does at every step: images through the VAE's encoder in bf16, instead of latents
+that were encoded once.
 """
 
 import copy
@@ -35,11 +34,11 @@ class Straightforward:
 
     def update(self, real: tuple[Tensor, Tensor], z: tuple[Tensor, Tensor], labels: tuple[Tensor, Tensor],
                noise: tuple[Tensor, Tensor], transport: float) -> tuple[float, float]:  # fmt: skip
-        """Update D, then G, each on latents (N, C, H, W), noise and labels of its own; return both losses."""
+        """Update D, then G, each on its own latents (N, C, H, W), noise and labels; return both losses."""
         return self.update_d(real[0], z[0], labels[0], noise), self.update_g(real[1], z[1], labels[1], transport)
 
     def update_d(self, real: Tensor, z: Tensor, labels: Tensor, noise: tuple[Tensor, Tensor]) -> float:
-        """Update D. `noise` (n, C, H, W) moves the first n real and the first n generated latents."""
+        """Update D. `noise` (n, C, H, W) perturbs the first n real and the first n generated latents."""
         run, n = self.run, len(noise[0])
         with torch.no_grad():
             fake = self.generator(z, labels)
@@ -97,7 +96,7 @@ class _Normalized(torch.autograd.Function):
 
 
 def clip(module: nn.Module, largest: float | None) -> float:
-    """Return the norm of a module's gradients, by a loop; scale them down to `largest` if there is one."""
+    """Return the norm of a module's gradients; scale them down to `largest`, if given."""
     total = 0.0
     for parameter in module.parameters():
         total += parameter.grad.square().sum().item() if parameter.grad is not None else 0.0

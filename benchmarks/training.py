@@ -1,4 +1,4 @@
-"""Updates of a training, its data path included, beside plain ones; where their time goes, and how far they can go."""
+"""Updates of a run, data path included, beside plain ones; where the time goes, and the bound of matrix products."""
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -49,7 +49,7 @@ def one_update(trainer: Trainer, bf16: bool = False) -> None:
 
 
 class PlainTraining:
-    """The straightforward update on the batches of ours; online, from images through a VAE."""
+    """The straightforward update on the same batches; online: from images through a VAE."""
 
     def __init__(self, run: Run, latents: Latents, vae: Any = None) -> None:
         self.objective = build_objective(run, run_config(run, latents.latent_shape, latents.num_classes))
@@ -74,7 +74,7 @@ class PlainTraining:
 
 @contextmanager
 def plain_training(run: Run, latents: Path, vae: bool) -> Iterator[Works]:
-    """Give the works of the straightforward update, for a process of its own."""
+    """Yield the works of the straightforward update, for another process."""
     plain = PlainTraining(run, Latents.open(latents), sd_vae().model if vae else None)
     yield {"plain": plain.update, "online": partial(plain.update, True)}
 
@@ -90,7 +90,7 @@ def b2_latents(folder: Path) -> Latents:
 
 
 def b2(params: Params, quick: bool) -> Iterator[Row]:
-    """B/2 on 4 x 32 x 32 latents, batch 4: fp32, bf16, and beside one that encodes online."""
+    """B/2 on 4 x 32 x 32 latents, batch 4: fp32, bf16, and against encoding online."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         latents, run = b2_latents(Path(folder)), b2_run(params)
         beside = stack.enter_context(Beside(plain_training, run, latents.path, True))
@@ -157,16 +157,16 @@ def _floor_row(
     work = measure(run, config, run.batch_size)
     floor = work.flops / median(rates)
     note = (
-        f"{work.units:.1f} forward passes of G, {work.flops / 1e9:,.0f} GFLOP of matrix products an update; products "
-        f"of 2048 x 2048 matrices ran at {median(rates) / 1e9:.0f} GFLOP/s in between; under the profiler products "
-        f"take {_products_share(operators):.0%} of an update, the rest is listed below"
+        f"{work.units:.1f} forward passes of G and {work.flops / 1e9:,.0f} GFLOP of matrix products per update; "
+        f"products of 2048 x 2048 matrices ran at {median(rates) / 1e9:.0f} GFLOP/s in between; under the profiler, products "
+        f"take {_products_share(operators):.0%} of an update"
     )
     against = "its matrix products at this machine's rate"
     return Row(case, what, 1 / median(seconds), 1 / floor, "updates/s", against, floor / median(seconds), bar, note)
 
 
 def _products_share(operators: Sequence[Row]) -> float:
-    """Return the share of a profiled update that products of matrices take."""
+    """Return the fraction of a profiled update spent in matrix products."""
     return sum(row.ratio for row in operators if row.what in PRODUCTS)
 
 
@@ -176,7 +176,7 @@ def _wait_row(case: str, shape: str, wait: float, update: float) -> Row:
 
 
 def _where(case: str, shape: str, update: Callable[[], Any]) -> Iterator[Row]:
-    """Profile one update; one row for each of the operators that take most of its time."""
+    """Profile one update; yield a row for each of the slowest operators."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
