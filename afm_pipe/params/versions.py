@@ -74,7 +74,8 @@ def origin_files(params: Params, name: str) -> dict[str, Path]:
 def run_identity(run: Run, latent_shape: tuple[int, ...], latents: str, origins: Mapping[str, str]) -> str:
     """Return the fingerprint of a run: its params, the latents' own, and the hashes of what it starts from."""
     settings = {"run": run.model_dump(mode="json"), "size": SIZES[run.size], "latent_shape": latent_shape}
-    return fingerprint(settings, {"latents": latents, **origins}, versions("train"))
+    measured = {} if run.selection is None else versions("evaluate")  # what the selection measures with
+    return fingerprint(settings, {"latents": latents, **origins}, versions("train") | measured)
 
 
 def code(stage: str) -> dict[str, str]:
