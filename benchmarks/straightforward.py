@@ -1,8 +1,8 @@
 """The update of G and D as written down from the paper, with the same result and the same counted work.
 
 afm_pipe differs in speed alone: one forward pass of D over real, generated and perturbed latents (here four passes);
-fused AdamW, norms and EMA over all tensors at once (here a loop over parameters); patches by a matrix product instead of
-a strided convolution; scale, shift and gate in one pass over memory. `tests/test_benchmarks.py` compares the weights.
+fused AdamW, norms and EMA over all tensors at once (here a loop over parameters); patches by a matrix product instead
+of a strided convolution; scale, shift and gate in one pass over memory. `tests/test_benchmarks.py` compares the weights.
 
 `online` adds what the released trainer does at every step: images through the VAE's encoder in bf16, instead of latents
 that were encoded once.

@@ -158,8 +158,8 @@ def _floor_row(
     floor = work.flops / median(rates)
     note = (
         f"{work.units:.1f} forward passes of G and {work.flops / 1e9:,.0f} GFLOP of matrix products per update; "
-        f"products of 2048 x 2048 matrices ran at {median(rates) / 1e9:.0f} GFLOP/s in between; under the profiler, products "
-        f"take {_products_share(operators):.0%} of an update"
+        f"products of 2048 x 2048 matrices ran at {median(rates) / 1e9:.0f} GFLOP/s in between; under the profiler, "
+        f"products take {_products_share(operators):.0%} of an update"
     )
     against = "its matrix products at this machine's rate"
     return Row(case, what, 1 / median(seconds), 1 / floor, "updates/s", against, floor / median(seconds), bar, note)
