@@ -2,7 +2,7 @@
 
 afm_pipe differs in speed alone: one forward pass of D over real, generated and perturbed latents (here four passes);
 fused AdamW, norms and EMA over all tensors at once (here a loop over parameters); patches by a matrix product instead
-of a strided convolution; scale, shift and gate in one pass over memory. `tests/test_benchmarks.py` compares the weights.
+of a strided convolution; scale, shift and gate in one pass over memory. `tests/test_benchmarks.py` compares weights.
 
 `online` adds what the released trainer does at every step: images through the VAE's encoder in bf16, instead of latents
 that were encoded once.

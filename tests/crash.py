@@ -34,14 +34,15 @@ from afm_pipe.training.checkpoints import checkpoints
 RUN = "t4"
 # EMA and D are reloaded on the way, so that a resume needs more than the newest checkpoint.
 PHASES = "[{until_epoch: 5}, {until_epoch: 8, reload_ema: epoch, reload_discriminator: 2}]"
-# The monitor acts, too: at update 20 it rolls back to update 10 as often as it may, at update 30 it reloads D by trial.
+# The monitor acts, too: at update 20 it rolls back to update 10 as often as it may, at update 40 it reloads D by trial.
 # So a resume needs its memory and the files it keeps.
 MONITOR = {
     "policy": "act",
     "settle_epochs": 2.0,
     "probe.every_epochs": 1.25,
     "divergence.spread": 1000.0,
-    "stagnation": "{probes: 1, improvement: 1.0, d_accuracy: 0.0}",
+    "significance": 0.001,
+    "stagnation": "{probes: 3, improvement: 1.0, d_accuracy: 0.0}",
     "act": "{rollbacks: 2, lr: 0.9, candidates: 2, trial_epochs: 0.3, transport_speed: 2.0}",
 }
 OVERRIDES = (

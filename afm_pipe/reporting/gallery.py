@@ -1,14 +1,12 @@
 """The pictures of the page: samples side by side, strips from seed to seed, and the check for copies."""
 
-import io
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 
-from afm_pipe.reporting import pictures
 from afm_pipe.reporting.inputs import Inputs, RunRecord, stage_of
-from afm_pipe.reporting.pictures import Picture
+from afm_pipe.reporting.pictures import Picture, inline, open_png
 from afm_pipe.runtime import paths
 
 PICTURE_BYTES = 6 * 2**20  # of all pictures on the page, which base64 makes a third larger: below 10 MiB
@@ -32,12 +30,14 @@ class Gallery(NamedTuple):
 
 def gallery(inputs: Inputs) -> Gallery:
     """Read the pictures of all runs. Raises UserError naming the stage of a missing one."""
+    sampling = inputs.params.sample
     share = PICTURE_BYTES // (2 + 3 * max(len(inputs.runs), 1))
+    width = GAP + min(SIDE_BY_SIDE, sampling.per_class) * (inputs.params.data.image_size + GAP)
     beside = []
     for name, (title, path, stage) in zip(("", "", *inputs.params.names), _grids(inputs), strict=True):
         what = f"Samples of run {name} from the same {SIDE_BY_SIDE} seeds as every run" if name else title
         alt = f"{what}, one row per class: {class_list(inputs)}"
-        beside.append((name, pictures.inline(_columns(inputs, path, stage), alt, title, share)))
+        beside.append((name, inline(path, stage, alt, title, share, width)))
     strips, nearest = (
         [run_picture(inputs, record, kind, record.name, share) for record in inputs.runs]
         for kind in ("interpolation", "nearest")
@@ -48,13 +48,13 @@ def gallery(inputs: Inputs) -> Gallery:
 def run_picture(inputs: Inputs, record: RunRecord, name: str, caption: str, max_bytes: int) -> Picture:
     """Return one of the pictures `OF_RUN`."""
     verb, alt = OF_RUN[name]
-    source = pictures.read(paths.samples(record.name) / f"{name}.png", stage_of(inputs.params, verb, record.name))
-    return pictures.inline(source, alt.format(run=record.name, classes=class_list(inputs)), caption, max_bytes)
+    path, stage = paths.samples(record.name) / f"{name}.png", stage_of(inputs.params, verb, record.name)
+    return inline(path, stage, alt.format(run=record.name, classes=class_list(inputs)), caption, max_bytes)
 
 
 def tiles(inputs: Inputs) -> list[tuple[str, Image.Image]]:
     """Return the titled grids of the sheet that is a file."""
-    return [(title, pictures.open_png(path, stage)) for title, path, stage in _grids(inputs)]
+    return [(title, open_png(path, stage)) for title, path, stage in _grids(inputs)]
 
 
 def class_list(inputs: Inputs, most: int = 10) -> str:
@@ -66,22 +66,11 @@ def class_list(inputs: Inputs, most: int = 10) -> str:
 
 def _grids(inputs: Inputs) -> list[tuple[str, Path, str]]:
     """Return title, path and stage of the grids of real images, their reconstructions, and every run."""
-    real = [(title, f"{title.lower().split()[0]}.png") for title in ("Real images", "Reconstructed")]
-    return [(title, paths.REFERENCE / name, "reference") for title, name in real] + [
-        (run.name, paths.samples(run.name) / "grid.png", stage_of(inputs.params, "sample", run.name))
-        for run in inputs.runs
+    return [
+        ("Real images", paths.REFERENCE / "real.png", "reference"),
+        ("Reconstructed", paths.REFERENCE / "reconstructed.png", "reference"),
+        *(
+            (name, paths.samples(name) / "grid.png", stage_of(inputs.params, "sample", name))
+            for name in inputs.params.names
+        ),
     ]
-
-
-def _columns(inputs: Inputs, path: Path, stage: str) -> pictures.Source:
-    """Return the first columns of a grid, which are its first seeds."""
-    image = pictures.open_png(path, stage)
-    width = GAP + min(SIDE_BY_SIDE, inputs.params.sample.per_class) * (inputs.params.data.image_size + GAP)
-    if width >= image.width:
-        return pictures.read(path, stage)
-    cut = image.crop((0, 0, width, image.height))
-    if inputs.params.data.channels == 1:
-        cut = cut.convert("L")
-    buffer = io.BytesIO()
-    cut.save(buffer, "PNG", optimize=True)
-    return pictures.Source(path, cut, buffer.getvalue())

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from afm_pipe.reporting import pictures, titles
+from afm_pipe.reporting import titles
 from afm_pipe.reporting.inputs import typed
-from afm_pipe.reporting.pictures import Picture
+from afm_pipe.reporting.pictures import Picture, inline
 from afm_pipe.reporting.table import Cell, Column, Table
 from afm_pipe.runtime import paths
 from afm_pipe.study.toy.results import MapResults, OwnScale, ToyResults
@@ -111,7 +111,7 @@ def _drawings(results: ToyResults) -> tuple[Drawing, ...]:
 
 
 def _drawing(title: str, name: str, alt: str, caption: str) -> Drawing:
-    image = pictures.inline(pictures.read(paths.TOY / name, "toy"), alt, caption, MAX_BYTES)
+    image = inline(paths.TOY / name, "toy", alt, caption, MAX_BYTES)
     return Drawing(title, image, paths.TOY / ("guidance.csv" if name == "guidance.png" else "maps.csv"))
 
 

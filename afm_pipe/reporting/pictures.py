@@ -26,35 +26,27 @@ class Picture(NamedTuple):
     source: str
 
 
-class Source(NamedTuple):
-    """A decoded picture with the bytes of its PNG."""
+def inline(path: Path, stage: str, alt: str, caption: str, max_bytes: int, width: int | None = None) -> Picture:
+    """Put a PNG, or its left `width` pixels, into a data URI of about `max_bytes` at most, if need be as smaller WebP.
 
-    path: Path
-    image: Image.Image
-    png: bytes
-
-
-def read(path: Path, stage: str) -> Source:
-    """Read a PNG. Raises UserError when the file is missing or damaged."""
-    return Source(path, open_png(path, stage), path.read_bytes())
-
-
-def inline(source: Source, alt: str, caption: str, max_bytes: int) -> Picture:
-    """Put a picture into a data URI of about `max_bytes` at most: its PNG if that fits, else a smaller WebP."""
-    image, data, kind = source.image.copy(), source.png, "png"
+    Raises UserError naming the stage that writes the file when it is missing or damaged.
+    """
+    image = open_png(path, stage)
+    data, kind = path.read_bytes(), "png"
+    if width is not None and width < image.width:
+        image = image.crop((0, 0, width, image.height))
+        data = _encode(_without_color(image), "PNG", optimize=True)
     for side in SIDES:
         if len(data) <= max_bytes:
             break
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
-        buffer = io.BytesIO()
-        image.save(buffer, "WEBP", quality=85)
-        data, kind = buffer.getvalue(), "webp"
+        data, kind = _encode(image, "WEBP", quality=85), "webp"
     uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-    return Picture(uri, image.width, image.height, alt, caption, str(source.path))
+    return Picture(uri, image.width, image.height, alt, caption, str(path))
 
 
 def open_png(path: Path, stage: str) -> Image.Image:
-    """Decode a PNG. Raises UserError naming its stage when the file is missing or damaged."""
+    """Decode a PNG to RGB. Raises UserError naming its stage when the file is missing or damaged."""
     try:
         with Image.open(needed(path, stage), formats=["PNG"]) as image:
             return image.convert("RGB")
@@ -79,11 +71,18 @@ def draw_sheet(tiles: Sequence[tuple[str, Image.Image]], path: Path, columns: in
         x, y = gap + index % columns * (width + gap), gap + index // columns * (height + gap)
         draw.text((x, y), title, fill="#1c2127", font=font)
         sheet.paste(image, (x, y + head))
-    if all(map(_is_grey, images)):
-        sheet = sheet.convert("L")  # a third of the bytes
+    if all(_without_color(image).mode == "L" for image in images):
+        sheet = sheet.convert("L")
     sheet.save(path, optimize=True)
 
 
-def _is_grey(image: Image.Image) -> bool:
+def _without_color(image: Image.Image) -> Image.Image:
+    """Return a gray RGB image with one channel, a third of the bytes; any other one as it is."""
     red, *others = image.split()
-    return all(ImageChops.difference(red, band).getbbox() is None for band in others)
+    return red if all(ImageChops.difference(red, band).getbbox() is None for band in others) else image
+
+
+def _encode(image: Image.Image, kind: str, **options: int | bool) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()

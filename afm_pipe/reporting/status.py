@@ -16,7 +16,7 @@ from typing import Any, Literal
 import psutil
 
 from afm_pipe.data.latents_format import provenance_fingerprint, read_provenance
-from afm_pipe.objectives.schedules import num_updates, update_at
+from afm_pipe.objectives.schedules import num_updates, phase_at
 from afm_pipe.params import Params, Run
 from afm_pipe.params.versions import code_notice, origin_files, run_identity
 from afm_pipe.runtime import paths
@@ -62,8 +62,8 @@ class RunStatus:
             return str(begun + 1)
         if self.num_images is None or not self.update:
             return "-"
-        ends = [update_at(self.run, phase.until_epoch, self.num_images) for phase in self.run.phases]
-        return f"{min(1 + sum(self.update >= end for end in ends), len(ends))} of {len(ends)}"
+        number = 1 + self.run.phases.index(phase_at(self.run, self.update, self.num_images))
+        return f"{number} of {len(self.run.phases)}"
 
     @property
     def health(self) -> str:

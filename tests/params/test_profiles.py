@@ -56,7 +56,7 @@ def test_the_profile_has_the_papers_rates_weights_and_reloads(params: Params, na
     assert [phase.reload_ema for phase in run.phases] == ["never", "epoch", "epoch", "epoch"]
     assert [phase.reload_discriminator is not None for phase in run.phases] == [False, False, True, False]
     several = "nfe" in name or run.repeats > 1
-    assert {phase.gradient_clip for phase in run.phases} == {5.0 if several else None}
+    assert {phase.gradient_clip for phase in run.phases} == {5.0 if several else 50.0}
     guidance = run.phases[-1].guidance
     assert guidance is not None
     assert guidance.scale == (0.02 if "nfe" in name else 0.003)

@@ -22,10 +22,30 @@ from afm_pipe.training.state import TrainingState
 from afm_pipe.training.store import RunStore
 from afm_pipe.training.trainer import Runtime, Task, Trainer
 from tests.conftest import ROOT
-from tests.training.running import assert_same, same_weights, train, weights
+from tests.training.running import assert_same, same_weights, train, updates_of, weights
 
 LAST = 38  # update: five epochs of 60 images; rows at 10, 20, 30 and 38, a probe at each
-Monitored = Callable[..., TrainingState]
+
+
+class Runs:
+    """Runs on the discs by name, in one folder."""
+
+    def __init__(self, folder: Path, latents: Latents, run: Run) -> None:
+        self.folder, self.latents, self.run = folder, latents, run
+
+    def train(self, name: str, own: dict[str, Any], stop_at: int | None = None, seconds: float = 1e9) -> TrainingState:
+        """Train or resume a run with overrides, up to the row at `stop_at` if it is given."""
+        run = Run.model_validate(deep_merge(self.run.model_dump(mode="json"), own))
+        objective = build_objective(run, run_config(run, self.latents.latent_shape, self.latents.num_classes))
+        task = Task(objective, self.latents, "monitored", keep_at=(LAST,))
+        return train(Trainer(task, Runtime(self.folder / name, checkpoint_seconds=seconds)), stop_at)
+
+    def store(self, name: str) -> RunStore:
+        return RunStore(self.folder / name)
+
+    def events(self, name: str, kind: str | None = None) -> list[Event]:
+        """Return the events of a run, or those of a kind."""
+        return [event for event in self.store(name).read_events() if kind in (None, event.kind)]
 
 
 @pytest.fixture(scope="module")
@@ -33,51 +53,36 @@ def latents(discs: Path) -> Latents:
     return Latents.open(discs / "data" / "latents.h5")
 
 
-@pytest.fixture
-def monitored(latents: Latents, discs_params: Params, tmp_path: Path) -> Monitored:
-    """Return a function that trains on the discs with overrides, up to the row at `stop_at` if it is given."""
+@pytest.fixture(scope="module")
+def runs(latents: Latents, discs_params: Params, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     base = {
         "size": "s4",
         "phases": [{"until_epoch": 5}],
         "monitor": {"settle_epochs": 1.0, "probe": {"every_epochs": 1.25}},
     }
-
-    def trained(folder: str, own: dict[str, Any], stop_at: int | None = None, seconds: float = 1e9) -> TrainingState:
-        run = Run.model_validate(deep_merge(deep_merge(discs_params.runs["t4"].model_dump(mode="json"), base), own))
-        objective = build_objective(run, run_config(run, latents.latent_shape, latents.num_classes))
-        task = Task(objective, latents, "monitored", keep_at=(LAST,))
-        return train(Trainer(task, Runtime(tmp_path / folder, checkpoint_seconds=seconds)), stop_at)
-
-    return trained
+    run = Run.model_validate(deep_merge(discs_params.runs["t4"].model_dump(mode="json"), base))
+    return Runs(tmp_path_factory.mktemp("monitored"), latents, run)
 
 
-def events_of(tmp_path: Path, folder: str) -> list[Event]:
-    return RunStore(tmp_path / folder).read_events()
-
-
-def of_kind(tmp_path: Path, folder: str, kind: str) -> Event:
-    return next(event for event in events_of(tmp_path, folder) if event.kind == kind)
-
-
-def test_monitoring_changes_no_weight(monitored: Monitored, tmp_path: Path) -> None:
+def test_monitoring_changes_no_weight(runs: Runs) -> None:
     short = {"phases": [{"until_epoch": 2.6}]}
-    warned = monitored("warn", short | {"monitor": {"policy": "warn"}})
+    warned = runs.train("warn", short | {"monitor": {"policy": "warn"}})
     assert [probe["update"] for probe in warned.extra["monitor"]["probes"]] == [10, 20]
-    off = monitored("off", short | {"monitor": {"policy": "off"}})
+    off = runs.train("off", short | {"monitor": {"policy": "off"}})
     assert same_weights(warned, off)
     assert "monitor" not in off.extra
 
 
-def test_identity_is_noticed_and_lowers_the_transport_weight(monitored: Monitored, tmp_path: Path) -> None:
+def test_identity_is_noticed_and_lowers_the_transport_weight(runs: Runs) -> None:
     short = {"form": "residual", "phases": [{"until_epoch": 4}], "monitor": {"policy": "act", "rows": 1}}
-    constant = monitored("constant", short | {"transport": {"start": 50.0, "end": 50.0}})
-    event = of_kind(tmp_path, "constant", "identity")
+    constant = runs.train("constant", short | {"transport": {"start": 50.0, "end": 50.0}})
+    event = runs.events("constant", "identity")[0]
     assert event.evidence["transport_rms"] is not None
     assert event.evidence["transport_rms"] < 0.2
     assert event.action == "transport weight divided by 2"
     assert [row["transport"] for row in constant.rows] == [50.0, 25.0, 25.0]
-    decaying = monitored("decay", short | {"transport": {"start": 50.0, "end": 10.0, "decay_epochs": 8}})
-    event = of_kind(tmp_path, "decay", "identity")
+    decaying = runs.train("decay", short | {"transport": {"start": 50.0, "end": 10.0, "decay_epochs": 8}})
+    event = runs.events("decay", "identity")[0]
     assert event.action == "transport weight decays 2 times as fast"
     clock = event.update + 2 * (29 - event.update)  # of the last update, counted from 0
     expected = 10 + 40 * (1 + torch.cos(torch.tensor(torch.pi * clock / 59))) / 2
@@ -91,46 +96,52 @@ NAN = {
 }
 
 
-def test_nan_rolls_back_to_the_last_good_probe_at_lower_rates(monitored: Monitored, tmp_path: Path) -> None:
-    whole = monitored("whole", NAN)
-    event = events_of(tmp_path, "whole")[0]
+@pytest.fixture(scope="module")
+def rolled_back(runs: Runs) -> TrainingState:
+    return runs.train("rolled back", NAN)
+
+
+def test_nan_rolls_back_to_the_last_good_probe_at_lower_rates(runs: Runs, rolled_back: TrainingState) -> None:
+    event = runs.events("rolled back")[0]
     assert (event.kind, event.evidence["rolled_back_to"]) == ("divergence", 0)
     assert event.action == "rolled back to update 0, learning rates times 1e-09"
-    assert whole.update == LAST
-    assert all(torch.isfinite(tensor).all() for tensor in weights(whole).values())
-    assert [row["update"] for row in whole.rows] == [10, 20, 30, LAST], "each row once"
-    assert whole.rows[0]["lr"] == pytest.approx(1.0e-3)
+    assert rolled_back.update == LAST
+    assert all(torch.isfinite(tensor).all() for tensor in weights(rolled_back).values())
+    assert [row["update"] for row in rolled_back.rows] == [10, 20, 30, LAST], "each row once"
+    assert rolled_back.rows[0]["lr"] == pytest.approx(1.0e-3)
 
+
+def test_a_kill_after_a_rollback_changes_nothing(runs: Runs, rolled_back: TrainingState) -> None:
     with pytest.raises(InterruptedError):
-        monitored("cut", NAN, stop_at=20, seconds=0.0)
-    assert events_of(tmp_path, "cut")[0].kind == "divergence"
-    with (tmp_path / "cut" / FILE).open("a") as file:
+        runs.train("cut", NAN, stop_at=20, seconds=0.0)
+    assert runs.events("cut")[0].kind == "divergence"
+    with (runs.folder / "cut" / FILE).open("a") as file:
         file.write('{"update": 2')  # what a kill in the middle of a write leaves
-    assert_same(monitored("cut", NAN), whole)
-    assert events_of(tmp_path, "cut") == events_of(tmp_path, "whole")
+    assert_same(runs.train("cut", NAN), rolled_back)
+    assert runs.events("cut") == runs.events("rolled back")
 
 
 def test_a_kill_before_the_first_checkpoint_after_a_rollback_changes_nothing(
-    monitored: Monitored, tmp_path: Path
+    runs: Runs, rolled_back: TrainingState
 ) -> None:
-    whole = monitored("whole", NAN)
     with pytest.raises(InterruptedError):
-        monitored("cut", NAN, stop_at=30)
-    assert not list((tmp_path / "cut" / "checkpoints").glob("update-*"))
-    assert [path.name for path in sorted((tmp_path / "cut" / "good").iterdir())][-1] > "update-000000000"
-    assert_same(monitored("cut", NAN), whole)
-    assert events_of(tmp_path, "cut") == events_of(tmp_path, "whole")
+        runs.train("cut early", NAN, stop_at=30)
+    store = runs.store("cut early")
+    assert not updates_of(store.checkpoints)
+    assert updates_of(store.good)[-1] > 0
+    assert_same(runs.train("cut early", NAN), rolled_back)
+    assert runs.events("cut early") == runs.events("rolled back")
 
 
-def test_damaged_good_checkpoints_are_not_used(monitored: Monitored, tmp_path: Path) -> None:
+def test_damaged_good_checkpoints_are_not_used(runs: Runs) -> None:
     calm = deep_merge(NAN, {"phases": [{"until_epoch": 5, "lr": 1.0e-3}]})
     with pytest.raises(InterruptedError):
-        monitored("bad", calm, stop_at=20, seconds=0.0)
-    for path in (tmp_path / "bad" / "good").glob("*/generator.safetensors"):
+        runs.train("bad", calm, stop_at=20, seconds=0.0)
+    for path in runs.store("bad").good.glob("*/generator.safetensors"):
         path.write_bytes(bytes(path.stat().st_size))
     with pytest.raises(NotFiniteError):
-        monitored("bad", NAN)
-    assert events_of(tmp_path, "bad")[-1].action == "no undamaged checkpoint to roll back to"
+        runs.train("bad", NAN)
+    assert runs.events("bad")[-1].action == "no undamaged checkpoint to roll back to"
 
 
 @pytest.mark.parametrize(
@@ -140,12 +151,10 @@ def test_damaged_good_checkpoints_are_not_used(monitored: Monitored, tmp_path: P
         ("warn", [None]),
     ],
 )
-def test_a_run_that_keeps_diverging_fails(
-    monitored: Monitored, tmp_path: Path, policy: str, actions: list[str | None]
-) -> None:
+def test_a_run_that_keeps_diverging_fails(runs: Runs, policy: str, actions: list[str | None]) -> None:
     with pytest.raises(NotFiniteError):
-        monitored("stubborn", deep_merge(NAN, {"monitor": {"policy": policy, "act": {"lr": 0.9}}}))
-    assert [event.action for event in events_of(tmp_path, "stubborn")] == actions
+        runs.train(policy, deep_merge(NAN, {"monitor": {"policy": policy, "act": {"lr": 0.9}}}))
+    assert [event.action for event in runs.events(policy)] == actions
 
 
 # No probe is better than one before by its whole distance, so it always stands still; and D always wins.
@@ -159,61 +168,65 @@ STUCK = {
 }
 
 
-def test_a_stall_reloads_the_earlier_discriminator_that_does_best(monitored: Monitored, tmp_path: Path) -> None:
-    whole = monitored("whole", STUCK)
-    (event,) = (event for event in events_of(tmp_path, "whole") if event.kind == "stagnation")
+@pytest.fixture(scope="module")
+def stuck(runs: Runs) -> TrainingState:
+    return runs.train("stuck", STUCK)
+
+
+def test_a_stall_reloads_the_earlier_discriminator_that_does_best(runs: Runs, stuck: TrainingState) -> None:
+    (event,) = runs.events("stuck", "stagnation")
     assert event.action is not None
     trials = event.action.split("trial: ")[1].rstrip(")").split(", ")
     tried = {int(trial.split()[-1]): float(trial.split()[0]) for trial in trials}
     assert max(tried) < event.update, "the current D is not among the earlier ones"
     assert f"D reloaded from update {min(tried, key=tried.__getitem__)} " in event.action
-    assert whole.rows[-1]["lr"] == whole.rows[0]["lr"] / 2
-    assert len(list((tmp_path / "whole" / "adversaries").glob("probe-*"))) <= 6, "bounded"
+    assert stuck.rows[-1]["lr"] == stuck.rows[0]["lr"] / 2
+    assert len(list((runs.folder / "stuck" / "adversaries").glob("probe-*"))) <= 6, "bounded"
 
+
+def test_a_kill_after_a_stall_changes_nothing(runs: Runs, stuck: TrainingState) -> None:
     with pytest.raises(InterruptedError):
-        monitored("cut", STUCK, stop_at=30, seconds=0.0)
-    assert_same(monitored("cut", STUCK), whole)
-    for line in (tmp_path / "cut" / FILE).read_text().splitlines():
+        runs.train("cut after a stall", STUCK, stop_at=30, seconds=0.0)
+    assert_same(runs.train("cut after a stall", STUCK), stuck)
+    for line in (runs.folder / "cut after a stall" / FILE).read_text().splitlines():
         assert set(json.loads(line)) == {"update", "images", "kind", "text", "evidence", "action"}
 
 
-def test_the_discriminator_of_a_probe_is_kept_before_another_is_loaded(monitored: Monitored, tmp_path: Path) -> None:
-    whole = monitored("whole", STUCK)
-    at = of_kind(tmp_path, "whole", "stagnation").update
-    assert at in whole.extra["monitor"]["adversaries"]
-    until = {"monitor": {"policy": "warn"}, "phases": [{"until_epoch": at * 8 / 60}]}  # which is when the stall is seen
-    trained = monitored("warned", deep_merge(STUCK, until))
+def test_the_discriminator_of_a_probe_is_kept_before_another_is_loaded(runs: Runs, stuck: TrainingState) -> None:
+    at = runs.events("stuck", "stagnation")[0].update
+    assert at in stuck.extra["monitor"]["adversaries"]
+    until = {"monitor": {"policy": "warn"}, "phases": [{"until_epoch": at * 8 / 60}]}  # when the stall is noticed
+    trained = runs.train("until the stall", deep_merge(STUCK, until))
     assert trained.update == at
-    kept_then = load_file(tmp_path / "whole" / "adversaries" / f"probe-{at:09d}.safetensors")
-    assert all(
-        torch.equal(tensor, kept_then[name]) for name, tensor in trained.networks["discriminator"].state_dict().items()
-    )
+    kept = load_file(runs.store("stuck").adversary(at))
+    current = trained.networks["discriminator"].state_dict()
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in current.items())
 
 
-def test_a_trial_leaves_no_trace_but_its_choice(monitored: Monitored, tmp_path: Path) -> None:
+def test_a_trial_leaves_no_trace_but_its_choice(runs: Runs) -> None:
     one = deep_merge(STUCK, {"monitor": {"act": {"candidates": 1}}})  # so that the choice is known before
-    short = monitored("short", deep_merge(one, {"monitor": {"act": {"trial_epochs": 0.2}}}))
-    long = monitored("long", deep_merge(one, {"monitor": {"act": {"trial_epochs": 0.8}}}))
+    short = runs.train("short", deep_merge(one, {"monitor": {"act": {"trial_epochs": 0.2}}}))
+    long = runs.train("long", deep_merge(one, {"monitor": {"act": {"trial_epochs": 0.8}}}))
     assert same_weights(short, long)
     assert short.rows == long.rows
-    assert of_kind(tmp_path, "short", "stagnation").action != of_kind(tmp_path, "long", "stagnation").action
+    assert runs.events("short", "stagnation")[0].action != runs.events("long", "stagnation")[0].action
 
 
-def test_a_phase_that_waits_for_a_stall_reloads_whatever_the_policy(monitored: Monitored, tmp_path: Path) -> None:
+def test_a_phase_that_waits_for_a_stall_reloads_whatever_the_policy(runs: Runs) -> None:
     phases = [{"until_epoch": 3}, {"until_epoch": 5, "reload_discriminator": "stall"}]
-    monitored("early", deep_merge(STUCK, {"monitor": {"policy": "warn"}}))
-    assert of_kind(tmp_path, "early", "stagnation").action is None
-    monitored("waits", deep_merge(STUCK, {"monitor": {"policy": "warn", "settle_epochs": 2.0}, "phases": phases}))
-    assert "D reloaded" in (of_kind(tmp_path, "waits", "stagnation").action or "")
+    runs.train("early", deep_merge(STUCK, {"monitor": {"policy": "warn"}}))
+    assert runs.events("early", "stagnation")[0].action is None
+    runs.train("waits", deep_merge(STUCK, {"monitor": {"policy": "warn", "settle_epochs": 2.0}, "phases": phases}))
+    assert "D reloaded" in (runs.events("waits", "stagnation")[0].action or "")
 
 
 AUTO = {"schedule": "auto", "monitor": {"stagnation": {"probes": 3, "improvement": 1.0}}}
 
 
-def test_an_auto_schedule_has_three_phases_and_returns_its_best_probe(monitored: Monitored, tmp_path: Path) -> None:
+def test_an_auto_schedule_has_three_phases_and_returns_its_best_probe(runs: Runs) -> None:
     bound = {"phases": [{"until_epoch": 20}]}
-    whole = monitored("whole", AUTO | bound)
-    events = [event for event in events_of(tmp_path, "whole") if event.kind in ("phase", "stop")]
+    whole = runs.train("auto", AUTO | bound)
+    events = [event for event in runs.events("auto") if event.kind in ("phase", "stop")]
     assert [event.kind for event in events] == ["phase", "phase", "stop"]
     assert "D reloaded from update" in (events[1].action or "")
     assert whole.update < 150, "stopped before its upper bound"
@@ -225,16 +238,16 @@ def test_an_auto_schedule_has_three_phases_and_returns_its_best_probe(monitored:
     assert all(torch.equal(tensor, whole.best.state_dict()[name]) for name, tensor in whole.ema.state_dict().items())
 
     with pytest.raises(InterruptedError):
-        monitored("cut", AUTO | bound, stop_at=30, seconds=0.0)
-    assert_same(monitored("cut", AUTO | bound), whole)
-    assert_same(monitored("cut", AUTO | bound), whole)  # and once more, of a finished one
+        runs.train("auto, cut", AUTO | bound, stop_at=30, seconds=0.0)
+    assert_same(runs.train("auto, cut", AUTO | bound), whole)
+    assert_same(runs.train("auto, cut", AUTO | bound), whole)  # and once more, of a finished one
 
 
-def test_an_auto_schedule_ends_at_its_upper_bound_with_its_best(monitored: Monitored, tmp_path: Path) -> None:
-    state = monitored("bound", deep_merge(AUTO, {"monitor": {"stagnation": {"probes": 9}}}))
+def test_an_auto_schedule_ends_at_its_upper_bound_with_its_best(runs: Runs) -> None:
+    state = runs.train("bound", deep_merge(AUTO, {"monitor": {"stagnation": {"probes": 9}}}))
     assert state.update == LAST
-    assert "upper bound" in of_kind(tmp_path, "bound", "stop").text
-    delivered = load_file(RunStore(tmp_path / "bound").kept(LAST))
+    assert "upper bound" in runs.events("bound", "stop")[0].text
+    delivered = load_file(runs.store("bound").kept(LAST))
     assert all(torch.equal(tensor, delivered[name]) for name, tensor in state.ema.state_dict().items())
 
 

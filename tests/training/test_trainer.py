@@ -230,7 +230,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(project: Path, change
 
 
 def test_a_run_too_large_for_memory_is_refused_before_allocating(project: Path, change: Callable[..., Params]) -> None:
-    params = change("runs.t4.size=xl2", "runs.t4.batch_size=4096")
+    params = change("runs.t4.size=b2", "runs.t4.batch_size=65536")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError, match=r"GiB of memory free on cpu, expected [\d.]+ GiB for the run t4"):
         pipeline.train(params, "t4", OFTEN)

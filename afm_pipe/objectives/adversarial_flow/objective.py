@@ -56,12 +56,17 @@ class AdversarialFlow(Objective):
     name = "adversarial_flow"
     terms = (
         *(each.term for each in D_TERMS),
-        Term("logit_gap", "Logit gap", "Mean D(x) - D(G(z))"),
-        Term("d_accuracy", "Discriminator accuracy", "Share of pairs with D(x) > D(G(z))", role="d_accuracy"),
+        Term("logit_gap", "Logit gap", "Mean D(x) − D(G(z)): how well D separates real from generated"),
+        Term(
+            "d_accuracy",
+            "Discriminator accuracy",
+            "Share of pairs with D(x) > D(G(z)); 0.5: indistinguishable",
+            role="d_accuracy",
+        ),
         Term("d_grad_norm", "Discriminator's gradient norm", "Log scale", log=True),
         G_ADVERSARIAL,
         *(each.term for each in G_TERMS),
-        Term("transport_rms", "Transport distance", "rms(G(z) - z)", role="transport_distance"),
+        Term("transport_rms", "Transport distance", "rms(G(z) − z); 0: G returns its noise", role="transport_distance"),
         Term(
             "output_scale",
             "Size of samples",
@@ -72,7 +77,7 @@ class AdversarialFlow(Objective):
         Term("g_transport_output_grad_norm", "Transport gradient at G's output", "With guidance's, if any", log=True),
         Term("g_grad_norm", "Generator's gradient norm", "Log scale", log=True),
     )
-    scheduled = (Term("transport", "Transport weight", "lambda_ot"),)
+    scheduled = (Term("transport", "Transport weight", "λ_ot, as scheduled"),)
     sampled = "generator"
     adversary = "discriminator"
 

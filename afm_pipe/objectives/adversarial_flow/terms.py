@@ -48,17 +48,23 @@ class LossTerm(NamedTuple):
 
 D_TERMS = (
     LossTerm(
-        Term("d_adversarial", "Discriminator loss", "Relativistic, log scale", log=True, role="adversarial_loss"),
+        Term(
+            "d_adversarial",
+            "Discriminator loss",
+            "softplus(−(D(x) − D(G(z)))), log scale; 0.69: undecided",
+            log=True,
+            role="adversarial_loss",
+        ),
         lambda d: relativistic(d.logits.real, d.logits.fake),
     ),
     LossTerm(
-        Term("r1", "R1 penalty", "Unweighted, log scale", log=True),
+        Term("r1", "R1 penalty", "Squared slope of D at real latents, unweighted, log scale", log=True),
         lambda d: gradient_penalty(d.logits.real_penalized, d.logits.real_perturbed, d.epsilon, d.weighting),
         lambda run, now: run.penalty.weight,
         "penalized",
     ),
     LossTerm(
-        Term("r2", "R2 penalty", "Unweighted, log scale", log=True),
+        Term("r2", "R2 penalty", "Squared slope of D at generated latents, unweighted, log scale", log=True),
         lambda d: gradient_penalty(d.logits.fake_penalized, d.logits.fake_perturbed, d.epsilon, d.weighting),
         lambda run, now: run.penalty.weight,
         "penalized",
@@ -71,12 +77,14 @@ D_TERMS = (
 )
 """Terms of D's loss (paper section 3), in the order of addition."""
 
-G_ADVERSARIAL = Term("g_adversarial", "Generator loss", "Relativistic, log scale", log=True, role="adversarial_loss")
+G_ADVERSARIAL = Term(
+    "g_adversarial", "Generator loss", "softplus(−(D(G(z)) − D(x))), log scale", log=True, role="adversarial_loss"
+)
 """The term of G's loss whose gradient is normalized at G's output."""
 
 G_TERMS = (
     LossTerm(
-        Term("g_transport", "Transport loss", "Unweighted, log scale", log=True),
+        Term("g_transport", "Transport loss", "Mean squared transport distance, unweighted, log scale", log=True),
         lambda g: transport_cost(g.output, g.source, g.weighting),
         lambda run, now: now.weights["transport"],
     ),
