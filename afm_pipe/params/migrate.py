@@ -34,10 +34,12 @@ def _edited(text: str, keys: list[OldKey]) -> str:
     for key in keys:
         *parents, name = key.path
         section = _value_at(root, parents)
-        if key.added:
+        if key.added and section.flow_style:  # an empty section is {}
+            start = section.start_mark.index + 1
+            edits.append((start, start, f"{name}: {key.new}, "))
+        elif key.added:
             first = section.value[0][0].start_mark
-            gap = ", " if section.flow_style else f"\n{' ' * first.column}"
-            edits.append((first.index, first.index, f"{name}: {key.new}{gap}"))
+            edits.append((first.index, first.index, f"{name}: {key.new}\n{' ' * first.column}"))
         else:
             (old,) = (node for node, _ in section.value if node.value == name)
             edits.append((old.start_mark.index, old.end_mark.index, key.new))

@@ -55,8 +55,11 @@ def export_samples(params: Params, name: str, launch: Launch, out: Path) -> None
 
 
 def sample(params: Params, name: str, launch: Launch, request: "Request | None" = None) -> None:
-    """Draw a model's grid (the first classes in rows, the same seeds for every model) and interpolations between seeds,
-    and with sample.keep_images the images that evaluation measures; or what `request` names."""
+    """Draw what `request` names, by default the pictures of the report.
+
+    Those are a grid (the first classes in rows, the same seeds for every model) and interpolations between seeds; and,
+    with sample.keep_images, the images that evaluation measures.
+    """
     from afm_pipe.sampling.requests import Request
 
     if request:
@@ -75,7 +78,7 @@ def sample(params: Params, name: str, launch: Launch, request: "Request | None" 
 
 
 def _draw(params: Params, name: str, launch: Launch, requests: "list[Request]") -> "Drawn | None":
-    """Draw samples of a model, this process or several together; return what the main process drew last."""
+    """Draw samples of a model; the main process returns the last result."""
     from afm_pipe.distributed.process_group import init_distributed
     from afm_pipe.sampling.requests import check_request, draw
 

@@ -99,7 +99,7 @@ def benchmark_sections() -> tuple[Section, ...]:
         "benchmarks/."
     )
     verdict = f"{sum(met)} of {len(met)} targets are met on this machine."
-    return (Section("speed", "Speed", prose, verdict, _tables(cases)),)
+    return (Section("speed", "Speed", prose, verdict, tuple(_tables(cases))),)
 
 
 def results_markdown(cases: dict[str, Case]) -> str:
@@ -107,32 +107,23 @@ def results_markdown(cases: dict[str, Case]) -> str:
     return "# Benchmarks\n\nWritten by `make bench`; see `benchmarks/`.\n\n" + "\n".join(map(markdown, _tables(cases)))
 
 
-def _tables(cases: dict[str, Case]) -> tuple[Table, ...]:
-    known = {name: cases[name] for name in (*TITLES, *sorted(cases.keys() - TITLES.keys())) if name in cases}
-    compared, profiles = list[Cells](), dict[str, list[Cells]]()
-    captions, places = dict[str, str](), dict[str, list[str]]()
-    for name, case in known.items():
-        places.setdefault(case.words, []).append(TITLES.get(name, name))
-        for index, row in enumerate(case.rows):
-            key = f"cases.{name}.rows[{index}]"
-            if row.case.endswith(PROFILED):
-                captions.setdefault(name, row.baseline)
-                profiles.setdefault(name, []).append(_operator(row, key))
-            else:
-                compared.append(_comparison(name, row, key))
-    where = "; ".join(f"{', '.join(names)}: {words}" for words, names in places.items())
-    return (
-        Table("benchmarks", f"Speed beside plain implementations. {where}.", COLUMNS, tuple(compared)),
-        *(
-            Table(
-                f"benchmarks_{name}_where",
-                f"Time of {captions[name]} by operator: own time under torch's profiler.",
-                OPERATORS,
-                tuple(rows),
-            )
-            for name, rows in profiles.items()
-        ),
+def _tables(cases: dict[str, Case]) -> list[Table]:
+    names = [name for name in (*TITLES, *sorted(cases.keys() - TITLES.keys())) if name in cases]
+    rows = [(name, row, f"cases.{name}.rows[{index}]") for name in names for index, row in enumerate(cases[name].rows)]
+    places = dict.fromkeys(cases[name].words for name in names)
+    where = "; ".join(
+        f"{', '.join(TITLES.get(name, name) for name in names if cases[name].words == words)}: {words}"
+        for words in places
     )
+    compared = tuple(_comparison(*each) for each in rows if not each[1].case.endswith(PROFILED))
+    tables = [Table("benchmarks", f"Speed beside plain implementations. {where}.", COLUMNS, compared)]
+    for name in names:
+        profiled = [(row, key) for of, row, key in rows if of == name and row.case.endswith(PROFILED)]
+        if profiled:
+            caption = f"Time of {profiled[0][0].baseline} by operator: own time under torch's profiler."
+            operators = tuple(_operator(*each) for each in profiled)
+            tables.append(Table(f"benchmarks_{name}_where", caption, OPERATORS, operators))
+    return tables
 
 
 def _comparison(name: str, row: Row, key: str) -> Cells:

@@ -14,7 +14,7 @@ from afm_pipe.reporting import curves, gallery, pictures, titles
 from afm_pipe.reporting.benchmarks import benchmark_sections
 from afm_pipe.reporting.inputs import Inputs, RunRecord, read_inputs
 from afm_pipe.reporting.one_dimension import read_one_dimension
-from afm_pipe.reporting.papers import IMAGENET_IMAGES, paper_sections
+from afm_pipe.reporting.papers import paper_sections, scale_sentence
 from afm_pipe.reporting.plots import stylesheet
 from afm_pipe.reporting.printing import write_files
 from afm_pipe.reporting.section import Section
@@ -45,7 +45,7 @@ def write_report(params: Params, folder: Path, rendered: Path) -> None:
         shape=f"{params.data.image_size} × {params.data.image_size} {'gray' if params.data.channels == 1 else 'RGB'}",
         inputs=inputs,
         facts=facts(inputs),
-        scale=_scale_sentence(inputs),
+        scale=scale_sentence(inputs),
         run_table=runs,
         cost_table=costs,
         sections=parts,
@@ -54,7 +54,7 @@ def write_report(params: Params, folder: Path, rendered: Path) -> None:
         legend=curves.legend(trained),
         shown=gallery.gallery(inputs),
         seeds=gallery.SIDE_BY_SIDE,
-        metrics=[(column.title, column.meaning) for column in runs.columns if titles.metric(column.key).meaning],
+        metrics=[(column.title, f"{column.meaning}.") for column in runs.columns if titles.metric(column.key).meaning],
         protocol=_common_protocol(inputs.runs),
         code=code_line(params),
     )
@@ -136,22 +136,6 @@ def _cost_sentence(record: RunRecord) -> str:
         f"{titles.number(cost.images_per_second)} images a second on {cost.machine} ({cost.device}, {cost.threads} "
         f"thread{'s' * (cost.threads != 1)})."
     )
-
-
-def _scale_sentence(inputs: Inputs) -> str:
-    """Return how the numbers depart from the paper's protocol, and that they are therefore not comparable with it."""
-    params, departures = inputs.params, []
-    if inputs.summary.images < IMAGENET_IMAGES:
-        departures.append(f"{titles.number(inputs.summary.images)} training images instead of {IMAGENET_IMAGES:,}")
-    if params.data.image_size != 256:
-        departures.append(f"{params.data.image_size} pixels instead of 256")
-    if params.evaluate.samples < 50_000:
-        departures.append(f"{titles.number(params.evaluate.samples)} samples instead of 50,000")
-    if "inception_legacy_tensorflow" not in params.evaluate.features:
-        departures.append(f"{' and '.join(params.evaluate.features)} features instead of the paper's Inception")
-    if departures:
-        return f"This is small scale and not comparable with the paper's ImageNet numbers: {', '.join(departures)}."
-    return "Compare with the paper only if these images are ImageNet's and the reference is its full training set."
 
 
 def _protocol(record: RunRecord) -> dict[str, str]:

@@ -12,88 +12,51 @@ from afm_pipe.reporting.counts import count_tables
 from afm_pipe.reporting.inputs import Inputs, RunRecord
 from afm_pipe.reporting.ranking import Row, interval_note, metric_cell, ranked
 from afm_pipe.reporting.section import Section
+from afm_pipe.reporting.study_published import published_table
 from afm_pipe.reporting.table import EMPTY, Cell, Column, Table, plain, published_cell
-from afm_pipe.reporting.tables import published_tables
 from afm_pipe.runtime import paths
 
 PAPER_METRICS = {"fid": "fid", "sfid": "sfid", "is": "inception_score", "precision": "precision", "recall": "recall"}
 """The paper's metrics by their key in published.yaml, with their keys in our metrics files."""
 GUIDANCE = "cg classifier, da discriminator augmentation, cfg classifier-free, ag autoguidance, cgan conditional GAN"
 IMAGENET_IMAGES = 1_281_167
-_AFM = "FID over 50,000 samples. AFM from Tables 9 and 11."
 
 
 class Trait(NamedTuple):
-    """The place of a run or a published row in the paper's tables."""
+    """The place of a run or a published row in the paper's tables; guidance as in the paper: none, cg, da, cg+da."""
 
     nfe: int | str
     guidance: str
-    """As in the paper: none, cg, da, cg+da."""
 
 
 class View(NamedTuple):
-    """One of the paper's tables: the results it holds, and the rows of others in published.yaml."""
+    """One of the paper's tables: which runs it holds, and other methods' rows by their key in published.yaml."""
 
     anchor: str
     title: str
-    prose: str
-    caption: str
-    holds: Callable[[Trait], bool]
-    """Whether a run of ours belongs here; of the paper's, guided tables hold guided ones alone."""
     others: str
-    guided: bool = False
+    holds: Callable[[Trait], bool]
     metrics: Sequence[str] = ("fid",)
+    guided: bool = False
+    """Of the paper's models, it holds guided ones alone."""
 
 
 VIEWS = (
-    View(
-        "one-step",
-        "Table 4: one step",
-        "One forward pass: the paper's models and others on ImageNet, and the one-step runs of this repository.",
-        f"Table 4, one step from noise to image, {_AFM}",
-        lambda trait: trait.nfe == 1,
-        "one_step_guided",
-        guided=True,
-    ),
-    View(
-        "few-steps",
-        "Table 5: few steps",
-        "A few forward passes.",
-        f"Table 5, few steps, {_AFM}",
-        lambda trait: trait.nfe != 1,
-        "few_step_guided",
-        guided=True,
-    ),
-    View(
-        "no-guidance",
-        "Table 6: no guidance",
-        "All results without guidance.",
-        f"Table 6, without guidance, {_AFM}",
-        lambda trait: trait.guidance == "none",
-        "no_guidance",
-    ),
-    View(
-        "full-metrics",
-        "Table 9: all metrics",
-        "Every metric of every run.",
-        f"Table 9, all metrics over 50,000 samples. Guidance: {GUIDANCE}.",
-        lambda trait: True,
-        "full_metrics",
-        metrics=tuple(PAPER_METRICS),
-    ),
+    View("one-step", "Table 4: one step", "one_step_guided", lambda trait: trait.nfe == 1, guided=True),
+    View("few-steps", "Table 5: few steps", "few_step_guided", lambda trait: trait.nfe != 1, guided=True),
+    View("no-guidance", "Table 6: no guidance", "no_guidance", lambda trait: trait.guidance == "none"),
+    View("full-metrics", "Table 9: all metrics", "full_metrics", lambda trait: True, tuple(PAPER_METRICS)),
 )
 
 
 def paper_sections(inputs: Inputs) -> tuple[Section, ...]:
     """Build a section for each of the paper's tables that holds results of single models, and of the counts."""
     architectures, units = count_tables(inputs)
-    decay, penalty = published_tables(inputs.published)
-    warning = _warning(inputs)
+    names = {"published_transport_decay": "ot_decay", "published_transport_penalty": "ot_gp_grid"}
+    context = tuple(published_table(name, key, inputs.published)._replace(name=name) for name, key in names.items())
+    scale = scale_sentence(inputs)
     return (
-        *(
-            Section(view.anchor, view.title, view.prose, tables=(_table(inputs, view),), warning=warning)
-            for view in VIEWS
-        ),
+        *(Section(view.anchor, view.title, tables=(_table(inputs, view),), warning=scale) for view in VIEWS),
         Section(
             "architectures",
             "Table 10: architectures",
@@ -111,9 +74,25 @@ def paper_sections(inputs: Inputs) -> tuple[Section, ...]:
             "published",
             "Tables 1 and 2: transport loss",
             "The paper's numbers on the weight of the transport loss and its decay, as context.",
-            published=(decay, penalty),
+            published=context,
         ),
     )
+
+
+def scale_sentence(inputs: Inputs) -> str:
+    """Return how the numbers depart from the paper's protocol, and that they are therefore not comparable with it."""
+    params, departures = inputs.params, []
+    if inputs.summary.images < IMAGENET_IMAGES:
+        departures.append(f"{titles.number(inputs.summary.images)} training images instead of {IMAGENET_IMAGES:,}")
+    if params.data.image_size != 256:
+        departures.append(f"{params.data.image_size} pixels instead of 256")
+    if params.evaluate.samples < 50_000:
+        departures.append(f"{titles.number(params.evaluate.samples)} samples instead of 50,000")
+    if "inception_legacy_tensorflow" not in params.evaluate.features:
+        departures.append(f"{' and '.join(params.evaluate.features)} features instead of the paper's Inception")
+    if departures:
+        return f"This is small scale and not comparable with the paper's ImageNet numbers: {', '.join(departures)}."
+    return "Compare with the paper only if these images are ImageNet's and the reference is its full training set."
 
 
 def _table(inputs: Inputs, view: View) -> Table:
@@ -144,7 +123,9 @@ def _table(inputs: Inputs, view: View) -> Table:
     ours = [_own_row(run, traits[run.name], (*names, *others)) for run in runs]
     ours = ranked(ours, columns, range(5, len(columns)))
     theirs = [_paper_row(row, view.metrics, len(others)) for row in rows]
-    name, caption = f"paper_{view.anchor.replace('-', '_')}", f"{view.caption} {_own_caption(runs, others)}"
+    caption = f"{view.title}, over 50,000 samples. AFM from Tables 9 and 11. Guidance: {GUIDANCE}. "
+    caption += _own_caption(runs, others)
+    name = f"paper_{view.anchor.replace('-', '_')}"
     return Table(name, caption, columns, (*ours, *theirs), note=interval_note(ours))
 
 
@@ -189,15 +170,6 @@ def _trait(record: RunRecord) -> Trait:
     guided = any(phase.guidance is not None for phase in run.phases)
     augmented = any(phase.augment is not None for phase in run.phases)
     return Trait(run.nfe, "+".join(["cg"] * guided + ["da"] * augmented) or "none")
-
-
-def _warning(inputs: Inputs) -> str:
-    if inputs.summary.images >= IMAGENET_IMAGES and inputs.params.data.image_size == 256:
-        return "Compare only if the images are ImageNet's and the reference is its full training set."
-    return (
-        f"Our rows are of {titles.number(inputs.summary.images)} images of {inputs.params.data.image_size} pixels, in "
-        "another feature space than the paper's FID: they are not comparable with the paper's rows."
-    )
 
 
 def _deep_name(row: dict[str, Any]) -> str:

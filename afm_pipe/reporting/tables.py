@@ -1,4 +1,4 @@
-"""Tables of the runs (settings, metrics, cost), and the paper's tables on the transport loss."""
+"""Tables of the runs: settings, metrics, cost."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from afm_pipe.params import Run
 from afm_pipe.reporting import titles
 from afm_pipe.reporting.inputs import Inputs, RunRecord, is_number
 from afm_pipe.reporting.ranking import Row, interval_note, metric_cell, ranked
-from afm_pipe.reporting.table import EMPTY, Cell, Column, Table, plain, published_cell
+from afm_pipe.reporting.table import EMPTY, Cell, Column, Table, plain
 from afm_pipe.runtime import paths
 
 SETTINGS = {
@@ -114,39 +114,6 @@ def cost_table(inputs: Inputs) -> Table:
     )
     caption = f"Training cost, from {paths.costs('RUN')}; of a run that continues another, its own phase alone."
     return Table("costs", caption, columns, rows)
-
-
-def published_tables(published: dict[str, Any]) -> tuple[Table, Table]:
-    """Build the paper's tables that give context: decay and weight of the transport loss."""
-    grid = published["ot_gp_grid"]
-    decay = Table(
-        "published_transport_decay",
-        "Table 2: decay of the transport weight λ_ot; B/2, one step, ImageNet 256, 100 epochs, FID-50k.",
-        (Column("lambda_ot", "Transport weight", numeric=False), Column("fid", "FID-50k")),
-        tuple(
-            (published_cell(row["schedule"].replace("->", "→")), published_cell(row["fid"]))
-            for row in published["ot_decay"]
-        ),
-        origin="paper",
-    )
-    penalty = Table(
-        "published_transport_penalty",
-        "Table 1: transport weight λ_ot by penalty weight λ_gp; B/2, one step, ImageNet 256, 20 epochs, FID-50k, "
-        "mean and spread of two runs. λ_ot 0 diverges for every λ_gp.",
-        (
-            Column("lambda_gp", "λ_gp", numeric=False),
-            *(Column(f"lambda_ot_{weight:g}", f"λ_ot {weight:g}") for weight in grid["lambda_ot"]),
-        ),
-        tuple(
-            (
-                published_cell(f"{weight:g}"),
-                *(Cell(f"{fid:.2f} ± {spread:g}", fid) for fid, spread in zip(fids, spreads, strict=True)),
-            )
-            for weight, fids, spreads in zip(grid["lambda_gp"], grid["fid"], grid["spread"], strict=True)
-        ),
-        origin="paper",
-    )
-    return decay, penalty
 
 
 def differing_settings(runs: Sequence[Run | dict[str, Any]]) -> dict[str, list[Any]]:

@@ -19,6 +19,8 @@ from afm_pipe.objectives.schedules import num_updates
 from afm_pipe.params import Params, Run
 from afm_pipe.params.objectives import OBJECTIVES
 from afm_pipe.planning.counting import count_update
+from afm_pipe.reporting.curves import draw_panels
+from afm_pipe.reporting.inputs import RunRecord, columns_of
 from afm_pipe.runtime.signals import Stopped
 from afm_pipe.training.curves import read_curves
 from afm_pipe.training.trainer import Runtime, Task, Trainer
@@ -158,10 +160,15 @@ def test_toy_objective_resumes_to_the_same_bits(objective: Objective, latents: L
         assert torch.equal(tensor, state.ema.state_dict()[name])
 
 
-def test_terms_of_the_toy_are_the_columns_of_the_curves(objective: Objective, latents: Latents, tmp_path: Path) -> None:
+def test_terms_of_the_toy_are_columns_of_the_curves_and_panels_of_the_report(
+    objective: Objective, latents: Latents, tmp_path: Path
+) -> None:
     trained(Trainer(Task(objective, latents, "toy"), Runtime(tmp_path)))
     rows = read_curves(tmp_path / "curves.csv")
     assert tuple(rows[0]) == ("update", "images", "epoch", "lr", "squared_error")
+    run = RunRecord("toy", objective.settings, columns_of(rows))  # type: ignore[arg-type]
+    (panel,) = (each for each in draw_panels([run], latents.num_images) if each.caption == "To the data, log scale")
+    assert "Squared error over images seen by the generator: toy ends at" in panel.svg
 
 
 def test_monitor_probes_the_toy_and_rules_without_their_terms_are_silent(

@@ -86,6 +86,14 @@ def test_a_file_in_flow_style_with_quoted_keys_is_migrated(tmp_path: Path) -> No
     assert load_params(path).train.logit_centering == 0.01
 
 
+def test_keys_are_added_to_an_empty_section(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text("train: {}\n")
+    with pytest.raises(UserError, match="train.size: found nothing") as error:
+        migrate(path)
+    assert "train.objective" not in str(error.value)
+
+
 def test_a_file_that_stays_wrong_is_not_written(tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
     text = OLD[0].read_text().replace("qk_norm:", "qk_nrom:", 1)

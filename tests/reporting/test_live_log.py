@@ -89,7 +89,7 @@ def test_watching_shows_how_far_a_training_is_and_reloads(
     project: Path, discs_params: Params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watch(discs_params, 2, rounds=1)
-    assert "No run that params name has trained yet" in PAGE.read_text()
+    assert "No run in params has trained yet" in PAGE.read_text()
     break_off(discs_params, monkeypatch, rows=3)
     watch(discs_params, 2, rounds=1)
     page = PAGE.read_text()

@@ -1,0 +1,48 @@
+"""Launch settings: flags, then the environment, then launch.toml, then defaults; mistakes name their place."""
+
+from pathlib import Path
+
+import pytest
+
+from afm_pipe.distributed.launch import load_launch
+from afm_pipe.runtime.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("project")
+
+
+def test_flags_precede_the_environment_and_that_the_file_and_that_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("launch.toml").write_text("workers = 2\nnproc_per_node = 2\nmicro_batch = 2\n")
+    monkeypatch.setenv("AFM_NPROC_PER_NODE", "3")
+    monkeypatch.setenv("AFM_MICRO_BATCH", "3")
+    launch = load_launch(micro_batch=4, nproc_per_node=None)
+    assert (launch.keep_checkpoints, launch.workers, launch.nproc_per_node, launch.micro_batch) == (2, 2, 3, 4)
+    assert launch.world_size == 3
+
+
+@pytest.mark.parametrize(
+    ("variable", "file", "flags", "words"),
+    [
+        ("many", "", {}, "workers = 'many': .* Fix the environment variable AFM_WORKERS"),
+        ("", "workers = 0", {}, "workers = '': .* Fix the environment variable AFM_WORKERS"),
+        (None, "workers = 0", {}, r"workers = 0: .* Fix launch\.toml"),
+        (None, "wrokers = 1", {}, r"wrokers = 1: .* Fix launch\.toml"),
+        (None, "workers", {}, r"Found launch\.toml, which is not TOML"),
+        ("1", "workers = 1", {"workers": 0}, r"workers = 0: .* Fix --workers"),
+        (None, "nnodes = 2", {}, "expected rendezvous, HOST:PORT, for 2 machines"),
+        (None, "shard = true\ncompile = true", {}, "expected shard or compile, not both"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_its_place(
+    variable: str | None, file: str, flags: dict[str, int], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if variable is not None:
+        monkeypatch.setenv("AFM_WORKERS", variable)
+    Path("launch.toml").write_text(file)
+    with pytest.raises(UserError, match=words):
+        load_launch(**flags)
+
+
+def test_variables_of_other_programs_are_no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AFM_WEIGHTS", "/weights")
+    monkeypatch.setenv("DEVICE", "warp")
+    assert load_launch().device == "auto"
