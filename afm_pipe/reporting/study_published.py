@@ -1,12 +1,12 @@
-"""The paper's own numbers beside a table of the study, from published.yaml: a grid or a list of rows, as they stand."""
+"""The paper's own numbers beside a table of the study, as published.yaml holds them: a grid, or a list of rows."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from afm_pipe.reporting.table import Cell, Column, Table, published_cell
+from afm_pipe.reporting.table import Cell, Column, Table, plain, published_cell
 from afm_pipe.runtime.errors import UserError
 
-_WHAT = {
+_CAPTIONS = {
     "ot_gp_grid": "Table 1: B/2, one step, 20 epochs, FID-50k, mean and spread of two runs; λ_ot 0 diverges for every "
     "λ_gp",
     "ot_decay": "Table 2: B/2, one step, 100 epochs, FID-50k",
@@ -35,47 +35,44 @@ _TITLES = {
 
 
 def published_table(name: str, key: str, published: dict[str, Any]) -> Table:
-    """Build the paper's table `key` to stand beside the study's table `name`.
+    """Build the paper's table `key` to be shown beside the study's table `name`.
 
-    Raises UserError where published.yaml has no such entry.
+    Raises UserError if published.yaml has no such entry.
     """
     entry = published.get(key)
-    caption = f"The paper's {_WHAT.get(key, f'numbers ({key} of published.yaml)')}; ImageNet, 256 pixels."
-    if isinstance(entry, dict):
-        columns, rows = _grid(entry)
-    elif isinstance(entry, list):
-        columns, rows = _list(entry)
-    else:
+    if not isinstance(entry, dict | list):
         raise UserError(
             f"Found tables.{name}.paper: {key}, expected null or a key of published.yaml: {', '.join(published)}."
         )
+    caption = f"The paper's {_CAPTIONS.get(key, f'numbers ({key} of published.yaml)')}; ImageNet, 256 pixels."
+    columns, rows = _grid(entry) if isinstance(entry, dict) else _list(entry)
     return Table(f"paper_table_{name}", caption, columns, rows, origin="paper")
 
 
 def _grid(entry: dict[str, Any]) -> tuple[tuple[Column, ...], tuple[tuple[Cell, ...], ...]]:
-    """Build a grid: its first axis across, its second down, and `fid` with, where given, its `spread`."""
+    """Build a grid: its first axis across, its second down, and `fid` with its `spread`, where given."""
     across, down = (axis for axis in entry if axis not in ("fid", "spread"))
-    spread = entry.get("spread") or [[None] * len(row) for row in entry["fid"]]
+    spreads = entry.get("spread") or [[None] * len(row) for row in entry["fid"]]
+    labels = [_text(label) for label in entry[across]]
     columns = (
         Column(down, _title(down), numeric=False),
-        *(Column(f"{across}_{_text(label)}", f"{_title(across)} {_text(label)}") for label in entry[across]),
+        *(Column(f"{across}_{label}", f"{_title(across)} {label}") for label in labels),
     )
-    rows = tuple(
-        (
-            Cell(_text(label), _text(label)),
-            *(
-                Cell(f"{value:.2f}" + ("" if width is None else f" ± {width:g}"), value)
-                for value, width in zip(values, widths, strict=True)
-            ),
+    rows = []
+    for label, fids, widths in zip(entry[down], entry["fid"], spreads, strict=True):
+        texts = (
+            f"{fid:.2f}" + ("" if width is None else f" ± {width:g}") for fid, width in zip(fids, widths, strict=True)
         )
-        for label, values, widths in zip(entry[down], entry["fid"], spread, strict=True)
-    )
-    return columns, rows
+        rows.append((plain(_text(label)), *map(Cell, texts, fids)))
+    return columns, tuple(rows)
 
 
 def _list(entry: Sequence[dict[str, Any]]) -> tuple[tuple[Column, ...], tuple[tuple[Cell, ...], ...]]:
-    """Build a table of rows with a column for each of their fields; a list of phases has one for each phase."""
-    flat = [_phases(row) for row in entry]
+    """Build a table of rows with a column for each of their fields; a list of phases gets one for each phase."""
+    flat = []
+    for row in entry:
+        phases = {f"phase_{place}": pair for place, pair in enumerate(row.get("phases", ()), 1)}
+        flat.append({key: value for key, value in row.items() if key != "phases"} | phases)
     keys = list(dict.fromkeys(key for row in flat for key in row))
     numeric = {key: all(isinstance(row.get(key), int | float | None) for row in flat) for key in keys}
     columns = tuple(
@@ -83,11 +80,6 @@ def _list(entry: Sequence[dict[str, Any]]) -> tuple[tuple[Column, ...], tuple[tu
         for place, key in enumerate(keys)
     )
     return columns, tuple(tuple(_cell(key, row.get(key)) for key in keys) for row in flat)
-
-
-def _phases(row: dict[str, Any]) -> dict[str, Any]:
-    phases = {f"phase_{place}": pair for place, pair in enumerate(row.get("phases", ()), 1)}
-    return {key: value for key, value in row.items() if key != "phases"} | phases
 
 
 def _cell(key: str, value: Any) -> Cell:
@@ -104,7 +96,7 @@ def _title(key: str) -> str:
 
 
 def _text(label: Any) -> str:
-    """Print a label: a number, a word, or a range of two numbers."""
+    """Format a label: a number, a word, or a range of two numbers."""
     if isinstance(label, list):
         low, high = label
         return f"{low:g}" if low == high else f"U({low:g}, {high:g})"
