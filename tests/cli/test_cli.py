@@ -52,7 +52,8 @@ def test_dry_run_prints_params_counts_updates_and_memory(run) -> None:
     text = run("train", "--size", "t4", "--dry-run", "--set", "train.batch_size=32", "--params", str(SMOKE)).output
     for part in (
         "batch_size: 32",
-        "generator      1,365,440 parameters (assuming 1,000 classes; `afm-pipe prepare` counts them)",
+        "generator      1,365,440 parameters\n",
+        "parameters (assuming 1,000 classes; `afm-pipe prepare` counts them)",
         "updates        0.5 epochs",
         "memory         about 0.",
     ):

