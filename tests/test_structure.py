@@ -15,7 +15,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Yield every module of this package that a file imports, inside functions too; Lazy("...") is an import."""
+    """Yield every module of this package that a file imports, inside functions too."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path} imports relatively"
@@ -24,7 +24,7 @@ def imported(path: Path) -> Iterator[str]:
                 yield whole if is_module(whole) else str(node.module)
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("Lazy", "import_module"):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "import_module":
             yield from (argument.value for argument in node.args if isinstance(argument, ast.Constant))
 
 

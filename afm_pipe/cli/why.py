@@ -35,38 +35,38 @@ FAILED = 3  # exit code for a run that needs a person
 
 def why(params: Params, name: str) -> tuple[str, int]:
     """Return what happened to a run and what to try, and the exit code: `FAILED` if it needs a person, else 0."""
-    each = run_status(params, name)
-    lines = [f"{name}: {_headline(each)}"]
-    if each.update and each.state != "finished":
-        lines.append(f"Update {progress_text(each)}, phase {each.phase}.")
-    if each.events:
-        lines += ["", "What happened:"] + [f"  {_event_text(event)}" for event in each.events[-SHOWN:]]
-        if len(each.events) > SHOWN:
-            lines.insert(-SHOWN, f"  {len(each.events) - SHOWN} earlier events, then:")
-    lines += _last_row(each)
-    if each.damaged:
-        lines.append(f"{each.damaged} unreadable lines of its logs were skipped.")
-    advice = _advice(each, name in params.guided)
+    status = run_status(params, name)
+    lines = [f"{name}: {_headline(status)}"]
+    if status.update and status.state != "finished":
+        lines.append(f"Update {progress_text(status)}, phase {status.phase}.")
+    if status.events:
+        lines += ["", "What happened:"] + [f"  {_event_text(event)}" for event in status.events[-SHOWN:]]
+        if len(status.events) > SHOWN:
+            lines.insert(-SHOWN, f"  {len(status.events) - SHOWN} earlier events, then:")
+    lines += _last_row(status)
+    if status.damaged:
+        lines.append(f"{status.damaged} unreadable lines of its logs were skipped.")
+    advice = _advice(status, name in params.guided)
     if advice:
         lines += ["", "What to try:"] + [f"  {text}" for text in advice]
-    return "\n".join(lines), FAILED if each.state == "failed" else 0
+    return "\n".join(lines), FAILED if status.state == "failed" else 0
 
 
-def _headline(each: RunStatus) -> str:
-    if each.state == "finished":
-        note = f" ({each.note})" if each.note else ""
-        count = len(each.alarms)
+def _headline(status: RunStatus) -> str:
+    if status.state == "finished":
+        note = f" ({status.note})" if status.note else ""
+        count = len(status.alarms)
         alarms = f"with {count} alarm{'s' * (count > 1)}" if count else "without alarms"
-        return f"finished after {each.update:,} updates{note}, {alarms}."
+        return f"finished after {status.update:,} updates{note}, {alarms}."
     words = {
-        "training": f"in training, {each.note}.",
+        "training": f"in training, {status.note}.",
         "stopped": "stopped before its end; no process trains it.",
-        "failed": f"failed at update {each.events[-1].update if each.events else each.update:,}: {each.note}.",
-        "waiting": f"not begun: waiting {each.note}.",
+        "failed": f"failed at update {status.events[-1].update if status.events else status.update:,}: {status.note}.",
+        "waiting": f"not begun: waiting {status.note}.",
         "not begun": "not begun.",
-        "outdated": f"{each.note}; its model is not the one that params describe now.",
+        "outdated": f"{status.note}; its model is not the one that params describe now.",
     }
-    return words[each.state]
+    return words[status.state]
 
 
 def _event_text(event: Event) -> str:
@@ -75,9 +75,9 @@ def _event_text(event: Event) -> str:
     return f"update {event.update:,}: {event.kind}: {event.text}" + (f" [{evidence}]" if evidence else "") + action
 
 
-def _last_row(each: RunStatus) -> list[str]:
+def _last_row(status: RunStatus) -> list[str]:
     """Describe the last row of the curves."""
-    last = each.last_row
+    last = status.last_row
     if last is None:
         return []
     names = {
@@ -91,16 +91,16 @@ def _last_row(each: RunStatus) -> list[str]:
     return ["", f"Last row of the curves, update {int(last['update']):,}: {', '.join(found)}."]
 
 
-def _advice(each: RunStatus, guided: bool) -> list[str]:
-    command = f"afm-pipe {'guide' if guided else 'train'} {each.name}"
-    stage = f"dvc repro {'guide' if guided else 'train'}@{each.name}"
-    if each.state == "waiting":
+def _advice(status: RunStatus, guided: bool) -> list[str]:
+    command = f"afm-pipe {'guide' if guided else 'train'} {status.name}"
+    stage = f"dvc repro {'guide' if guided else 'train'}@{status.name}"
+    if status.state == "waiting":
         return [f"{stage}, which runs the missing stages first."]
-    if each.state in ("not begun", "outdated"):
+    if status.state in ("not begun", "outdated"):
         return [f"{stage}, or {command} outside DVC."]
-    advice = [ADVICE[kind] for kind in dict.fromkeys(event.kind for event in each.alarms) if kind in ADVICE]
-    if each.state == "failed":
+    advice = [ADVICE[kind] for kind in dict.fromkeys(event.kind for event in status.alarms) if kind in ADVICE]
+    if status.state == "failed":
         return advice[-1:] + [f"Then {stage}: with changed params the run starts again."]
-    if each.state == "stopped":
+    if status.state == "stopped":
         return [f"{command}: it resumes where it stopped.", *advice]
     return advice
