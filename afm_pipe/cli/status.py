@@ -1,9 +1,8 @@
 """The text of `afm-pipe status` and `afm-pipe summary`, and the live page of `afm-pipe report --watch`."""
 
-from collections.abc import Sequence
-
 from afm_pipe.params import Params
 from afm_pipe.reporting.status import RunStatus, all_statuses, code_line, trials_line
+from afm_pipe.reporting.titles import duration
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.tables import table_text
 
@@ -23,7 +22,7 @@ def status_text(params: Params) -> str:
                 each.state,
                 each.phase,
                 progress_text(each),
-                _duration(each.seconds_left) if each.seconds_left is not None else "-",
+                duration(each.seconds_left) if each.seconds_left is not None else "-",
                 each.health,
                 f"{last.kind} at {last.update:,}" if last else "-",
                 each.note if len(each.note) <= LONGEST_NOTE else f"{each.note[: LONGEST_NOTE - 3]}...",
@@ -39,11 +38,6 @@ def progress_text(each: RunStatus) -> str:
         return f"{each.update:,}" if each.update else "-"
     share = f" ({min(each.update / each.total, 1):.0%})" if each.total else ""
     return f"{each.update:,} of {each.total:,}{share}"
-
-
-def _duration(seconds: float) -> str:
-    parts: Sequence[tuple[float, str]] = ((DAY, "d"), (3600, "h"), (60, "min"))
-    return next((f"{seconds / size:.1f} {unit}" for size, unit in parts if seconds >= size), f"{seconds:.0f} s")
 
 
 def summary_text(params: Params) -> str:

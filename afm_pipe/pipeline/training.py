@@ -1,12 +1,11 @@
 """Training of a run, guided ones included."""
 
-import resource
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from afm_pipe.distributed.launch import Launch, machine_name
+from afm_pipe.distributed.launch import Launch
 from afm_pipe.params import Params, Run
 from afm_pipe.pipeline.find import model_config, named_run, open_latents, run_budget
 from afm_pipe.pipeline.notices import begin_work, notice_model
@@ -37,6 +36,7 @@ def train(params: Params, name: str, launch: Launch) -> None:
     from afm_pipe.params.versions import run_identity
     from afm_pipe.planning.budget import require_memory
     from afm_pipe.study.trials import probes
+    from afm_pipe.training.cost import run_cost
     from afm_pipe.training.curves import write_curves
     from afm_pipe.training.engine import Engine
     from afm_pipe.training.events import write_events
@@ -99,7 +99,7 @@ def train(params: Params, name: str, launch: Launch) -> None:
         write_curves(paths.curves(name), trained.state.rows, objective.columns())
         write_events(paths.events(name), trainer.store.read_events())
         own_updates = trained.state.update - (start.update if start else 0)
-        cost = _cost(trained.state, own_updates, run.batch_size, device, group.world_size)
+        cost = run_cost(own_updates, run.batch_size, trained.state.seconds, device, group.world_size)
         write_json(paths.costs(name), cost | {"code": code})
 
 
@@ -189,23 +189,3 @@ def _write_model(
         for epoch in run.keep_discriminators:
             kept = store.adversary(update_at(run, epoch, num_images), "epoch")
             shutil.copyfile(kept, folder / f"{paths.kept_discriminator(epoch)}.safetensors")
-
-
-def _cost(state: "TrainingState", updates: int, batch_size: int, device: "torch.device", ranks: int) -> dict[str, Any]:
-    import torch
-
-    seconds = state.seconds["training"]
-    return {
-        "machine": machine_name(device),
-        "device": str(device),
-        "ranks": ranks,
-        "threads": torch.get_num_threads(),  # of each
-        "seconds": round(seconds, 1),
-        "updates": updates,
-        "images": updates * batch_size,
-        "updates_per_second": updates / seconds,
-        "images_per_second": updates * batch_size / seconds,
-        "data_wait_share": state.seconds["data_wait"] / seconds,
-        "checkpoint_share": state.seconds["saving"] / seconds,
-        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,  # Linux counts in KiB
-    }

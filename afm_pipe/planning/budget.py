@@ -15,11 +15,12 @@ from afm_pipe.planning.counting import FLOAT, measure
 from afm_pipe.runtime.errors import UserError
 
 COPIES = 4  # weights, gradients, two moments of AdamW; the sampled network has an EMA as well
+AUTOCAST = 0.7  # of float32's activations are kept under bf16 autocast: a block with qk_norm; 0.6 without
 RUNTIME = 600 << 20  # bytes of an imported torch, allocator slack and small buffers
 
 
 class Budget(NamedTuple):
-    """Memory of a run on one device; float32."""
+    """Memory of a run on one device."""
 
     parameters: dict[str, int]  # by network
     state_bytes: int  # weights, gradients, moments, EMA
@@ -49,8 +50,9 @@ def budget(
     micro_batch: int | None = None,
     checkpoint_activations: bool = False,
     shard: bool = False,
+    precision: str | None = None,
 ) -> Budget:
-    """Count the memory of one of `world_size` devices on the meta device.
+    """Count the memory of one of `world_size` devices on the meta device, at the run's precision or another one.
 
     A device computes `micro_batch` images at once, or its whole share of the batch. With `shard` it keeps
     1 / world_size of the state, and on top two units of weights (the current one and the next) and of their gradients,
@@ -62,6 +64,9 @@ def budget(
     parts = world_size * num_micro_batches(run.batch_size, world_size, micro_batch)
     work = measure(run, config, *largest_part(run, parts), checkpoint_activations)
     parameters = {name: count_parameters(network) for name, network in networks.items()}
+    activations = work.activation_bytes
+    if (precision or run.precision) == "bf16":  # with autocast's copies of the weights
+        activations = AUTOCAST * activations + FLOAT / 2 * max(parameters.values())
     whole = FLOAT * (COPIES * sum(parameters.values()) + parameters[objective.sampled])
     state = whole
     if shard and world_size > 1:
@@ -70,7 +75,7 @@ def budget(
             blocks = [sum(p.numel() for p in block.parameters()) for block in getattr(network, "blocks", ())]
             units += [max(blocks, default=0), sum(p.numel() for p in network.parameters()) - sum(blocks)]
         state = whole // world_size + 4 * FLOAT * max(units)
-    return Budget(parameters, state, round(work.activation_bytes), whole - FLOAT * sum(parameters.values()))
+    return Budget(parameters, state, round(activations), whole - FLOAT * sum(parameters.values()))
 
 
 def require_memory(needs: Budget, run_name: str, device: torch.device) -> None:

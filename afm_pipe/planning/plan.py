@@ -45,7 +45,7 @@ GPUS = {
 NOTES = (
     "Everything but the parameter counts is an estimate. FLOPs are those of the matrix products of the training step;",
     "G forwards are the unit of the paper's Table 12. Days include summing the gradients, not overlapped. Memory holds",
-    "weights, gradients, optimizers and EMA in float32, and the activations (half as large in bf16) of the larger step",
+    "weights, gradients, optimizers and EMA in float32, and the activations (0.7 times in bf16) of the larger step",
     "with --micro-batch, --checkpoint-activations and --shard; recomputed activations do not count as work.",
     "Disk holds two checkpoints and the model. The row of a guided run is its guided phase. Encoding, the classifier",
     "and evaluation are not included.",
@@ -111,12 +111,6 @@ class Plan(NamedTuple):
     images: int  # seen by G
 
     @property
-    def memory_bytes(self) -> float:
-        """Peak memory of one GPU; bf16 halves the activations."""
-        saved = self.budget.activation_bytes / 2 if self.machine.precision == "bf16" else 0
-        return self.budget.memory_bytes - saved
-
-    @property
     def compute_seconds(self) -> float:
         """Seconds of the matrix products of an update."""
         return self.machine.compute_seconds(self.work.flops)
@@ -154,7 +148,7 @@ def plan_run(params: Params, name: str, num_images: int, num_classes: int, machi
     updates = update_at(run, run.phases[-1].until_epoch, num_images)
     if name in params.guided:
         updates -= update_at(run, run.phases[-2].until_epoch, num_images)
-    settings = machine.micro_batch, machine.checkpoint_activations, machine.shard
+    settings = machine.micro_batch, machine.checkpoint_activations, machine.shard, machine.precision
     return Plan(
         name=name,
         machine=machine,
@@ -201,7 +195,7 @@ def plan_text(
         f"sheet (dense), of which {machine.utilization:.0%} is assumed to be reached (--utilization).",
         *NOTES,
     ]
-    crowded = [plan.name for plan in plans if plan.memory_bytes > capacity * 1e9]
+    crowded = [plan.name for plan in plans if plan.budget.memory_bytes > capacity * 1e9]
     if crowded:
         lines.append(
             f"! More than the {capacity:g} GB of one {machine.gpu}: {', '.join(crowded)}. Use more or larger GPUs, "
@@ -211,7 +205,7 @@ def plan_text(
 
 
 def _row(plan: Plan, networks: Sequence[str], capacity: float) -> list[str]:
-    memory, parameters = plan.memory_bytes / 1e9, plan.budget.parameters
+    memory, parameters = plan.budget.memory_bytes / 1e9, plan.budget.parameters
     return [
         plan.name,
         *(f"{parameters[name] / 1e6:,.4g}M" if name in parameters else "" for name in networks),

@@ -12,6 +12,7 @@ from torch import nn
 from afm_pipe.distributed.process_group import ProcessGroup
 from afm_pipe.models.model_files import ModelConfig, run_config
 from afm_pipe.objectives import build_objective
+from afm_pipe.objectives.adversarial_flow.batches import Draw
 from afm_pipe.params import Run
 from afm_pipe.training import learner as learning
 from afm_pipe.training.learner import Learner
@@ -45,12 +46,11 @@ def test_first_gradient_leaves_in_the_first_quarter_of_the_backward_pass(smoke_r
                     parameter.register_post_accumulate_grad_hook(
                         lambda _, name=name: events.append((name, time.perf_counter()))
                     )
-        with torch.device("cpu"):
-            batch = objective.example_batch(1)
+        draw = filled(objective.example_batch(1))
         found = []
         for update in range(3):
             events.clear()
-            objective.update(learner, [fill(batch)], objective.hyperparameters(update, 1000))
+            objective.update(learner, draw, objective.hyperparameters(update, 1000))
             found.append([kind for kind, _ in events])
         if group.is_main_process:
             (tmp_path / "events.json").write_text(json.dumps({"events": found, "arrivals": arrivals}))
@@ -64,15 +64,13 @@ def test_first_gradient_leaves_in_the_first_quarter_of_the_backward_pass(smoke_r
         assert of_g.index("send") <= stored["arrivals"]["generator"] / 4
 
 
-def fill(batch: object) -> object:
-    """Return the example batch with numbers in it."""
+def filled(draw: Draw) -> Draw:
+    """Return an example draw with numbers in it."""
     torch.manual_seed(0)
-    for part in batch:  # type: ignore[attr-defined]
-        if isinstance(part, tuple):
-            for tensor in part:
-                if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
-                    tensor.normal_()
-    return batch
+    part = draw.generator[0]
+    for tensor in (part.batch.real, part.batch.source, *draw.discriminator[0][0].noise or ()):
+        tensor.normal_()
+    return draw
 
 
 def test_wrapped_networks_are_the_states_own(smoke_run: Run, tmp_path: Path) -> None:
