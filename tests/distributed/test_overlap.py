@@ -68,7 +68,7 @@ def filled(draw: Draw) -> Draw:
     """Return an example draw with numbers in it."""
     torch.manual_seed(0)
     part = draw.generator[0]
-    for tensor in (part.batch.real, part.batch.source, *draw.discriminator[0][0].noise or ()):
+    for tensor in (part.batch.real, part.batch.source, *(draw.discriminator[0][0].noise or ())):
         tensor.normal_()
     return draw
 
