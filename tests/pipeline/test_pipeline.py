@@ -118,8 +118,8 @@ def test_an_inherited_default_changes_all_that_inherit_it_and_one_run_itself(clo
         (clone / "params.yaml").write_text(before)
         return found
 
-    assert changed("train.logit_centering", 0.02) == {"train@t4", "train@t4-no-transport", "table@transport"}
-    assert changed("runs.t4.lr", 0.0011) == {"train@t4"}
+    assert changed("train.logit_centering", 0.02) == {"train@t4", "train@t4-no-transport", "table@transport", "report"}
+    assert changed("runs.t4.lr", 0.0011) == {"train@t4", "report"}
 
 
 def test_dvc_shows_metrics_and_plots(clone: Path) -> None:

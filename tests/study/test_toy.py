@@ -311,13 +311,13 @@ def test_impossible_params_are_refused(override: str, message: str) -> None:
 
 
 def test_a_strong_discriminator_is_trained_closer_to_its_optimum(quick: Toy) -> None:
-    strong = StrongDiscriminator(updates=(1, 8), pairs=60)
+    strong = StrongDiscriminator(updates=(1, 6), pairs=30)
     results = finish(run_strong(quick.model_copy(update={"strong_discriminator": strong}), 0, CPU))
     assert results is not None
     places = [(each.discriminator_updates, each.transport, each.normalized) for each in results.settings]
-    assert places == list(product((1, 8), (True, False), (True, False)))
+    assert places == list(product((1, 6), (True, False), (True, False)))
     gaps = {place: each.discriminator_gap for place, each in zip(places, results.settings, strict=True)}
-    assert gaps[8, True, True] < gaps[1, True, True]
+    assert gaps[6, True, True] < gaps[1, True, True]
     assert [len(each.rms) for each in results.settings] == [quick.seeds] * 8
     assert finish(run_strong(quick.model_copy(update={"strong_discriminator": None}), 0, CPU)) is None
 
