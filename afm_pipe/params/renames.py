@@ -14,6 +14,7 @@ RENAMED = {  # the last parts of the old path: the new key
     ("tables", "watch_provoked"): "monitor_provoked",
 }
 ADDED = {  # the path of a required key that version 0.1 did not have: the value it implied, or one that is usual
+    ("data", "orientation"): "ignore",
     ("train", "objective"): "adversarial_flow",
     ("train", "discriminator_updates"): "1",
     ("train", "keep_discriminators"): "[]",
