@@ -51,7 +51,7 @@ def lay_out(
     early.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     early.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     try:
-        with atomic_path(path) as aside, h5py.File(aside, "w", locking=False) as file:
+        with atomic_path(path) as temp, h5py.File(temp, "w", locking=False) as file:
             file.attrs.update(attributes)
             file.create_dataset(LABELS, data=labels.astype("<i8"))
             file.create_dataset(CLASSES, data=np.array([os.fsencode(name) for name in classes]))

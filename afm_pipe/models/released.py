@@ -79,10 +79,10 @@ def import_generator(settings: Imported, folder: Path) -> ModelConfig:
         "images_seen": None,
         "generator_parameters": parameters,
     }
-    with atomic_path(folder) as aside:
-        aside.mkdir()
-        save_tensors(aside / "generator.safetensors", {k: tensor.float() for k, tensor in contents.tensors.items()})
-        write_json(aside / "config.json", description)
+    with atomic_path(folder) as temp:
+        temp.mkdir()
+        save_tensors(temp / "generator.safetensors", {k: tensor.float() for k, tensor in contents.tensors.items()})
+        write_json(temp / "config.json", description)
     return config
 
 

@@ -23,8 +23,8 @@ def migrate(path: Path) -> tuple[list[OldKey], Path | None]:
     if not keys:
         return [], None
     kept = keep_copy(path, "migrate")
-    with atomic_path(path) as aside:
-        aside.write_text(migrated, encoding="utf-8", newline="")
+    with atomic_path(path) as temp:
+        temp.write_text(migrated, encoding="utf-8", newline="")
     return keys, kept
 
 

@@ -46,8 +46,8 @@ def activate(name: str, folder: Path = paths.PROFILES, active: Path = paths.PARA
     if active.is_file() and active.read_text() == text:
         return Switch(False, None)
     kept = keep_copy(active, name) if active.exists() else None
-    with atomic_path(active) as aside:
-        aside.write_text(text)
+    with atomic_path(active) as temp:
+        temp.write_text(text)
     return Switch(True, kept)
 
 
@@ -57,8 +57,8 @@ def keep_copy(path: Path, reason: str) -> Path:
     while copy.exists():
         number += 1
         copy = path.with_name(f"{path.stem}.before-{reason}.{number}.yaml")
-    with atomic_path(copy) as aside:
-        shutil.copyfile(path, aside)
+    with atomic_path(copy) as temp:
+        shutil.copyfile(path, temp)
     return copy
 
 

@@ -137,8 +137,8 @@ def evaluate(params: Params, name: str, launch: Launch) -> None:
         return
     write_json(paths.metrics(name), metrics)
     shutil.rmtree(work_dir / identity, ignore_errors=True)
-    with atomic_path(paths.samples(name) / "nearest.png") as aside:
-        evaluator.nearest(sampler).save(aside, format="png")
+    with atomic_path(paths.samples(name) / "nearest.png") as temp:
+        evaluator.nearest(sampler).save(temp, format="png")
 
 
 def _imported(described: Any) -> bool:

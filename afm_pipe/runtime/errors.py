@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """A mistake that the user can fix: the message names what was found, what was expected and what to do."""
+    """A mistake that the user can fix: the message says what was found, what was expected, and what to do."""
 
 
 class UnwritableError(UserError):
