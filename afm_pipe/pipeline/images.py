@@ -114,5 +114,6 @@ def classifier(params: Params, launch: Launch) -> None:
         with atomic_path(paths.CLASSIFIER) as folder:
             folder.mkdir()
             save_tensors(folder / "classifier.safetensors", trained.state.ema.state_dict())
-            described |= shape | {"num_classes": len(latents.classes), "provenance": {"code": code}} | accuracy
+            classes = {"num_classes": len(latents.classes), "classes": list(latents.classes)}
+            described |= shape | classes | {"provenance": {"code": code}} | accuracy
             write_json(folder / "config.json", described)

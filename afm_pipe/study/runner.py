@@ -104,6 +104,8 @@ class Worker:
 
     def run(self, group: Sequence[Trial]) -> None:
         """Train the run that a group of trials shares, and measure each of them."""
+        if any(trial.measurement is not None for trial in group):
+            self.evaluator.require_classes(self.latents.classes, paths.LATENTS)  # before anything is trained
         trained = self.train(group[0])
         for trial in group:
             if trial.measurement is not None:
@@ -180,7 +182,8 @@ class Worker:
     def _origin(self, trial: Trial) -> tuple[Start | None, nn.Module | None]:
         """Return what a trial continues, and what guides it, if anything. Raises UserError when its base diverged."""
         base = trial.base
-        guide = load_latent_classifier(paths.CLASSIFIER, self.device) if trial.run.guided else None
+        classes = self.latents.classes
+        guide = load_latent_classifier(paths.CLASSIFIER, self.device, classes) if trial.run.guided else None
         if base is None:
             return None, guide
         if read_json(base.folder / TRAINED)["not_finite"] is not None:

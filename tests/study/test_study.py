@@ -274,6 +274,14 @@ def test_an_any_step_model_is_trained_once_and_measured_at_each_number_of_steps(
     assert found["1"]["metrics"][KEY] != found["2"]["metrics"][KEY]
 
 
+def test_a_reference_of_other_classes_is_refused_before_a_trial_is_trained(project: Path) -> None:
+    summary = paths.REFERENCE / "summary.json"
+    summary.write_text(summary.read_text().replace('"class1"', '"other"'))
+    with pytest.raises(UserError, match="Found 'class1' as class 1 of 3 in data/latents.h5, expected 'other' of 3"):
+        pipeline.tables(load_params(), [], ONE)
+    assert not trainings()
+
+
 def test_a_trial_that_is_also_a_run_is_trained_once(project: Path) -> None:
     raw = yaml.safe_load((project / "params.yaml").read_text())
     raw["runs"]["same"] = {**yaml.safe_load(BASE), "seed": 0}
