@@ -58,7 +58,8 @@ class Manifest:
         if not self.oriented:
             return total
         done = {"ignore": "ignored, as in ADM", "apply": "applied"}[self.orientation]
-        return f"{total}\n{self.oriented} of them carry an EXIF orientation other than upright, {done} (data.orientation)."
+        oriented = f"{self.oriented} of them carry an EXIF orientation other than upright"
+        return f"{total}\n{oriented}, {done} (data.orientation)."
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
