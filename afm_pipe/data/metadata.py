@@ -64,13 +64,13 @@ def _exif(data: bytes) -> bytes:
     return next(blocks, b"")
 
 
-def _shapes_png(data: bytes, chunk: Part) -> bool:
-    ancillary = chunk[0].isalpha() and chunk[0][:1].islower()
-    return not ancillary or chunk[0] in SHAPES_PIXELS
+def _shapes_png(data: bytes, part: Part) -> bool:
+    ancillary = part[0].isalpha() and part[0][:1].islower()
+    return not ancillary or part[0] in SHAPES_PIXELS
 
 
-def _shapes_jpeg(data: bytes, segment: Part) -> bool:
-    marker, start, end = segment
+def _shapes_jpeg(data: bytes, part: Part) -> bool:
+    marker, start, end = part
     content = data[start + 4 : end]
     if marker == b"\xe0":
         return content.startswith(b"JFIF\0") and len(content) >= 14
