@@ -305,8 +305,8 @@ def profile(
         return
     switch = activate(name)
     typer.echo(f"{paths.PARAMS} is {'now' if switch.changed else 'already'} the profile {name}.")
-    if switch.kept:
-        typer.echo(f"The old one is {switch.kept}.")
+    if switch.backup:
+        typer.echo(f"The old one is {switch.backup}.")
 
 
 @_command(PARAMS)
