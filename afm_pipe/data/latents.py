@@ -172,11 +172,11 @@ class Latents:
                 f"Found {self.path} with {'moments' if self.spec.stochastic else 'latents'}, expected what "
                 f"autoencoder.kind {params.autoencoder.kind} stores: {REMEDY}."
             )
-        for name, expected in encoding_settings(params).items():
-            if self.provenance.get(name) != expected:
+        found = {"orientation": "ignore", **self.provenance}
+        for name, expected in (encoding_settings(params) | {"orientation": params.data.orientation}).items():
+            if found.get(name) != expected:
                 raise UserError(
-                    f"Found {self.path} with {name} {self.provenance.get(name)}, expected {expected} as params say: "
-                    f"{REMEDY}."
+                    f"Found {self.path} with {name} {found.get(name)}, expected {expected} as params say: {REMEDY}."
                 )
         if self.latent_shape != expected_spec.shape:
             raise UserError(

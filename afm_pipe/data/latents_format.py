@@ -94,6 +94,8 @@ def encoding_settings(params: Params) -> dict[str, str]:
         "precision": params.encode.precision,
         "batch_size": str(params.encode.batch_size),
     }
+    if params.data.orientation != "ignore":  # what every file without the attribute has
+        decided["orientation"] = params.data.orientation
     if spec.scaling_factor is not None:
         decided["scaling_factor"] = repr(spec.scaling_factor)
     return decided

@@ -22,6 +22,15 @@ class ToyGuidance(Section):
     """Scale of the exact classifier-free guidance used for comparison; 1 is no guidance."""
 
 
+class StrongDiscriminator(Section):
+    """One-step models against ever stronger discriminators, with and without transport and gradient normalization."""
+
+    updates: Annotated[tuple[Count, ...], Field(strict=False, min_length=2)]
+    """Updates of D to one of G, ascending; the last stands for a D at its optimum."""
+    pairs: Count
+    """Updates of G."""
+
+
 class Toy(Section):
     """The 1-D toy experiment, where the optimal map is known (paper Figures 1 to 3). No gradient normalization."""
 
@@ -49,6 +58,8 @@ class Toy(Section):
     sweep: Annotated[tuple[Positive, ...], Field(strict=False)]
     """Additional values of lambda_ot for one-step models; 0, the GAN, is always trained."""
     guidance: ToyGuidance
+    strong_discriminator: StrongDiscriminator | None
+    """Null: not trained; each of its updates costs about half a pair."""
     points: Count
     """Number of noise values, at equally spaced quantiles of N(0, 1), at which maps are evaluated."""
 
