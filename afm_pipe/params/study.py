@@ -4,10 +4,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from afm_pipe.params.base import NAME, Fraction, Section, Seed, deep_merge
+from afm_pipe.params.base import EMPTY, NAME, Fraction, Section, Seed, deep_merge
 from afm_pipe.params.training import Phase, Run
 
-Overrides = dict[str, Any]  # fields of a run that override `train`; `then` and `steps` besides
+Overrides = Annotated[dict[str, Any], EMPTY]  # fields of a run that override `train`; `then` and `steps` besides
 Label = Annotated[str, Field(min_length=1, max_length=60)]
 TableName = Annotated[str, Field(pattern=NAME)]
 MAX_TRIALS = 2000  # of a table; each is resolved whenever params are read
