@@ -38,5 +38,5 @@ def write_results(name: str, rows: Sequence[Row], quick: bool) -> None:
         "rows": [row.record() for row in rows],
     }
     write_json(paths.BENCHMARKS, written)
-    with atomic_path(paths.BENCHMARKS.with_suffix(".md")) as aside:
-        aside.write_text(results_markdown(read_benchmarks()))
+    with atomic_path(paths.BENCHMARKS.with_suffix(".md")) as temp:
+        temp.write_text(results_markdown(read_benchmarks()))

@@ -259,6 +259,6 @@ def _publish(partial: Path, path: Path) -> None:
     except OSError as error:
         if error.errno != errno.EXDEV:  # work/ is on another disk
             raise
-        with atomic_path(path) as aside:
-            shutil.copyfile(partial, aside)
+        with atomic_path(path) as temp:
+            shutil.copyfile(partial, temp)
         partial.unlink()

@@ -91,10 +91,10 @@ class KLAutoencoder(Autoencoder, kind="kl"):
     def save(self, folder: Path) -> None:
         """Write config.json and the weights into `folder`, as diffusers does; the same weights give the same bytes."""
         state = {name: value.detach().cpu().contiguous() for name, value in self.model.state_dict().items()}
-        with atomic_path(folder / WEIGHTS) as aside:
-            save_file(state, aside, metadata={"format": "pt"})
-        with atomic_path(folder / CONFIG) as aside:
-            aside.write_text(self.model.to_json_string())
+        with atomic_path(folder / WEIGHTS) as temp:
+            save_file(state, temp, metadata={"format": "pt"})
+        with atomic_path(folder / CONFIG) as temp:
+            temp.write_text(self.model.to_json_string())
 
     def check(self, params: Params) -> None:
         """Raise UserError unless it fits params and normalizes by a scaling factor alone."""
@@ -183,8 +183,8 @@ def fetch_pretrained(params: Params, folder: Path) -> None:
             "replace the file, or correct the hash if these are the weights you mean."
         )
     KLAutoencoder.load(params, source).check(params)
-    with atomic_path(folder / WEIGHTS) as aside:
-        shutil.copyfile(source / WEIGHTS, aside)
+    with atomic_path(folder / WEIGHTS) as temp:
+        shutil.copyfile(source / WEIGHTS, temp)
     write_json(folder / CONFIG, read_json(source / CONFIG) | {"scaling_factor": settings.scaling_factor})
 
 

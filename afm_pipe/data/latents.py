@@ -21,13 +21,13 @@ from torch import Tensor
 
 from afm_pipe.data.latents_format import (
     CLASSES,
-    DEVIATION,
     DONE,
     FORMAT_VERSION,
     LABELS,
     MEAN,
     MOMENTS,
     REMEDY,
+    STD,
     open_latents_file,
     provenance_fingerprint,
     read_attributes,
@@ -187,8 +187,8 @@ class Latents:
 
 def _read(file: h5py.File, path: Path) -> Latents:
     rows_name = rows_of(file)
-    normalized = MEAN in file or DEVIATION in file
-    kinds = {rows_name: "f", LABELS: "i", CLASSES: "S", DONE: "b"} | ({MEAN: "f", DEVIATION: "f"} if normalized else {})
+    normalized = MEAN in file or STD in file
+    kinds = {rows_name: "f", LABELS: "i", CLASSES: "S", DONE: "b"} | ({MEAN: "f", STD: "f"} if normalized else {})
     for name in kinds:
         link = file.get(name, getlink=True)
         if not isinstance(link, h5py.HardLink) or not isinstance(file[name], h5py.Dataset):
@@ -225,10 +225,10 @@ def _read(file: h5py.File, path: Path) -> Latents:
         raise UserError(f"Found labels outside the {len(classes)} classes in {path}, or no image: {REMEDY}.")
     _, num_mirrors, channels, height, width = rows.shape
     shape = channels // 2 if stochastic else channels, height, width
-    mean, deviation = _normalization(file, shape, path) if normalized else (None, None)
+    mean, std = _normalization(file, shape, path) if normalized else (None, None)
     return Latents(
         path=path,
-        spec=LatentSpec(shape, stochastic, factor, mean, deviation),
+        spec=LatentSpec(shape, stochastic, factor, mean, std),
         labels=labels,
         classes=tuple(os.fsdecode(name) for name in classes),
         provenance=provenance,
@@ -263,10 +263,10 @@ def _scaling_factor(text: str, path: Path) -> float:
 
 
 def _normalization(file: h5py.File, shape: tuple[int, int, int], path: Path) -> tuple[Tensor, Tensor]:
-    """Return mean and deviation (c, h, w)."""
-    if any(file[name].shape != shape or file[name].dtype != "<f4" for name in (MEAN, DEVIATION)):
+    """Return mean and std (c, h, w) of the normalization."""
+    if any(file[name].shape != shape or file[name].dtype != "<f4" for name in (MEAN, STD)):
         raise UserError(f"Found mean or deviation of another shape than latents {shape} in {path}: {REMEDY}.")
-    mean, deviation = (torch.from_numpy(file[name][:]) for name in (MEAN, DEVIATION))
-    if not (mean.isfinite().all() and deviation.isfinite().all() and (deviation > 0).all()):
+    mean, std = (torch.from_numpy(file[name][:]) for name in (MEAN, STD))
+    if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
         raise UserError(f"Found mean or deviation not finite, or a deviation not above 0, in {path}: {REMEDY}.")
-    return mean, deviation
+    return mean, std

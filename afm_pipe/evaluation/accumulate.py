@@ -82,7 +82,7 @@ class MetricAccumulator:
             "squares": spread.squares.numpy(),
             "distances": torch.cat(self.distances).numpy(),
         }
-        with atomic_path(folder / STATE) as aside, aside.open("wb") as file:
+        with atomic_path(folder / STATE) as temp, temp.open("wb") as file:
             np.savez(file, **state)  # type: ignore[arg-type]
 
     def restore(self, folder: Path) -> None:

@@ -82,8 +82,8 @@ def train_classifier(
 def save_classifier(model: Classifier, folder: Path) -> None:
     """Write the weights as safetensors and the network's shape as JSON, each atomically."""
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    with atomic_path(folder / WEIGHTS) as aside:
-        save_file(weights, aside)
+    with atomic_path(folder / WEIGHTS) as temp:
+        save_file(weights, temp)
     write_json(folder / CONFIG, model.config)
 
 

@@ -7,11 +7,14 @@ import numpy as np
 import torch
 
 from afm_pipe.autoencoders.base import Autoencoder
+from afm_pipe.data.classes import require_same_classes
 from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from afm_pipe.evaluation.features import load_networks
 from afm_pipe.evaluation.frechet import Statistics, frechet_distance
+from afm_pipe.evaluation.reference import SUMMARY
 from afm_pipe.evaluation.statistics import Reference
 from afm_pipe.params import Params
+from afm_pipe.runtime.files import read_json
 from afm_pipe.sampling.sampler import Sampler, balanced_labels
 
 APART = 1 << 32  # between the seeds of these samples and of the evaluation's
@@ -33,8 +36,9 @@ class SampleDistance:
         device: torch.device,
         group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
-        """Load network and statistics. Raises UserError when they are missing or another's."""
-        settings = params.evaluate
+        """Load network and statistics. Raises UserError when they are missing, another's, or of other classes."""
+        settings, summary = params.evaluate, reference_dir / SUMMARY
+        require_same_classes(class_names, "the latents", read_json(summary)["classes"], summary)
         self.network = load_networks(settings, reference_dir, device, settings.features[:1])[0]
         self.reference = Reference.load(reference_dir, self.network)
         self.labels = balanced_labels(range(samples), len(class_names))

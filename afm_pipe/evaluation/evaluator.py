@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from afm_pipe.data.classes import require_same_classes
 from afm_pipe.distributed.mapping import map_across_ranks
 from afm_pipe.evaluation.accumulate import MetricAccumulator
 from afm_pipe.evaluation.adm import require_reference
@@ -49,7 +50,7 @@ class Evaluator:
     """
 
     def __init__(self, params: Params, reference_dir: Path, device: torch.device = CPU) -> None:
-        self.settings, self.device = params.evaluate, device
+        self.settings, self.device, self.folder = params.evaluate, device, reference_dir
         self.summary = read_json(reference_dir / SUMMARY)
         _check(params, self.summary, reference_dir)
         self.num_classes = len(self.summary["classes"])
@@ -62,6 +63,10 @@ class Evaluator:
         self.neighbors = Neighbors(self.thumbnails.images)
         self.real_spread = ClassSpread(self.num_classes)
         self.real_spread.add(self.thumbnails.images, torch.from_numpy(self.thumbnails.labels))
+
+    def require_classes(self, found: Any, where: Path | str) -> None:
+        """Raise UserError unless `found`, the class names of `where`, are those of the real images."""
+        require_same_classes(found, where, self.summary["classes"], self.folder / SUMMARY)
 
     def evaluate(
         self,
@@ -90,8 +95,10 @@ class Evaluator:
         do not depend on the number of processes. With a `work_dir`, the main process saves its progress there every
         `checkpoint_seconds`, and the same call resumes with the same result; the folder's name must identify generator
         and protocol. Memory grows with the number of samples by their features only.
-        Raises UserError for non-finite latents and for samples of another shape than the real images.
+        Raises UserError for other classes than the reference's, for non-finite latents and for samples of another shape
+        than the real images.
         """
+        self.require_classes(sampler.class_names, f"model {provenance.get('run', 'of a trial')}")
         count, size = self.settings.samples, sampler.micro_batch
         is_main = sampler.group.is_main_process
         seen = MetricAccumulator(self.networks, count, self.num_classes)

@@ -1,10 +1,12 @@
 """The guidance classifier C(x_t, t): a DiT conditioned on time, with class logits read from one extra token."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from afm_pipe.data.classes import require_same_classes
 from afm_pipe.models.dit import DiT, TimestepEmbedder
 from afm_pipe.models.model_files import ModelConfig, load_network
 from afm_pipe.params.sizes import SIZES, ModelSize
@@ -38,8 +40,11 @@ class LatentClassifier(DiT):
         return self.final_layer[1](features)
 
 
-def load_latent_classifier(folder: Path, device: torch.device) -> LatentClassifier:
-    """Load the classifier of a folder, in evaluation mode. Raises UserError if there is none or it does not fit."""
+def load_latent_classifier(folder: Path, device: torch.device, classes: Sequence[str]) -> LatentClassifier:
+    """Load the classifier of a folder, in evaluation mode, for training on `classes`.
+
+    Raises UserError if there is none, or if it does not fit.
+    """
     described, path = read_json(folder / "config.json"), folder / "classifier.safetensors"
     try:
         shape = {name: described[name] for name in ("size", "channels", "latent_size", "num_classes")}
@@ -49,6 +54,8 @@ def load_latent_classifier(folder: Path, device: torch.device) -> LatentClassifi
         raise UserError(
             f"Found {folder} without a classifier: add a `classifier` section to params and run `dvc repro classifier`."
         ) from None
+    names, of = described.get("classes"), "the latents"
+    require_same_classes(names, folder / "config.json", classes, of, config.num_classes)
     return load_network(
         lambda: LatentClassifier(size, config.channels, config.latent_size, config.num_classes), path, device
     )

@@ -49,14 +49,14 @@ def export(model_dir: Path, autoencoder_dir: Path, kind: str, out: Path) -> None
         "classes": described.get("classes"),
         "scaling_factor": described.get("scaling_factor"),
     }
-    with atomic_path(out) as aside:
+    with atomic_path(out) as temp:
         if kind == "released":
-            with aside.open("wb") as file:  # given a name, torch.save would store it in the archive
+            with temp.open("wb") as file:  # given a name, torch.save would store it in the archive
                 torch.save(tensors, file)
         elif kind == "safetensors":
-            save_file(tensors, aside, {"format": "pt", METADATA: json.dumps(metadata, sort_keys=True)})
+            save_file(tensors, temp, {"format": "pt", METADATA: json.dumps(metadata, sort_keys=True)})
         else:
-            _write_diffusers(aside, autoencoder_dir, config, described, tensors, sha256_file(path))
+            _write_diffusers(temp, autoencoder_dir, config, described, tensors, sha256_file(path))
 
 
 def _require_autoencoder_kl(path: Path) -> None:

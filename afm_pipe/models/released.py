@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from safetensors import safe_open
 from torch import Tensor
 
+from afm_pipe.data.classes import imagenet_names
 from afm_pipe.models.model_files import ModelConfig, build_generator, count_parameters, misfits, save_tensors
 from afm_pipe.models.tensor_files import ADVICE, check_file, check_pickled, check_plain, check_safetensors
 from afm_pipe.params import Imported
@@ -65,24 +66,26 @@ def import_generator(settings: Imported, folder: Path) -> ModelConfig:
     config = recognize(contents, path, settings)
     _check_values(contents.tensors, path)
     factor = SD_VAE_FACTOR if config.latent_shape == SD_VAE_LATENT else contents.metadata.get("scaling_factor")
+    names, named_by = _class_names(settings, contents, config)
     with torch.device("meta"):
         parameters = count_parameters(build_generator(config))
     description = {
         "model": config.model_dump(),
         "name": folder.name,
-        "classes": _class_names(settings, contents, config),
+        "classes": names,
         "scaling_factor": factor,
         "provenance": {
             "imported": {"file": path.name, "sha256": sha256, "entry": contents.entry, "told": _given(settings)}
+            | {"classes_named_by": named_by}
         },
         "updates": None,
         "images_seen": None,
         "generator_parameters": parameters,
     }
-    with atomic_path(folder) as aside:
-        aside.mkdir()
-        save_tensors(aside / "generator.safetensors", {k: tensor.float() for k, tensor in contents.tensors.items()})
-        write_json(aside / "config.json", description)
+    with atomic_path(folder) as temp:
+        temp.mkdir()
+        save_tensors(temp / "generator.safetensors", {k: tensor.float() for k, tensor in contents.tensors.items()})
+        write_json(temp / "config.json", description)
     return config
 
 
@@ -281,8 +284,8 @@ def _check_values(tensors: dict[str, Tensor], path: Path) -> None:
         raise UserError(f"Found {path} with non-finite values in {', '.join(broken[:5])}: use other weights.")
 
 
-def _class_names(settings: Imported, contents: Contents, config: ModelConfig) -> list[str]:
-    """Return the class names: of `settings`, else of the file, else ImageNet's for 1,000 classes, else numbers."""
+def _class_names(settings: Imported, contents: Contents, config: ModelConfig) -> tuple[list[str], str]:
+    """Return the class names and what gives them: `settings`, the file, ImageNet for 1,000 classes, or numbers."""
     if settings.classes is not None:
         path = Path(settings.classes).expanduser()
         try:
@@ -291,15 +294,13 @@ def _class_names(settings: Imported, contents: Contents, config: ModelConfig) ->
             raise UserError(f"Found {path} unreadable ({_reason(error)}), expected one class name per line.") from None
         if len(names) != config.num_classes:
             raise UserError(f"Found {len(names)} names in {path}, expected {config.num_classes}: one class per line.")
-        return names
+        return names, "settings"
     classes = contents.metadata.get("classes")
     if isinstance(classes, list) and len(classes) == config.num_classes:
-        return [str(name) for name in classes]
+        return [str(name) for name in classes], "file"
     if config.num_classes == 1000 and config.latent_shape == SD_VAE_LATENT:
-        from torchvision.models import ResNet50_Weights
-
-        return list(ResNet50_Weights.IMAGENET1K_V2.meta["categories"])
-    return [str(label) for label in range(config.num_classes)]
+        return imagenet_names(), "imagenet"
+    return [str(label) for label in range(config.num_classes)], "numbers"
 
 
 def _reason(error: BaseException) -> str:

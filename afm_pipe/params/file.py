@@ -1,4 +1,4 @@
-"""Read params.yaml: parse, override, validate, and explain its mistakes."""
+"""Read params.yaml: parse, override, validate, and explain mistakes in it."""
 
 import difflib
 import json
@@ -17,7 +17,7 @@ from afm_pipe.runtime.errors import UserError, describe_mistake, show_value
 from afm_pipe.runtime.files import read_text
 
 MAX_BYTES = 1 << 18  # a params file is written by hand
-SHOWN = 20  # mistakes
+SHOWN = 20  # mistakes listed in an error
 
 
 def load_params(path: Path = paths.PARAMS, overrides: Iterable[str] = ()) -> Params:
@@ -38,7 +38,7 @@ def read(path: Path) -> str:
     try:
         return read_text(path, MAX_BYTES)
     except FileNotFoundError:
-        raise UserError(f"Found no {path} in {Path.cwd()}: run this in the project's root.") from None
+        raise UserError(f"Found no {path} in {Path.cwd()}: run this in the project root.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"Found {path}, which is not plain YAML: {error}.") from None
 
@@ -73,7 +73,7 @@ def imported(options: dict[str, Any]) -> Imported:
 
 
 def json_schema() -> str:
-    """Return the JSON schema of params.yaml, for editors; every field of a run is optional."""
+    """Return the JSON schema of params.yaml, for editors. All fields of a run are optional."""
     schema = Params.model_json_schema()
     run = json.loads(json.dumps(schema["$defs"]["Run"]))
     run.pop("required")
@@ -138,7 +138,7 @@ def _explain(path: Path, raw: dict[str, Any], error: ValidationError) -> str:
     for problem in error.errors(include_url=False):
         place = list(problem["loc"])
         while problem["type"] != "missing" and not _exists(raw, place):
-            place.pop()  # pydantic appends names for the branches of a union
+            place.pop()  # pydantic appends the names of union branches
         field = list(problem["loc"][:3])  # runs, a name, a field
         if field[:1] == ["runs"] and len(field) == 3 and field[2] != "[key]" and not _exists(raw, field):
             continue  # inherited from train, and reported there

@@ -1,4 +1,4 @@
-"""Rewrite a params file of version 0.1 in place: keys are renamed and added, comments and layout stay."""
+"""Migrate a params file of version 0.1 in place: rename and add keys, keep comments and layout."""
 
 import json
 from pathlib import Path
@@ -16,9 +16,9 @@ STRING_TAG = "tag:yaml.org,2002:str"
 
 
 def migrate(path: Path) -> tuple[list[OldKey], Path | None]:
-    """Rewrite a params file; return what changed and the path of the copy of the old file.
+    """Migrate a params file; return the changed keys and the path of a copy of the old file.
 
-    Raises UserError, and writes nothing, if the result is not valid.
+    Raises UserError, and writes nothing, if the result is invalid.
     """
     text = read(path)
     parse(text, path)
@@ -29,8 +29,8 @@ def migrate(path: Path) -> tuple[list[OldKey], Path | None]:
     if migrated == text:
         return [], None
     kept = keep_copy(path, "migrate")
-    with atomic_path(path) as aside:
-        aside.write_text(migrated, encoding="utf-8", newline="")
+    with atomic_path(path) as temp:
+        temp.write_text(migrated, encoding="utf-8", newline="")
     return keys, kept
 
 

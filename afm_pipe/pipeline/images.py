@@ -71,8 +71,8 @@ def reference(params: Params, launch: Launch) -> None:
         track("check images", require_images(manifest, params.data))
     with atomic_path(paths.REFERENCE) as folder:
         track("reference", build_reference(params, manifest, images, vae, folder, device))
-    with atomic_path(paths.REFERENCE_DONE) as aside:
-        aside.write_text("reference\n")
+    with atomic_path(paths.REFERENCE_DONE) as temp:
+        temp.write_text("reference\n")
 
 
 def classifier(params: Params, launch: Launch) -> None:
@@ -114,5 +114,6 @@ def classifier(params: Params, launch: Launch) -> None:
         with atomic_path(paths.CLASSIFIER) as folder:
             folder.mkdir()
             save_tensors(folder / "classifier.safetensors", trained.state.ema.state_dict())
-            described |= shape | {"num_classes": len(latents.classes), "provenance": {"code": code}} | accuracy
+            classes = {"num_classes": len(latents.classes), "classes": list(latents.classes)}
+            described |= shape | classes | {"provenance": {"code": code}} | accuracy
             write_json(folder / "config.json", described)

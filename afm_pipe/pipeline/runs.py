@@ -121,6 +121,9 @@ def evaluate(params: Params, name: str, launch: Launch) -> None:
             "autoencoder_sha256": sha256_file(paths.AUTOENCODER_WEIGHTS),
         }
         evaluator = Evaluator(params, paths.REFERENCE, device)
+        evaluator.require_classes(sampler.class_names, paths.model(name))
+        if _imported(described) and described["provenance"]["imported"].get("classes_named_by") == "numbers":
+            evaluator.require_classes(None, paths.model(name))
         measured = {
             "provenance": provenance,
             "model": described["model"],  # its form and repeats do not show in the weights
@@ -141,10 +144,10 @@ def evaluate(params: Params, name: str, launch: Launch) -> None:
         return
     write_json(paths.metrics(name), metrics)
     shutil.rmtree(work_dir / identity, ignore_errors=True)
-    with atomic_path(paths.samples(name) / "nearest.png") as aside:
-        evaluator.nearest(sampler).save(aside, format="png")
+    with atomic_path(paths.samples(name) / "nearest.png") as temp:
+        evaluator.nearest(sampler).save(temp, format="png")
 
 
 def _imported(described: Any) -> bool:
     provenance = described.get("provenance") if isinstance(described, dict) else None
-    return isinstance(provenance, dict) and "imported" in provenance
+    return isinstance(provenance, dict) and isinstance(provenance.get("imported"), dict)

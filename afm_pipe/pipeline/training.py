@@ -46,7 +46,7 @@ def train(params: Params, name: str, launch: Launch) -> None:
     run, device = named_run(params, name), launch.torch_device()
     latents = open_latents(params)
     config = model_config(params, name, len(latents.classes))
-    start, guide, origins = _origin(params, name, run, device)
+    start, guide, origins = _origin(params, name, run, list(latents.classes), device)
     identity = run_identity(run, params.latent_shape, latents.fingerprint(), origins)
     if start is not None:
         _require_base(start, config, paths.model(params.guided[name].base))
@@ -144,9 +144,13 @@ def guide(params: Params, name: str, launch: Launch) -> None:
 
 
 def _origin(
-    params: Params, name: str, run: Run, device: "torch.device"
+    params: Params, name: str, run: Run, classes: list[str], device: "torch.device"
 ) -> tuple["Start | None", "torch.nn.Module | None", dict[str, str]]:
-    """Return what a run begins from and is guided by, if anything, and the hashes of those."""
+    """Return what a run begins from and is guided by, if anything, and the hashes of those.
+
+    Raises UserError where they know other classes.
+    """
+    from afm_pipe.data.classes import require_same_classes
     from afm_pipe.models.classifier import load_latent_classifier
     from afm_pipe.models.model_files import load_tensors
     from afm_pipe.params.versions import origin_files
@@ -159,10 +163,11 @@ def _origin(
         updates = described.get("updates") if isinstance(described, dict) else None
         if type(updates) is not int or updates < 1:
             raise UserError(f"Found {base / 'config.json'} without its number of updates: train {base.name} again.")
+        require_same_classes(described.get("classes"), base / "config.json", classes, paths.LATENTS)
         notice_model(base)
         start = Start({part: load_tensors(files[part]) for part in ("generator", "discriminator")}, updates)
     if run.guided:
-        guide = load_latent_classifier(paths.CLASSIFIER, device)
+        guide = load_latent_classifier(paths.CLASSIFIER, device, classes)
         notice_model(paths.CLASSIFIER)
     return start, guide, {part: sha256_file(file) for part, file in files.items()}
 

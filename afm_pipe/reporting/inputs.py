@@ -8,6 +8,7 @@ from typing import Any, TypeGuard, TypeVar
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from afm_pipe.data.classes import require_same_classes
 from afm_pipe.params import Params, Run
 from afm_pipe.params.yaml import load_yaml
 from afm_pipe.runtime import paths
@@ -45,6 +46,7 @@ class Config(BaseModel):
     generator_parameters: int
     discriminator_parameters: int | None = None
     model: dict[str, Any] = {}
+    classes: list[str] | None = None
 
 
 class Measured(BaseModel):
@@ -121,12 +123,17 @@ Line = TypeVar("Line")
 def read_inputs(params: Params) -> Inputs:
     """Read what is known of exactly the runs in params.
 
-    Raises UserError naming the file and its stage when one is missing or damaged.
+    Raises UserError naming the file and its stage when one is missing or damaged, and a model of other classes.
     """
+    runs = tuple(_read_run(params, name) for name in params.names)
+    real = paths.REFERENCE / "summary.json"
+    summary = typed(Summary, real, "reference")
+    for run in runs:
+        require_same_classes(run.config.classes, paths.model(run.name), summary.classes, real)
     return Inputs(
         params=params,
-        runs=tuple(_read_run(params, name) for name in params.names),
-        summary=typed(Summary, paths.REFERENCE / "summary.json", "reference"),
+        runs=runs,
+        summary=summary,
         reconstruction_mse=_reconstruction_mse(params),
         published=load_yaml(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8")),
     )

@@ -24,8 +24,8 @@ def watch(params: Params, seconds: float, rounds: int | None = None) -> None:
     done = 0
     while rounds is None or done < rounds:
         time.sleep(seconds if done else 0)
-        with atomic_path(PAGE) as aside:
-            aside.write_text(watch_page(params, seconds, time.time()), encoding="utf-8")
+        with atomic_path(PAGE) as temp:
+            temp.write_text(watch_page(params, seconds, time.time()), encoding="utf-8")
         done += 1
 
 

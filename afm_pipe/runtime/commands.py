@@ -12,13 +12,13 @@ from afm_pipe.runtime.errors import RankLostError, UserError
 from afm_pipe.runtime.signals import Stopped, graceful_shutdown, stop_with_dvc
 
 P = ParamSpec("P")
-HEAD_START = 5.0  # seconds that the main process has to print its message first
+HEAD_START = 5.0  # seconds for the main process to print its message before the others do
 
 
 def user_command(command: Callable[P, None]) -> Callable[P, None]:
-    """Decorate a command to end on a UserError with one line and exit code 1, without a stack trace.
+    """Decorate a command: a UserError becomes one line on stderr and exit code 1, without a stack trace.
 
-    On a signal it ends with one line and the exit code of afm_pipe/runtime/signals.py.
+    A signal becomes one line and the exit code that `Stopped.code` gives.
     """
 
     @functools.wraps(command)
@@ -36,10 +36,11 @@ def user_command(command: Callable[P, None]) -> Callable[P, None]:
 
 
 def end(message: str, code: int, agreed: bool = False, lost: bool = False) -> NoReturn:
-    """Print why this process ends, once for all processes of the group, and exit.
+    """Print why this process ends, once per process group, and exit with `code`.
 
-    If all `agreed` to end, the main process prints. Otherwise the others give it a head start, since the launcher ends
-    all processes once one has ended. The launcher itself reports a `lost` process.
+    `agreed`: all processes end together, and only the main process prints. Otherwise the main process gets a head
+    start, since the launcher kills the group as soon as one process exits. `lost`: another process died, which the
+    launcher reports.
     """
     if env_world_size() == 1:
         print(message, file=sys.stderr)
@@ -49,4 +50,4 @@ def end(message: str, code: int, agreed: bool = False, lost: bool = False) -> No
     if not (agreed and env_rank() > 0 or lost and "TORCHELASTIC_RUN_ID" in os.environ):
         print(message, file=sys.stderr, flush=True)
     sys.stdout.flush()
-    os._exit(code)  # tearing down an interpreter with torch takes seconds, in which the others would wait
+    os._exit(code)  # interpreter teardown with torch takes seconds, during which the others would wait

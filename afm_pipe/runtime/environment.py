@@ -1,4 +1,4 @@
-"""What a launcher such as torchrun sets in a process's environment."""
+"""Environment variables that a launcher such as torchrun sets."""
 
 import os
 

@@ -27,7 +27,7 @@ _EXPECTED = {  # pydantic's kind of error: what it expects, in the words of YAML
 
 
 class UserError(ValueError):
-    """A mistake that the user can fix: the message names what was found, what was expected and what to do."""
+    """A mistake that the user can fix: the message says what was found, what was expected, and what to do."""
 
 
 class UnwritableError(UserError):

@@ -25,21 +25,21 @@ UNWRITABLE = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; the file or folder written there replaces `path` if the block succeeds.
 
-    On any error it is removed and `path` keeps its old content. File and folder are synced before and after the rename,
-    so a power cut leaves either the old content or the new. Raises UnwritableError if the disk is full or not writable.
+    On any error the temporary path is removed and `path` keeps its old content. Both are synced to disk, so a power
+    cut leaves either the old content or the new. Raises UnwritableError if the disk is full or not writable.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    _remove(aside)
+    temp = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    _remove(temp)
     try:
-        yield aside
-        _sync_tree(aside)
+        yield temp
+        _sync_tree(temp)
         if path.is_dir():
             _remove(path)  # rename replaces a file, but not a folder with content
-        os.replace(aside, path)
+        os.replace(temp, path)
         _sync(path.parent)
     except BaseException as error:
-        _remove(aside)
+        _remove(temp)
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
             raise UnwritableError(
                 f"Found {path} not writable ({error.strerror}): free disk space or fix the permissions, and run the "
@@ -49,7 +49,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def try_append(path: Path, text: str) -> None:
-    """Append to a log that can be rebuilt; if the disk is full, leave the log as it was."""
+    """Append to a log that can be rebuilt; if the disk is full, leave the log unchanged."""
     size = path.stat().st_size if path.exists() else 0
     try:
         with path.open("a", encoding="utf-8", newline="") as file:
@@ -58,16 +58,16 @@ def try_append(path: Path, text: str) -> None:
         if error.errno not in UNWRITABLE:
             raise
         if path.exists():
-            os.truncate(path, size)  # no half line
+            os.truncate(path, size)  # remove the incomplete line
 
 
-def complete_lines(path: Path, most: int = 1 << 28) -> list[str]:
-    """Return the lines of a log, without a last one that is being written.
+def complete_lines(path: Path, max_bytes: int = 1 << 28) -> list[str]:
+    """Return the complete lines of a growing log; the last line may still be being written.
 
-    A file that is missing, unreadable, not a plain file or of more than `most` bytes has none.
+    Returns no lines if the file is missing, unreadable, not a regular file, or larger than `max_bytes`.
     """
     try:
-        if not path.is_file() or path.stat().st_size > most:
+        if not path.is_file() or path.stat().st_size > max_bytes:
             return []
         text = path.read_bytes().decode(errors="replace")
     except OSError:
@@ -76,16 +76,16 @@ def complete_lines(path: Path, most: int = 1 << 28) -> list[str]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files that killed processes left in `folder`, which no other process may be writing."""
-    for aside in folder.glob(".*.partial"):
-        _remove(aside)
+    """Remove temporary files that killed processes left in `folder`. No other process may be writing there."""
+    for temp in folder.glob(".*.partial"):
+        _remove(temp)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON with sorted keys, atomically. Raises ValueError for NaN, which is not JSON."""
     text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    with atomic_path(path) as aside:
-        aside.write_text(text)
+    with atomic_path(path) as temp:
+        temp.write_text(text)
 
 
 def read_json(path: Path) -> Any:
@@ -96,7 +96,7 @@ def read_json(path: Path) -> Any:
         raise UserError(f"Found no {path}: run the stage that writes it, or `dvc repro`.") from None
     except UserError:
         raise
-    except (ValueError, RecursionError, OSError) as error:  # a number of 5,000 digits is a ValueError
+    except (ValueError, RecursionError, OSError) as error:  # ValueError also for a 5,000-digit number
         raise UserError(f"Found {path}, which is not JSON ({error}): delete it and run its stage again.") from None
 
 
@@ -120,7 +120,7 @@ def read_text(path: Path, max_bytes: int) -> str:
     if not path.is_file():
         raise UserError(f"Found {path}, which is a folder, a pipe or a device; expected a regular file.")
     if size > max_bytes:
-        raise UserError(f"Found {path} of {size:,} bytes, expected at most {max_bytes:,}: it is another kind of file.")
+        raise UserError(f"Found {path} of {size:,} bytes, expected at most {max_bytes:,}: check the path.")
     with path.open("rb") as file:
         return file.read(size + 1).decode()  # bounded, in case the file grows
 

@@ -1,7 +1,7 @@
-"""The identity of a piece of work: a hash of everything that shapes its numbers; and a digest of the code that made it.
+"""The identity of a run, a hash of everything that affects its numbers, and a digest of the source code.
 
-Working state is kept under the identity, so state of other params, other data or another declared version of the code
-is never resumed. The digest of the source only leads to a notice.
+Working state is stored under the identity, so state from other params, data or declared code versions is never resumed.
+A changed source digest only causes a notice.
 """
 
 import hashlib
@@ -15,15 +15,15 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def fingerprint(settings: Any, inputs: Mapping[str, str], versions: Mapping[str, int]) -> str:
-    """Return 16 hex digits that hash settings (as JSON), named hashes of inputs, and declared versions of the code."""
+    """Return 16 hex digits that hash settings (JSON values), input hashes by name, and declared code versions."""
     content = json.dumps([settings, dict(inputs), dict(versions)], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 @cache
-def source_digest(*rooms: str) -> str:
-    """Return 8 hex digits over the source of some packages of this one, comments included."""
+def source_digest(*packages: str) -> str:
+    """Return 8 hex digits that hash the source of some subpackages, comments included."""
     digest = hashlib.sha256()
-    for file in sorted(path for room in rooms for path in (PACKAGE / room).rglob("*.py")):
+    for file in sorted(path for package in packages for path in (PACKAGE / package).rglob("*.py")):
         digest.update(f"{file.relative_to(PACKAGE)}\0".encode() + file.read_bytes())
     return digest.hexdigest()[:8]

@@ -1,12 +1,12 @@
 """An exclusive lock on a folder: one process at a time writes it, on one machine or several.
 
-Two locks, since neither is enough. The kernel releases `flock` on the file `lock` however its holder ends, but a shared
-file system may restrict it to one machine or not support it. The lease is a file that every machine sees, `lease-N`,
-created exclusively and touched by its holder every few seconds. When its holder stops touching it, another process
-creates N + 1. The owner holds the highest number; a holder whose file is gone, after a suspend for instance, has lost
-the lock.
+It combines two locks, since neither is enough. `flock` on the file `lock` is released by the kernel however its holder
+ends, but a shared file system may restrict it to one machine or not support it. The lease, `lease-N`, is a file that
+every machine sees: its holder creates it exclusively and touches it every few seconds. When the holder stops touching
+it, another process creates lease N + 1. The highest number holds the lock; a process whose file is gone, for instance
+after a suspend, has lost it.
 
-Ages are differences of times from the file system itself, so the machines' clocks do not matter.
+The age of a lease is measured with the file system's own clock, so the machines' clocks do not matter.
 """
 
 import errno
@@ -52,7 +52,7 @@ class Lease:
             )
 
     def release(self) -> None:
-        """Release the lock, so that the next holder need not wait."""
+        """Release the lock, so that the next holder does not have to wait."""
         self._ended.set()
         self._toucher.join()
         if _read(self.path).content.get("token") == self.token:
@@ -63,9 +63,9 @@ class Lease:
             try:
                 if _read(self.path).content.get("token") != self.token:
                     return  # taken over; `check` raises
-                os.utime(self.path)  # without times, a file server sets its own
+                os.utime(self.path)  # without explicit times, a file server uses its own clock
             except OSError:
-                continue  # briefly unreachable; if for longer, others take over and `check` raises
+                continue  # unreachable; if this lasts, another process takes over and `check` raises
 
 
 class _LeaseFile(NamedTuple):
@@ -110,7 +110,7 @@ def _acquire(folder: Path, has_flock: bool) -> Lease:
         path = folder / f"lease-{number:06d}"
         if not _create(path, token):
             continue  # another process was faster
-        if _newest(folder).path != path:  # others have acquired and released higher numbers meanwhile
+        if _newest(folder).path != path:  # others acquired and released higher numbers in the meantime
             path.unlink(missing_ok=True)
             continue
         for old in folder.glob("lease-*"):
@@ -120,19 +120,19 @@ def _acquire(folder: Path, has_flock: bool) -> Lease:
 
 
 def _await_end(folder: Path, lease: _LeaseFile, has_flock: bool) -> None:
-    """Return once the holder of `lease` is known to be gone. Raises UserError if it touches the lease."""
+    """Wait until the holder of `lease` is known to be gone. Raises UserError if it touches the lease."""
     assert lease.path is not None
     if has_flock and lease.content.get("machine") == _machine():
         return  # a holder on this machine would also hold the flock
-    seen_from = time.monotonic()
+    waiting_since = time.monotonic()
     while True:
         now = _read(lease.path)
         if now.path is None:
             return  # released
         if now.touched != lease.touched:
             raise _held(folder, now)
-        # Both conditions: the file system's clock may jump, and this process may have only just started to wait.
-        if _time_of(folder) - (now.touched or 0) > STALE and time.monotonic() - seen_from > 2 * INTERVAL:
+        # Two conditions, since the file system's clock may jump and this process may only just have started to wait.
+        if _file_system_time(folder) - (now.touched or 0) > STALE and time.monotonic() - waiting_since > 2 * INTERVAL:
             return
         time.sleep(INTERVAL / 10)
 
@@ -155,7 +155,7 @@ def _newest(folder: Path) -> _LeaseFile:
 
 
 def _read(path: Path) -> _LeaseFile:
-    """Read a lease by opening it, which makes a network file system ask its server."""
+    """Read a lease file; opening it makes a network file system ask its server."""
     try:
         with path.open() as file:
             text, touched = file.read(), os.fstat(file.fileno()).st_mtime
@@ -168,11 +168,11 @@ def _read(path: Path) -> _LeaseFile:
     try:
         content = json.loads(text)
     except json.JSONDecodeError:
-        content = {}  # its holder has not written it yet, or was killed before
+        content = {}  # not written yet, or its holder was killed before writing
     return _LeaseFile(path, content if isinstance(content, dict) else {}, touched)
 
 
-def _time_of(folder: Path) -> float:
+def _file_system_time(folder: Path) -> float:
     """Return the current time of the file system that holds `folder`."""
     probe = folder / f".clock-{uuid.uuid4().hex}"
     probe.touch(exist_ok=False)
@@ -183,7 +183,9 @@ def _time_of(folder: Path) -> float:
 
 
 def _held(folder: Path, lease: _LeaseFile) -> UserError:
-    return UserError(f"Found {folder} held by {_holder(lease)}, expected it free: wait for it to end, or stop it.")
+    return UserError(
+        f"Found {folder} held by {_holder(lease)}, expected a free folder: wait for that process to end, or stop it."
+    )
 
 
 def _holder(lease: _LeaseFile) -> str:

@@ -8,12 +8,14 @@ SCHEMA = Path("params.schema.json")  # JSON schema of params files, for editors
 MANIFEST = Path("data/manifest.json")  # list of images, written by prepare
 LATENTS = Path("data/latents.h5")  # latents of all images, written by encode
 AUTOENCODER = Path("models/autoencoder")  # for kind kl, a diffusers AutoencoderKL folder
-AUTOENCODER_WEIGHTS = AUTOENCODER / "diffusion_pytorch_model.safetensors"  # whose sha256 is its identity
+AUTOENCODER_WEIGHTS = AUTOENCODER / "diffusion_pytorch_model.safetensors"  # their sha256 identifies the autoencoder
 CLASSIFIER = Path("models/classifier")  # guidance classifier, written by classifier
 REFERENCE = Path("reference")  # statistics of the real images, the default feature network, thumbnails
-REFERENCE_DONE = Path("data/reference.done")  # always the same, so that a run may wait for the reference alone
-WORK = Path("work")  # state of unfinished work, unknown to git and DVC
-TRIALS = WORK / "trials"  # every trial of the study, by fingerprint
+REFERENCE_DONE = Path(
+    "data/reference.done"
+)  # constant content: runs wait for the reference but do not rerun when it changes
+WORK = Path("work")  # state of unfinished work, ignored by git and DVC
+TRIALS = WORK / "trials"  # trials of the study, by fingerprint
 OLD_TRIALS = WORK / "cells"  # trials of version 0.1
 RESULTS = Path("results")  # all measurements
 TOY = RESULTS / "toy"  # the 1-D toy experiment: results.json, maps as CSV, figures
@@ -29,7 +31,7 @@ def model(run: str) -> Path:
 
 
 def kept_discriminator(epoch: float) -> str:
-    """Name, in a run's folder, of the discriminator it had at an epoch."""
+    """Return the name, without suffix, of the discriminator of an epoch in a run's folder."""
     return f"discriminator-epoch-{epoch:g}"
 
 

@@ -1,4 +1,4 @@
-"""Progress of long work: a live bar on a terminal, a plain line every few seconds elsewhere.
+"""Progress reports: a live bar on a terminal, a plain line every few seconds elsewhere.
 
 Long-running library functions are generators of `Progress`; `track` runs one, shows it and returns its result.
 """
@@ -16,7 +16,7 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 class Progress(NamedTuple):
-    """`done` of `total` `unit`s, and a few figures to show beside."""
+    """`done` of `total` `unit`s, and details to show beside them."""
 
     done: int
     total: int

@@ -1,8 +1,8 @@
-"""Graceful shutdown: on a scheduler's signal, on Ctrl-C, or when the process that started this one is gone.
+"""Graceful shutdown: on a scheduler's signal, on Ctrl-C, or when the parent process is gone.
 
-SIGTERM and SIGUSR1 (how schedulers announce a preemption) end a command with exit code 75, EX_TEMPFAIL: start me again.
-SIGINT (Ctrl-C) ends it with 130. Training first finishes its update and writes a checkpoint; a second SIGINT ends it at
-once. Other work ends at once; files that were written completely stay.
+SIGTERM and SIGUSR1, with which schedulers announce preemption, end a command with exit code 75 (EX_TEMPFAIL: restart
+it). SIGINT (Ctrl-C) ends it with 130. Training first finishes its update and writes a checkpoint; a second SIGINT ends
+it immediately. Other work ends immediately; complete files remain.
 """
 
 import os
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import psutil
 
 EXIT_RETRY = 75  # EX_TEMPFAIL of sysexits.h
-EXIT_INTERRUPTED = 130  # as a shell reports SIGINT
+EXIT_INTERRUPTED = 130  # a shell's exit code for SIGINT
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 GRACE = 300.0  # seconds in which an orphan can write its checkpoint
 SHELLS = {"sh", "bash", "dash", "zsh", "ksh", "fish"}
@@ -51,7 +51,7 @@ class ShutdownRequest:
     """The signal, or None."""
 
 
-_request: ShutdownRequest | None = None  # of the training that runs in this process
+_request: ShutdownRequest | None = None  # of the training running in this process
 
 
 @contextmanager
@@ -60,20 +60,20 @@ def graceful_shutdown() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only the main thread handles signals
         yield
         return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    for number, handler in before.items():
+    previous = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in previous.items():
         if handler != signal.SIG_IGN:
             signal.signal(number, _handle)
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler or signal.SIG_DFL)
 
 
 @contextmanager
 def shutdown_requested() -> Iterator[ShutdownRequest]:
-    """Make signals only set the request, which the block checks; a second SIGINT raises `Stopped`."""
+    """Make signals set the request, which the block checks, instead of raising; a second SIGINT raises `Stopped`."""
     global _request
     outer, _request = _request, ShutdownRequest()
     try:
@@ -90,12 +90,12 @@ def ignore_signals() -> None:
 
 
 def stop_with(processes: "Sequence[psutil.Process]") -> None:
-    """Send this process SIGTERM once any of `processes` is gone."""
+    """Send SIGTERM to this process once any of `processes` is gone."""
     threading.Thread(target=_monitor, args=(processes,), daemon=True).start()
 
 
 def stop_with_parent() -> None:
-    """Send this process SIGTERM once its parent is gone."""
+    """Send SIGTERM to this process once its parent is gone."""
     import psutil
 
     parent = psutil.Process().parent()
@@ -104,9 +104,9 @@ def stop_with_parent() -> None:
 
 
 def stop_with_dvc() -> None:
-    """Send a DVC stage SIGTERM once its `dvc` is gone, which on SIGTERM ends without ending its stages."""
+    """In a DVC stage, send SIGTERM to this process once `dvc` is gone: on SIGTERM, `dvc` leaves its stages running."""
     if "DVC_STAGE" not in os.environ:
-        return  # started with nohup, training outlives its shell
+        return  # training started with nohup outlives its shell
     import psutil
 
     ancestors = []

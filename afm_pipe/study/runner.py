@@ -33,7 +33,7 @@ from afm_pipe.models.model_files import (
 )
 from afm_pipe.objectives import build_objective
 from afm_pipe.params import Params, Run
-from afm_pipe.params.versions import begun_with, code
+from afm_pipe.params.versions import code_record, recorded_code
 from afm_pipe.runtime import paths, signals
 from afm_pipe.runtime.errors import NotFiniteError, UserError
 from afm_pipe.runtime.files import read_json, sha256_file, write_json
@@ -104,6 +104,8 @@ class Worker:
 
     def run(self, group: Sequence[Trial]) -> None:
         """Train the run that a group of trials shares, and measure each of them."""
+        if any(trial.measurement is not None for trial in group):
+            self.evaluator.require_classes(self.latents.classes, paths.LATENTS)  # before anything is trained
         trained = self.train(group[0])
         for trial in group:
             if trial.measurement is not None:
@@ -115,7 +117,7 @@ class Worker:
         with hold_lease(trial.folder if trial.owner is None else trial.folder.parent) as lease:
             if record.is_file():
                 return read_json(record)
-            begun = begun_with(trial.folder, "train")
+            begun = recorded_code(trial.folder, "train")
             config, (start, guide) = self._config(trial), self._origin(trial)
             objective = build_objective(run, config, guide)
             task = Task(objective, self.latents, trial.training, start, trial.probes(self.latents.num_images))
@@ -159,7 +161,7 @@ class Worker:
             "metrics": end["metrics"],
             "intervals": end["intervals"],
             "cost": trained["cost"],
-            "code": code("table") | trained["code"],
+            "code": code_record("table") | trained["code"],
             "events": trained["events"],
             "protocol": protocol,
         }
@@ -180,7 +182,8 @@ class Worker:
     def _origin(self, trial: Trial) -> tuple[Start | None, nn.Module | None]:
         """Return what a trial continues, and what guides it, if anything. Raises UserError when its base diverged."""
         base = trial.base
-        guide = load_latent_classifier(paths.CLASSIFIER, self.device) if trial.run.guided else None
+        classes = self.latents.classes
+        guide = load_latent_classifier(paths.CLASSIFIER, self.device, classes) if trial.run.guided else None
         if base is None:
             return None, guide
         if read_json(base.folder / TRAINED)["not_finite"] is not None:

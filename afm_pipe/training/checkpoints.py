@@ -194,12 +194,12 @@ def save_checkpoint(
         _save_sharded(folder, state, identity, lambda: _remove_old(folder, state.update, last, keep), check)
         return
     _make_room(folder, _num_bytes(state))
-    with atomic_path(folder / f"update-{state.update:09d}") as aside:
-        aside.mkdir()
+    with atomic_path(folder / f"update-{state.update:09d}") as temp:
+        temp.mkdir()
         for part, tensors in state.tensors().items():
             check()
-            save_tensors(aside / f"{part}.safetensors", tensors)
-        _complete(aside, state, identity)
+            save_tensors(temp / f"{part}.safetensors", tensors)
+        _complete(temp, state, identity)
         check()
     _remove_old(folder, state.update, last, keep)
 
@@ -218,10 +218,10 @@ def _save_sharded(
 
     def end() -> None:
         check()
-        with atomic_path(folder / f"update-{state.update:09d}") as aside:
-            aside.mkdir()
-            written.replace(aside / SHARDS)
-            _complete(aside, state, identity)
+        with atomic_path(folder / f"update-{state.update:09d}") as temp:
+            temp.mkdir()
+            written.replace(temp / SHARDS)
+            _complete(temp, state, identity)
             check()
         remove_old()
 
@@ -234,17 +234,17 @@ def _save_sharded(
             shutil.rmtree(written, ignore_errors=True)
 
 
-def _complete(aside: Path, state: Saveable, identity: str) -> None:
+def _complete(temp: Path, state: Saveable, identity: str) -> None:
     """Write the files of a checkpoint besides tensors, the manifest last."""
-    write_curves(aside / "curves.csv", state.rows, tuple(state.rows[0]) if state.rows else ())
-    write_json(aside / "extra.json", state.extra)
+    write_curves(temp / "curves.csv", state.rows, tuple(state.rows[0]) if state.rows else ())
+    write_json(temp / "extra.json", state.extra)
     files = {
-        str(path.relative_to(aside)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        for path in sorted(aside.rglob("*"))
+        str(path.relative_to(temp)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in sorted(temp.rglob("*"))
         if path.is_file()
     }
     manifest = {"fingerprint": identity, "update": state.update, "seconds": state.seconds, "files": files}
-    write_json(aside / "manifest.json", manifest)
+    write_json(temp / "manifest.json", manifest)
 
 
 def retained(updates: Iterable[int], every: int | None, best: int | None) -> set[int]:

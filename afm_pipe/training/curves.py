@@ -12,7 +12,7 @@ Row = dict[str, float]
 
 def write_curves(path: Path, rows: Sequence[Row], columns: tuple[str, ...]) -> None:
     """Write rows as CSV with a header, atomically."""
-    with atomic_path(path) as aside, aside.open("w", newline="") as file:
+    with atomic_path(path) as temp, temp.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

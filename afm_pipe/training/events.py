@@ -36,8 +36,8 @@ _EVENT = TypeAdapter(Event)
 
 def write_events(path: Path, events: Sequence[Event]) -> None:
     """Write the log, atomically."""
-    with atomic_path(path) as aside:
-        aside.write_text("".join(_line(event) for event in events), encoding="utf-8")
+    with atomic_path(path) as temp:
+        temp.write_text("".join(_line(event) for event in events), encoding="utf-8")
 
 
 def append_event(path: Path, event: Event) -> None:

@@ -111,8 +111,8 @@ class RunStore:
         """Write a network's whole weights; all processes must call."""
         tensors = full_tensors(network.state_dict(), self.group)
         if self.group.is_main_process:
-            with atomic_path(path) as aside:
-                save_tensors(aside, tensors)
+            with atomic_path(path) as temp:
+                save_tensors(temp, tensors)
         self.group.barrier()
 
     def load(self, path: Path, network: nn.Module) -> None:

@@ -149,7 +149,7 @@ def test_two_encodings_in_one_folder_are_refused(
 ) -> None:
     first, second = (encode_dataset(params, manifest, vae, SHA256, tmp_path / "latents.h5", tmp_path) for _ in range(2))
     next(first)
-    with pytest.raises(UserError, match="expected it free"):
+    with pytest.raises(UserError, match="expected a free folder"):
         next(second)
     first.close()
 

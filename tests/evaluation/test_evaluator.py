@@ -5,6 +5,7 @@ that ignores its noise, and one that mixes up classes.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from afm_pipe.autoencoders.kl import KLAutoencoder
+from afm_pipe.evaluation.distance import SampleDistance
 from afm_pipe.evaluation.evaluator import Evaluator
 from afm_pipe.evaluation.networks import FeatureNetwork
 from afm_pipe.evaluation.reference import build_reference
@@ -165,6 +167,16 @@ def test_fewer_samples_than_two_a_class_are_refused(vae: Any, reference: Path) -
     (many / "summary.json").write_text(json.dumps(summary | {"classes": [str(i) for i in range(200)]}))
     with pytest.raises(UserError, match="evaluate.samples 240, expected at least 2 of each of 200 classes"):
         evaluate(Painter(), vae, many)
+
+
+def test_a_generator_of_other_classes_is_refused(vae: Any, reference: Path) -> None:
+    evaluator = Evaluator(params_with(), reference)
+    for names in (["ant", "bee", "dog"], ["bee", "ant", "cow"], ["ant", "bee"], ["0", "1", "2"]):
+        other = replace(sampler_of(Painter(), vae), class_names=names)
+        with pytest.raises(UserError, match=f"in model painter.*expected .* of 3 as in {reference}/summary.json"):
+            next(evaluator.evaluate(other, {"run": "painter"}))
+        with pytest.raises(UserError, match=f"in the latents.*expected .* of 3 as in {reference}/summary.json"):
+            SampleDistance(params_with(), reference, vae, names, 30, torch.device("cpu"))
 
 
 def test_reference_of_images_of_another_size_is_refused(vae: Any, reference: Path) -> None:

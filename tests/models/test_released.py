@@ -252,6 +252,7 @@ def test_weights_of_sd_vae_latents_get_its_factor_and_the_names_of_imagenet(proj
     import_generator(told("x.pth"), paths.model("x"))
     described = read_json(paths.model("x") / "config.json")
     assert described["scaling_factor"] == 0.18215
+    assert described["provenance"]["imported"]["classes_named_by"] == "imagenet"
     assert described["classes"][207] == "golden retriever"
     with pytest.raises(UserError, match="scaling factor 0.5, expected 4 and 0.18215"):
         pipeline.load_sampler(load_params(), "x", CPU)

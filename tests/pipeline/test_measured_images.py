@@ -1,21 +1,26 @@
 """`sample` and `export` write the images that evaluation measures."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import Result
 from PIL import Image
 from typer.testing import CliRunner
 
+from afm_pipe import pipeline
 from afm_pipe.autoencoders import load_autoencoder
 from afm_pipe.cli.app import app
 from afm_pipe.evaluation.reference import build_reference
+from afm_pipe.models.model_files import load_tensors
+from afm_pipe.params import Imported
 from afm_pipe.params.file import load_params
 from afm_pipe.runtime import paths
-from afm_pipe.runtime.files import read_json
+from afm_pipe.runtime.files import read_json, write_json
 from afm_pipe.runtime.progress import track
 from afm_pipe.sampling.sampler import Sampler
 from tests.evaluation.painter import manifest_of
@@ -92,6 +97,26 @@ def test_npz_for_adms_evaluator_holds_what_evaluation_measures(
     assert order == np.random.default_rng(load_params().evaluate.seed).permutation(SAMPLES).tolist()
     assert [i % 10 for i in order] == labels.tolist()
     assert [path.name for path in tmp_path.iterdir()] == ["one.npz"]
+
+
+def test_imported_weights_without_class_names_are_measured_only_where_numbers_name_the_classes(
+    project: Path,  # noqa: F811
+    measured: np.ndarray,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copytree(project, tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "project")
+    params = load_params(overrides=OVERRIDES)
+    torch.save(load_tensors(paths.model("one") / "generator.safetensors"), "plain.pth")
+    pipeline.import_weights(params, "plain", Imported(file="plain.pth"))
+    done = afm("evaluate", "plain")
+    assert "Found '0' as class 0 of 10 in models/plain, expected 'digit 0' of 10 as in reference" in done.output
+    summary = read_json(paths.REFERENCE / "summary.json")
+    write_json(paths.REFERENCE / "summary.json", summary | {"classes": list("0123456789")})
+    done = afm("evaluate", "plain")
+    assert done.exit_code == 0, done.output
+    assert "Not checked: whether the classes of models/plain, which holds no names, are those of" in done.output
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,9 @@ from afm_pipe.params import Params
 from afm_pipe.params.file import load_params
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.files import read_json, write_json
 
+CLASSES = ["class0", "class1", "class2"]
 LAUNCH = Launch(device="cpu", checkpoint_seconds=1e9)
 GUIDED = (
     "guided={g: {from: t4, until_epoch: 10, transport: 0.01, guidance: {scale: 0.003, t: [0, 0.1]}, "
@@ -54,9 +56,26 @@ def test_guided_run_continues_its_base(guided: Path) -> None:
 
 
 def test_a_classifier_folder_gives_back_its_classifier(guided: Path) -> None:
-    classifier = load_latent_classifier(guided / paths.CLASSIFIER, torch.device("cpu"))
+    classifier = load_latent_classifier(guided / paths.CLASSIFIER, torch.device("cpu"), CLASSES)
     assert classifier(torch.zeros(2, 4, 8, 8), torch.zeros(2)).shape == (2, 3)
     assert "accuracy_t0" in json.loads((guided / paths.CLASSIFIER / "config.json").read_text())
+
+
+@pytest.mark.parametrize("of", [paths.model("t4"), paths.CLASSIFIER], ids=["base", "classifier"])
+def test_a_base_or_classifier_of_other_classes_is_refused_before_training(
+    guided: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], of: Path
+) -> None:
+    shutil.copytree(guided, tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "project")
+    params = load_params(overrides=[GUIDED])
+    described = read_json(of / "config.json")
+    assert described["classes"] == CLASSES
+    write_json(of / "config.json", described | {"classes": ["class0", "class2", "class1"]})
+    with pytest.raises(UserError, match=f"Found 'class2' as class 1 of 3 in {of}/config.json, the same names"):
+        pipeline.guide(params, "g", LAUNCH)
+    write_json(of / "config.json", described | {"classes": None})  # as version 0.1 wrote the classifier's
+    pipeline.guide(params, "g", LAUNCH)
+    assert f"Not checked: whether the classes of {of}/config.json" in capsys.readouterr().out
 
 
 def test_guidance_without_a_classifier_is_refused_before_training(change: Callable[..., Params]) -> None:

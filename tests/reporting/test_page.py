@@ -119,6 +119,15 @@ def test_class_names_are_text_never_markup(project: Path) -> None:
     assert any('"><b>&nine' in str(image["alt"]) for image in page.all("img"))
 
 
+def test_a_run_of_other_classes_than_the_real_images_is_refused(project: Path) -> None:
+    params = make_params()
+    write_inputs(params)
+    config = paths.model("t4") / "config.json"
+    write(config, json.loads(config.read_text()) | {"classes": ["airplane"]})
+    with pytest.raises(UserError, match="Found 'airplane' as class 0 of 1 in models/t4, expected "):
+        built(params)
+
+
 def test_published_numbers_stand_in_their_own_tables_only(project: Path) -> None:
     params = make_params()
     write_inputs(params)

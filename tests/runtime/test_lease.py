@@ -122,9 +122,9 @@ def test_a_clock_that_jumps_takes_nothing_from_a_holder_that_is_alive(machine: C
     first = machine("node-a")
     assert first.says() == "held"
     (path,) = Path("run").glob("lease-*")
-    jumping, ended = lease._time_of, threading.Event()
+    jumping, ended = lease._file_system_time, threading.Event()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lease, "_time_of", lambda folder: jumping(folder) + 3600)
+        patch.setattr(lease, "_file_system_time", lambda folder: jumping(folder) + 3600)
         patch.setattr(lease, "_machine", lambda: "node-b")
         patch.setattr(lease.fcntl, "flock", lambda *_: None)
         with pytest.raises(UserError, match="held by process .* on node-a"), hold_lease(Path("run")):

@@ -138,6 +138,7 @@ def test_an_interrupted_study_runs_only_missing_trials(project: Path) -> None:
     assert sum(before[name] == time for name, time in trainings().items()) == 1
 
 
+@pytest.mark.slow  # two workers import torch
 def test_results_do_not_depend_on_the_number_of_workers(project: Path) -> None:
     pipeline.tables(load_params(), [], ONE)
     alone = {row: trial["probes"] for row, trial in trials("transport").items()}
@@ -272,6 +273,14 @@ def test_an_any_step_model_is_trained_once_and_measured_at_each_number_of_steps(
     assert len(trainings()) == 1
     found = trials("any")
     assert found["1"]["metrics"][KEY] != found["2"]["metrics"][KEY]
+
+
+def test_a_reference_of_other_classes_is_refused_before_a_trial_is_trained(project: Path) -> None:
+    summary = paths.REFERENCE / "summary.json"
+    summary.write_text(summary.read_text().replace('"class1"', '"other"'))
+    with pytest.raises(UserError, match="Found 'class1' as class 1 of 3 in data/latents.h5, expected 'other' of 3"):
+        pipeline.tables(load_params(), [], ONE)
+    assert not trainings()
 
 
 def test_a_trial_that_is_also_a_run_is_trained_once(project: Path) -> None:
