@@ -21,6 +21,9 @@ class Data(Section):
     """Side of the square images after the ADM center crop, in pixels."""
     channels: Literal[1, 3]
     """1: gray, 3: RGB; images of other modes are converted."""
+    orientation: Literal["ignore", "apply"]
+    """Of EXIF. ignore: pixels as stored, as ADM reads ImageNet; apply: turned upright before the crop, as viewers show
+    a phone's photos. `prepare` says how many images carry one."""
     mirror: bool
     """Also encode each image mirrored left to right; training draws one of the two with equal probability."""
     min_images: Count

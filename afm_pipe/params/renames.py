@@ -14,6 +14,7 @@ RENAMED = {  # suffix of the old path: new key
     ("tables", "watch_provoked"): "monitor_provoked",
 }
 ADDED = {  # path of a required key that version 0.1 did not have: the implied or the usual value
+    ("data", "orientation"): "ignore",
     ("train", "objective"): "adversarial_flow",
     ("train", "discriminator_updates"): "1",
     ("train", "keep_discriminators"): "[]",
