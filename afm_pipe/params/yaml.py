@@ -49,7 +49,7 @@ def dump_yaml(value: Any) -> str:
 
 
 def _yaml() -> YAML:
-    yaml = YAML(typ="safe", pure=True)
+    yaml: Any = YAML(typ="safe", pure=True)
     yaml.Composer = PlainComposer
     yaml.default_flow_style, yaml.sort_base_mapping_type_on_output, yaml.width = None, False, 100
     return yaml
