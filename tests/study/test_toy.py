@@ -35,7 +35,7 @@ from afm_pipe.study.toy.results import StrongResults
 from afm_pipe.study.toy.strong import run_strong, strong_claims
 from afm_pipe.study.toy.training import Batch, Setting, train_adversarially, train_flow
 from afm_pipe.study.toy.writing import write_experiment
-from tests.conftest import SMOKE
+from tests.conftest import ROOT, SMOKE
 
 CPU = torch.device("cpu")
 FILES = {"results.json", "metrics.json", "maps.csv", "guidance.csv", "maps.png", "sweep.png", "guidance.png"}
@@ -278,6 +278,22 @@ def test_report_shows_three_figures_and_the_numbers_of_the_file(project: Path) -
     assert (rows[0]["method"], float(rows[0]["spread"])) == ("GAN", results["maps"]["gan"]["spread_mean"])
     assert titles.number(results["maps"]["afm_1"]["spread_mean"]) in section.finding
     assert "width 16 (the paper: 1024)" in section.scale
+
+
+def test_report_shows_the_strong_discriminators_of_the_study(project: Path, toy: Toy) -> None:
+    section = read_one_dimension()
+    assert section is not None and section.strong is None
+    path = paths.STUDY / "strong_discriminator_1d.json"
+    result = CliRunner().invoke(app, ["toy", "--params", str(SMOKE), "--strong", str(path)])
+    assert result.exit_code == 0, result.output
+    section = read_one_dimension()
+    assert section is not None and section.strong is not None
+    rows = list(csv.DictReader(csv_text(section.strong).splitlines()))
+    stored = json.loads(path.read_text())
+    assert [float(row["rms"]) for row in rows] == [pytest.approx(sum(s["rms"]) / 2) for s in stored["settings"]]
+    assert all(f"{claim['claim']}: {claim['outcome']}" in section.strong.caption for claim in stored["claims"])
+    refused = CliRunner().invoke(app, ["toy", "--params", str(ROOT / "params.yaml"), "--strong", str(path)])
+    assert refused.exit_code != 0 and "toy.strong_discriminator: null" in refused.output
 
 
 def test_report_without_the_experiment_has_no_section_and_a_damaged_file_is_an_error(project: Path) -> None:
