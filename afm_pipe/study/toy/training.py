@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import vmap
 
-from afm_pipe.objectives.adversarial_flow.guidance import guide_to_data
+from afm_pipe.objectives.adversarial_flow.guidance import one_step_guidance
 from afm_pipe.objectives.adversarial_flow.losses import (
     gradient_penalty,
     interpolate,
@@ -191,7 +191,7 @@ def _generator_loss(
     if setting.guidance is None:
         return loss
     labels = batch.labels.flatten()
-    guide = guide_to_data(Posterior(), setting.guidance, labels, tuple(labels.shape), generator)
+    guide = one_step_guidance(Posterior(), setting.guidance, labels, tuple(labels.shape), generator)
     return loss + len(fake) * guide(fake.flatten())  # a mean over the samples of all seeds, times the seeds
 
 
