@@ -55,6 +55,9 @@ class Reference(Section):
     classifier: FeatureClassifier
     thumbnails: Count
     """Training images kept, at 32x32 pixels at most, to find copies of them among samples."""
+    class_shares: Literal["data", "equal"]
+    """Of the real images in the statistics, and of the samples compared with them. data: as the images are; equal: as
+    many of each class as the smallest has, as published numbers have it."""
 
 
 class Sample(Section):
@@ -84,7 +87,7 @@ class Evaluate(Section):
     """Distances between samples and real images."""
 
     samples: Annotated[int, Field(ge=10, le=10**9)]
-    """Number of samples, balanced over the classes."""
+    """Number of samples, in the class shares of the reference."""
     seed: Seed
     features: Annotated[tuple[Features, ...], Field(strict=False, min_length=1)]
     """Feature networks in which distances are measured."""
