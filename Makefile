@@ -12,14 +12,14 @@ ON_PATH := PATH="$(BIN):$$PATH"
 .PHONY: help repro test test-slow test-browser fuzz bench crash-test lint install clean
 
 help:
-	@echo "make repro      set up, run the pipeline on params.yaml, print the run table"
-	@echo "make test       set up, lint, check types, run the tests"
-	@echo "make test-slow  the tests that take longer"
-	@echo "make test-browser  the report in a headless Chromium, installed first where that is possible"
-	@echo "make bench      time it beside plain implementations: benchmarks/results.md (about 10 minutes, idle machine)"
-	@echo "make fuzz       damaged and hostile files for every loader, some minutes (FUZZ_EXAMPLES=2000 of each)"
-	@echo "make crash-test  50 kills of trainings at random moments; rewrites docs/crash-test.json"
-	@echo "make clean      remove what the pipeline made, but no environment, images or weights"
+	@echo "make repro         set up, run the pipeline on params.yaml, print the run table"
+	@echo "make test          set up, lint, check types, run the tests"
+	@echo "make test-slow     run the slow tests"
+	@echo "make test-browser  test the report in a headless Chromium, installed first where possible"
+	@echo "make bench         time the package beside plain implementations: benchmarks/results.md (about 10 minutes, idle machine)"
+	@echo "make fuzz          give damaged and hostile files to every loader; some minutes (FUZZ_EXAMPLES=2000 of each)"
+	@echo "make crash-test    kill a training run at 50 random moments; rewrites docs/crash-test.json"
+	@echo "make clean         remove what the pipeline made; keep environment, images and weights"
 
 repro: $(INSTALLED)
 	@echo "== dvc repro: runs the stages that have changed; to resume after an interruption, run make repro again"

@@ -14,7 +14,7 @@ from afm_pipe.runtime.commands import user_command
 
 @user_command
 def main() -> None:
-    pipeline.toy(load_params(), load_launch())
+    pipeline.toy(load_params(), load_launch(), None)
 
 
 if __name__ == "__main__":

@@ -205,11 +205,15 @@ def tables(
 
 
 @_command(RUNS)
-def toy(params: ParamsFile = paths.PARAMS, overrides: Overrides = None) -> None:
+def toy(
+    out: Annotated[Path | None, typer.Option(help="Write the numbers alone, into this file.")] = None,
+    params: ParamsFile = paths.PARAMS,
+    overrides: Overrides = None,
+) -> None:
     """Run the 1-D toy experiment.  Example: afm-pipe toy --set toy.pairs=5000"""
     from afm_pipe import pipeline
 
-    pipeline.toy(_params(params, overrides), _launch())
+    pipeline.toy(_params(params, overrides), _launch(), out)
 
 
 @_command(RUNS)
@@ -305,8 +309,8 @@ def profile(
         return
     switch = activate(name)
     typer.echo(f"{paths.PARAMS} is {'now' if switch.changed else 'already'} the profile {name}.")
-    if switch.kept:
-        typer.echo(f"The old one is {switch.kept}.")
+    if switch.backup:
+        typer.echo(f"The old one is {switch.backup}.")
 
 
 @_command(PARAMS)

@@ -1,7 +1,7 @@
 """The schema of params.yaml: every setting that changes a number, typed, with its unit and its place in the paper.
 
-Fields that change numbers have no defaults: they are in the file, so that DVC sees them change. A run is the `train`
-section merged with the run's own fields.
+These fields have no defaults, so that all values are in the file and DVC sees them change. A run is the `train` section
+overridden by the run's own fields.
 """
 
 import re
@@ -45,7 +45,7 @@ class Params(Section):
     """The content of params.yaml."""
 
     seed: Seed
-    """Of data, autoencoder and classifiers; also the default of runs."""
+    """Seed of the data, the autoencoder and the classifiers, and default seed of the runs."""
     data: Data
     autoencoder: SerializeAsAny[AutoencoderParams]
     encode: Encode
@@ -63,7 +63,7 @@ class Params(Section):
     toy: Toy
     study: Study
     tables: dict[TableName, StudyTable]
-    """Views over trials: the paper's tables, and checks that it left open."""
+    """Views over trials: the paper's tables, and checks of questions that the paper leaves open."""
 
     @model_validator(mode="before")
     @classmethod
@@ -89,7 +89,9 @@ class Params(Section):
     def _continued(self, guided: Guided) -> Run:
         base = self.runs[guided.base]
         phase = Phase(**{name: getattr(guided, name) for name in Phase.model_fields})
-        if isinstance(phase.reload_discriminator, float | int):  # the run starts with that D: nothing is left to reload
+        if isinstance(
+            phase.reload_discriminator, float | int
+        ):  # the run starts with that D, so there is nothing to reload
             phase = phase.model_copy(update={"reload_discriminator": None})
         seed = base.seed if guided.seed is None else guided.seed
         return base.model_copy(update={"phases": (*base.phases, phase), "seed": seed})
@@ -176,7 +178,7 @@ class Params(Section):
 
     @property
     def latent_spec(self) -> LatentSpec:
-        """Spec of the latents, as far as params know it."""
+        """Spec of the latents, as far as params determine it."""
         return self.autoencoder.latent_spec(self.data)
 
     @property

@@ -1,4 +1,4 @@
-"""Read params.yaml: parse, override, validate, and explain its mistakes."""
+"""Read params.yaml: parse, override, validate, and explain mistakes in it."""
 
 import difflib
 import json
@@ -16,12 +16,12 @@ from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import read_text
 
 MAX_BYTES, MAX_DEPTH = 1 << 18, 32  # a params file is written by hand
-SHOWN = 20  # mistakes
+SHOWN = 20  # mistakes listed in an error
 SHOWN_VALUE = 60  # characters of a value
 
 
 class Loader(yaml.SafeLoader):
-    """YAML without aliases, which can make a small file large; without duplicate keys; at most MAX_DEPTH levels."""
+    """A SafeLoader without aliases (they can make a small file huge), duplicate keys, or more than MAX_DEPTH levels."""
 
     depth = 0
 
@@ -72,7 +72,7 @@ def read(path: Path) -> str:
     try:
         return read_text(path, MAX_BYTES)
     except FileNotFoundError:
-        raise UserError(f"Found no {path} in {Path.cwd()}: run this in the project's root.") from None
+        raise UserError(f"Found no {path} in {Path.cwd()}: run this in the project root.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"Found {path}, which is not plain YAML: {error}.") from None
 
@@ -80,8 +80,8 @@ def read(path: Path) -> str:
 def parse(text: str, path: Path) -> dict[str, Any]:
     """Parse the text of a params file. Raises UserError if it is not plain YAML with sections."""
     try:
-        raw = yaml.load(text, Loader)  # a SafeLoader
-    except Exception as error:  # PyYAML leaves a date of month 13, a number of 5,000 digits and more to Python
+        raw = yaml.load(text, Loader)
+    except Exception as error:  # also errors of Python's parsers, e.g. for a date of month 13
         raise UserError(f"Found {path}, which is not plain YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(raw, dict):
         raise UserError(f"Found {path} holding {type(raw).__name__}, expected sections such as data, train and runs.")
@@ -107,7 +107,7 @@ def imported(options: dict[str, Any]) -> Imported:
 
 
 def json_schema() -> str:
-    """Return the JSON schema of params.yaml, for editors; every field of a run is optional."""
+    """Return the JSON schema of params.yaml, for editors. All fields of a run are optional."""
     schema = Params.model_json_schema()
     run = json.loads(json.dumps(schema["$defs"]["Run"]))
     run.pop("required")
@@ -141,7 +141,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
         raise UserError(f"Found the override {override!r}, expected PATH=VALUE such as train.batch_size=64.")
     try:
         value = yaml.load(text[: MAX_BYTES + 1], Loader)
-    except Exception:  # as above
+    except Exception:  # as in `parse`
         raise UserError(f"Found the override {override!r}, whose value is not YAML.") from None
     *parents, last = dotted.split(".")
     if len(parents) > MAX_DEPTH:
@@ -171,7 +171,7 @@ def _explain(path: Path, raw: dict[str, Any], error: ValidationError) -> str:
     for problem in error.errors(include_url=False):
         place = list(problem["loc"])
         while problem["type"] != "missing" and not _exists(raw, place):
-            place.pop()  # pydantic appends names for the branches of a union
+            place.pop()  # pydantic appends the names of union branches
         field = list(problem["loc"][:3])  # runs, a name, a field
         if field[:1] == ["runs"] and len(field) == 3 and field[2] != "[key]" and not _exists(raw, field):
             continue  # inherited from train, and reported there

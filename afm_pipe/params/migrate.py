@@ -1,4 +1,4 @@
-"""Rewrite a params file of version 0.1 in place: keys are renamed and added, comments and layout stay."""
+"""Migrate a params file of version 0.1 in place: rename and add keys, keep comments and layout."""
 
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from afm_pipe.runtime.files import atomic_path
 
 
 def migrate(path: Path) -> tuple[list[OldKey], Path | None]:
-    """Rewrite a params file; return what changed and the path of the copy of the old file.
+    """Migrate a params file; return the changed keys and the path of a copy of the old file.
 
-    Raises UserError, and writes nothing, if the result is not valid.
+    Raises UserError, and writes nothing, if the result is invalid.
     """
     text = read(path)
     keys = old_keys(parse(text, path))

@@ -59,7 +59,7 @@ def tables(params: Params) -> str:
                 ("run", *(f"GB, {n}" for n in WORLDS), "MB", "MB checkpointed", "images", f"images, {NODE} shards"),
                 [_memory_row(params, name) for name in params.runs],
             ),
-            f"latents.h5 has {latents_bytes(params, IMAGES) / 1e9:.1f} GB.",
+            f"latents.h5 takes {latents_bytes(params, IMAGES) / 1e9:.1f} GB.",
         )
     )
 

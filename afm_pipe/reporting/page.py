@@ -67,8 +67,10 @@ def write_report(params: Params, folder: Path, rendered: Path) -> None:
     (folder / "curves.svg").write_text(curves.draw_sheet(panels, [run.name for run in trained]), encoding="utf-8")
     pictures.draw_sheet(gallery.tiles(inputs), folder / "samples.png")
     of_sections = [table for part in parts for table in (*part.tables, *part.published)]
-    for table in (runs, costs, *([one_dimension.table] if one_dimension else []), *of_sections):
-        write_files(table, rendered)
+    of_toy = (one_dimension.table, one_dimension.strong) if one_dimension else ()
+    for table in (runs, costs, *of_toy, *of_sections):
+        if table is not None:
+            write_files(table, rendered)
 
 
 def sections(inputs: Inputs) -> tuple[Section, ...]:

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from afm_pipe.cli.app import app
-from tests.conftest import ROOT, SMOKE
+from tests.conftest import SMOKE
 
 COMMANDS = ["prepare", "autoencoder", "encode", "reference", "train", "sample", "evaluate", "report", "doctor", "toy"]
 HEAVY = {"torch", "diffusers", "dvc", "matplotlib", "h5py", "numpy", "scipy", "PIL", "cleanfid"}
@@ -111,7 +111,7 @@ def test_a_wrong_flag_is_named_as_one_and_a_wrong_setting_as_one(run, monkeypatc
 
 
 def test_doctor_names_what_is_missing_and_the_remedy(run) -> None:
-    result = run("doctor", "--params", str(ROOT / "params.yaml"))
+    result = run("doctor", "--params", str(SMOKE))
     assert result.exit_code == 0
     assert result.output.count("ok  ") == len(result.output.splitlines())
     text = SMOKE.read_text().replace("features: [classifier]", "features: [inception_clean]")
