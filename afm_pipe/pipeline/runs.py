@@ -75,7 +75,7 @@ def sample(params: Params, name: str, launch: Launch, request: "Request | None" 
     _draw(params, name, launch, requests)
 
 
-def _measured(params: Params, name: str, **outputs: Path) -> "Request":
+def _measured(params: Params, name: str, adm_npz: Path | None = None, images: Path | None = None) -> "Request":
     """Request the samples that evaluation measures, in the class shares of the reference.
 
     Raises UserError for a reference of other classes.
@@ -92,7 +92,7 @@ def _measured(params: Params, name: str, **outputs: Path) -> "Request":
     elif env_rank() == 0:
         print(f"Not checked: whether the real images have equal class shares, as these samples; there is no {path}.")
     settings = params.evaluate
-    return Request(count=settings.samples, seed=settings.seed, class_counts=counts, **outputs)
+    return Request(count=settings.samples, seed=settings.seed, class_counts=counts, adm_npz=adm_npz, images=images)
 
 
 def _draw(params: Params, name: str, launch: Launch, requests: "list[Request]") -> "Drawn | None":
