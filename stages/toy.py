@@ -4,6 +4,7 @@ python stages/toy.py
 dvc repro toy
 """
 
+import _tree  # noqa: F401
 import typer
 
 from afm_pipe import pipeline

@@ -323,7 +323,7 @@ def migrate(
     keys, kept = rewrite(file)
     for key in keys:
         typer.echo(key)
-    typer.echo(f"{file}: {len(keys)} keys rewritten; the old file is {kept}." if keys else f"{file} is up to date.")
+    typer.echo(f"{file}: {len(keys)} keys rewritten; the old file is {kept}." if kept else f"{file} is up to date.")
     if keys and paths.LATENTS.is_file():
         typer.echo(f"To keep {paths.LATENTS} of version 0.1: dvc commit -f prepare autoencoder encode")
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
-from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.errors import UserError, describe_mistake
 
 if TYPE_CHECKING:
     import torch
@@ -122,7 +122,7 @@ def load_launch(**flags: Any) -> Launch:
         raise UserError(f"Found {LAUNCH_FILE}, which is not TOML: {error}.") from None
     except ValidationError as error:
         problem = error.errors()[0]
-        message = problem["msg"].removeprefix("Value error, ")
+        message = describe_mistake(problem)
         if not problem["loc"]:
             raise UserError(f"Found launch settings: {message}. Fix AFM_* or {LAUNCH_FILE}.") from None
         name = str(problem["loc"][0])
@@ -131,7 +131,8 @@ def load_launch(**flags: Any) -> Launch:
             where = f"--{name.replace('_', '-')}"
         elif variable in os.environ:
             where = f"the environment variable {variable}"
-        raise UserError(f"Found launch setting {name} = {problem['input']!r}: {message}. Fix {where}.") from None
+        found, _, expected = message.removeprefix("found ").partition(", ")
+        raise UserError(f"Found launch setting {name} = {found}: {expected}. Fix {where}.") from None
 
 
 def machine_name(device: "torch.device") -> str:

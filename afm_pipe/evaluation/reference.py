@@ -200,9 +200,7 @@ def class_counts(params: Params, summary: dict[str, Any], reference: Reference, 
     if found is None:
         of_class = np.bincount(reference.labels, minlength=classes)
         counts = [reference.count // classes] * classes
-        sound = bool(
-            np.ptp(of_class) <= (len(reference.labels) >= MAX_FEATURES)
-        )  # one more or less where not all are kept
+        sound = bool(np.ptp(of_class) <= (len(reference.labels) >= MAX_FEATURES))  # one more where not all are kept
     else:
         counts = found
         sound = rule == "data" and isinstance(found, list) and len(found) == classes

@@ -4,13 +4,12 @@ These fields have no defaults, so that all values are in the file and DVC sees t
 overridden by the run's own fields.
 """
 
-import re
 from typing import Annotated, Any
 
 from pydantic import Field, SerializeAsAny, ValidationError, model_validator
 
 from afm_pipe.params.autoencoders import AutoencoderParams
-from afm_pipe.params.base import NAME, RunName, Section, Seed, deep_merge
+from afm_pipe.params.base import EMPTY, RunName, Section, Seed, deep_merge
 from afm_pipe.params.images import (
     AdmReference,
     Data,
@@ -37,6 +36,7 @@ from afm_pipe.params.training import (
     Selection,
     Transport,
 )
+from afm_pipe.runtime.errors import describe_mistake
 
 RESERVED_NAMES = {"autoencoder", "classifier", "encode", "trials", "dvclive", "watch.html"}  # in models/ or work/
 
@@ -52,17 +52,17 @@ class Params(Section):
     reference: Reference
     train: Run
     """Settings that all runs inherit."""
-    runs: Annotated[dict[RunName, Run], Field(min_length=1)]
+    runs: Annotated[dict[RunName, Run], Field(min_length=1), EMPTY]
     classifier: Classifier | None
     """Required by phases with guidance."""
-    guided: dict[RunName, Guided]
-    imported: dict[RunName, Imported]
+    guided: Annotated[dict[RunName, Guided], EMPTY]
+    imported: Annotated[dict[RunName, Imported], EMPTY]
     """Models trained elsewhere, sampled and measured like the runs."""
     sample: Sample
     evaluate: Evaluate
     toy: Toy
     study: Study
-    tables: dict[TableName, StudyTable]
+    tables: Annotated[dict[TableName, StudyTable], EMPTY]
     """Views over trials: the paper's tables, and checks of questions that the paper leaves open."""
 
     @model_validator(mode="before")
@@ -73,7 +73,10 @@ class Params(Section):
         train = {"seed": raw["seed"], **raw["train"]} if "seed" in raw else raw["train"]
         runs = raw.get("runs")
         if isinstance(runs, dict):
-            runs = {name: deep_merge(train, run) if isinstance(run, dict) else run for name, run in runs.items()}
+            runs = {
+                name: deep_merge(train, run or {}) if isinstance(run, dict | None) else run
+                for name, run in runs.items()
+            }
         return raw | {"train": train, "runs": runs}
 
     @property
@@ -160,9 +163,9 @@ class Params(Section):
                         self._check_guidance(where, run, phase)
                 except ValidationError as error:
                     problem = error.errors()[0]
-                    field, message = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
+                    field = ".".join(map(str, problem["loc"]))
                     unknown = problem["type"] == "extra_forbidden"
-                    mistake = "found an unknown field" if unknown else f"found {problem['input']!r}, {message}"
+                    mistake = "found an unknown field" if unknown else describe_mistake(problem)
                     raise ValueError(f"{where}: {field}: {mistake}") from None
                 except ValueError as error:
                     raise error if str(error).startswith(where) else ValueError(f"{where}: {error}") from None
@@ -185,8 +188,3 @@ class Params(Section):
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of a latent."""
         return self.latent_spec.shape
-
-
-def valid_name(name: str) -> bool:
-    """Return whether a model can have this name."""
-    return re.fullmatch(NAME, name) is not None

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from afm_pipe.params.base import Count, Fraction, NotNegative, NotNegativeCount, Positive, Section
 
@@ -106,6 +106,3 @@ class Monitor(Section):
     collapse: CollapseRule
     act: Reaction
     auto: Auto
-
-    # `off` is a string to DVC and false to PyYAML.
-    _off = field_validator("policy", mode="before")(lambda value: "off" if value is False else value)

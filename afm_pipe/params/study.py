@@ -4,10 +4,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from afm_pipe.params.base import NAME, Fraction, Section, Seed, deep_merge
+from afm_pipe.params.base import EMPTY, NAME, Fraction, Section, Seed, deep_merge
 from afm_pipe.params.training import Phase, Run
 
-Overrides = dict[str, Any]  # fields of a run that override `train`, and `then` and `steps`
+Overrides = Annotated[dict[str, Any], EMPTY]  # fields of a run that override `train`, and `then` and `steps`
 Label = Annotated[str, Field(min_length=1, max_length=60)]
 TableName = Annotated[str, Field(pattern=NAME)]
 MAX_TRIALS = 2000  # per table; all are resolved whenever params are read

@@ -6,10 +6,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from afm_pipe.params import Params, Run
 from afm_pipe.params.sizes import SIZES
+from afm_pipe.params.yaml import load_yaml
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.files import read_json, write_json
 from afm_pipe.runtime.identity import fingerprint, source_digest
@@ -48,7 +47,7 @@ PACKAGES: Mapping[Part, tuple[str, ...]] = {
 @cache
 def declared() -> dict[str, int]:
     """Return every declared version."""
-    return yaml.safe_load(FILE.read_text(encoding="utf-8"))["versions"]
+    return load_yaml(FILE.read_text(encoding="utf-8"))["versions"]
 
 
 def versions(stage: str) -> dict[str, int]:

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from afm_pipe.params import Params
+from afm_pipe.params.yaml import dump_yaml
 from afm_pipe.reporting import curves, gallery, pictures, titles
 from afm_pipe.reporting.benchmarks import benchmark_sections
 from afm_pipe.reporting.inputs import Inputs, RunRecord, read_inputs
@@ -161,4 +161,4 @@ def _settings_yaml(params: Params, record: RunRecord) -> str:
     else:
         imported = params.imported[record.name].model_dump(mode="json")
         settings = {"imported": imported, "model": record.config.model}
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
+    return dump_yaml(settings)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from afm_pipe.study.toy.strong import run_strong, strong_claims
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -32,7 +33,6 @@ from afm_pipe.study.toy.experiment import (
 )
 from afm_pipe.study.toy.networks import EMBEDDING, Map, Mlps, transport
 from afm_pipe.study.toy.results import StrongResults
-from afm_pipe.study.toy.strong import run_strong, strong_claims
 from afm_pipe.study.toy.training import Batch, Setting, train_adversarially, train_flow
 from afm_pipe.study.toy.writing import write_experiment
 from tests.conftest import SMOKE
