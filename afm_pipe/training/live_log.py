@@ -11,8 +11,8 @@ from afm_pipe.training.trainer import Trained, Trainer
 def logged(trainer: Trainer, folder: Path) -> Generator[Progress, None, Trained]:
     """Train, logging every row of the curves to DVCLive under `folder`; the step is the update.
 
-    The log is rewritten at every start and after a rollback, so that it equals that of an uninterrupted run. Neither
-    git, dvc.yaml nor experiments are touched: those are the caller's and DVC's.
+    The log is rewritten when a run starts, resumes or rolls back, so that it equals that of an uninterrupted run. Git,
+    dvc.yaml and DVC experiments are not changed.
     """
     from dvclive import Live
 
@@ -22,11 +22,11 @@ def logged(trainer: Trainer, folder: Path) -> Generator[Progress, None, Trained]
     try:
         while True:
             try:
-                tick = next(training)
+                progress = next(training)
             except StopIteration as end:
                 return end.value
             current = trainer.state.rows
-            if live is None or current[: len(rows)] != rows:  # the first tick, or a rollback
+            if live is None or current[: len(rows)] != rows:  # the start, or a rollback
                 if live is not None:
                     live.end()
                 live = Live(str(folder), save_dvc_exp=False, dvcyaml=None, report=None, monitor_system=False)
@@ -38,7 +38,7 @@ def logged(trainer: Trainer, folder: Path) -> Generator[Progress, None, Trained]
                         live.log_metric(name, float(value))
                 live.make_summary()
                 rows.append(row)
-            yield tick
+            yield progress
     finally:
         training.close()
         if live is not None:
