@@ -20,7 +20,7 @@ from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from afm_pipe.models.model_files import load_tensors, save_tensors
 from afm_pipe.runtime.errors import UnwritableError, UserError
 from afm_pipe.runtime.files import atomic_path, read_json, remove_leftovers, sha256_file, write_json
-from afm_pipe.training.curves import Row, read_curves, write_curves
+from afm_pipe.training.curves import Row, scan_curves, write_curves
 from afm_pipe.training.sharding import Parts, read_shards, tensor_names, write_shards
 from afm_pipe.training.state import TrainingState
 
@@ -299,7 +299,7 @@ def load_latest(folder: Path, state: TrainingState, identity: str, until: int | 
         else:
             tensors = {part: load_tensors(checkpoint / f"{part}.safetensors") for part in parts}
         state.load_tensors(tensors, checkpoint)
-        state.rows = read_curves(checkpoint / "curves.csv")
+        state.rows, _ = scan_curves(checkpoint / "curves.csv")
         state.extra = read_json(checkpoint / "extra.json")
         state.update, state.seconds = manifest["update"], manifest["seconds"]
         break

@@ -28,23 +28,16 @@ def append_curve(path: Path, row: Row) -> None:
     try_append(path, line.getvalue())
 
 
-def read_curves(path: Path) -> list[Row]:
-    """Read the rows of a file of `write_curves`; update and images are integers."""
-    names, *lines = path.read_text().splitlines() or [""]
-    return [_row(names, line) for line in lines]
-
-
 def scan_curves(path: Path) -> tuple[list[Row], list[int]]:
-    """Read a file that may be missing, growing or damaged; return its rows and the numbers of damaged lines."""
+    """Read a file that may be missing, growing or damaged; return its rows and the numbers of damaged lines.
+
+    update and images are integers.
+    """
     lines, rows, damaged = complete_lines(path), [], []
     for number, line in enumerate(lines[1:], 2):
         try:
-            rows.append(_row(lines[0], line))
+            row: Row = dict(zip(lines[0].split(","), map(float, line.split(",")), strict=True))
+            rows.append(row | {name: int(row[name]) for name in ("update", "images")})
         except (ValueError, KeyError, OverflowError):
             damaged.append(number)
     return rows, damaged
-
-
-def _row(names: str, line: str) -> Row:
-    row: Row = dict(zip(names.split(","), map(float, line.split(",")), strict=True))
-    return row | {name: int(row[name]) for name in ("update", "images")}

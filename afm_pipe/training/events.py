@@ -8,7 +8,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -48,13 +47,6 @@ def append_event(path: Path, event: Event) -> None:
     try_append(path, _line(event))
 
 
-def read_events(path: Path) -> list[Event]:
-    """Read a log; a missing file is an empty log."""
-    if not path.is_file():
-        return []
-    return [_EVENT.validate_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def scan_events(path: Path) -> tuple[list[Event], list[int]]:
     """Read a log that may be missing, growing or damaged; return its events and the numbers of damaged lines."""
     events, damaged = [], []
@@ -64,11 +56,6 @@ def scan_events(path: Path) -> tuple[list[Event], list[int]]:
         except ValidationError:
             damaged.append(number)
     return events, damaged
-
-
-def as_json(events: Sequence[Event]) -> list[dict[str, Any]]:
-    """Return events as JSON objects."""
-    return [asdict(event) for event in events]
 
 
 def _line(event: Event) -> str:

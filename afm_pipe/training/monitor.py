@@ -41,7 +41,7 @@ class TrainingMonitor(Callback):
         remembered = self.state.extra.get("monitor")
         self.memory = MonitorState() if remembered is None else MonitorState.from_json(remembered)
         self.monitored = MonitoredColumns.of(trainer.objective)
-        self.averaged = trainer.objective.sampler(self.state.ema)
+        self.ema_sampler = trainer.objective.sampler(self.state.ema)
         self.act = run.monitor.policy == "act"
         self.auto = run.schedule == "auto"
 
@@ -136,7 +136,7 @@ class TrainingMonitor(Callback):
 
     def _measure(self) -> ProbeResult:
         """Return the probe of the EMA weights; all processes get that of the main process, so that they agree."""
-        return self.group.broadcast(self.probe(self.averaged))
+        return self.group.broadcast(self.probe(self.ema_sampler))
 
     def _advance_schedule(self) -> None:
         """Begin the next phase of an auto schedule, or finish the run, when probes stop improving."""

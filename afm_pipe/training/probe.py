@@ -8,7 +8,7 @@ Shapes: N samples; C, H, W of latents; F features; K classes.
 """
 
 import math
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -75,17 +75,13 @@ class Probe:
         return {name: value if math.isfinite(value) else WORST for name, value in probed.items()}
 
 
-class Figures:
+class Figures(NamedTuple):
     """Statistics of N latents, each with its standard error."""
 
-    def __init__(
-        self,
-        features: Tensor,
-        accuracy: Estimate,
-        variance: Estimate,
-        spread: Estimate,
-    ) -> None:
-        self.features, self.class_accuracy, self.variance, self.spread = features, accuracy, variance, spread
+    features: Tensor  # (N, F)
+    class_accuracy: Estimate
+    variance: Estimate
+    spread: Estimate
 
     @classmethod
     def of(cls, x: Tensor, features: Tensor, logits: Tensor, labels: Tensor) -> "Figures":

@@ -21,7 +21,7 @@ from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import atomic_path, read_json, remove_leftovers
 from afm_pipe.training.checkpoints import checkpoints
 from afm_pipe.training.curves import Row, append_curve, write_curves
-from afm_pipe.training.events import FILE, Event, append_event, read_events, write_events
+from afm_pipe.training.events import FILE, Event, append_event, scan_events, write_events
 from afm_pipe.training.sharding import full_tensors, shard_like
 
 
@@ -69,7 +69,7 @@ class RunStore:
 
     def read_events(self) -> list[Event]:
         """Return the events logged so far."""
-        return read_events(self.folder / FILE)
+        return scan_events(self.folder / FILE)[0]
 
     def kept(self, update: int) -> Path:
         """Return the file of the EMA weights after an update in `Task.keep_at`."""
