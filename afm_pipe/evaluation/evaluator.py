@@ -88,7 +88,7 @@ class Evaluator:
 
         class_accuracy         fraction of samples that the reference's classifier assigns to their class
         within_class_variance  pixel variance of thumbnails within a class, averaged over classes, relative to the real
-                               images; _features: the same in the first network of evaluate.features
+                               images, null where those have none; _features: the same in the first network
         copies                 fraction of samples counted as copies (`Thumbnails.copied`); 0.001 for new real images
         nearest_distance_ratio median distance of samples to the nearest training image, relative to that of training
                                images to their nearest other; null when most training images have exact duplicates
@@ -163,12 +163,12 @@ class Evaluator:
             if stream.network.head is not None:
                 correct = int((_in_parts(stream.network.predict)(features) == labels).sum())
                 metrics["class_accuracy"], intervals["class_accuracy"] = fraction(correct, count)
-        metrics["within_class_variance"] = seen.spread.variance() / self.real_spread.variance()
+        metrics["within_class_variance"] = _ratio(seen.spread.variance(), self.real_spread.variance())
         of_features = within_class_variance(seen.streams[0].features, labels)
-        metrics["within_class_variance_features"] = of_features / self.references[0].within_class_variance
+        metrics["within_class_variance_features"] = _ratio(of_features, self.references[0].within_class_variance)
         distances, usual = torch.cat(seen.distances), float(np.median(self.thumbnails.nearest_other))
         metrics["copies"] = float(self.thumbnails.copied(distances).mean())
-        metrics["nearest_distance_ratio"] = float(distances[:, 0].median()) / usual if usual > 0 else None
+        metrics["nearest_distance_ratio"] = _ratio(float(distances[:, 0].median()), usual)
         return metrics | {"intervals": intervals}
 
     def _protocol(self, micro_batch: int) -> dict[str, Any]:
@@ -205,6 +205,11 @@ class Evaluator:
             "thumbnails": len(self.thumbnails.images),
             "copy_ratio": self.thumbnails.copy_ratio,
         }
+
+
+def _ratio(value: float, real: float) -> float | None:
+    """Return a value relative to the real images', or None where that is 0 or unknown."""
+    return value / real if real > 0 else None
 
 
 def _in_parts(network: Callable[[Tensor], Tensor]) -> Callable[[np.ndarray], np.ndarray]:
