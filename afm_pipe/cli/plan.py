@@ -24,7 +24,7 @@ def dry_run_text(params: Params, name: str, launch: Launch) -> str:
     from afm_pipe.planning.measurable import require_measurable
 
     run, needs, manifest = named_run(params, name), run_budget(params, name, launch), count_images(params)
-    lines = []
+    lines: list[str] = []
     if manifest is not None:
         lines = require_measurable(params, manifest)
         count = num_updates(run, manifest.num_images)
