@@ -131,6 +131,8 @@ class Latents:
         """The mapped file, and its status when it was opened. It stays readable if another file replaces it."""
         try:
             file = self.path.open("rb")
+        except PermissionError:
+            raise
         except OSError as error:
             raise UserError(f"Found {self.path} gone ({error.strerror}): {REMEDY}.") from None
         return file, os.fstat(file.fileno())

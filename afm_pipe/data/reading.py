@@ -203,6 +203,8 @@ def _reader(root: Path, paths: Sequence[str], spans: Sequence[Span] | None) -> I
         return
     try:
         archive = root.open("rb")
+    except PermissionError:
+        raise
     except OSError as error:
         raise UserError(f"Found {root} unreadable ({error.strerror}): put it back.") from None
     with archive:

@@ -39,6 +39,8 @@ def read(path: Path) -> str:
         return read_text(path, MAX_BYTES)
     except FileNotFoundError:
         raise UserError(f"Found no {path} in {Path.cwd()}: run this in the project root.") from None
+    except PermissionError:
+        raise
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"Found {path}, which is not plain YAML: {error}.") from None
 

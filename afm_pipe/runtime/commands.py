@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import NoReturn, ParamSpec
 
 from afm_pipe.runtime.environment import env_rank, env_world_size
-from afm_pipe.runtime.errors import RankLostError, UserError
+from afm_pipe.runtime.errors import RankLostError, UserError, describe_denied
 from afm_pipe.runtime.signals import Stopped, graceful_shutdown, stop_with_dvc
 
 P = ParamSpec("P")
@@ -16,7 +16,7 @@ HEAD_START = 5.0  # seconds for the main process to print its message before the
 
 
 def user_command(command: Callable[P, None]) -> Callable[P, None]:
-    """Decorate a command: a UserError becomes one line on stderr and exit code 1, without a stack trace.
+    """Decorate a command: a UserError or a denied permission becomes one line on stderr and exit code 1.
 
     A signal becomes one line and the exit code that `Stopped.code` gives.
     """
@@ -31,6 +31,8 @@ def user_command(command: Callable[P, None]) -> Callable[P, None]:
             end(str(stopped), stopped.code, agreed=True)
         except UserError as error:
             end(f"error: {error}", 1, lost=isinstance(error, RankLostError))
+        except PermissionError as error:
+            end(f"error: {describe_denied(error)}", 1)
 
     return run
 

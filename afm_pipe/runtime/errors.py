@@ -1,6 +1,9 @@
 """Exceptions that a user sees as one message, without a stack trace."""
 
+import os
+import pwd
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 MAX_SHOWN = 60  # characters of a value
@@ -44,6 +47,31 @@ class NotFiniteError(UserError):
 
 class RankLostError(UserError):
     """Another process of the group ended while this one waited for it."""
+
+
+def describe_denied(error: PermissionError) -> str:
+    """Return one line that names the path, the operation and the user of a denied permission."""
+    path = Path(error.filename) if error.filename else None
+    if path is None:
+        return f"Found a file without the permission to use it ({error}), as {_user()}: fix its permissions."
+    if not os.path.lexists(path):
+        denied = next(parent for parent in path.parents if os.path.lexists(parent))
+        operation = f"write to, which {path} needs" if _may(denied, os.X_OK) else f"enter, which {path} needs"
+    else:
+        denied, readable = path, _may(path, os.R_OK | os.X_OK if path.is_dir() else os.R_OK)
+        operation = "write to" if readable else "list" if path.is_dir() else "read"
+    return f"Found {denied}, which {_user()} may not {operation}: fix its permissions (ls -ld {denied}) or its owner."
+
+
+def _may(path: Path, mode: int) -> bool:
+    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
+
+
+def _user() -> str:
+    try:
+        return f"user {pwd.getpwuid(os.geteuid()).pw_name}"
+    except KeyError:  # no entry in the password database, as in many containers
+        return f"user {os.geteuid()}"
 
 
 def describe_mistake(problem: Mapping[str, Any]) -> str:

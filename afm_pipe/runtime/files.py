@@ -94,7 +94,7 @@ def read_json(path: Path) -> Any:
         return json.loads(read_text(path, LARGEST_JSON), parse_constant=_refuse)
     except FileNotFoundError:
         raise UserError(f"Found no {path}: run the stage that writes it, or `dvc repro`.") from None
-    except UserError:
+    except (UserError, PermissionError):
         raise
     except (ValueError, RecursionError, OSError) as error:  # ValueError also for a 5,000-digit number
         raise UserError(f"Found {path}, which is not JSON ({error}): delete it and run its stage again.") from None
