@@ -25,6 +25,7 @@ from afm_pipe.data.sources import BUILT_IN, materialize
 from afm_pipe.data.tars import Span, index_tar, read_span
 from afm_pipe.params import Data
 from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.paths import local
 from afm_pipe.runtime.progress import Progress
 
 READ_AHEAD = 4  # batches
@@ -37,15 +38,14 @@ def build_manifest(data: Data) -> Generator[Progress, None, Manifest]:
     Raises UserError on a folder or archive that is not a data set (see `list_images`, `index_tar`), on too few images,
     and, after all files are read, on damaged ones: how many there are and the first ten.
     """
-    spans = None
+    spans, root = None, (given := local(data.root))
     if data.source == "tar":
-        root = Path(data.root)
         (classes, images, passed_over), spans = yield from index_tar(root)
     else:
-        root = class_root(Path(data.root))
+        root = class_root(given)
         classes, images, passed_over = list_images(root)
-        if root != Path(data.root):
-            passed_over = [*beside_train(Path(data.root)), *passed_over]
+        if root != given:
+            passed_over = [*beside_train(given), *passed_over]
     paths, labels = [path for path, _ in images], [label for _, label in images]
     if len(images) < data.min_images:
         raise UserError(
@@ -85,7 +85,8 @@ def build_manifest(data: Data) -> Generator[Progress, None, Manifest]:
     digest = columns_digest(classes, paths, labels, hashes, data.orientation)
     places = None if spans is None else tuple(spans)
     columns = tuple(classes), tuple(paths), np.array(labels, np.int64), tuple(hashes)
-    return Manifest(root, *columns, digest, places, count_by_name(passed_over), data.orientation, oriented)
+    named = Path(data.root) / root.relative_to(given)  # as params name it, on every machine
+    return Manifest(named, *columns, digest, places, count_by_name(passed_over), data.orientation, oriented)
 
 
 def require_images(manifest: Manifest, data: Data) -> Generator[Progress, None, None]:
@@ -106,7 +107,7 @@ def require_images(manifest: Manifest, data: Data) -> Generator[Progress, None, 
         )
     missing = _missing(manifest)
     if missing and data.source in BUILT_IN and len(missing) == manifest.num_images:
-        yield from materialize(data.source, manifest.root)
+        yield from materialize(data.source, manifest.folder)
         missing = _missing(manifest)
     if missing:
         raise UserError(
@@ -124,7 +125,7 @@ def image_batches(
     """
 
     def load(read: Callable[[int], bytes], index: int) -> NDArray[np.uint8]:
-        path = manifest.root / manifest.paths[index]
+        path = manifest.folder / manifest.paths[index]
         try:
             content = read(index)
         except OSError as error:
@@ -138,7 +139,7 @@ def image_batches(
     def load_part(read: Callable[[int], bytes], part: Sequence[int]) -> list[NDArray[np.uint8]]:
         return [load(read, index) for index in part]
 
-    with _reader(manifest.root, manifest.paths, manifest.spans) as read:
+    with _reader(manifest.folder, manifest.paths, manifest.spans) as read:
         pool = _pool()
         try:
             ahead: deque[Iterator[list[NDArray[np.uint8]]]] = deque()
@@ -212,11 +213,11 @@ def _reader(root: Path, paths: Sequence[str], spans: Sequence[Span] | None) -> I
 
 def _missing(manifest: Manifest) -> list[str]:
     if manifest.spans is not None:
-        end = manifest.root.stat().st_size if manifest.root.is_file() else 0
+        end = manifest.folder.stat().st_size if manifest.folder.is_file() else 0
         return [path for path, span in zip(manifest.paths, manifest.spans, strict=True) if sum(span) > end]
     existing: set[str] = set()
     for name in manifest.classes:
-        folder = manifest.root / name
+        folder = manifest.folder / name
         if folder.is_dir():
             existing.update(f"{name}/{file}" for file in os.listdir(folder))
     return [path for path in manifest.paths if path not in existing]

@@ -108,6 +108,23 @@ def test_manifest_survives_the_round_trip(data: Data, tmp_path: Path) -> None:
     np.testing.assert_array_equal(again.labels, np.repeat([0, 1, 2], 4))
 
 
+@pytest.mark.parametrize("root", ["~/images", "$HOME/images", "${HOME}/split"])
+def test_a_root_in_the_home_folder_is_stored_as_params_name_it(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for home in ("one", "other"):
+        write_images(tmp_path / home / "images", per_class=2)
+        write_images(tmp_path / home / "split" / "train", per_class=2)
+    monkeypatch.setenv("HOME", str(tmp_path / "one"))
+    data, path = folder_data(Path(root)), tmp_path / "manifest.json"
+    write_manifest(path, build(data))
+    assert "one" not in path.read_text()
+    monkeypatch.setenv("HOME", str(tmp_path / "other"))  # another user, with the same images
+    manifest = read_manifest(path)
+    assert list(require_images(manifest, data)) == []
+    assert len(track("read", load_images(manifest, data))) == 6
+
+
 def test_digest_depends_on_every_byte_name_and_label_but_not_on_the_place(data: Data, tmp_path: Path) -> None:
     root, digest = Path(data.root), build(data).digest
     assert build(folder_data(shutil.copytree(root, tmp_path / "elsewhere"))).digest == digest

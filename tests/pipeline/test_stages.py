@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, SMOKE
 
 BIN = Path(sys.executable).parent
 BARE = os.environ | {"PATH": "/usr/bin:/bin"}
@@ -48,6 +48,51 @@ def test_the_code_beside_a_stage_runs_also_in_its_children(copy: Path, tmp_path:
     lines = run(sys.executable, copy / "stages" / "x.py", cwd=tmp_path, env=other).splitlines()
     imported = [line for line in lines if line.startswith("imported")]
     assert imported == [f"imported {copy / 'afm_pipe' / '__init__.py'}"] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [["--queue"], ["--temp"]])
+def test_an_experiment_in_a_copy_runs_its_own_module_with_the_workspaces_launch_settings(
+    how: list[str], tmp_path: Path
+) -> None:
+    root = tmp_path / "the workspace"
+    for folder in ("stages", "afm_pipe"):
+        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(SMOKE, root / "params.yaml")
+    (root / "stages" / "x.py").write_text(
+        "import _tree\nimport afm_pipe.data.order as order\nfrom afm_pipe.distributed.launch import load_launch\n"
+        "from afm_pipe.params.file import load_params\n"
+        "print(getattr(order, 'MARK', 'none'), load_launch().workers, load_params().runs['t4'].lr, "
+        "file=open('out.txt', 'w'))\n"
+    )
+    (root / "dvc.yaml").write_text(
+        "stages:\n  x:\n    cmd: python stages/x.py\n    params: [runs]\n    metrics: [out.txt: {cache: false}]\n"
+    )
+    (root / ".gitignore").write_text("/launch.toml\n__pycache__\n")
+    (root / "launch.toml").write_text("workers = 7\n")
+    env = os.environ | {"PYTHONPATH": str(root), "PATH": f"{BIN}:{os.environ['PATH']}"}  # as an editable install
+    env |= {f"GIT_{who}_{what}": "x@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+
+    def call(*words: str) -> str:
+        return run(*words, cwd=root, env=env)
+
+    call("git", "init", "-q")
+    call("dvc", "init", "-q")
+    call("git", "add", "-A")
+    call("git", "commit", "-qm", "x")
+    module = root / "afm_pipe" / "data" / "order.py"
+    before = module.read_text()
+    module.write_text(before + "MARK = 'its own'\n")
+    if how == ["--queue"]:
+        said = call("dvc", "exp", "run", "--queue", "-S", "+runs.t4.lr=0.00002", "--name", "other")
+        module.write_text(before)
+        said += call("dvc", "exp", "run", "--run-all")
+    else:
+        said = call("dvc", "exp", "run", "--temp", "-S", "+runs.t4.lr=0.00002", "--name", "other")
+        module.write_text(before)
+    assert (
+        call("git", "show", f"{call('dvc', 'exp', 'list', '--sha-only').split()[-1]}:out.txt") == "its own 7 2e-05\n"
+    ), said
 
 
 def test_dvc_called_by_its_path_runs_stages_in_its_own_interpreter(copy: Path) -> None:
