@@ -118,3 +118,38 @@ def test_an_interpreter_without_the_packages_uses_the_environment_beside_the_sta
     assert "Traceback" not in said
     (copy / ".venv").symlink_to(BIN.parent)
     assert str(copy / ".venv" / "bin" / "python") in run(*bare, cwd=copy, env=BARE)
+
+
+@pytest.fixture
+def unzipped(tmp_path: Path) -> Path:
+    """A downloaded zip, in a folder with a space, with an environment whose programs print their words."""
+    root = tmp_path / "a project"
+    (root / ".venv" / "bin").mkdir(parents=True)
+    (root / ".dvc").mkdir()
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, root / name)
+    for program in ("python", "dvc", "afm-pipe"):
+        path = root / ".venv" / "bin" / program
+        path.write_text('#!/bin/sh\necho ran "$0" "$@"\n')
+        path.chmod(0o755)
+    return root
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+@pytest.mark.parametrize("scm", ["git", "none"])
+def test_make_repro_runs_in_a_folder_with_a_space(unzipped: Path, scm: str) -> None:
+    if scm == "git":
+        run("git", "init", "-q", cwd=unzipped)
+    else:
+        (unzipped / ".dvc" / "config.local").write_text("[core]\n    no_scm = true\n")
+    said = run("make", "repro", cwd=unzipped)
+    assert f"ran {unzipped}/.venv/bin/python -m pip install" in said
+    assert f"ran {unzipped}/.venv/bin/dvc repro" in said and "rror" not in said
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_a_zip_without_git_says_what_is_missing_before_it_installs_anything(unzipped: Path) -> None:
+    said = run("make", "repro", cwd=unzipped)
+    assert "found no git repository, which DVC needs" in said and "git init" in said and "no_scm = true" in said
+    assert "ran " not in said
+    assert "found VENV=a b, expected a path without spaces" in run("make", "repro", "VENV=a b", cwd=unzipped)
