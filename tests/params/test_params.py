@@ -69,7 +69,7 @@ def test_transport_may_be_a_number() -> None:
         ("data.image_size=30", "data.image_size: expected a multiple of autoencoder.downsample 4, found 30"),
         ("data.image_size=36", "expected a patch that divides the latent side 9, found t4 with patch 4"),
         ("runs.autoencoder={}", "expected another name than autoencoder"),
-        ("runs={../x: {}}", "runs.../x: found the name '../x', expected a name that DVC"),
+        ("runs={../x: {}}", "runs.../x: found the name '../x', expected text that should match pattern"),
         ("train.penalty.batch_fraction=0.001", "expected penalty.batch_fraction to leave at least one of 64 images"),
         ("data=3", "data: found 3"),
     ],
