@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afm_pipe.data.images import decode_image, read_image_file
-from afm_pipe.data.listing import beside_train, class_root, count_by_name, list_images
+from afm_pipe.data.listing import count_by_name, list_images
 from afm_pipe.data.manifest import Manifest, columns_digest
 from afm_pipe.data.metadata import read_orientation
 from afm_pipe.data.sources import BUILT_IN, materialize
@@ -39,14 +39,14 @@ def build_manifest(data: Data) -> Generator[Progress, None, Manifest]:
     Raises UserError on a folder or archive that is not a data set (see `list_images`, `index_tar`), on too few images,
     and, after all files are read, on damaged ones: how many there are and the first ten.
     """
-    spans, root = None, (given := local(data.root))
+    given, spans = local(data.root), None
     if data.source == "tar":
-        (classes, images, passed_over), spans = yield from index_tar(root)
+        root = given
+        listing, spans = yield from index_tar(root)
     else:
-        root = class_root(given)
-        classes, images, passed_over = list_images(root)
-        if root != given:
-            passed_over = [*beside_train(given), *passed_over]
+        listing = list_images(given)
+        root = given / listing.base
+    classes, images = listing.classes, listing.images
     paths, labels = [path for path, _ in images], [label for _, label in images]
     if len(images) < data.min_images:
         raise UserError(
@@ -87,7 +87,7 @@ def build_manifest(data: Data) -> Generator[Progress, None, Manifest]:
     places = None if spans is None else tuple(spans)
     columns = tuple(classes), tuple(paths), np.array(labels, np.int64), tuple(hashes)
     named = Path(data.root) / root.relative_to(given)  # as params name it, on every machine
-    return Manifest(named, *columns, digest, places, count_by_name(passed_over), data.orientation, oriented)
+    return Manifest(named, *columns, digest, places, count_by_name(listing.passed_over), data.orientation, oriented)
 
 
 def require_images(manifest: Manifest, data: Data) -> Generator[Progress, None, None]:
@@ -124,7 +124,7 @@ def compare_images(manifest: Manifest, data: Data) -> None:
     _refuse_missing(manifest, missing)
     if manifest.spans is None:
         listed = set(manifest.paths)
-        added = [path for path, _ in list_images(manifest.folder)[1] if path not in listed]
+        added = [path for path, _ in list_images(manifest.folder).images if path not in listed]
         if added:
             raise UserError(
                 f"Found {len(added)} more images under {manifest.root} than in the manifest, the first {added[0]}: "

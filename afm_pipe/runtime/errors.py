@@ -49,7 +49,7 @@ def describe_mistake(problem: Mapping[str, Any]) -> str:
     if kind == "value_error":
         return problem["msg"].removeprefix("Value error, ")
     message = problem["msg"].replace("Input should be ", "").replace("String should", "text that should")
-    expected = _EXPECTED.get(kind, message).format(**problem.get("ctx", {}))
+    expected = _EXPECTED[kind].format(**problem.get("ctx", {})) if kind in _EXPECTED else message
     note = ""
     if kind in ("string_type", "invalid_key") and not isinstance(found, list | dict):
         note = "; write it in quotes"

@@ -71,7 +71,8 @@ def test_transport_may_be_a_number() -> None:
         ("runs.autoencoder={}", "expected another name than autoencoder"),
         ("runs={../x: {}}", "runs.../x: found the name '../x', expected text that should match pattern"),
         ("train.penalty.batch_fraction=0.001", "expected penalty.batch_fraction to leave at least one of 64 images"),
-        ("data=3", "data: found 3"),
+        ("data=3", "data: found 3, expected a section of fields"),
+        ("autoencoder.sha256=abc", "autoencoder.sha256: found 'abc', expected text that should match pattern"),
     ],
 )
 def test_a_mistake_is_named_with_its_place_and_the_expectation(override: str, words: str) -> None:
