@@ -7,9 +7,14 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,$(
 	$(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
 BIN := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.afm-pipe-installed
+NO_SCM := grep -qs '^ *no_scm *= *true' .dvc/config .dvc/config.local
 ON_PATH := PATH="$(BIN):$$PATH"
 
-.PHONY: help repro test test-slow test-browser fuzz bench crash-test lint install clean
+ifneq ($(words $(VENV)),1)
+$(error found VENV=$(VENV), expected a path without spaces)
+endif
+
+.PHONY: scm help repro test test-slow test-browser fuzz bench crash-test lint install clean
 
 help:
 	@echo "make repro         set up, run the pipeline on params.yaml, print the run table"
@@ -62,16 +67,23 @@ lint: $(INSTALLED)
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml
-	@command -v git >/dev/null || { echo "error: found no git, which DVC needs: install git." >&2; exit 1; }
+scm:
+	@$(NO_SCM) || command -v git >/dev/null || { echo "error: found no git, which DVC needs: install git." >&2; exit 1; }
+	@$(NO_SCM) || test -e .git || git rev-parse --git-dir >/dev/null 2>&1 || { \
+		echo "error: found no git repository, which DVC needs (a downloaded zip has none). Either run" >&2; \
+		echo "  git init && git add -A && git commit -m start" >&2; \
+		echo "or put the lines [core] and no_scm = true into .dvc/config.local, for DVC without git and experiments." >&2; \
+		echo "Then run make again. Nothing was installed." >&2; exit 1; }
+
+$(INSTALLED): pyproject.toml | scm
 	@test -x "$(BIN)/python" || test -n "$(PYTHON)" || { \
 		echo "error: found no Python 3.11 or later: install one, or name it with PYTHON=path." >&2; exit 1; }
-	@test -x "$(BIN)/python" || $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	@test -x "$(BIN)/python" || "$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
 		echo "error: found $(PYTHON) without venv: install it (Debian, Ubuntu: apt install python3-venv)." >&2; exit 1; }
-	@test -x "$(BIN)/python" || { echo "== creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@test -x "$(BIN)/python" || { echo "== creating $(VENV)"; "$(PYTHON)" -m venv "$(VENV)"; }
 	@echo "== installing into $(VENV) (about 6 GB with torch; the first time takes some minutes)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
-	@touch $(INSTALLED)
+	@"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@touch "$(INSTALLED)"
 
 clean:
 	rm -rf data/manifest.json data/latents.h5 models samples reference work

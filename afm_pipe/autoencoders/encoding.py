@@ -218,7 +218,7 @@ def _encoded(autoencoder: Autoencoder, images: NDArray[np.uint8], params: Params
 def _require_finite(encoded: NDArray[np.float16], batch: range, manifest: Manifest) -> None:
     bad = ~np.isfinite(encoded).all(axis=(1, 2, 3, 4))  # (B,)
     if bad.any():
-        path = manifest.root / manifest.paths[batch[int(bad.argmax())]]
+        path = manifest.folder / manifest.paths[batch[int(bad.argmax())]]
         raise UserError(
             f"Found the encoding of {path} not finite in float16: set encode.precision to fp32, or train "
             "the autoencoder again."

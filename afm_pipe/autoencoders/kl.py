@@ -179,7 +179,7 @@ def fetch_pretrained(params: Params, folder: Path) -> None:
     """
     settings = _settings(params)
     assert settings.pretrained is not None
-    local = Path(settings.pretrained).expanduser()
+    local = paths.local(settings.pretrained)
     source = local if local.is_dir() else download(settings.pretrained)
     _require_files(source)
     found = sha256_file(source / WEIGHTS)

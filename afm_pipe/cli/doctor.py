@@ -70,9 +70,16 @@ def _device() -> tuple[Finding, Launch | None]:
 
 
 def _data(params: Params) -> Finding:
-    root = Path(params.data.root)
+    from afm_pipe.data.manifest import read_manifest
+    from afm_pipe.data.reading import compare_images
+
+    root = paths.local(params.data.root)
     if paths.MANIFEST.exists():
-        return Finding("data", f"{paths.MANIFEST} lists the images of {root}")
+        try:
+            compare_images(manifest := read_manifest(paths.MANIFEST), params.data)
+        except UserError as error:
+            return Finding("data", f"{paths.MANIFEST} does not fit params or the images", False, str(error))
+        return Finding("data", f"{paths.MANIFEST} lists the {manifest.num_images} images of {root}")
     if params.data.source not in ("folder", "tar"):
         return Finding("data", f"{params.data.source}, which `dvc repro` writes to {root}")
     exists = root.is_dir() if params.data.source == "folder" else root.is_file()
@@ -101,7 +108,9 @@ def _weights(params: Params) -> list[Finding]:
     pretrained = getattr(params.autoencoder, "pretrained", None)
     if pretrained is not None:
         place = (
-            "a local folder" if Path(pretrained).is_dir() else "not a local folder, so a name on the Hugging Face Hub"
+            "a local folder"
+            if paths.local(pretrained).is_dir()
+            else "not a local folder, so a name on the Hugging Face Hub"
         )
         findings.append(Finding("autoencoder", f"{pretrained}, {place}"))
     return findings

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from afm_pipe.data.tars import Span
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import atomic_path, read_json
+from afm_pipe.runtime.paths import local
 
 FORMAT_VERSION = 1
 
@@ -28,7 +29,8 @@ FORMAT_VERSION = 1
 class Manifest:
     """The images of a data set in order: `paths` are relative to `root`, `digest` is one sha256 over all columns.
 
-    `root` is a folder, or a tar archive that holds the images at `spans`; the digest is the same for both.
+    `root` is a folder, or a tar archive that holds the images at `spans`; the digest is the same for both. It is as
+    params name it, perhaps with `~`; `folder` is the place on this machine.
     """
 
     root: Path
@@ -44,6 +46,11 @@ class Manifest:
     """Whether the EXIF orientation of the images is applied: part of the digest when it is."""
     oriented: int = 0
     """How many images have another EXIF orientation than upright; not in the file either."""
+
+    @property
+    def folder(self) -> Path:
+        """`root` on this machine."""
+        return local(self.root)
 
     @property
     def num_images(self) -> int:

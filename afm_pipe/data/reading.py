@@ -26,10 +26,12 @@ from afm_pipe.data.tars import Span, index_tar, read_span
 from afm_pipe.params import Data
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.machine import usable_cores
+from afm_pipe.runtime.paths import local
 from afm_pipe.runtime.progress import Progress
 
 READ_AHEAD = 4  # batches
 FILES_PER_TICK = 256
+COMPARED = 100  # images whose bytes `compare_images` reads
 
 
 def build_manifest(data: Data) -> Generator[Progress, None, Manifest]:
@@ -38,12 +40,13 @@ def build_manifest(data: Data) -> Generator[Progress, None, Manifest]:
     Raises UserError on a folder or archive that is not a data set (see `list_images`, `index_tar`), on too few images,
     and, after all files are read, on damaged ones: how many there are and the first ten.
     """
-    root, spans = Path(data.root), None
+    given, spans = local(data.root), None
     if data.source == "tar":
+        root = given
         listing, spans = yield from index_tar(root)
     else:
-        listing = list_images(root)
-        root /= listing.base
+        listing = list_images(given)
+        root = given / listing.base
     classes, images = listing.classes, listing.images
     paths, labels = [path for path, _ in images], [label for _, label in images]
     if len(images) < data.min_images:
@@ -84,7 +87,8 @@ def build_manifest(data: Data) -> Generator[Progress, None, Manifest]:
     digest = columns_digest(classes, paths, labels, hashes, data.orientation)
     places = None if spans is None else tuple(spans)
     columns = tuple(classes), tuple(paths), np.array(labels, np.int64), tuple(hashes)
-    return Manifest(root, *columns, digest, places, count_by_name(listing.passed_over), data.orientation, oriented)
+    named = Path(data.root) / root.relative_to(given)  # as params name it, on every machine
+    return Manifest(named, *columns, digest, places, count_by_name(listing.passed_over), data.orientation, oriented)
 
 
 def require_images(manifest: Manifest, data: Data) -> Generator[Progress, None, None]:
@@ -92,6 +96,47 @@ def require_images(manifest: Manifest, data: Data) -> Generator[Progress, None, 
 
     Raises UserError naming the first missing file and what to do.
     """
+    _require_params(manifest, data)
+    missing = _missing(manifest)
+    if missing and data.source in BUILT_IN and len(missing) == manifest.num_images:
+        yield from materialize(data.source, manifest.folder)
+        missing = _missing(manifest)
+    _refuse_missing(manifest, missing)
+
+
+def compare_images(manifest: Manifest, data: Data) -> None:
+    """Compare a manifest with params and with the disk, writing nothing: all names, and the bytes of COMPARED images.
+
+    Raises UserError where the source, root, orientation, number of images, a name or content differs.
+    """
+    _require_params(manifest, data)
+    found, expected = ("folder", "tar")[manifest.spans is not None], ("folder", "tar")[data.source == "tar"]
+    if found != expected:
+        raise UserError(
+            f"Found a manifest of a {found}, expected of a {expected} (data.source): run `dvc repro prepare`."
+        )
+    if manifest.num_images < data.min_images:
+        raise UserError(
+            f"Found a manifest of {manifest.num_images} images, expected at least {data.min_images} (data.min_images)."
+        )
+    missing = _missing(manifest)
+    if len(missing) == manifest.num_images and data.source in BUILT_IN:
+        return  # written again when needed
+    _refuse_missing(manifest, missing)
+    if manifest.spans is None:
+        listed = set(manifest.paths)
+        added = [path for path, _ in list_images(manifest.folder).images if path not in listed]
+        if added:
+            raise UserError(
+                f"Found {len(added)} more images under {manifest.root} than in the manifest, the first {added[0]}: "
+                "remove them, or run `dvc repro -f prepare` to use the images as they are now."
+            )
+    step = max(manifest.num_images // COMPARED, 1)
+    for _ in image_batches(manifest, data, [[index] for index in range(0, manifest.num_images, step)]):
+        pass
+
+
+def _require_params(manifest: Manifest, data: Data) -> None:
     root = Path(data.root)
     if manifest.root not in (root, root / "train"):
         raise UserError(
@@ -103,10 +148,9 @@ def require_images(manifest: Manifest, data: Data) -> Generator[Progress, None, 
             f"Found a manifest of images with the EXIF orientation {manifest.orientation}, expected "
             f"{data.orientation} (data.orientation): run `dvc repro prepare`."
         )
-    missing = _missing(manifest)
-    if missing and data.source in BUILT_IN and len(missing) == manifest.num_images:
-        yield from materialize(data.source, manifest.root)
-        missing = _missing(manifest)
+
+
+def _refuse_missing(manifest: Manifest, missing: Sequence[str]) -> None:
     if missing:
         raise UserError(
             f"Found {len(missing)} of {manifest.num_images} images missing under {manifest.root}, the first "
@@ -123,7 +167,7 @@ def image_batches(
     """
 
     def load(read: Callable[[int], bytes], index: int) -> NDArray[np.uint8]:
-        path = manifest.root / manifest.paths[index]
+        path = manifest.folder / manifest.paths[index]
         try:
             content = read(index)
         except OSError as error:
@@ -137,7 +181,7 @@ def image_batches(
     def load_part(read: Callable[[int], bytes], part: Sequence[int]) -> list[NDArray[np.uint8]]:
         return [load(read, index) for index in part]
 
-    with _reader(manifest.root, manifest.paths, manifest.spans) as read:
+    with _reader(manifest.folder, manifest.paths, manifest.spans) as read:
         pool = _pool()
         try:
             ahead: deque[Iterator[list[NDArray[np.uint8]]]] = deque()
@@ -213,11 +257,11 @@ def _reader(root: Path, paths: Sequence[str], spans: Sequence[Span] | None) -> I
 
 def _missing(manifest: Manifest) -> list[str]:
     if manifest.spans is not None:
-        end = manifest.root.stat().st_size if manifest.root.is_file() else 0
+        end = manifest.folder.stat().st_size if manifest.folder.is_file() else 0
         return [path for path, span in zip(manifest.paths, manifest.spans, strict=True) if sum(span) > end]
     existing: set[str] = set()
     for name in manifest.classes:
-        folder = manifest.root / name
+        folder = manifest.folder / name
         if folder.is_dir():
             existing.update(f"{name}/{file}" for file in os.listdir(folder))
     return [path for path in manifest.paths if path not in existing]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
+from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError, describe_mistake
 from afm_pipe.runtime.machine import usable_cores
 
@@ -25,7 +26,7 @@ LAUNCH_FILE = Path("launch.toml")
 class Launch(BaseSettings):
     """Launch settings; the constructor's arguments are the command's flags."""
 
-    model_config = SettingsConfigDict(env_prefix="AFM_", toml_file=LAUNCH_FILE, extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="AFM_", extra="forbid", frozen=True)
 
     device: str = "auto"
     """A torch device such as cpu, cuda or cuda:1; auto: cuda if available."""
@@ -71,7 +72,7 @@ class Launch(BaseSettings):
         **no_dotenv_nor_secrets: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Read flags, the environment and launch.toml, in this order."""
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, paths.local(LAUNCH_FILE))
 
     @property
     def world_size(self) -> int:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import sha256_file
 
@@ -74,7 +75,7 @@ class FeatureNetwork:
 
 def weights_file(name: str, sha256: str | None, what: str, fix: str) -> tuple[Path, str]:
     """Return a file in $AFM_WEIGHTS, default weights/, and its hash. Raises UserError when it is missing or another."""
-    path = Path(os.environ.get("AFM_WEIGHTS", "weights")) / name
+    path = paths.local(os.environ.get("AFM_WEIGHTS", "weights")) / name
     if not path.is_file():
         raise UserError(f"Found no {path}, expected {what} (AFM_WEIGHTS names another folder): {fix}.")
     found = sha256_file(path)

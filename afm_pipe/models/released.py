@@ -22,6 +22,7 @@ from afm_pipe.models.model_files import ModelConfig, build_generator, count_para
 from afm_pipe.models.tensor_files import ADVICE, check_file, check_pickled, check_plain, check_safetensors
 from afm_pipe.params import Imported
 from afm_pipe.params.sizes import SIZES
+from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import atomic_path, read_text, sha256_file, write_json
 
@@ -55,7 +56,7 @@ def import_generator(settings: Imported, folder: Path) -> ModelConfig:
     Raises UserError if the file holds more than tensors, if the tensors are not those of a generator, or if they are
     ambiguous and `settings` do not resolve that.
     """
-    path = Path(settings.file).expanduser()
+    path = paths.local(settings.file)
     if not path.is_file():
         raise UserError(f"Found no file {path}, expected weights ({', '.join((*PICKLED, SAFE))}): check the path.")
     check_file(path)
@@ -287,7 +288,7 @@ def _check_values(tensors: dict[str, Tensor], path: Path) -> None:
 def _class_names(settings: Imported, contents: WeightsFile, config: ModelConfig) -> tuple[list[str], str]:
     """Return the class names and what gives them: `settings`, the file, ImageNet for 1,000 classes, or numbers."""
     if settings.classes is not None:
-        path = Path(settings.classes).expanduser()
+        path = paths.local(settings.classes)
         try:
             names = [line.strip() for line in read_text(path, MAX_NAMES_BYTES).splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:

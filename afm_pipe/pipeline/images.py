@@ -1,7 +1,6 @@
 """Stages from images to latents and reference statistics, and the latent classifier."""
 
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 from afm_pipe.distributed.launch import Launch
@@ -26,9 +25,8 @@ def prepare(params: Params) -> None:
     from afm_pipe.data.sources import BUILT_IN, materialize
     from afm_pipe.planning.measurable import require_measurable
 
-    root = Path(params.data.root)
     if params.data.source in BUILT_IN:
-        track("materialize", materialize(params.data.source, root))
+        track("materialize", materialize(params.data.source, paths.local(params.data.root)))
     manifest = track("prepare", build_manifest(params.data))
     lines = require_measurable(params, manifest)
     write_manifest(paths.MANIFEST, manifest)

@@ -22,9 +22,6 @@ _EXPECTED = {  # pydantic's kind of error: what it expects, in the words of YAML
     "missing": "a value",
     "too_short": "at least {min_length} in this list or section",
     "too_long": "at most {max_length} in this list",
-    "string_too_short": "text of at least {min_length} character",
-    "string_too_long": "text of at most {max_length} characters",
-    "string_pattern_mismatch": "text like {pattern}",
     "extra_forbidden": "no such field",
 }
 
@@ -79,10 +76,8 @@ def describe_mistake(problem: Mapping[str, Any]) -> str:
     kind, found = problem["type"], problem["input"]
     if kind == "value_error":
         return problem["msg"].removeprefix("Value error, ")
-    message = problem["msg"].replace("Input should be ", "")
-    expected = (
-        _EXPECTED.get(kind, message).format(**problem.get("ctx", {})).replace(r"^[0-9a-f]{64}$", "0-9a-f, 64 times")
-    )
+    message = problem["msg"].replace("Input should be ", "").replace("String should", "text that should")
+    expected = _EXPECTED[kind].format(**problem.get("ctx", {})) if kind in _EXPECTED else message
     note = ""
     if kind in ("string_type", "invalid_key") and not isinstance(found, list | dict):
         note = "; write it in quotes"

@@ -1,5 +1,6 @@
 """Paths of the pipeline's files, relative to the project's root."""
 
+import os
 from pathlib import Path
 
 PARAMS = Path("params.yaml")
@@ -23,6 +24,19 @@ STUDY = RESULTS / "study"  # tables of the larger study
 REPORT = RESULTS / "report"  # the page
 RENDERED = RESULTS / "rendered"  # tables as CSV, Markdown and LaTeX
 BENCHMARKS = Path("benchmarks/results.json")  # speed beside plain implementations, written by `make bench`
+
+
+def local(path: str | Path) -> Path:
+    """Return a path of this machine that params or settings name, with `~` and `$HOME` expanded.
+
+    In a copy of the workspace, which `dvc exp run --temp` and `--queue` make without files that git ignores, a relative
+    path that the copy lacks is the workspace's.
+    """
+    expanded = Path(os.path.expanduser(os.path.expandvars(path)))
+    copied_from = next((folder.parent for folder in Path.cwd().parents if folder.name == ".dvc"), None)
+    if copied_from and not expanded.exists() and (copied_from / expanded).exists():
+        return copied_from / expanded
+    return expanded
 
 
 def model(run: str) -> Path:

@@ -1,6 +1,7 @@
 """The command line as a person meets it."""
 
 import hashlib
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +122,18 @@ def test_doctor_names_what_is_missing_and_the_remedy(run) -> None:
     assert "FIX  data: data/images is missing" in result.output
     assert "FIX  Inception: missing or another file" in result.output
     assert "inception-2015-12-05.pt" in result.output
+
+
+def test_doctor_compares_the_manifest_with_the_disk(run, discs: Path) -> None:
+    shutil.copytree(discs / "data" / "images", "data/images")
+    shutil.copy(discs / "data" / "manifest.json", "data/manifest.json")
+    shutil.copy(discs / "params.yaml", "params.yaml")
+    assert "ok   data: data/manifest.json lists the 60 images" in run("doctor").output
+    shutil.rmtree("data/images")
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert "FIX  data: data/manifest.json does not fit params or the images" in result.output
+    assert "60 of 60 images missing under data/images" in " ".join(result.output.split())
 
 
 def test_doctor_tells_which_weights_of_the_evaluation_are_there(run, monkeypatch: pytest.MonkeyPatch) -> None:

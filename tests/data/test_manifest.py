@@ -2,13 +2,21 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from afm_pipe.data.manifest import Manifest, read_manifest, write_manifest
-from afm_pipe.data.reading import build_manifest, image_batches, load_images, read_images, require_images
+from afm_pipe.data.reading import (
+    build_manifest,
+    compare_images,
+    image_batches,
+    load_images,
+    read_images,
+    require_images,
+)
 from afm_pipe.data.sources import materialize
 from afm_pipe.params import Data
 from afm_pipe.runtime.errors import UserError
@@ -106,6 +114,49 @@ def test_manifest_survives_the_round_trip(data: Data, tmp_path: Path) -> None:
     )
     assert again.labels.dtype == np.int64
     np.testing.assert_array_equal(again.labels, np.repeat([0, 1, 2], 4))
+
+
+@pytest.mark.parametrize("root", ["~/images", "$HOME/images", "${HOME}/split"])
+def test_a_root_in_the_home_folder_is_stored_as_params_name_it(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for home in ("one", "other"):
+        write_images(tmp_path / home / "images", per_class=2)
+        write_images(tmp_path / home / "split" / "train", per_class=2)
+    monkeypatch.setenv("HOME", str(tmp_path / "one"))
+    data, path = folder_data(Path(root)), tmp_path / "manifest.json"
+    write_manifest(path, build(data))
+    assert "one" not in path.read_text()
+    monkeypatch.setenv("HOME", str(tmp_path / "other"))  # another user, with the same images
+    manifest = read_manifest(path)
+    assert list(require_images(manifest, data)) == []
+    assert len(track("read", load_images(manifest, data))) == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda root: shutil.rmtree(root), "Found 12 of 12 images missing"),
+        (lambda root: (root / "class0" / "000.png").unlink(), "Found 1 of 12 images missing"),
+        (
+            lambda root: shutil.copy(root / "class0/000.png", root / "class0/new.png"),
+            "1 more images under .* class0/new.png",
+        ),
+        (lambda root: shutil.copy(root / "class0/000.png", root / "class2/000.png"), "000.png changed since"),
+        ({"root": "elsewhere"}, r"expected those under elsewhere \(data.root\)"),
+        ({"source": "tar"}, r"a manifest of a folder, expected of a tar \(data.source\)"),
+        ({"min_images": 13}, r"of 12 images, expected at least 13 \(data.min_images\)"),
+    ],
+)
+def test_a_manifest_is_compared_with_params_and_the_disk(data: Data, change: Any, words: str) -> None:
+    manifest = build(data)
+    compare_images(manifest, data)
+    if callable(change):
+        change(Path(data.root))
+    else:
+        data = data.model_copy(update=change)
+    with pytest.raises(UserError, match=words):
+        compare_images(manifest, data)
 
 
 def test_digest_depends_on_every_byte_name_and_label_but_not_on_the_place(data: Data, tmp_path: Path) -> None:

@@ -1,12 +1,19 @@
 """params.yaml: what is inherited, what is refused, and in which words."""
 
+import copy
+import datetime
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import yaml
 
-from afm_pipe.params.file import json_schema, load_params
+from afm_pipe.params import Run
+from afm_pipe.params.base import NULLABLE, deep_merge
+from afm_pipe.params.file import json_schema, load_params, validate
 from afm_pipe.runtime.errors import UserError
 from tests.conftest import ROOT, SMOKE
 
@@ -62,9 +69,10 @@ def test_transport_may_be_a_number() -> None:
         ("data.image_size=30", "data.image_size: expected a multiple of autoencoder.downsample 4, found 30"),
         ("data.image_size=36", "expected a patch that divides the latent side 9, found t4 with patch 4"),
         ("runs.autoencoder={}", "expected another name than autoencoder"),
-        ("runs={../x: {}}", "runs.../x: found the name '../x', expected a name that DVC"),
+        ("runs={../x: {}}", "runs.../x: found the name '../x', expected text that should match pattern"),
         ("train.penalty.batch_fraction=0.001", "expected penalty.batch_fraction to leave at least one of 64 images"),
-        ("data=3", "data: found 3"),
+        ("data=3", "data: found 3, expected a section of fields"),
+        ("autoencoder.sha256=abc", "autoencoder.sha256: found 'abc', expected text that should match pattern"),
     ],
 )
 def test_a_mistake_is_named_with_its_place_and_the_expectation(override: str, words: str) -> None:
@@ -125,3 +133,80 @@ def test_the_schema_lets_a_run_leave_out_what_it_inherits() -> None:
     definitions = json.loads(json_schema())["$defs"]
     assert "required" not in definitions["RunOverrides"]
     assert "lr" in definitions["Run"]["required"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["runs: {t4: }", "runs: {t4: {penalty: , ema: {}, monitor: {probe: }}}", "runs: {t4: ~}", "guided:", "imported:"],
+)
+def test_an_empty_section_overrides_nothing(text: str, tmp_path: Path) -> None:
+    raw = yaml.safe_load(SMOKE.read_text())
+    raw["runs"]["t4"] = {}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(deep_merge({}, raw) | yaml.safe_load(text)))
+    params = load_params(tmp_path / "params.yaml")
+    assert params.runs["t4"] == params.train and params.guided == {} and params.imported == {}
+
+
+def test_an_empty_setting_of_a_table_overrides_nothing(tmp_path: Path) -> None:
+    raw = yaml.safe_load(SMOKE.read_text())
+    table = raw["tables"]["transport"]
+    table["base"], table["rows"]["settings"]["0.2"] = None, None
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
+    assert load_params(tmp_path / "params.yaml").trials == load_params(SMOKE).trials
+
+
+def test_null_turns_off_what_may_be_null(tmp_path: Path) -> None:
+    chosen = ["train.selection={every_epochs: 1.0, samples: 1000}", "runs.t4.selection=null"]
+    params = load_params(SMOKE, chosen)
+    assert params.runs["t4"].selection is None and params.runs["t4-no-transport"].selection is not None
+    nullable = {name for name, field in Run.model_fields.items() if type(None) in get_args(field.annotation)}
+    assert nullable == NULLABLE
+
+
+WRONG: list[Any] = [
+    None,
+    True,
+    3,
+    -1.5,
+    "x",
+    "1e-3",
+    [],
+    [None],
+    {},
+    {"a": 1},
+    {7: 1},
+    datetime.date(2001, 1, 1),
+    1 << 9000,
+]
+PYTHON = re.compile(
+    r"instance of|Input should|dict|tuple|boolean|\bNone\b|\bTrue\b|datetime|\bobject\b|pydantic|String|"
+    r"\b(Run|Phase|Data|Params|Axis|Group|Check|Encode|Sample|Ema|Guided|Imported|Evaluate|StudyTable)\b"
+)
+
+
+def places(raw: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path of every value of a params file; of a list, of its first entry."""
+    for key, value in raw.items() if isinstance(raw, dict) else enumerate(raw[:1]):
+        yield (*path, key)
+        if isinstance(value, dict | list):
+            yield from places(value, (*path, key))
+
+
+def test_no_message_names_a_class_of_python_or_pydantic() -> None:
+    whole = yaml.safe_load(SMOKE.read_text())
+    whole["guided"] = {"g": {"from": "t4", "until_epoch": 1.0, "guidance": {"scale": 0.1, "t": [0.0, 1.0]}}}
+    whole["imported"] = {"i": {"file": "x.pth"}}
+    seen = set()
+    for index, path in enumerate(places(whole)):
+        for value in [WRONG[index % len(WRONG)], WRONG[(5 * index + 2) % len(WRONG)]]:
+            raw = copy.deepcopy(whole)
+            here = raw
+            for part in path[:-1]:
+                here = here[part]
+            here[path[-1]] = value
+            try:
+                validate(raw, Path("params.yaml"))
+            except UserError as error:
+                seen.add(str(error))
+    assert len(seen) > 200
+    assert [said for said in seen if PYTHON.search(said)] == []

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, SMOKE
 
 BIN = Path(sys.executable).parent
 BARE = os.environ | {"PATH": "/usr/bin:/bin"}
@@ -50,6 +50,51 @@ def test_the_code_beside_a_stage_runs_also_in_its_children(copy: Path, tmp_path:
     assert imported == [f"imported {copy / 'afm_pipe' / '__init__.py'}"] * 3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [["--queue"], ["--temp"]])
+def test_an_experiment_in_a_copy_runs_its_own_module_with_the_workspaces_launch_settings(
+    how: list[str], tmp_path: Path
+) -> None:
+    root = tmp_path / "the workspace"
+    for folder in ("stages", "afm_pipe"):
+        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(SMOKE, root / "params.yaml")
+    (root / "stages" / "x.py").write_text(
+        "import _tree\nimport afm_pipe.data.order as order\nfrom afm_pipe.distributed.launch import load_launch\n"
+        "from afm_pipe.params.file import load_params\n"
+        "print(getattr(order, 'MARK', 'none'), load_launch().workers, load_params().runs['t4'].lr, "
+        "file=open('out.txt', 'w'))\n"
+    )
+    (root / "dvc.yaml").write_text(
+        "stages:\n  x:\n    cmd: python stages/x.py\n    params: [runs]\n    metrics: [out.txt: {cache: false}]\n"
+    )
+    (root / ".gitignore").write_text("/launch.toml\n__pycache__\n")
+    (root / "launch.toml").write_text("workers = 7\n")
+    env = os.environ | {"PYTHONPATH": str(root), "PATH": f"{BIN}:{os.environ['PATH']}"}  # as an editable install
+    env |= {f"GIT_{who}_{what}": "x@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+
+    def call(*words: str) -> str:
+        return run(*words, cwd=root, env=env)
+
+    call("git", "init", "-q")
+    call("dvc", "init", "-q")
+    call("git", "add", "-A")
+    call("git", "commit", "-qm", "x")
+    module = root / "afm_pipe" / "data" / "order.py"
+    before = module.read_text()
+    module.write_text(before + "MARK = 'its own'\n")
+    if how == ["--queue"]:
+        said = call("dvc", "exp", "run", "--queue", "-S", "+runs.t4.lr=0.00002", "--name", "other")
+        module.write_text(before)
+        said += call("dvc", "exp", "run", "--run-all")
+    else:
+        said = call("dvc", "exp", "run", "--temp", "-S", "+runs.t4.lr=0.00002", "--name", "other")
+        module.write_text(before)
+    assert (
+        call("git", "show", f"{call('dvc', 'exp', 'list', '--sha-only').split()[-1]}:out.txt") == "its own 7 2e-05\n"
+    ), said
+
+
 def test_dvc_called_by_its_path_runs_stages_in_its_own_interpreter(copy: Path) -> None:
     bare = Path("/usr/bin/python3")
     if not bare.exists() or not (BIN / "dvc").exists():
@@ -73,3 +118,38 @@ def test_an_interpreter_without_the_packages_uses_the_environment_beside_the_sta
     assert "Traceback" not in said
     (copy / ".venv").symlink_to(BIN.parent)
     assert str(copy / ".venv" / "bin" / "python") in run(*bare, cwd=copy, env=BARE)
+
+
+@pytest.fixture
+def unzipped(tmp_path: Path) -> Path:
+    """A downloaded zip, in a folder with a space, with an environment whose programs print their words."""
+    root = tmp_path / "a project"
+    (root / ".venv" / "bin").mkdir(parents=True)
+    (root / ".dvc").mkdir()
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, root / name)
+    for program in ("python", "dvc", "afm-pipe"):
+        path = root / ".venv" / "bin" / program
+        path.write_text('#!/bin/sh\necho ran "$0" "$@"\n')
+        path.chmod(0o755)
+    return root
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+@pytest.mark.parametrize("scm", ["git", "none"])
+def test_make_repro_runs_in_a_folder_with_a_space(unzipped: Path, scm: str) -> None:
+    if scm == "git":
+        run("git", "init", "-q", cwd=unzipped)
+    else:
+        (unzipped / ".dvc" / "config.local").write_text("[core]\n    no_scm = true\n")
+    said = run("make", "repro", cwd=unzipped)
+    assert f"ran {unzipped}/.venv/bin/python -m pip install" in said
+    assert f"ran {unzipped}/.venv/bin/dvc repro" in said and "rror" not in said
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_a_zip_without_git_says_what_is_missing_before_it_installs_anything(unzipped: Path) -> None:
+    said = run("make", "repro", cwd=unzipped)
+    assert "found no git repository, which DVC needs" in said and "git init" in said and "no_scm = true" in said
+    assert "ran " not in said
+    assert "found VENV=a b, expected a path without spaces" in run("make", "repro", "VENV=a b", cwd=unzipped)
