@@ -16,7 +16,7 @@ from afm_pipe.runtime.lease import hold_lease
 from afm_pipe.runtime.progress import track
 
 if TYPE_CHECKING:
-    from afm_pipe.sampling.requests import Drawn, Request
+    from afm_pipe.sampling.requests import Request, SamplingResult
 
 STRIP_ROWS, STRIP_FRAMES = 5, 5  # classes, and frames from one seed to the next, of interpolation.png
 
@@ -77,7 +77,7 @@ def sample(params: Params, name: str, launch: Launch, request: "Request | None" 
     _draw(params, name, launch, requests)
 
 
-def _draw(params: Params, name: str, launch: Launch, requests: "list[Request]") -> "Drawn | None":
+def _draw(params: Params, name: str, launch: Launch, requests: "list[Request]") -> "SamplingResult | None":
     """Draw samples of a model; the main process returns the last result."""
     from afm_pipe.distributed.process_group import init_distributed
     from afm_pipe.sampling.requests import check_request, draw

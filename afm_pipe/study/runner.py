@@ -20,7 +20,7 @@ from afm_pipe.data.latents import Latents
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.evaluation.evaluator import Evaluator
 from afm_pipe.evaluation.measures import sample_suffix
-from afm_pipe.evaluation.networks import NAMES
+from afm_pipe.evaluation.networks import METRIC_NAMES
 from afm_pipe.models.classifier import load_latent_classifier
 from afm_pipe.models.flow import Flow
 from afm_pipe.models.model_files import (
@@ -198,7 +198,7 @@ class Worker:
 
     @property
     def _distance_key(self) -> str:
-        return f"{NAMES[self.params.evaluate.features[0]].distance}{sample_suffix(self.params.study.samples)}"
+        return f"{METRIC_NAMES[self.params.evaluate.features[0]].distance}{sample_suffix(self.params.study.samples)}"
 
 
 def _by_training(trials: Sequence[Trial]) -> list[list[Trial]]:
