@@ -10,7 +10,6 @@ from afm_pipe.runtime.progress import track
 if TYPE_CHECKING:
     from afm_pipe.planning.plan import Machine
 
-IMAGENET_IMAGES = 1_281_167  # of the training set
 ASSUMED = " (assuming 1,000 classes; `afm-pipe prepare` counts them)"
 
 
@@ -52,6 +51,6 @@ def plan_text(params: Params, names: list[str], machine: "Machine", num_images: 
 
     manifest = count_images(params)
     classes = len(manifest.classes) if manifest and num_images is None else 1000
-    count = num_images or (manifest.num_images if manifest else IMAGENET_IMAGES)
+    count = num_images or (manifest.num_images if manifest else plan.IMAGENET_IMAGES)
     text = track("plan", plan.plan_text(params, names, machine, count, classes))
     return text if manifest else f"{text}\nEstimated{ASSUMED}."

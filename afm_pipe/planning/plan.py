@@ -18,6 +18,7 @@ from afm_pipe.runtime.tables import table_text
 
 Precision = Literal["fp32", "tf32", "bf16"]
 DAY = 86400.0  # seconds
+IMAGENET_IMAGES = 1_281_167  # of the training set
 NODE = 8  # GPUs of a machine
 LINK_UTILIZATION = 0.8
 NETWORK = NODE * 50.0  # GB/s out of a machine: one 400 Gb/s network card per GPU

@@ -10,9 +10,9 @@ from afm_pipe.models.model_files import run_config
 from afm_pipe.params import Params
 from afm_pipe.params.file import load_params
 from afm_pipe.planning.budget import RUNTIME, budget
-from afm_pipe.planning.plan import GPUS, NODE, Machine, figure, latents_bytes, plan_run, row_bytes
+from afm_pipe.planning.plan import GPUS, IMAGENET_IMAGES, NODE, Machine, figure, latents_bytes, plan_run, row_bytes
 
-IMAGES, CLASSES = 1_281_167, 1000  # of ImageNet
+CLASSES = 1000  # of ImageNet
 PAGE, PROFILE = Path("docs/scaling.md"), Path("profiles/imagenet256.yaml")
 BEGIN, END = "<!-- tables begin -->", "<!-- tables end -->"
 GPU, UTILIZATION, WORLDS = "h100", 0.4, (1, NODE, 8 * NODE)
@@ -28,7 +28,7 @@ def page_with_tables(page: str, params: Params) -> str:
 def tables(params: Params) -> str:
     """Return the tables of docs/scaling.md as Markdown."""
     # Parts of a batch on 64 GPUs are 4 images, 1 of them penalized: everything else follows from one count per run.
-    plans = [plan_run(params, name, IMAGES, CLASSES, MACHINES[-1]) for name in params.models]
+    plans = [plan_run(params, name, IMAGENET_IMAGES, CLASSES, MACHINES[-1]) for name in params.models]
     updates, times, total = [], [], [0.0] * len(WORLDS)
     for plan in plans:
         needs, latents = plan.budget, 2 * params.models[plan.name].batch_size * row_bytes(params)  # of D and of G
@@ -59,7 +59,7 @@ def tables(params: Params) -> str:
                 ("run", *(f"GB, {n}" for n in WORLDS), "MB", "MB checkpointed", "images", f"images, {NODE} shards"),
                 [_memory_row(params, name) for name in params.runs],
             ),
-            f"latents.h5 takes {latents_bytes(params, IMAGES) / 1e9:.1f} GB.",
+            f"latents.h5 takes {latents_bytes(params, IMAGENET_IMAGES) / 1e9:.1f} GB.",
         )
     )
 

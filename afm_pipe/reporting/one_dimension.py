@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from afm_pipe.reporting import titles
-from afm_pipe.reporting.inputs import typed
+from afm_pipe.reporting.inputs import read_output
 from afm_pipe.reporting.pictures import Picture, inline
 from afm_pipe.reporting.table import Cell, Column, Table
 from afm_pipe.runtime import paths
@@ -42,7 +42,7 @@ def read_one_dimension() -> OneDimension | None:
     """Read the 1-D toy experiment; None if it was not run. Raises UserError when its files are damaged."""
     if not RESULTS.is_file():
         return None
-    results = typed(ToyResults, RESULTS, "toy")
+    results = read_output(ToyResults, RESULTS, "toy")
     maps = sorted(results.maps.items(), key=lambda item: _order(item[1]))
     return OneDimension(_finding(results), _scale(results.scale), _drawings(results), _table(results, maps))
 

@@ -272,10 +272,8 @@ def _heat(results: TableResults, spreads: dict[tuple[str, str], Spread], title: 
         [[found.mean for found in line] for line in cells],
         [[text(found) for found in line] for line in cells],
         title,
-        "Lower is better",
-        row_title=results.table.rows.title,
-        column_title=results.table.columns.title,
-        log=True,
+        results.table.rows.title,
+        results.table.columns.title,
     )
     seeds = "Means over seeds" if len(results.table.seeds) > 1 else "One seed"
     marked = " † 1/2: one of two seeds diverged." * any(found.diverged for found in spreads.values())
@@ -290,14 +288,8 @@ def _sweep(results: TableResults, spreads: dict[tuple[str, str], Spread], title:
         for place, found in zip(places, spreads.values(), strict=True)
     ]
     positive = [number for number in numbers if number > 0]
-    svg = error_bars(
-        points,
-        title,
-        "Lower is better",
-        x_title=results.table.rows.title,
-        log_x=len(positive) > 1 and max(positive) >= LOG_FACTOR * min(positive),
-        log_y=True,
-    )
+    log_x = len(positive) > 1 and max(positive) >= LOG_FACTOR * min(positive)
+    svg = error_bars(points, title, results.table.rows.title, log_x)
     words = "Points are means over seeds, bars reach from the lowest seed to the highest."
     if len(results.table.seeds) == 1:
         words = "Points are one seed each, bars the 95 % interval of its measurement."
