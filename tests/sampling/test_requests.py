@@ -169,7 +169,7 @@ def test_classes_are_found_by_name_or_number() -> None:
     assert choose_classes("7", FLOWERS) == [6]  # a name comes before a number
     with pytest.raises(UserError, match="did you mean red rose, white rose"):
         choose_classes("rose", FLOWERS)
-    with pytest.raises(UserError, match=r"Found 2 classes named 'crane', expected one: say 4 or 5\."):
+    with pytest.raises(UserError, match=r"Found 2 classes named 'crane', expected one: use number 4 or 5\."):
         choose_classes("crane", FLOWERS)
 
 
