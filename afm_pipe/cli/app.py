@@ -367,11 +367,10 @@ def plan(
 ) -> None:
     """Estimate FLOPs, memory, days and disk; trains nothing.  Example: afm-pipe plan xl2 --gpus 8 --gpu h100"""
     from afm_pipe.cli.plan import plan_text
-    from afm_pipe.planning.plan import machine
+    from afm_pipe.planning.plan import Machine
 
-    loaded = _params(params, overrides)
-    planned = machine(gpu, gpus, utilization, precision, micro_batch, checkpoint, shard)
-    typer.echo(plan_text(loaded, runs or [], planned, images))
+    machine = Machine(gpu, gpus, utilization, precision, micro_batch, checkpoint, shard)
+    typer.echo(plan_text(_params(params, overrides), runs or [], machine, images))
 
 
 @_command(MACHINE, context_settings={"ignore_unknown_options": True})

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.params import Params
-from afm_pipe.pipeline import count_images, named_run, run_budget
+from afm_pipe.pipeline import count_images, run_budget
 from afm_pipe.runtime.progress import track
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ def dry_run_text(params: Params, name: str, launch: Launch) -> str:
 
     from afm_pipe.objectives.schedules import num_updates
 
-    run, needs, manifest = named_run(params, name), run_budget(params, name, launch), count_images(params)
+    run, needs, manifest = params.model(name), run_budget(params, name, launch), count_images(params)
     if manifest is not None:
         count = num_updates(run, manifest.num_images)
         updates = f"{count} of G and of D, {run.batch_size} images each, on {manifest.num_images} images"

@@ -7,7 +7,7 @@ from typing import Any
 
 from afm_pipe.params.versions import begun_with, code_notice
 from afm_pipe.runtime.environment import env_rank
-from afm_pipe.runtime.files import read_json
+from afm_pipe.runtime.files import json_value
 
 
 def begin_work(folder: Path, stage: str) -> dict[str, str]:
@@ -25,9 +25,7 @@ def begin_work(folder: Path, stage: str) -> dict[str, str]:
 
 def notice_model(folder: Path) -> None:
     """Say whether a model was made by other source code than today's under an equal version."""
-    described = read_json(folder / "config.json")
-    provenance = described.get("provenance") if isinstance(described, dict) else None
-    notice_code([(str(folder), provenance.get("code") if isinstance(provenance, dict) else None)])
+    notice_code([(str(folder), json_value(folder / "config.json", "provenance", "code"))])
 
 
 def notice_code(recorded: Iterable[tuple[str, Any]]) -> None:

@@ -3,7 +3,7 @@
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.params import RESERVED_NAMES, Imported, Params, valid_name
@@ -11,7 +11,7 @@ from afm_pipe.pipeline.find import find_model, load_sampler
 from afm_pipe.pipeline.notices import begin_work
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
-from afm_pipe.runtime.files import atomic_path, read_json, sha256_file, write_json
+from afm_pipe.runtime.files import atomic_path, json_value, read_json, sha256_file, write_json
 from afm_pipe.runtime.lease import hold_lease
 from afm_pipe.runtime.progress import track
 
@@ -30,8 +30,7 @@ def import_weights(params: Params, name: str, settings: Imported | None = None) 
         raise UserError(f"Found no {name!r} under imported in params, expected one of {', '.join(params.imported)}.")
     if name in {*params.runs, *params.guided, *RESERVED_NAMES} or not valid_name(name):
         raise UserError(f"Found the name {name[:80]!r}, expected lowercase letters and digits, and no name of a run.")
-    described = paths.model(name) / "config.json"
-    if paths.model(name).exists() and not (described.is_file() and _imported(read_json(described))):
+    if paths.model(name).exists() and json_value(paths.model(name) / "config.json", "provenance", "imported") is None:
         raise UserError(f"Found {paths.model(name)}, which was not imported: choose another name, or move it away.")
     config = import_generator(settings, paths.model(name))
     print(f"{paths.model(name)}: {describe(config)}.")
@@ -118,7 +117,7 @@ def evaluate(params: Params, name: str, launch: Launch) -> None:
         }
         evaluator = Evaluator(params, paths.REFERENCE, device)
         evaluator.require_classes(sampler.class_names, paths.model(name))
-        if _imported(described) and described["provenance"]["imported"].get("classes_named_by") == "numbers":
+        if json_value(paths.model(name) / "config.json", "provenance", "imported", "classes_named_by") == "numbers":
             evaluator.require_classes(None, paths.model(name))
         measured = {
             "provenance": provenance,
@@ -142,8 +141,3 @@ def evaluate(params: Params, name: str, launch: Launch) -> None:
     shutil.rmtree(work_dir / identity, ignore_errors=True)
     with atomic_path(paths.samples(name) / "nearest.png") as temp:
         evaluator.nearest(sampler).save(temp, format="png")
-
-
-def _imported(described: Any) -> bool:
-    provenance = described.get("provenance") if isinstance(described, dict) else None
-    return isinstance(provenance, dict) and isinstance(provenance.get("imported"), dict)

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.params import Params, Run
-from afm_pipe.pipeline.find import model_config, named_run, open_latents, run_budget
+from afm_pipe.pipeline.find import model_config, open_latents, run_budget
 from afm_pipe.pipeline.notices import begin_work, notice_model
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import NotFiniteError, UserError
-from afm_pipe.runtime.files import atomic_path, read_json, sha256_file, write_json
+from afm_pipe.runtime.files import atomic_path, json_value, sha256_file, write_json
 from afm_pipe.runtime.lease import Lease, hold_lease
 from afm_pipe.runtime.progress import track
 
@@ -43,7 +43,7 @@ def train(params: Params, name: str, launch: Launch) -> None:
     from afm_pipe.training.live_log import logged
     from afm_pipe.training.trainer import Runtime, Task, Trainer
 
-    run, device = named_run(params, name), launch.torch_device()
+    run, device = params.model(name), launch.torch_device()
     latents = open_latents(params)
     config = model_config(params, name, len(latents.classes))
     start, guide, origins = _origin(params, name, run, list(latents.classes), device)
@@ -159,11 +159,10 @@ def _origin(
     files, start, guide = origin_files(params, name), None, None
     if name in params.guided:
         base = paths.model(params.guided[name].base)
-        described = read_json(base / "config.json")
-        updates = described.get("updates") if isinstance(described, dict) else None
+        updates = json_value(base / "config.json", "updates")
         if type(updates) is not int or updates < 1:
             raise UserError(f"Found {base / 'config.json'} without its number of updates: train {base.name} again.")
-        require_same_classes(described.get("classes"), base / "config.json", classes, paths.LATENTS)
+        require_same_classes(json_value(base / "config.json", "classes"), base / "config.json", classes, paths.LATENTS)
         notice_model(base)
         start = Start({part: load_tensors(files[part]) for part in ("generator", "discriminator")}, updates)
     if run.guided:

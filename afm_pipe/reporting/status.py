@@ -4,7 +4,6 @@ Under work/RUN lie the lease of the process that trains it and, in a folder name
 checkpoints. Any of them may be half written, of other params, or damaged; an unreadable file counts as absent.
 """
 
-import json
 import math
 import socket
 import time
@@ -21,11 +20,10 @@ from afm_pipe.params import Params, Run
 from afm_pipe.params.versions import code_notice, origin_files, run_identity
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
-from afm_pipe.runtime.files import read_text, sha256_file
+from afm_pipe.runtime.files import json_value, sha256_file
 from afm_pipe.training.curves import Row, scan_curves
 from afm_pipe.training.events import FATAL, FILE, Event, scan_events
 
-MAX_BYTES = 1 << 24  # of a JSON file read here
 MAX_NUMBER = 1e300
 FRESH = 30.0  # seconds after its last touch in which a lease counts as held
 ACTIONS = ("phase", "stop")  # kinds of events that are no alarms
@@ -95,9 +93,7 @@ def run_status(params: Params, name: str, known: dict[str, RunStatus] | None = N
 
     `known` holds statuses that need not be read again, such as that of the run it continues.
     """
-    if name not in params.models:
-        raise UserError(f"Found no run {name!r} in params, expected one of {', '.join(params.models)}.")
-    run, base = params.models[name], params.guided[name].base if name in params.guided else None
+    run, base = params.model(name), params.guided[name].base if name in params.guided else None
     num_images, identity = None, None
     try:
         provenance = read_provenance(paths.LATENTS)
@@ -107,7 +103,7 @@ def run_status(params: Params, name: str, known: dict[str, RunStatus] | None = N
         pass  # no latents yet, or no base yet
     total = num_updates(run, num_images) if num_images else None
     config = paths.model(name) / "config.json"
-    made, made_updates = _stored(config, "provenance", "fingerprint"), _stored(config, "updates")
+    made, made_updates = json_value(config, "provenance", "fingerprint"), json_value(config, "updates")
     work = _work_dir(paths.WORK / name, identity)
     rows, damaged_rows = scan_curves(_existing(work and work / "curves.csv", paths.curves(name)))
     events, damaged_events = scan_events(_existing(work and work / FILE, paths.events(name)))
@@ -170,15 +166,15 @@ def _recorded_code(params: Params) -> Iterator[tuple[str, Any]]:
     """Yield the names of results with the code they record."""
     for name in params.names:
         config, costs, metrics = paths.model(name) / "config.json", paths.costs(name), paths.metrics(name)
-        if name in params.models and _stored(config):
-            yield name, _stored(config, "provenance", "code")
-        elif name in params.models and _stored(costs):
-            yield name, _stored(costs, "code")
-        if _stored(metrics):
-            yield name, _stored(metrics, "protocol", "code")
+        if name in params.models and json_value(config):
+            yield name, json_value(config, "provenance", "code")
+        elif name in params.models and json_value(costs):
+            yield name, json_value(costs, "code")
+        if json_value(metrics):
+            yield name, json_value(metrics, "protocol", "code")
     for name in params.tables:
         for path in (paths.table(name), paths.STUDY / f"{name}.json"):
-            trials = _stored(path, "trials")
+            trials = json_value(path, "trials")
             for trial in trials if isinstance(trials, list) else ():
                 yield f"table {name}", trial.get("code") if isinstance(trial, dict) else None
 
@@ -192,7 +188,7 @@ def holder_of(folder: Path) -> str | None:
         fresh = time.time() - lease.stat().st_mtime < FRESH
     except OSError:
         return None  # released this moment
-    pid, host = _stored(lease, "pid"), _stored(lease, "host")
+    pid, host = json_value(lease, "pid"), json_value(lease, "host")
     here = host == socket.gethostname() and isinstance(pid, int)
     if not fresh or (here and not (0 < pid < 1 << 31 and psutil.pid_exists(pid))):
         return None
@@ -234,10 +230,10 @@ def _seconds_left(work: Path | None, status: RunStatus, base: str | None) -> flo
     """Return the remaining time at the average speed so far, which the newest checkpoint records."""
     if work is None or status.total is None:
         return None
-    start = _stored(paths.model(base) / "config.json", "updates") if base else 0
+    start = json_value(paths.model(base) / "config.json", "updates") if base else 0
     for checkpoint in sorted(work.glob("checkpoints/update-*"), reverse=True):
         manifest = checkpoint / "manifest.json"
-        update, seconds = _stored(manifest, "update"), _stored(manifest, "seconds", "training")
+        update, seconds = json_value(manifest, "update"), json_value(manifest, "seconds", "training")
         done = update - start if isinstance(update, int) and isinstance(start, int) else 0
         if done > 0 and isinstance(seconds, int | float) and abs(seconds) < MAX_NUMBER:
             return max(status.total - status.update, 0) * seconds / done
@@ -246,14 +242,3 @@ def _seconds_left(work: Path | None, status: RunStatus, base: str | None) -> flo
 
 def _existing(first: Path | None, second: Path) -> Path:
     return first if first is not None and first.is_file() else second
-
-
-def _stored(path: Path, *keys: str) -> Any:
-    """Return the value under nested keys of a JSON file; None where there is none, or the file cannot be read."""
-    try:
-        value = json.loads(read_text(path, MAX_BYTES))
-    except (OSError, ValueError, RecursionError):  # a UserError is a ValueError
-        return None
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
