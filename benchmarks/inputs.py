@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from afm_pipe.data.latents import Latents
-from afm_pipe.data.latents_format import DONE, FORMAT_VERSION, MOMENTS, lay_out
+from afm_pipe.data.latents_format import DONE, FORMAT_VERSION, MOMENTS, create_latents_file
 from afm_pipe.params import LatentSpec
 
 CLASS_COUNT = 10
@@ -22,7 +22,9 @@ def latents_file(path: Path, images: int, shape: tuple[int, int, int]) -> Latent
     names = ("vae_sha256", "manifest_digest")
     attributes = dict.fromkeys(names, "0" * 64) | {"format_version": FORMAT_VERSION, "scaling_factor": "1.0"}
     classes = [str(number) for number in range(CLASS_COUNT)]
-    lay_out(path, LatentSpec(shape, stochastic=True), 1, np.arange(images) % CLASS_COUNT, classes, attributes)
+    create_latents_file(
+        path, LatentSpec(shape, stochastic=True), 1, np.arange(images) % CLASS_COUNT, classes, attributes
+    )
     with h5py.File(path, "r+") as file:
         file[DONE][:] = True
         moments = file[MOMENTS]

@@ -4,6 +4,7 @@ python stages/autoencoder.py
 dvc repro autoencoder
 """
 
+import _tree  # noqa: F401
 import typer
 
 from afm_pipe import pipeline

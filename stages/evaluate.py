@@ -6,6 +6,7 @@
 To resume, run the same command again.
 """
 
+import _tree  # noqa: F401
 import typer
 
 from afm_pipe import pipeline

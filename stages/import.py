@@ -4,6 +4,7 @@ python stages/import.py NAME
 dvc repro import@NAME
 """
 
+import _tree  # noqa: F401
 import typer
 
 from afm_pipe import pipeline

@@ -4,6 +4,7 @@ python stages/prepare.py
 dvc repro prepare
 """
 
+import _tree  # noqa: F401
 import typer
 
 from afm_pipe import pipeline

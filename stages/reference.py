@@ -4,6 +4,7 @@ python stages/reference.py
 dvc repro reference
 """
 
+import _tree  # noqa: F401
 import typer
 
 from afm_pipe import pipeline

@@ -4,6 +4,7 @@ python stages/report.py
 dvc repro report
 """
 
+import _tree  # noqa: F401
 import typer
 
 from afm_pipe import pipeline

@@ -4,6 +4,7 @@ python stages/sample.py t4
 dvc repro sample@t4
 """
 
+import _tree  # noqa: F401
 import typer
 
 from afm_pipe import pipeline

@@ -4,6 +4,7 @@ python stages/toy.py
 dvc repro toy
 """
 
+import _tree  # noqa: F401
 import typer
 
 from afm_pipe import pipeline
@@ -14,7 +15,7 @@ from afm_pipe.runtime.commands import user_command
 
 @user_command
 def main() -> None:
-    pipeline.toy(load_params(), load_launch())
+    pipeline.toy(load_params(), load_launch(), None)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from afm_pipe.models import dit
 from afm_pipe.models.classifier import LatentClassifier
 from afm_pipe.models.model_files import ModelConfig
 from afm_pipe.objectives.adversarial_flow.batches import Batch, DiscriminatorPart, Draw, GeneratorPart, PenaltyNoise
-from afm_pipe.objectives.adversarial_flow.guidance import GuideToData
+from afm_pipe.objectives.adversarial_flow.guidance import OneStepGuidance
 from afm_pipe.objectives.adversarial_flow.losses import interpolate
 from afm_pipe.objectives.adversarial_flow.objective import AdversarialFlow
 from afm_pipe.objectives.base import Hyperparameters
@@ -261,7 +261,7 @@ def _guide(vectors: Vectors, prefix: str, classifier: nn.Module | None) -> Any:
     if classifier is None:
         return None
     noise, times = (vectors[f"{prefix}{key}_cg"].double() for key in ("noises", "timesteps"))
-    return GuideToData(classifier, 0.02, vectors[f"{prefix}labels"], noise, times)
+    return OneStepGuidance(classifier, 0.02, vectors[f"{prefix}labels"], noise, times)
 
 
 def under(vectors: Vectors, prefix: str) -> dict[str, Tensor]:

@@ -79,4 +79,4 @@ def test_help_imports_nothing_that_commands_need() -> None:
     done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
     modules = done.stdout.splitlines()[-1].split()
     assert "afm_pipe.cli" in modules and "Pipeline: data" in done.stdout
-    assert {"pydantic", "torch", "yaml", "rich.progress"} & set(modules) == set()
+    assert {"pydantic", "torch", "ruamel.yaml", "yaml", "rich.progress"} & set(modules) == set()

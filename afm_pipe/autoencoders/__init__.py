@@ -1,4 +1,4 @@
-"""Autoencoders: the seam to any latent space. A kind is a module here, with its params in `params/autoencoders.py`."""
+"""Autoencoders. Each kind is a module of this package, with its params in `params/autoencoders.py`."""
 
 from importlib import import_module
 from pathlib import Path
@@ -23,5 +23,5 @@ def autoencoder_kind(params: Params) -> "type[Autoencoder]":
 
 
 def load_autoencoder(params: Params, folder: Path, device: "torch.device | None" = None) -> "Autoencoder":
-    """Load the autoencoder of a folder: fp32, no gradients. Raises UserError when the folder is not of params' kind."""
+    """Load the autoencoder in a folder: fp32, no gradients. Raises UserError if it is not of the kind in params."""
     return autoencoder_kind(params).load(params, folder).to(device or "cpu")

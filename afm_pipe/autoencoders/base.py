@@ -1,9 +1,9 @@
-"""What an autoencoder of any kind does.
+"""The interface of autoencoders.
 
-A folder of one holds what its kind writes there, and its tensors in diffusion_pytorch_model.safetensors, whose sha256
-identifies it.
+The folder of an autoencoder holds its tensors in diffusion_pytorch_model.safetensors, whose sha256 identifies it, and
+other files that its kind defines.
 
-Legend: B images of a batch, C, H, W channels, height and width of images, c, h, w of latents, e of `encoded_shape`.
+Legend: B batch size; C, H, W channels, height and width of images; c, h, w of latents; e channels of the encoding.
 """
 
 from abc import ABC, abstractmethod
@@ -20,7 +20,7 @@ from afm_pipe.runtime.progress import Progress
 
 
 class Autoencoder(ABC):
-    """The map between images and latents. A subclass names its kind: `class Mine(Autoencoder, kind="mine")`."""
+    """Encodes images and decodes latents. A subclass states its kind: `class Mine(Autoencoder, kind="mine")`."""
 
     kinds: ClassVar[dict[str, type["Autoencoder"]]] = {}
 
@@ -38,20 +38,20 @@ class Autoencoder(ABC):
     @classmethod
     @abstractmethod
     def load(cls, params: Params, folder: Path) -> Self:
-        """Load the autoencoder of `folder`. Raises UserError when the folder is not one of this kind."""
+        """Load the autoencoder in `folder`. Raises UserError if it is not of this kind."""
 
     @abstractmethod
     def to(self, device: torch.device | str) -> Self:
-        """Move to a device, and return itself."""
+        """Move to a device and return self."""
 
     def check(self, params: Params) -> None:
-        """Raise UserError unless the latent space is the one that params describe."""
+        """Raise UserError unless the latent space matches params."""
         for name in ("shape", "stochastic", "image_range"):
             found, expected = getattr(self.spec, name), getattr(params.latent_spec, name)
             if found != expected:
                 raise UserError(
-                    f"Found an autoencoder whose latents have {name} {found}, expected {expected}: fix params or take "
-                    "another."
+                    f"Found an autoencoder with {name} {found} of latents, expected {expected}: fix params or use "
+                    "another one."
                 )
 
     @abstractmethod
@@ -66,7 +66,7 @@ class Autoencoder(ABC):
     def encode(self, images: Tensor, precision: Literal["fp32", "bf16"] = "fp32") -> Tensor:
         """Encode `images` (B, C, H, W) uint8 to (B, e, h, w) float32, before normalization.
 
-        That is the mean and the standard deviation of a stochastic kind, the latents of a deterministic one.
+        The result holds mean and standard deviation if the autoencoder is stochastic, otherwise the latents.
         """
         with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
             return self._encode(self.spec.to_pixels(images.to(self.device))).float()
@@ -80,7 +80,7 @@ class Autoencoder(ABC):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode normalized `latents` (B, c, h, w) to pixels (B, C, H, W) float32, in fp32 under autocast too."""
+        """Decode normalized `latents` (B, c, h, w) to pixels (B, C, H, W) float32, in fp32 even under autocast."""
         with torch.autocast(self.device.type, enabled=False):
             pixels = self._decode(self.spec.denormalize(latents.to(self.device, torch.float32)))
         return pixels.clamp(*self.spec.image_range)

@@ -1,19 +1,19 @@
-"""Images to latents.h5: written under work/, resumable after a kill at any moment, renamed when complete.
+"""Encode images to latents.h5: written under work/, resumable after a kill at any moment, renamed when complete.
 
-The processes of a run encode batches in turn, and the main process writes them in place into the one file. Images are
-decoded ahead in threads and rows are written in another, so that the autoencoder does not wait for either.
+The processes encode batches in turn, and the main process writes them in place into a single file. Images are decoded
+ahead in threads and rows are written in another thread, so that the autoencoder waits for neither.
 
-To resume, run the same command again. The bytes of the file depend neither on where it was interrupted nor on the
-number of processes.
+To resume, run the same command again. The bytes of the file depend neither on interruptions nor on the number of
+processes.
 
-Legend: N images, M mirrors, B images of a batch, C, S channels and side of images, e, h, w of what is encoded.
+Legend: N images, M mirrors, B batch size; C, S channels and side of images; e, h, w shape of an encoding.
 """
 
 import errno
 import os
 import shutil
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -32,10 +32,10 @@ from afm_pipe.data.latents_format import (
     DONE,
     FORMAT_VERSION,
     LABELS,
-    lay_out,
+    create_latents_file,
+    encoding_settings,
     row_offset,
-    rows_of,
-    settings,
+    rows_key,
 )
 from afm_pipe.data.manifest import Manifest
 from afm_pipe.data.reading import image_batches, require_images
@@ -49,7 +49,7 @@ from afm_pipe.runtime.identity import fingerprint
 from afm_pipe.runtime.lease import hold_lease
 from afm_pipe.runtime.progress import Progress
 
-SECONDS_BETWEEN_SYNCS = 1.0  # of work that a kill can lose
+SECONDS_BETWEEN_SYNCS = 1.0  # the work that a kill can lose
 
 
 def encode_dataset(
@@ -59,42 +59,42 @@ def encode_dataset(
     autoencoder_sha256: str,
     path: Path,
     work_dir: Path,
-    ranks: ProcessGroup = SINGLE_PROCESS,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> Generator[Progress, None, None]:
-    """Encode all images of the manifest to the latents file `path`, from where a partial file in `work_dir` stopped.
+    """Encode all images of the manifest to the latents file `path`, resuming from a partial file in `work_dir`.
 
-    Every process calls it, with the same paths on a disk they share. Raises UserError when images are missing or
-    changed, the autoencoder does not fit params, a latent is not finite, the disk is full, or another run encodes in
-    `work_dir`.
+    All processes must call this, with the same paths on a shared disk. Raises UserError if images are missing or
+    changed, the autoencoder does not match params, a latent is not finite, the disk is full, or another process encodes
+    in `work_dir`.
     """
     autoencoder.check(params)
-    if ranks.is_main_process:
+    if group.is_main_process:
         yield from require_images(manifest, params.data)
     provenance = provenance_of(params, manifest, autoencoder, autoencoder_sha256)
     partial = work_dir / partial_name(provenance)
     try:
-        with hold_lease(work_dir) if ranks.is_main_process else nullcontext():
-            if ranks.is_main_process:
+        with hold_lease(work_dir) if group.is_main_process else nullcontext():
+            if group.is_main_process:
                 _prepare(partial, params, manifest, autoencoder, provenance)
-            ranks.barrier()
-            yield from _fill(_Rows.of(partial), params, manifest, autoencoder, ranks)
-            if ranks.is_main_process:
+            group.barrier()
+            yield from _fill(_PartialFile.of(partial), params, manifest, autoencoder, group)
+            if group.is_main_process:
                 Latents.open(partial, params, autoencoder_sha256)
                 _publish(partial, path)
     except OSError as error:
         raise UserError(
-            f"Found {work_dir} or {path.parent} not writable ({error.strerror or error}): make room there and run "
-            "the same command again; it continues where it stopped."
+            f"Found {work_dir} or {path.parent} not writable ({error.strerror or error}): free disk space and run "
+            "the same command again to resume."
         ) from None
 
 
 def provenance_of(
     params: Params, manifest: Manifest, autoencoder: Autoencoder, autoencoder_sha256: str
 ) -> dict[str, str]:
-    """Return what the latents file of these images, settings and weights says of itself."""
+    """Return the provenance of the latents file: settings, image count, and hashes of images and autoencoder."""
     return {
         "format_version": FORMAT_VERSION,
-        **settings(params),
+        **encoding_settings(params),
         "vae_sha256": autoencoder_sha256,
         "scaling_factor": repr(autoencoder.spec.scaling_factor),
         "image_count": str(manifest.num_images),
@@ -103,29 +103,28 @@ def provenance_of(
 
 
 def partial_name(provenance: dict[str, str]) -> str:
-    """Return the name of the partial file of a provenance, for today's versions."""
+    """Return the name of the partial file with a provenance, for the current code versions."""
     return f"latents.{fingerprint(provenance, {}, versions('encode'))}.h5"
 
 
-class _Rows(NamedTuple):
-    """Where the rows and the done map lie in a partial file."""
+class _PartialFile(NamedTuple):
+    """Layout of a partial latents file."""
 
     path: Path
-    rows_at: int  # bytes
-    done_at: int
-    row_bytes: int
-    """Of an image and its mirror."""
+    rows_offset: int  # bytes
+    done_offset: int
+    row_bytes: int  # of an image with its mirror
     done: NDArray[np.bool_]  # (N,)
 
     @classmethod
-    def of(cls, path: Path) -> "_Rows":
+    def of(cls, path: Path) -> "_PartialFile":
         with h5py.File(path, "r", locking=False) as file:
-            rows = file[rows_of(file)]
+            rows = file[rows_key(file)]
             row_bytes = rows.dtype.itemsize * int(np.prod(rows.shape[1:]))
             return cls(path, row_offset(rows), row_offset(file[DONE]), row_bytes, file[DONE][:])
 
     def pending(self, size: int) -> list[range]:
-        """Return the batches of `size` images, counted from the first image on, that are not complete."""
+        """Return the batches of `size` images, aligned to the first image, that are not complete."""
         count = len(self.done)
         batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
         return [batch for batch in batches if not self.done[batch.start : batch.stop].all()]
@@ -134,54 +133,54 @@ class _Rows(NamedTuple):
 def _prepare(
     partial: Path, params: Params, manifest: Manifest, autoencoder: Autoencoder, provenance: dict[str, str]
 ) -> None:
-    """Lay out the partial file unless there is one."""
+    """Create the partial file unless there is one."""
     remove_leftovers(partial.parent)
     if not _is_readable(partial):
         num_mirrors = 2 if params.data.mirror else 1
         row_bytes = 2 * num_mirrors * int(np.prod(autoencoder.spec.encoded_shape))
-        _require_room(partial, manifest.num_images * row_bytes)
-        lay_out(partial, autoencoder.spec, num_mirrors, manifest.labels, manifest.classes, provenance)
+        _require_disk_space(partial, manifest.num_images * row_bytes)
+        create_latents_file(partial, autoencoder.spec, num_mirrors, manifest.labels, manifest.classes, provenance)
 
 
 def _fill(
-    rows: _Rows, params: Params, manifest: Manifest, autoencoder: Autoencoder, ranks: ProcessGroup
+    layout: _PartialFile, params: Params, manifest: Manifest, autoencoder: Autoencoder, group: ProcessGroup
 ) -> Generator[Progress, None, None]:
-    """Encode what is pending; while a batch is encoded, the next are decoded and the one before is written."""
-    pending = rows.pending(params.encode.batch_size)
-    total = len(rows.done)
+    """Encode the pending batches; meanwhile images are decoded ahead and the previous batch is written."""
+    pending = layout.pending(params.encode.batch_size)
+    total = len(layout.done)
     encoded = total - sum(map(len, pending))
-    local = pending[ranks.rank :: ranks.world_size]
+    local = pending[group.rank :: group.world_size]
     with closing(image_batches(manifest, params.data, local)) as images:
 
         def encode(batch: range) -> list[Tensor]:
             return [_encoded(autoencoder, next(images), params)]  # (B, M, e, h, w); a GPU still computes it
 
-        batches = map_across_ranks(pending, encode, ranks)
-        if not ranks.is_main_process:
+        batches = map_across_ranks(pending, encode, group)
+        if not group.is_main_process:
             for _ in batches:
                 pass
             return
         yield Progress(encoded, total, "images", "resumed" if encoded else "")
-        with rows.path.open("r+b") as file, ThreadPoolExecutor(1) as writer:
-            journal, writing = _Journal(file, rows, manifest), None
+        with layout.path.open("r+b") as file, ThreadPoolExecutor(1) as writer:
+            row_writer, writing = _RowWriter(file, layout, manifest), None
             for batch, (values,) in batches:
                 if writing is not None:
                     encoded += writing.result()
                     yield Progress(encoded, total, "images")
-                writing = writer.submit(journal.add, batch, values)
+                writing = writer.submit(row_writer.add, batch, values)
             if writing is not None:
                 encoded += writing.result()
-            journal.mark()
+            row_writer.mark()
             _sync(file)
     if pending:
         yield Progress(encoded, total, "images")
 
 
-class _Journal:
-    """Writes encoded images into a file and, once they are safe on disk, marks them in its done map."""
+class _RowWriter:
+    """Writes encoded images into a latents file and, once they are synced to disk, marks them in its done map."""
 
-    def __init__(self, file: BinaryIO, rows: _Rows, manifest: Manifest) -> None:
-        self.file, self.rows, self.manifest = file, rows, manifest
+    def __init__(self, file: BinaryIO, layout: _PartialFile, manifest: Manifest) -> None:
+        self.file, self.layout, self.manifest = file, layout, manifest
         self._unmarked: list[range] = []
         self._last_sync = time.monotonic()
 
@@ -189,7 +188,7 @@ class _Journal:
         """Write a batch (B, M, e, h, w) float16; return its number of images."""
         values = encoded.cpu().numpy()
         _require_finite(values, batch, self.manifest)
-        self.file.seek(self.rows.rows_at + batch.start * self.rows.row_bytes)
+        self.file.seek(self.layout.rows_offset + batch.start * self.layout.row_bytes)
         self.file.write(values.tobytes())
         self._unmarked.append(batch)
         if time.monotonic() - self._last_sync >= SECONDS_BETWEEN_SYNCS:
@@ -197,14 +196,18 @@ class _Journal:
         return len(batch)
 
     def mark(self) -> None:
-        """Mark as done what was written so far."""
+        """Mark the images written so far as done."""
         if self._unmarked:
-            _mark(self.file, self.rows.done_at, self._unmarked)
+            _sync(self.file)
+            for batch in self._unmarked:
+                self.file.seek(self.layout.done_offset + batch.start)
+                self.file.write(b"\1" * len(batch))
+            self.file.flush()
         self._unmarked, self._last_sync = [], time.monotonic()
 
 
 def _encoded(autoencoder: Autoencoder, images: NDArray[np.uint8], params: Params) -> Tensor:
-    """Encode images (B, C, S, S), and their mirrors if data.mirror, always in a batch of the full size, padded."""
+    """Encode images (B, C, S, S), and their mirrors if data.mirror, in a batch padded to the full size."""
     padding = np.repeat(images[-1:], params.encode.batch_size - len(images), axis=0)
     batch = torch.from_numpy(np.concatenate([images, padding]))
     sides = [batch, batch.flip(-1)] if params.data.mirror else [batch]
@@ -217,17 +220,9 @@ def _require_finite(encoded: NDArray[np.float16], batch: range, manifest: Manife
     if bad.any():
         path = manifest.root / manifest.paths[batch[int(bad.argmax())]]
         raise UserError(
-            f"Found the encoded {path} not finite in float16, expected numbers: set encode.precision fp32, or train "
+            f"Found the encoding of {path} not finite in float16: set encode.precision to fp32, or train "
             "the autoencoder again."
         )
-
-
-def _mark(file: BinaryIO, done_at: int, batches: Sequence[range]) -> None:
-    _sync(file)
-    for batch in batches:
-        file.seek(done_at + batch.start)
-        file.write(b"\1" * len(batch))
-    file.flush()
 
 
 def _sync(file: BinaryIO) -> None:
@@ -235,19 +230,19 @@ def _sync(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def _require_room(partial: Path, needed: int) -> None:
+def _require_disk_space(partial: Path, needed: int) -> None:
     free = shutil.disk_usage(partial.parent).free
     if free < needed:
         raise UserError(
             f"Found {free / 2**30:.1f} GiB free at {partial.parent}, expected {needed / 2**30:.1f} for the latents: "
-            "make room there."
+            "free disk space there."
         )
 
 
 def _is_readable(partial: Path) -> bool:
     try:
         with h5py.File(partial, "r", locking=False) as file:
-            return {LABELS, CLASSES, DONE, rows_of(file)} <= set(file)
+            return {LABELS, CLASSES, DONE, rows_key(file)} <= set(file)
     except OSError:
         return False
 

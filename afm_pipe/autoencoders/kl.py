@@ -1,8 +1,8 @@
-"""Kind kl: diffusers' AutoencoderKL, trained here or pretrained.
+"""Kind kl: diffusers' AutoencoderKL, pretrained or trained on the images.
 
-Its folder is plain diffusers: config.json, with the scaling factor, and diffusion_pytorch_model.safetensors.
+Its folder has the diffusers layout: config.json, with the scaling factor, and diffusion_pytorch_model.safetensors.
 
-Legend: N images, B images of a batch, C, H, W channels, height and width of images, c, h, w of latents.
+Legend: N images, B batch size; C, H, W channels, height and width of images; c, h, w of latents.
 """
 
 import math
@@ -33,7 +33,7 @@ from afm_pipe.runtime.files import atomic_path, read_json, sha256_file, write_js
 from afm_pipe.runtime.progress import Progress
 
 CPU = torch.device("cpu")
-MEASURED_IMAGES = 10_000  # enough for a scalar; all of a small data set
+MEASURED_IMAGES = 10_000  # enough for a scalar
 MEASURING_BATCH = 100
 
 
@@ -48,7 +48,7 @@ class KLAutoencoder(Autoencoder, kind="kl"):
 
     @classmethod
     def make(cls, params: Params, folder: Path, device: torch.device) -> Generator[Progress, None, None]:
-        """Fetch the pretrained autoencoder, or train a small one on the images."""
+        """Copy the pretrained autoencoder, or train a small one on the images."""
         if _settings(params).pretrained is not None:
             fetch_pretrained(params, folder)
             return
@@ -59,7 +59,7 @@ class KLAutoencoder(Autoencoder, kind="kl"):
 
     @classmethod
     def load(cls, params: Params, folder: Path) -> Self:
-        """Load the autoencoder of `folder`, as diffusers writes it. Raises UserError when the folder is not one."""
+        """Load the autoencoder in `folder`. Raises UserError if it is not an AutoencoderKL."""
         _require_files(folder)
         try:
             model, info = AutoencoderKL.from_pretrained(
@@ -78,7 +78,7 @@ class KLAutoencoder(Autoencoder, kind="kl"):
         if wrong:
             raise UserError(
                 f"Found {len(wrong)} missing or unexpected tensors in {folder / WEIGHTS}, the first {wrong[0]}; "
-                f"expected those of {folder / CONFIG}: take both files from one place."
+                f"expected those of {folder / CONFIG}: take both files from the same source."
             )
         return cls(model, params.data.image_size)
 
@@ -89,7 +89,7 @@ class KLAutoencoder(Autoencoder, kind="kl"):
         return self
 
     def save(self, folder: Path) -> None:
-        """Write config.json and the weights into `folder`, as diffusers does; the same weights give the same bytes."""
+        """Write config.json and the weights into `folder`, as diffusers does; equal weights give equal bytes."""
         state = {name: value.detach().cpu().contiguous() for name, value in self.model.state_dict().items()}
         with atomic_path(folder / WEIGHTS) as temp:
             save_file(state, temp, metadata={"format": "pt"})
@@ -97,19 +97,19 @@ class KLAutoencoder(Autoencoder, kind="kl"):
             temp.write_text(self.model.to_json_string())
 
     def check(self, params: Params) -> None:
-        """Raise UserError unless it fits params and normalizes by a scaling factor alone."""
+        """Raise UserError unless the autoencoder matches params and normalizes by a scaling factor only."""
         super().check(params)
         config = self.model.config
         for found in (config.in_channels, config.out_channels):
             if found != params.data.channels:
                 raise UserError(
                     f"Found an autoencoder of {found} image channels, expected {params.data.channels} (data.channels): "
-                    "fix params or take another."
+                    "fix params or use another one."
                 )
         if config.shift_factor is not None or config.latents_mean is not None or config.latents_std is not None:
             raise UserError(
-                "Found an autoencoder with shift_factor, latents_mean or latents_std, expected a scaling factor alone, "
-                "as SD-VAE has: take another."
+                "Found an autoencoder with shift_factor, latents_mean or latents_std, expected only a scaling factor, "
+                "as in SD-VAE: use another one."
             )
 
     def _encode(self, pixels: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class KLAutoencoder(Autoencoder, kind="kl"):
 
 
 class TrainedAutoencoder(NamedTuple):
-    """A trained autoencoder, and how well it reconstructs its training images."""
+    """A trained autoencoder and its reconstruction error on the training images."""
 
     autoencoder: KLAutoencoder
     reconstruction_mse: float
@@ -132,7 +132,7 @@ def train_autoencoder(
 ) -> Generator[Progress, None, TrainedAutoencoder]:
     """Train an autoencoder on `images` (N, C, H, W) uint8 and set its scaling factor.
 
-    Raises UserError when the loss is not finite.
+    Raises UserError if the loss is not finite.
     """
     model = yield from train_kl(params, images, seed, device)
     side, factor = images.shape[2], params.scaling_factor
@@ -144,7 +144,7 @@ def train_autoencoder(
 
 
 def measured_scaling_factor(autoencoder: KLAutoencoder, images: NDArray[np.uint8], seed: int) -> float:
-    """Return 1 / standard deviation of posterior samples over `images` (N, C, H, W) uint8, at most 10,000 of them."""
+    """Return 1 / standard deviation of posterior samples, over up to 10,000 of the `images` (N, C, H, W) uint8."""
     total, squares, count = 0.0, 0.0, 0
     for encoded, noise, _ in _encoded(autoencoder, images, seed):
         mean, std = encoded.chunk(2, dim=1)
@@ -156,7 +156,7 @@ def measured_scaling_factor(autoencoder: KLAutoencoder, images: NDArray[np.uint8
 
 
 def reconstruction_mse(autoencoder: KLAutoencoder, images: NDArray[np.uint8], seed: int) -> float:
-    """Return the mean squared error, in [-1, 1], of `images` (N, C, H, W) uint8 decoded from posterior samples."""
+    """Return the mean squared error in [-1, 1] of reconstructing `images` (N, C, H, W) uint8 from posterior samples."""
     total, count = 0.0, 0
     for encoded, noise, pixels in _encoded(autoencoder, images, seed):
         decoded = autoencoder.decode(autoencoder.sample(encoded, noise))  # (B, C, H, W)
@@ -166,10 +166,10 @@ def reconstruction_mse(autoencoder: KLAutoencoder, images: NDArray[np.uint8], se
 
 
 def fetch_pretrained(params: Params, folder: Path) -> None:
-    """Copy the autoencoder that autoencoder.pretrained names (a local folder or a hub name) into `folder`.
+    """Copy the autoencoder named by autoencoder.pretrained (a local folder or a Hub name) into `folder`.
 
-    Weights are copied byte for byte once their sha256 matches; the scaling factor of params goes into config.json.
-    Raises UserError naming file, found and expected hash and where to put the files, or what does not fit params.
+    The weights are copied unchanged if their sha256 matches; config.json gets the scaling factor of params. Raises
+    UserError if files are missing, the hash differs, or the autoencoder does not match params.
     """
     settings = _settings(params)
     assert settings.pretrained is not None
@@ -180,7 +180,7 @@ def fetch_pretrained(params: Params, folder: Path) -> None:
     if found != settings.sha256:
         raise UserError(
             f"Found {source / WEIGHTS} with sha256 {found}, expected {settings.sha256} (autoencoder.sha256): "
-            "replace the file, or correct the hash if these are the weights you mean."
+            "replace the file, or correct the hash if these are the weights you want."
         )
     KLAutoencoder.load(params, source).check(params)
     with atomic_path(folder / WEIGHTS) as temp:
@@ -205,7 +205,7 @@ def _require_files(folder: Path) -> None:
 def _encoded(
     autoencoder: KLAutoencoder, images: NDArray[np.uint8], seed: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield batches of encoded images, noise for them and their pixels, spread evenly over the data set."""
+    """Yield encodings, noise and pixels of batches of images that are spread evenly over the data set."""
     chosen = np.linspace(0, len(images) - 1, min(len(images), MEASURED_IMAGES)).round().astype(int)
     random = stream_generator(seed, "autoencoder", "measure")
     spec, device = autoencoder.spec, autoencoder.device

@@ -1,6 +1,6 @@
 """Training of a small KL autoencoder on the images.
 
-Legend: N images, B images of a batch, C, H, W channels, height and width of images, c, h, w of latents.
+Legend: N images, B batch size; C, H, W channels, height and width of images; c, h, w of latents.
 """
 
 import math
@@ -18,7 +18,7 @@ from afm_pipe.params.autoencoders import KLParams, KLTraining
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.progress import Progress
 
-UPDATES_PER_TICK = 10
+UPDATES_PER_REPORT = 10
 
 
 def train_kl(
@@ -26,8 +26,8 @@ def train_kl(
 ) -> Generator[Progress, None, AutoencoderKL]:
     """Train an AutoencoderKL on `images` (N, C, H, W) uint8; return it in eval mode.
 
-    Loss: squared error per pixel value + kl_weight * KL summed over a latent / pixel values of an image; Adam, lr
-    linearly to 0. Raises UserError when the loss is not finite.
+    Loss: squared error per pixel value + kl_weight * (KL summed over a latent) / (pixel values of an image). Adam, with
+    a linear decay of the learning rate to 0. Raises UserError if the loss is not finite.
     """
     train = params.train
     assert train is not None
@@ -50,7 +50,7 @@ def train_kl(
         adam.zero_grad()
         loss.backward()
         adam.step()
-        if (update + 1) % UPDATES_PER_TICK == 0 or update + 1 == train.updates:
+        if (update + 1) % UPDATES_PER_REPORT == 0 or update + 1 == train.updates:
             yield Progress(update + 1, train.updates, "updates", f"mse {reconstruction.item():.4f}, kl {kl.item():.1f}")
     return model.eval().requires_grad_(False)
 
@@ -63,7 +63,7 @@ def moments(model: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 def _untrained(params: KLParams, train: KLTraining, channels: int, side: int, seed: int) -> AutoencoderKL:
     levels = len(train.block_out_channels)
-    with torch.random.fork_rng(devices=[]):  # modules initialize themselves from the global state
+    with torch.random.fork_rng(devices=[]):  # weights are initialized from the global random state
         torch.manual_seed(seed)
         return AutoencoderKL(
             in_channels=channels,

@@ -205,11 +205,15 @@ def tables(
 
 
 @_command(RUNS)
-def toy(params: ParamsFile = paths.PARAMS, overrides: Overrides = None) -> None:
+def toy(
+    out: Annotated[Path | None, typer.Option(help="Write the numbers alone, into this file.")] = None,
+    params: ParamsFile = paths.PARAMS,
+    overrides: Overrides = None,
+) -> None:
     """Run the 1-D toy experiment.  Example: afm-pipe toy --set toy.pairs=5000"""
     from afm_pipe import pipeline
 
-    pipeline.toy(_params(params, overrides), _launch())
+    pipeline.toy(_params(params, overrides), _launch(), out)
 
 
 @_command(RUNS)
@@ -305,8 +309,8 @@ def profile(
         return
     switch = activate(name)
     typer.echo(f"{paths.PARAMS} is {'now' if switch.changed else 'already'} the profile {name}.")
-    if switch.kept:
-        typer.echo(f"The old one is {switch.kept}.")
+    if switch.backup:
+        typer.echo(f"The old one is {switch.backup}.")
 
 
 @_command(PARAMS)
@@ -319,7 +323,7 @@ def migrate(
     keys, kept = rewrite(file)
     for key in keys:
         typer.echo(key)
-    typer.echo(f"{file}: {len(keys)} keys rewritten; the old file is {kept}." if keys else f"{file} is up to date.")
+    typer.echo(f"{file}: {len(keys)} keys rewritten; the old file is {kept}." if kept else f"{file} is up to date.")
     if keys and paths.LATENTS.is_file():
         typer.echo(f"To keep {paths.LATENTS} of version 0.1: dvc commit -f prepare autoencoder encode")
 

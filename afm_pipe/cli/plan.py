@@ -15,9 +15,8 @@ ASSUMED = " (assuming 1,000 classes; `afm-pipe prepare` counts them)"
 
 def dry_run_text(params: Params, name: str, launch: Launch) -> str:
     """Return a run's resolved params, its number of parameters and updates, and the memory of one process."""
-    import yaml
-
     from afm_pipe.objectives.schedules import num_updates
+    from afm_pipe.params.yaml import dump_yaml
 
     run, needs, manifest = params.model(name), run_budget(params, name, launch), count_images(params)
     if manifest is not None:
@@ -26,7 +25,7 @@ def dry_run_text(params: Params, name: str, launch: Launch) -> str:
     else:
         updates = f"{run.phases[-1].until_epoch:g} epochs; `afm-pipe prepare` counts the images of an epoch"
     return (
-        yaml.safe_dump({name: run.model_dump(mode="json")}, sort_keys=False)
+        dump_yaml({name: run.model_dump(mode="json")})
         + "".join(f"\n{network:13}  {count:,} parameters" for network, count in needs.parameters.items())
         + ("" if manifest else ASSUMED)
         + f"\nupdates        {updates}"

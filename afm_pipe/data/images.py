@@ -6,16 +6,27 @@ Legend: C channels (1 gray, 3 RGB), S side of the square images.
 import errno
 import io
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from afm_pipe.data.metadata import read_orientation, without_metadata
 from afm_pipe.runtime.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # by content: ImageNet has a PNG named .JPEG
 MAX_PIXELS = 80_000_000  # below Pillow's own limit, whose first level only warns
 MAX_BYTES = 1 << 29  # of an image file: more than MAX_PIXELS take uncompressed
+UPRIGHT = {  # EXIF orientation: what turns the stored pixels upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
@@ -28,23 +39,28 @@ def read_image_file(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def decode_image(data: bytes, name: str, size: int, channels: int) -> NDArray[np.uint8]:
+def decode_image(
+    data: bytes, name: str, size: int, channels: int, orientation: Literal["ignore", "apply"] = "ignore"
+) -> NDArray[np.uint8]:
     """Decode an image file, convert it and crop its center to (C, S, S) uint8; `name` is for errors.
 
-    16-bit gray is scaled to 8 bits, transparency is composited on white, anything else becomes gray or RGB according to
-    `channels`. EXIF rotation is ignored, as in ADM. Raises UserError on truncated, unknown, animated and oversized
-    files.
+    16-bit gray is scaled to 8 bits, transparency of any kind is composited on white, anything else becomes gray or RGB
+    according to `channels`. EXIF orientation is ignored, as in ADM, or applied before the crop; other metadata is not
+    read. Raises UserError on truncated, unknown, animated and oversized files.
     """
+    turn = UPRIGHT.get(read_orientation(data)) if orientation == "apply" else None
+    data = without_metadata(data)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if not image.width or not image.height:
                 raise UserError(f"Found {name} of {image.width}x{image.height} pixels: replace or remove it.")
             if image.width * image.height > MAX_PIXELS:
                 raise _oversized(name, f"{image.width}x{image.height}")
-            if getattr(image, "n_frames", 1) > 1 and image.format in {"PNG", "WEBP"}:  # not a camera's MPO with preview
+            if getattr(image, "n_frames", 1) > 1:
                 raise UserError(f"Found an animation in {name}, expected a still image: keep one frame of it.")
             image.load()
-            still = _converted(image, "L" if channels == 1 else "RGB")
+            still = _converted(image, data, "L" if channels == 1 else "RGB")
+            still = still if turn is None else still.transpose(turn)
     except UserError:
         raise
     except UnidentifiedImageError:
@@ -75,14 +91,38 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def _converted(image: Image.Image, mode: str) -> Image.Image:
+def _converted(image: Image.Image, data: bytes, mode: str) -> Image.Image:
+    seen = _seen(image, data) if image.format == "PNG" and image.mode in ("1", "L", "I;16", "RGB") else None
     if image.mode.startswith("I"):  # 16-bit gray: Pillow's conversion clips at 255
         wide = np.asarray(image).astype(np.uint32)
         image = Image.fromarray(((wide + 128) // 257).clip(0, 255).astype(np.uint8))  # 65535 / 255 = 257
+    if seen is not None:
+        image = image.convert("L" if image.mode == "1" else image.mode)
+        image.putalpha(Image.fromarray(seen.astype(np.uint8) * 255))
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert(mode)
+
+
+def _seen(image: Image.Image, data: bytes) -> NDArray[np.bool_] | None:
+    """Return which pixels of a gray or RGB PNG differ from its transparent color (H, W); None where it has none.
+
+    The color has the depth of the file, to which Pillow does not bring the pixels it compares.
+    """
+    color = image.info.pop("transparency", None)
+    if color is None:
+        return None
+    depth = data[24]
+    top = (1 << depth) - 1
+    pixels = np.asarray(image.convert("L") if image.mode == "1" else image).astype(np.uint16)
+    if depth < 8:
+        pixels = pixels // (255 // top)
+    elif depth == 16 and image.mode == "RGB":  # of which Pillow keeps the high bytes; as little-endian, the low ones
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as low:
+            low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]
+            pixels = pixels << 8 | np.asarray(low)
+    return (pixels.reshape(image.height, image.width, -1) != np.atleast_1d(color) & top).any(-1)
 
 
 def _oversized(name: str, found: str) -> UserError:

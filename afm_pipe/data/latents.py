@@ -1,8 +1,8 @@
 """Reader of the latents file: random rows of an HDF5 file through a memory map.
 
-Written by `afm_pipe.autoencoders.encoding`; `afm_pipe.data.latents_format` says what the file holds.
+`afm_pipe.autoencoders.encoding` writes the file; `afm_pipe.data.latents_format` documents its layout.
 
-Legend: N images, K classes, B images of a batch, c, h, w channels, height and width of a latent, e channels stored.
+Legend: N images, K classes, B batch size; c, h, w channels, height and width of a latent; e stored channels.
 """
 
 import math
@@ -21,30 +21,30 @@ from torch import Tensor
 
 from afm_pipe.data.latents_format import (
     CLASSES,
-    DEVIATION,
     DONE,
     FORMAT_VERSION,
     LABELS,
     MEAN,
     MOMENTS,
     REMEDY,
+    STD,
+    encoding_settings,
     open_latents_file,
     provenance_fingerprint,
     read_attributes,
     row_offset,
-    rows_of,
-    settings,
+    rows_key,
 )
 from afm_pipe.data.order import ALL
 from afm_pipe.params import LatentSpec, Params
 from afm_pipe.runtime.errors import UserError
 
-KINDS = {"f": "float16", "i": "int64", "S": "text of one length", "b": "bool"}
+KINDS = {"f": "float16", "i": "int64", "S": "fixed-length text", "b": "bool"}
 
 
 @dataclass(frozen=True, eq=False)
 class Latents:
-    """A complete latents file. In another process (forked or pickled) it maps the file again."""
+    """A complete latents file. A forked or unpickled copy maps the file again."""
 
     path: Path
     spec: LatentSpec
@@ -53,14 +53,14 @@ class Latents:
     provenance: dict[str, str]
     num_mirrors: int
     _offset: int
-    """Of the first row in the file, in bytes."""
+    """Byte offset of the first row in the file."""
 
     @classmethod
     def open(cls, path: Path, params: Params | None = None, autoencoder_sha256: str | None = None) -> "Latents":
-        """Open a latents file and check all of it, against params and the autoencoder's weights where given.
+        """Open a latents file and check it, also against params and the hash of the autoencoder's weights if given.
 
-        Raises UserError when it is missing, cut short, partial, not a latents file, of another autoencoder, or made
-        with other settings than params; the message says which.
+        Raises UserError if the file is missing, truncated, partial, not a latents file, or made with another
+        autoencoder or other settings than params; the message says which.
         """
         with open_latents_file(path) as file:
             latents = _read(file, path)
@@ -69,8 +69,7 @@ class Latents:
         found = latents.provenance["vae_sha256"]
         if autoencoder_sha256 is not None and found != autoencoder_sha256:
             raise UserError(
-                f"Found {path} made with the autoencoder of sha256 {found}, expected the one of {autoencoder_sha256}: "
-                f"{REMEDY}."
+                f"Found {path} made with an autoencoder of sha256 {found}, expected {autoencoder_sha256}: {REMEDY}."
             )
         return latents
 
@@ -92,7 +91,7 @@ class Latents:
     def read(self, indices: Any, mirrors: Any) -> Tensor:
         """Return the stored rows of images `indices` and `mirrors` (B,) int: (B, e, h, w) float32, not normalized.
 
-        A row holds mean and standard deviation if the autoencoder is stochastic, else the latent.
+        A row holds mean and standard deviation if the autoencoder is stochastic, otherwise the latent.
         """
         rows = np.asarray(indices) * self.num_mirrors + np.asarray(mirrors)
         self._require_unchanged()
@@ -100,35 +99,36 @@ class Latents:
         taken = np.take(self._rows, rows, axis=0).view("<f2").reshape(len(rows), *self.spec.encoded_shape)
         return torch.from_numpy(taken).float()
 
-    def draw(self, indices: Tensor, generator: torch.Generator, own: slice = ALL) -> Tensor:
+    def draw(self, indices: Tensor, generator: torch.Generator, shard: slice = ALL) -> Tensor:
         """Draw normalized training latents x (B, c, h, w): a random mirror of each image, sampled if stochastic.
 
-        `own` selects the rows of a batch shared by several processes: the draws are the same, no other row is read.
+        `shard` selects this process's part of the batch: the random draws are those of the whole batch, but only the
+        rows of the shard are read.
         """
         mirrors = torch.randint(self.num_mirrors, (len(indices),), generator=generator)
-        encoded = self.read(indices[own], mirrors[own])
+        encoded = self.read(indices[shard], mirrors[shard])
         if self.spec.stochastic:
-            noise = torch.randn(len(indices), *self.latent_shape, generator=generator)[own]
+            noise = torch.randn(len(indices), *self.latent_shape, generator=generator)[shard]
             mean, std = encoded.chunk(2, dim=1)
             encoded = torch.addcmul(mean, std, noise)
         return self.spec.normalize(encoded)
 
     def fingerprint(self) -> str:
-        """Return a sha256 over the provenance; no row is read."""
+        """Return a sha256 of the provenance, without reading any row."""
         return provenance_fingerprint(self.provenance)
 
     @cached_property
     def _rows(self) -> NDArray[np.uint8]:  # (N * mirrors, bytes of a row)
-        # As bytes: after a done map of odd length the rows are unaligned, and numpy copies an unaligned float16 array,
-        # all 42 GB of ImageNet's, before it takes a row.
+        # Mapped as bytes: after a done map of odd length the rows are unaligned, and numpy would copy the whole float16
+        # array (42 GB for ImageNet) to take a single row.
         shape = self.num_images * self.num_mirrors, 2 * math.prod(self.spec.encoded_shape)
         mapped = np.memmap(self._opened[0], np.uint8, "r", self._offset, shape)
-        mapped._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]  # rows are random
+        mapped._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]  # rows are read in random order
         return mapped.view(np.ndarray)
 
     @cached_property
     def _opened(self) -> tuple[BinaryIO, os.stat_result]:
-        """The mapped file and its status at the time. It stays readable when another file takes its name."""
+        """The mapped file, and its status when it was opened. It stays readable if another file replaces it."""
         try:
             file = self.path.open("rb")
         except OSError as error:
@@ -136,9 +136,9 @@ class Latents:
         return file, os.fstat(file.fileno())
 
     def _require_unchanged(self) -> None:
-        """Raise UserError when the mapped file was truncated or written to: reading past its end kills the process.
+        """Raise UserError if the mapped file was truncated or modified: reading past its end would kill the process.
 
-        Checked before every batch; a truncation between this check and the read goes unnoticed.
+        A truncation between this check and the read is not noticed.
         """
         file, before = self._opened
         try:
@@ -152,11 +152,11 @@ class Latents:
             )
 
     def _prefetch(self, rows: NDArray[np.int64]) -> None:
-        """Let the kernel read the rows of a batch that are not in memory in parallel, not one by one."""
+        """Let the kernel read the rows of a batch in parallel instead of one by one."""
         mapped, row_bytes = self._rows.base, self._rows[:1].nbytes
         if not isinstance(mapped, np.memmap):
             return
-        first = self._offset % mmap.ALLOCATIONGRANULARITY  # of the rows in the mapped range
+        first = self._offset % mmap.ALLOCATIONGRANULARITY  # offset of the rows in the mapped range
         for row in rows.tolist():
             start = first + row * row_bytes
             page = start - start % mmap.PAGESIZE
@@ -172,11 +172,11 @@ class Latents:
                 f"Found {self.path} with {'moments' if self.spec.stochastic else 'latents'}, expected what "
                 f"autoencoder.kind {params.autoencoder.kind} stores: {REMEDY}."
             )
-        for name, expected in settings(params).items():
-            if self.provenance.get(name) != expected:
+        found = {"orientation": "ignore", **self.provenance}
+        for name, expected in (encoding_settings(params) | {"orientation": params.data.orientation}).items():
+            if found.get(name) != expected:
                 raise UserError(
-                    f"Found {self.path} with {name} {self.provenance.get(name)}, expected {expected} as params say: "
-                    f"{REMEDY}."
+                    f"Found {self.path} with {name} {found.get(name)}, expected {expected} as params say: {REMEDY}."
                 )
         if self.latent_shape != expected_spec.shape:
             raise UserError(
@@ -186,13 +186,13 @@ class Latents:
 
 
 def _read(file: h5py.File, path: Path) -> Latents:
-    rows_name = rows_of(file)
-    normalized = MEAN in file or DEVIATION in file
-    kinds = {rows_name: "f", LABELS: "i", CLASSES: "S", DONE: "b"} | ({MEAN: "f", DEVIATION: "f"} if normalized else {})
+    rows_name = rows_key(file)
+    normalized = MEAN in file or STD in file
+    kinds = {rows_name: "f", LABELS: "i", CLASSES: "S", DONE: "b"} | ({MEAN: "f", STD: "f"} if normalized else {})
     for name in kinds:
         link = file.get(name, getlink=True)
         if not isinstance(link, h5py.HardLink) or not isinstance(file[name], h5py.Dataset):
-            raise UserError(f"Found {path} without a data set {name} of its own, expected one: {REMEDY}.")
+            raise UserError(f"Found {path} without a data set {name} of its own: {REMEDY}.")
     provenance = read_attributes(file, path)
     version = provenance.get("format_version")
     if version != FORMAT_VERSION:
@@ -225,10 +225,10 @@ def _read(file: h5py.File, path: Path) -> Latents:
         raise UserError(f"Found labels outside the {len(classes)} classes in {path}, or no image: {REMEDY}.")
     _, num_mirrors, channels, height, width = rows.shape
     shape = channels // 2 if stochastic else channels, height, width
-    mean, deviation = _normalization(file, shape, path) if normalized else (None, None)
+    mean, std = _normalization(file, shape, path) if normalized else (None, None)
     return Latents(
         path=path,
-        spec=LatentSpec(shape, stochastic, factor, mean, deviation),
+        spec=LatentSpec(shape, stochastic, factor, mean, std),
         labels=labels,
         classes=tuple(os.fsdecode(name) for name in classes),
         provenance=provenance,
@@ -238,9 +238,9 @@ def _read(file: h5py.File, path: Path) -> Latents:
 
 
 def _check_stored(dataset: h5py.Dataset, kind: str, path: Path, size: int) -> None:
-    """Raise UserError unless the values of a data set have the expected kind and lie in this file of `size` bytes.
+    """Raise UserError unless a data set has the expected kind of values and lies within this file of `size` bytes.
 
-    A few bytes of HDF5 can declare terabytes, or the contents of any other file.
+    A small HDF5 file can declare terabytes, or refer to another file.
     """
     name = dataset.name.removeprefix("/")
     if dataset.dtype.kind != kind:
@@ -249,7 +249,7 @@ def _check_stored(dataset: h5py.Dataset, kind: str, path: Path, size: int) -> No
         )
     end = row_offset(dataset) + math.prod(dataset.shape) * dataset.dtype.itemsize
     if end > size:
-        raise UserError(f"Found {path} cut short: {name} would end at byte {end:,} of {size:,}: {REMEDY}.")
+        raise UserError(f"Found {path} cut short: {name} ends at byte {end:,} of {size:,}: {REMEDY}.")
 
 
 def _scaling_factor(text: str, path: Path) -> float:
@@ -263,10 +263,10 @@ def _scaling_factor(text: str, path: Path) -> float:
 
 
 def _normalization(file: h5py.File, shape: tuple[int, int, int], path: Path) -> tuple[Tensor, Tensor]:
-    """Return mean and deviation (c, h, w)."""
-    if any(file[name].shape != shape or file[name].dtype != "<f4" for name in (MEAN, DEVIATION)):
+    """Return mean and std (c, h, w) of the normalization."""
+    if any(file[name].shape != shape or file[name].dtype != "<f4" for name in (MEAN, STD)):
         raise UserError(f"Found mean or deviation of another shape than latents {shape} in {path}: {REMEDY}.")
-    mean, deviation = (torch.from_numpy(file[name][:]) for name in (MEAN, DEVIATION))
-    if not (mean.isfinite().all() and deviation.isfinite().all() and (deviation > 0).all()):
+    mean, std = (torch.from_numpy(file[name][:]) for name in (MEAN, STD))
+    if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
         raise UserError(f"Found mean or deviation not finite, or a deviation not above 0, in {path}: {REMEDY}.")
-    return mean, deviation
+    return mean, std

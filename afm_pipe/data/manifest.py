@@ -40,6 +40,10 @@ class Manifest:
     spans: tuple[Span, ...] | None = None
     passed_over: Mapping[str, int] = field(default_factory=dict)
     """How many entries under the root do not count, by name (see `listing`); not in the file: only `prepare` knows."""
+    orientation: str = "ignore"
+    """Whether the EXIF orientation of the images is applied: part of the digest when it is."""
+    oriented: int = 0
+    """How many images have another EXIF orientation than upright; not in the file either."""
 
     @property
     def num_images(self) -> int:
@@ -50,7 +54,12 @@ class Manifest:
         """Return the totals: images, classes, and what was passed over."""
         total = f"{self.num_images} images of {len(self.classes)} classes under {self.root}"
         named = ", ".join(f"{count} {name!r}" for name, count in self.passed_over.items())
-        return total + (f"; passed over {sum(self.passed_over.values())}: {named}" if named else "") + "."
+        total += (f"; passed over {sum(self.passed_over.values())}: {named}" if named else "") + "."
+        if not self.oriented:
+            return total
+        done = {"ignore": "ignored, as in ADM", "apply": "applied"}[self.orientation]
+        oriented = f"{self.oriented} of them carry an EXIF orientation other than upright"
+        return f"{total}\n{oriented}, {done} (data.orientation)."
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
@@ -64,6 +73,8 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
         "paths": manifest.paths,
         "sha256": manifest.sha256,
     }
+    if manifest.orientation != "ignore":
+        columns["orientation"] = manifest.orientation
     if manifest.spans is not None:
         columns["spans"] = manifest.spans
     lines = (f"{json.dumps(name)}: {json.dumps(column)}" for name, column in columns.items())
@@ -81,18 +92,28 @@ def read_manifest(path: Path) -> Manifest:
         columns = raw["classes"], raw["paths"], raw["labels"], raw["sha256"]
         root = Path(raw["root"])
         spans = tuple(Span(int(offset), int(size)) for offset, size in raw["spans"]) if "spans" in raw else None
-        intact = _is_sound(*columns, spans) and columns_digest(*columns) == raw["digest"]
+        orientation = raw.get("orientation", "ignore")
+        intact = _is_sound(*columns, spans) and columns_digest(*columns, orientation) == raw["digest"]
+        intact &= orientation in ("ignore", "apply")
     except (KeyError, TypeError, ValueError, OverflowError):
         intact = False
     if not intact:
         raise UserError(f"Found {path} edited or damaged, expected it as written: run `dvc repro prepare` again.")
     classes, paths, labels, hashes = columns
-    return Manifest(root, tuple(classes), tuple(paths), np.array(labels, np.int64), tuple(hashes), raw["digest"], spans)
+    arrays = tuple(classes), tuple(paths), np.array(labels, np.int64), tuple(hashes)
+    return Manifest(root, *arrays, raw["digest"], spans, orientation=orientation)
 
 
-def columns_digest(classes: Sequence[str], paths: Sequence[str], labels: Sequence[int], hashes: Sequence[str]) -> str:
+def columns_digest(
+    classes: Sequence[str],
+    paths: Sequence[str],
+    labels: Sequence[int],
+    hashes: Sequence[str],
+    orientation: str = "ignore",
+) -> str:
     """Return one sha256 over the columns. File names that are not UTF-8 keep their bytes."""
     lines = [f"{path}\0{label}\0{sha256}" for path, label, sha256 in zip(paths, labels, hashes, strict=True)]
+    lines += [] if orientation == "ignore" else [f"orientation\0{orientation}"]
     return hashlib.sha256(os.fsencode("\n".join(["\0".join(classes), *lines]))).hexdigest()
 
 

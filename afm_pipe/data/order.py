@@ -1,21 +1,21 @@
-"""Order of samples: a function of (seed, stream, images seen) alone, so that a resumed run continues it exactly."""
+"""Order of the images: a function of (seed, stream, images seen) only, so that a resumed run continues it exactly."""
 
 import hashlib
 
 import torch
 from torch import Tensor
 
-ALL = slice(None)  # every sample of a batch
+ALL = slice(None)  # the shard of a single process: the whole batch
 
 
 def stream_generator(seed: int, *names: str | int) -> torch.Generator:
-    """Return a random generator seeded by `seed` and a path of names."""
+    """Return a random generator for a stream, seeded by `seed` and the stream's names."""
     digest = hashlib.sha256("/".join(map(str, (seed, *names))).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 class Order:
-    """An endless sequence of sample indices, reshuffled every epoch."""
+    """An infinite sequence of image indices, reshuffled every epoch."""
 
     def __init__(self, num_images: int, seed: int, stream: str) -> None:
         self.num_images, self.seed, self.stream = num_images, seed, stream

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from afm_pipe.data.images import decode_image, read_image_file
 from afm_pipe.data.listing import beside_train, class_root, count_by_name, list_images
 from afm_pipe.data.manifest import Manifest, columns_digest
+from afm_pipe.data.metadata import read_orientation
 from afm_pipe.data.sources import BUILT_IN, materialize
 from afm_pipe.data.tars import Span, index_tar, read_span
 from afm_pipe.params import Data
@@ -54,22 +55,24 @@ def build_manifest(data: Data) -> Generator[Progress, None, Manifest]:
 
     hashes: list[str] = []
     errors: list[str] = []
+    oriented = 0
     with _reader(root, paths, spans) as read, _pool() as pool:
 
-        def inspect(index: int) -> tuple[str, str | None]:
+        def inspect(index: int) -> tuple[str, bool, str | None]:
             path = root / paths[index]
             try:
                 content = read(index)
-                decode_image(content, str(path), data.image_size, data.channels)
+                decode_image(content, str(path), data.image_size, data.channels, data.orientation)
             except UserError as error:
-                return "", str(error)
+                return "", False, str(error)
             except OSError as error:
-                return "", f"Found {path} unreadable ({error.strerror}): restore it, or remove it."
-            return hashlib.sha256(content).hexdigest(), None
+                return "", False, f"Found {path} unreadable ({error.strerror}): restore it, or remove it."
+            return hashlib.sha256(content).hexdigest(), read_orientation(content) != 1, None
 
         for batch in _ranges(len(images)):
-            for digest, error in pool.map(inspect, batch):
+            for digest, turned, error in pool.map(inspect, batch):
                 hashes.append(digest)
+                oriented += turned
                 errors += [error] if error else []
             yield Progress(len(hashes), len(images), "images", f"{len(errors)} damaged" if errors else "")
     if errors:
@@ -79,10 +82,10 @@ def build_manifest(data: Data) -> Generator[Progress, None, Manifest]:
             + "\n  ".join(errors[:10])
             + more
         )
-    digest = columns_digest(classes, paths, labels, hashes)
+    digest = columns_digest(classes, paths, labels, hashes, data.orientation)
     places = None if spans is None else tuple(spans)
     columns = tuple(classes), tuple(paths), np.array(labels, np.int64), tuple(hashes)
-    return Manifest(root, *columns, digest, places, count_by_name(passed_over))
+    return Manifest(root, *columns, digest, places, count_by_name(passed_over), data.orientation, oriented)
 
 
 def require_images(manifest: Manifest, data: Data) -> Generator[Progress, None, None]:
@@ -95,6 +98,11 @@ def require_images(manifest: Manifest, data: Data) -> Generator[Progress, None, 
         raise UserError(
             f"Found a manifest of images under {manifest.root}, expected those under {root} (data.root): run "
             "`dvc repro prepare`."
+        )
+    if manifest.orientation != data.orientation:
+        raise UserError(
+            f"Found a manifest of images with the EXIF orientation {manifest.orientation}, expected "
+            f"{data.orientation} (data.orientation): run `dvc repro prepare`."
         )
     missing = _missing(manifest)
     if missing and data.source in BUILT_IN and len(missing) == manifest.num_images:
@@ -125,7 +133,7 @@ def image_batches(
             raise UserError(
                 f"Found {path} changed since the manifest was written: put it back, or run `dvc repro -f prepare`."
             )
-        return decode_image(content, str(path), data.image_size, data.channels)
+        return decode_image(content, str(path), data.image_size, data.channels, data.orientation)
 
     def load_part(read: Callable[[int], bytes], part: Sequence[int]) -> list[NDArray[np.uint8]]:
         return [load(read, index) for index in part]

@@ -1,1 +1,1 @@
-"""Groups of processes: launch settings, starting them, and sharing work between them."""
+"""Process groups: launch settings, starting processes, and sharing work among them."""

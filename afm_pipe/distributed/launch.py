@@ -1,7 +1,7 @@
-"""Launch settings: how this machine is used. They change speed and memory, never the run, so params.yaml has none.
+"""Launch settings: how a run uses this machine. They affect speed and memory, not the run, so params.yaml has none.
 
-A flag of the command comes first, then an environment variable (AFM_DEVICE, AFM_NPROC_PER_NODE, ...), then a key of the
-untracked launch.toml, then the default.
+In order of precedence: a flag of the command, an environment variable (AFM_DEVICE, AFM_NPROC_PER_NODE, ...), a key of
+the untracked launch.toml, the default.
 """
 
 import os
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
-from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.errors import UserError, describe_mistake
 
 if TYPE_CHECKING:
     import torch
@@ -22,43 +22,43 @@ LAUNCH_FILE = Path("launch.toml")
 
 
 class Launch(BaseSettings):
-    """Settings of the machine; arguments of the constructor are flags."""
+    """Launch settings; the constructor's arguments are the command's flags."""
 
     model_config = SettingsConfigDict(env_prefix="AFM_", toml_file=LAUNCH_FILE, extra="forbid", frozen=True)
 
     device: str = "auto"
     """A torch device such as cpu, cuda or cuda:1; auto: cuda if available."""
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0
-    """Seconds between checkpoints, the most that a killed run loses."""
+    """Seconds between checkpoints: the most that a killed run loses."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
-    """Number of checkpoints that each run keeps; an older one is used if the newest is damaged."""
+    """Number of checkpoints to keep per run; an older one is used if the newest is damaged."""
     keep_every_epochs: Annotated[float, Field(gt=0)] | None = None
-    """Also keep the first checkpoint after every N epochs; None: no further ones."""
+    """Also keep the first checkpoint after every N epochs; None: keep none of these."""
     keep_best: bool = False
-    """Also keep the first checkpoint at or after the monitor's best probe."""
+    """Also keep the first checkpoint at or after the best probe of the monitor."""
     workers: Annotated[int, Field(ge=1)] | None = None
-    """One-thread processes that train a table's trials; None: one per core, or one on a GPU."""
+    """Number of one-thread processes that train the trials of a table; None: one per core, or one on a GPU."""
     checkpoint_activations: bool = False
-    """Recompute activations inside the blocks of G and D in the backward pass: more time, less memory."""
+    """Recompute the activations in the blocks of G and D in the backward pass: slower, but less memory."""
     compile: bool = False
-    """torch.compile the blocks of G and D: for GPUs; on a CPU it takes a minute and gains little."""
+    """Compile the blocks of G and D with torch.compile; for GPUs, since on a CPU it takes a minute and gains little."""
     tf32: bool = True
     """On NVIDIA GPUs, round the inputs of float32 matrix products to TF32, as the paper does."""
     ema_on_cpu: bool = False
-    """Keep the EMA weights of G in host memory."""
+    """Keep the EMA weights of G in host memory instead of on the device."""
     shard: bool = False
     """Shard G, D, their optimizers and the EMA weights over the processes (FSDP2), for models too large for one GPU."""
 
     nproc_per_node: Annotated[int, Field(ge=1)] | None = None
-    """Processes to start on this machine; each computes its shard of every batch; None: one."""
+    """Number of processes to start on this machine; each computes its shard of every batch. None: one."""
     nnodes: Annotated[int, Field(ge=1)] = 1
-    """Machines that train together; start the command on each."""
+    """Number of machines; start the command on each."""
     rendezvous: str | None = None
-    """HOST:PORT where several machines meet: any free port of one of them."""
+    """HOST:PORT of the rendezvous of several machines: any free port of one of them."""
     max_restarts: Annotated[int, Field(ge=0)] = 0
-    """How often all processes are restarted from the newest checkpoint after one has failed."""
+    """How many times to restart all processes from the newest checkpoint after one fails."""
     micro_batch: Annotated[int, Field(ge=1)] | None = None
-    """Images of a batch per forward pass: fewer take less memory; None: the process's whole shard."""
+    """Images per forward pass; fewer take less memory. None: the whole shard of the process."""
 
     @classmethod
     def settings_customise_sources(
@@ -80,18 +80,20 @@ class Launch(BaseSettings):
     @model_validator(mode="after")
     def _check(self) -> "Launch":
         if self.nnodes > 1 and self.rendezvous is None:
-            raise ValueError(f"expected rendezvous, HOST:PORT, for {self.nnodes} machines to meet at")
+            raise ValueError(f"expected rendezvous (HOST:PORT) with nnodes {self.nnodes}, found none")
         for other in ("compile", "ema_on_cpu"):
             if self.shard and getattr(self, other):
-                raise ValueError(f"expected shard or {other}, not both: sharded weights are neither compiled nor moved")
+                raise ValueError(
+                    f"expected either shard or {other}, found both: sharded weights are neither compiled nor moved"
+                )
         return self
 
     def num_workers(self, device: "torch.device") -> int:
-        """Return the number of processes that train trials."""
+        """Return the number of worker processes that train trials."""
         return self.workers or (1 if device.type == "cuda" else os.cpu_count() or 1)
 
     def torch_device(self) -> "torch.device":
-        """Return the device. Raises UserError if this machine does not have it."""
+        """Return the device. Raises UserError if it is not usable on this machine."""
         import torch
 
         name = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
@@ -109,7 +111,7 @@ class Launch(BaseSettings):
 
 
 def load_launch(**flags: Any) -> Launch:
-    """Return the launch settings; a flag that is None was not given.
+    """Return the launch settings. A flag with value None counts as not given.
 
     Raises UserError naming the wrong setting and where to fix it.
     """
@@ -120,7 +122,7 @@ def load_launch(**flags: Any) -> Launch:
         raise UserError(f"Found {LAUNCH_FILE}, which is not TOML: {error}.") from None
     except ValidationError as error:
         problem = error.errors()[0]
-        message = problem["msg"].removeprefix("Value error, ")
+        message = describe_mistake(problem)
         if not problem["loc"]:
             raise UserError(f"Found launch settings: {message}. Fix AFM_* or {LAUNCH_FILE}.") from None
         name = str(problem["loc"][0])
@@ -129,7 +131,8 @@ def load_launch(**flags: Any) -> Launch:
             where = f"--{name.replace('_', '-')}"
         elif variable in os.environ:
             where = f"the environment variable {variable}"
-        raise UserError(f"Found launch setting {name} = {problem['input']!r}: {message}. Fix {where}.") from None
+        found, _, expected = message.removeprefix("found ").partition(", ")
+        raise UserError(f"Found launch setting {name} = {found}: {expected}. Fix {where}.") from None
 
 
 def machine_name(device: "torch.device") -> str:
@@ -143,5 +146,5 @@ def machine_name(device: "torch.device") -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
-        pass  # not Linux, or no name there
+        pass  # not Linux, or the file has no model name
     return f"{name}, {os.cpu_count()} cores"

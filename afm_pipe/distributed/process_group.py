@@ -1,11 +1,10 @@
-"""The group of processes that share one piece of work, and how they communicate.
+"""The process group: the processes that share a run, and how they communicate.
 
 Under `torchrun` (or `--nproc-per-node`, which starts it) every process runs the same code as one rank of the group. A
-sum over the batch is the sum of each rank's shard, reduced over the group, so the number of processes changes nothing
-but speed.
+sum over the batch is computed on each rank's shard and reduced over the group, so the number of processes affects only
+speed.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ class ProcessGroup:
 
     rank: int = 0
     world_size: int = 1
-    device: Any = "cpu"  # of the tensors that are communicated
+    device: Any = "cpu"  # of communicated tensors
 
     @property
     def is_main_process(self) -> bool:
@@ -37,7 +36,7 @@ class ProcessGroup:
 
     @property
     def shard(self) -> slice:
-        """This rank's samples of a batch: a strided shard, so that any prefix of the batch is shared evenly."""
+        """This rank's part of a batch: a strided shard, so that any prefix of the batch is shared evenly."""
         return slice(self.rank, None, self.world_size)
 
     def all_reduce(self, tensor: "Tensor") -> "Tensor":
@@ -48,7 +47,7 @@ class ProcessGroup:
         return tensor
 
     def any(self, flag: bool) -> bool:
-        """Return whether the flag is true on any rank; every rank must call it."""
+        """Return whether the flag is true on any rank. Every rank must call it."""
         return any(self.all_gather(int(flag)))
 
     def all_gather(self, value: int) -> list[int]:
@@ -64,54 +63,43 @@ class ProcessGroup:
             return values.tolist()
 
     def broadcast(self, value: T) -> T:
-        """Return the main process's value, which JSON can hold, on every process."""
+        """Return the main process's value on every rank."""
+        values = [value]
+        if self.world_size > 1:
+            with report_lost_rank():
+                _dist().broadcast_object_list(values)
+        return values[0]
+
+    def gather_to_main(self, value: T) -> list[T]:
+        """Return the values of all ranks on the main process, and an empty list on the others."""
         if self.world_size == 1:
-            return value
-        content = json.dumps(value).encode() if self.is_main_process else b""
-        import torch
-
-        length = max(self.all_gather(len(content)))
-        sent = torch.zeros(length, dtype=torch.uint8)
-        sent[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else 0
-        sent = sent.to(self.device)
+            return [value]
+        values: list[Any] | None = [None] * self.world_size if self.is_main_process else None
         with report_lost_rank():
-            _dist().broadcast(sent, 0)
-            return json.loads(sent.cpu().numpy().tobytes())
+            _dist().gather_object(value, values)
+        return values or []
 
-    def gather_to_main(self, content: bytes) -> list[bytes]:
-        """Return the bytes of all ranks on the main process, and an empty list on the others."""
-        if self.world_size == 1:
-            return [content]
-        import torch
-
-        lengths = self.all_gather(len(content))
-        padded = torch.zeros(max(lengths), dtype=torch.uint8)
-        padded[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        padded = padded.to(self.device)
-        gathered = [torch.empty_like(padded) for _ in lengths] if self.is_main_process else None
-        with report_lost_rank():
-            _dist().gather(padded, gathered)
-        return [each[:n].cpu().numpy().tobytes() for each, n in zip(gathered or [], lengths, strict=False)]
-
-    def run_on_main(self, act: Callable[[], None]) -> None:
-        """Run a function that writes files on the main process while the others wait; if it fails, every rank raises.
+    def run_on_main(self, write: Callable[[], None]) -> None:
+        """Run a function that writes files on the main process while the others wait; every rank raises if it fails.
 
         Raises UserError, or UnwritableError if the disk is full or not writable.
         """
         error: UserError | None = None
         if self.is_main_process:
             try:
-                act()
+                write()
             except UserError as raised:
                 error = raised
             except OSError as raised:
-                error = UnwritableError(f"Found no way to write ({raised}): free disk space or fix the permissions.")
+                error = UnwritableError(f"Found a failed write ({raised}): free disk space or fix the permissions.")
         outcome = 0 if error is None else 1 if isinstance(error, UnwritableError) else 2
         outcome = self.all_gather(outcome)[0]
         if error is not None:
             raise error
         if outcome:
-            raise (UnwritableError if outcome == 1 else UserError)("Found the main process failing: see its message.")
+            raise (UnwritableError if outcome == 1 else UserError)(
+                "Found an error on the main process: see its message."
+            )
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -123,21 +111,24 @@ SINGLE_PROCESS = ProcessGroup()
 
 @contextmanager
 def init_distributed(device: "torch.device") -> Iterator[ProcessGroup]:
-    """Join the group that the environment describes (`torchrun` sets it); without one, yield SINGLE_PROCESS.
+    """Join the process group that `torchrun` describes in the environment; without one, yield SINGLE_PROCESS.
 
-    gloo connects CPUs, NCCL GPUs. If the block fails, the group is not destroyed: the other ranks notice when this
-    process ends.
+    CPUs communicate with gloo, GPUs with NCCL. If the block fails, the group is not destroyed: the other ranks notice
+    when this process ends.
     """
     rank, world_size = env_rank(), env_world_size()
     if world_size == 1:
         yield SINGLE_PROCESS
         return
+    import torch
+
     dist = _dist()
-    if dist.is_initialized():  # by the caller, who also destroys it
+    if dist.is_initialized():  # by the caller, which also destroys it
         yield ProcessGroup(dist.get_rank(), dist.get_world_size(), device)
         return
     with report_lost_rank():
         if device.type == "cuda":
+            torch.cuda.set_device(device)  # FSDP2 and collectives of objects use the current device
             dist.init_process_group("nccl", device_id=device)
         else:
             dist.init_process_group("gloo")
@@ -147,15 +138,15 @@ def init_distributed(device: "torch.device") -> Iterator[ProcessGroup]:
 
 @contextmanager
 def report_lost_rank() -> Iterator[None]:
-    """Raise RankLostError for errors of gloo and of PyTorch's distributed modules; pass all others on."""
+    """Convert errors of gloo and of torch.distributed to RankLostError; pass on all others."""
     try:
         yield
     except RuntimeError as error:
         if "gloo/" not in str(error) and not isinstance(error, _dist().DistError):
             raise
         raise RankLostError(
-            f"Found another process gone while this one (rank {env_rank()}) waited for it "
-            f"({str(error).splitlines()[0]}): see its message; the same command resumes from the newest checkpoint."
+            f"Found another process gone while rank {env_rank()} waited for it ({str(error).splitlines()[0]}): see the "
+            "message of that process. To resume from the newest checkpoint, run the same command again."
         ) from None
 
 

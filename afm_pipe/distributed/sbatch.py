@@ -1,9 +1,9 @@
-"""A SLURM batch script that runs one command on all GPUs of its machines and is requeued when preempted."""
+"""A SLURM batch script that runs one command on all GPUs of the job's machines and is requeued when preempted."""
 
 import shlex
 from collections.abc import Sequence
 
-SECONDS_BEFORE = 300  # the time limit, processes are told to write a checkpoint
+SIGNAL_SECONDS = 300  # before the time limit, when processes are told to write a checkpoint
 PORT = 29500
 SCRIPT = """#!/bin/bash
 #SBATCH --job-name={name}
@@ -40,7 +40,7 @@ def batch_script(command: Sequence[str], nodes: int, gpus: int, time: str) -> st
         nodes=nodes,
         gpus=gpus,
         time=shlex.quote(time),
-        seconds=SECONDS_BEFORE,
+        seconds=SIGNAL_SECONDS,
         port=PORT,
         command=shlex.join(["afm-pipe", *command]),
     )

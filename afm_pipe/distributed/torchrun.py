@@ -1,8 +1,8 @@
 """Run a command on several processes through torch.distributed.run.
 
 `afm-pipe train xl2 --nproc-per-node 8`, AFM_NPROC_PER_NODE=8 and `nproc_per_node = 8` in launch.toml do what
-`torchrun --nproc-per-node 8 -m afm_pipe train xl2` does. Besides, they print one message for a failure instead of one
-per process, return meaningful exit codes, and forward a scheduler's signals to the processes.
+`torchrun --nproc-per-node 8 -m afm_pipe train xl2` does. In addition, they print one message per failure instead of
+one per process, return meaningful exit codes, and forward a scheduler's signals to the processes.
 """
 
 import os
@@ -23,12 +23,12 @@ SECONDS_TO_CHECKPOINT = 600
 
 
 def launch_processes(launch: Launch) -> Launch:
-    """Start the processes that launch settings want and exit with their code; in each of them, return the settings.
+    """Start the processes that `launch` specifies and exit with their code; in each of them, return `launch`.
 
-    Each process runs the command line of this one, and so calls this function too.
+    Each process runs the same command line, and so calls this function too.
     """
     if under_launcher():
-        stop_with_parent()  # a launcher that is gone can no longer end its processes
+        stop_with_parent()  # a launcher that is gone cannot end its processes
         return launch
     if launch.world_size == 1:
         return launch
@@ -39,7 +39,7 @@ def launch_processes(launch: Launch) -> Launch:
 
 
 def run_processes(launch: Launch, command: list[str]) -> int:
-    """Run arguments of the interpreter on `launch.nproc_per_node` processes of this machine; return the exit code."""
+    """Run `python COMMAND` on `launch.nproc_per_node` processes of this machine; return the exit code."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # more threads than cores are many times slower
     import logging
 
@@ -47,12 +47,12 @@ def run_processes(launch: Launch, command: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    logging.disable(logging.CRITICAL)  # failures and signals are reported below, or by the processes
+    logging.disable(logging.CRITICAL)  # failures and signals are reported below or by the processes
     received: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
-        """Forward the first signal as SIGTERM. Processes on a terminal receive Ctrl-C themselves, and take a second one
-        as an order to stop at once."""
+        """Forward only the first signal, as SIGTERM: processes on a terminal receive Ctrl-C directly, and a second
+        signal would stop them immediately."""
         received.append(number)
         if len(received) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -67,8 +67,8 @@ def run_processes(launch: Launch, command: list[str]) -> int:
             return failure.exitcode  # the process has printed why
         name = signal.Signals(-failure.exitcode).name
         print(
-            f"error: Found rank {rank} ended by {name}, expected it to finish (SIGKILL may mean out of memory); the "
-            "other processes were ended. The same command resumes from the newest checkpoint.",
+            f"error: Found rank {rank} killed by {name} (SIGKILL may mean out of memory), expected it to finish; all "
+            "processes were stopped. To resume from the newest checkpoint, run the same command again.",
             file=sys.stderr,
         )
         return 1
@@ -78,9 +78,10 @@ def run_processes(launch: Launch, command: list[str]) -> int:
 
 
 def _cause(error: "ChildFailedError") -> tuple[int, "ProcessFailure"]:
-    """Return the rank that failed first.
+    """Return the rank that failed first, and its failure.
 
-    When a process is killed, the others may notice and end before torchrun does; torchrun ends processes by SIGTERM.
+    Timestamps alone do not tell: after a kill, other processes may fail before torchrun notices, and torchrun ends the
+    rest with SIGTERM. So a kill counts before an exit code, and an exit code before SIGTERM.
     """
 
     def order(rank: int) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from afm_pipe.models.model_files import load_tensors, require_fit
+from afm_pipe.models.model_files import load_tensors, require_match
 from afm_pipe.params import FeatureClassifier
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import atomic_path, read_json, write_json
@@ -94,7 +94,7 @@ def load_classifier(folder: Path, device: torch.device = CPU) -> Classifier:
         shape = [config["channels"], config["widths"], config["features"], config["num_classes"]]
         tensors = load_tensors(folder / WEIGHTS)
         with torch.device("meta"):  # check before allocating what the config says
-            require_fit(Classifier(*shape), tensors, folder / WEIGHTS)
+            require_match(Classifier(*shape), tensors, folder / WEIGHTS)
         model = _untrained(0, *shape)
         model.load_state_dict(tensors)
     except (UserError, RuntimeError, KeyError, TypeError, ValueError, IndexError, OverflowError) as error:

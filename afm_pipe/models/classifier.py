@@ -1,4 +1,4 @@
-"""The guidance classifier C(x_t, t): a DiT conditioned on time, with class logits read from one extra token."""
+"""The guidance classifier C(x_t, t): a DiT conditioned on time, with class logits from a learned class token."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +30,7 @@ class LatentClassifier(DiT):
         return self.head(self.features(x, t))
 
     def features(self, x: Tensor, t: Tensor) -> Tensor:
-        """Map latents x (N, C, H, W) at times t (N,) to what the head sees: (N, D)."""
+        """Map latents x (N, C, H, W) at times t (N,) to the features (N, D) that the head classifies."""
         token = self.cls_embed.expand(len(x), 1, -1)
         tokens = self.run_blocks(torch.cat([token, self.embed(x)], dim=1), self.t_embedder(t))  # (N, 1 + T, D)
         return self.final_layer[0](tokens[:, 0])
@@ -45,16 +45,16 @@ def load_latent_classifier(folder: Path, device: torch.device, classes: Sequence
 
     Raises UserError if there is none, or if it does not fit.
     """
-    described, path = read_json(folder / "config.json"), folder / "classifier.safetensors"
+    description, path = read_json(folder / "config.json"), folder / "classifier.safetensors"
     try:
-        shape = {name: described[name] for name in ("size", "channels", "latent_size", "num_classes")}
+        shape = {name: description[name] for name in ("size", "channels", "latent_size", "num_classes")}
         config = ModelConfig.model_validate(shape)
         size = SIZES[config.size]
     except (KeyError, TypeError, ValueError):
         raise UserError(
             f"Found {folder} without a classifier: add a `classifier` section to params and run `dvc repro classifier`."
         ) from None
-    names, of = described.get("classes"), "the latents"
+    names, of = description.get("classes"), "the latents"
     require_same_classes(names, folder / "config.json", classes, of, config.num_classes)
     return load_network(
         lambda: LatentClassifier(size, config.channels, config.latent_size, config.num_classes), path, device

@@ -1,4 +1,4 @@
-"""Diffusers pipeline of adversarial flow models (arXiv 2511.22475): images of given classes in one or a few steps.
+"""Diffusers pipeline for adversarial flow models (arXiv 2511.22475): class-conditional images in one or a few steps.
 
 This file is exported with the weights as pipeline.py:
 
@@ -16,7 +16,7 @@ from PIL import Image
 
 
 class AFMPipeline(DiffusionPipeline):
-    """Generate images of classes: noise, the generator (`transformer`), the decoder of the autoencoder (`vae`)."""
+    """Generate class-conditional images from noise with the generator (`transformer`) and the decoder of `vae`."""
 
     def __init__(self, transformer: Any, vae: Any, id2label: dict[str, str] | None = None) -> None:
         super().__init__()
@@ -33,10 +33,10 @@ class AFMPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> Any:
-        """Generate one image per entry of `class_labels` (numbers or names), image i from noise of seed + i.
+        """Generate an image per entry of `class_labels` (numbers or names), image i from noise with seed + i.
 
-        `latents` (N, c, h, w) replace the noise. `num_inference_steps` is for any-step models. `output_type`: pil, pt
-        (N, C, H, W in [-1, 1]) or latent (N, c, h, w, scaled as in training).
+        `latents` (N, c, h, w) replaces the noise. `num_inference_steps` is for any-step models. `output_type`: pil, pt
+        (N, C, H, W in [-1, 1]) or latent (N, c, h, w, normalized as in training).
         """
         labels = torch.tensor([self._label(label) for label in class_labels], device=self.device)  # (N,)
         shape = (self.transformer.config.channels, *[self.transformer.config.latent_size] * 2)

@@ -1,4 +1,4 @@
-"""The generator as a diffusers model, for exports."""
+"""The generator as a diffusers model, for export."""
 
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from afm_pipe.params.sizes import ModelSize
 
 
 class AFMTransformer(ModelMixin, ConfigMixin):
-    """A DiT generator with its form and its number of steps."""
+    """A DiT generator with its parameterization (`form`) and number of steps."""
 
     @register_to_config
     def __init__(

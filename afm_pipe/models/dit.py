@@ -1,4 +1,4 @@
-"""The plain DiT behind generator, discriminator and classifier (paper section 3, Peebles & Xie 2022).
+"""The DiT that generator, discriminator and classifier share (paper section 3; Peebles & Xie 2022).
 
 Parameter names match the released checkpoints.
 
@@ -21,7 +21,7 @@ from afm_pipe.params.sizes import ModelSize
 Bias = Literal["zero", "torch"]
 """Initial biases of a linear layer: zero, or torch's default."""
 
-FREQUENCIES = 256  # length of the sinusoidal time embedding
+FREQUENCIES = 256  # dimensions of the sinusoidal time embedding
 TIME_SCALE = 1000.0  # times in [0, 1] are multiplied by this before the embedding (paper section 3)
 
 
@@ -61,10 +61,10 @@ class TimestepEmbedder(nn.Module):
 
 @cache
 def time_rates(device: torch.device) -> Tensor:
-    """Return the rates of the sinusoidal time embedding, 10000^(-i / 128): (128,) float32.
+    """Return the frequencies of the sinusoidal time embedding, 10000^(-i / 128): (128,) float32.
 
-    Exponents are float32 as released. Their exponential is rounded from float64, since that of float32 differs between
-    processors in the last bit, which a time of 1000 amplifies a thousand times.
+    The exponents are float32, as released. The exponential is computed in float64 and rounded, since float32 results
+    differ between processors in the last bit, which times of up to 1000 amplify.
     """
     half = FREQUENCIES // 2
     exponents = -math.log(10000) / half * torch.arange(half, dtype=torch.float32, device="cpu")
@@ -119,7 +119,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-LN transformer block with adaLN-Zero conditioning: scale, shift and gate, initialized to the identity."""
+    """Pre-LN transformer block with adaLN-Zero conditioning (shift, scale, gate), initialized to the identity."""
 
     def __init__(self, size: ModelSize, qk_norm: bool) -> None:
         super().__init__()
@@ -136,12 +136,12 @@ class Block(nn.Module):
 
 @contextmanager
 def in_float32(network: nn.Module) -> Iterator[None]:
-    """Compute the blocks of a network in float32 within this, whatever its precision is."""
-    before, network.bf16 = network.bf16, False  # type: ignore[assignment]  # of a DiT
+    """Compute the blocks of a DiT in float32 inside this context."""
+    previous, network.bf16 = network.bf16, False  # type: ignore[assignment]
     try:
         yield
     finally:
-        network.bf16 = before
+        network.bf16 = previous
 
 
 class DiT(nn.Module):
@@ -172,7 +172,7 @@ class DiT(nn.Module):
 
 
 def linear(inputs: int, outputs: int, std: float | None = None, bias: Bias = "zero") -> nn.Linear:
-    """Return a linear layer with weights from N(0, std^2), or Xavier uniform without `std`."""
+    """Return a linear layer with weights from N(0, std^2), or Xavier uniform if `std` is None."""
     layer = nn.Linear(inputs, outputs)
     if std is None:
         nn.init.xavier_uniform_(layer.weight)
@@ -191,7 +191,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def sincos_positions(width: int, side: int) -> Tensor:
     """Return the fixed 2-D sine-cosine position embedding of a side x side grid: (1, side^2, width) float32.
 
-    The first half of the channels encodes the column, the second the row, as in the released weights.
+    The first half of the channels encodes the column, the second half the row, as in the released weights.
     """
     rates = 1 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width / 4))
     angles = torch.arange(side, dtype=torch.float64)[:, None] * rates  # (side, D/4)

@@ -1,7 +1,7 @@
-"""Export of a generator: a file with the released key names, a safetensors file, or a diffusers folder.
+"""Export of a generator as a .pth file with the released key names, a safetensors file, or a diffusers folder.
 
-The diffusers folder contains its own code, since diffusers has no pipeline for adversarial flow models. It does not
-need this package: the modules of the generator are written into one file.
+The diffusers folder contains the code of its pipeline and does not need this package: the modules of the generator are
+merged into one file.
 """
 
 import ast
@@ -14,18 +14,18 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from afm_pipe.models.model_files import ModelConfig, build_generator, load_config, load_tensors, require_fit
+from afm_pipe.models.model_files import ModelConfig, build_generator, load_config, load_tensors, require_match
 from afm_pipe.models.released import METADATA, describe
 from afm_pipe.params.sizes import SIZES
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import atomic_path, read_json, sha256_file, write_json
 
 PACKAGE = Path(__file__).parent.parent
-EXPORTED = (  # the modules of a generator, in order of their imports
+EXPORTED = (  # the modules of the generator, imported ones first
     *("runtime/errors.py", "params/sizes.py", "models/dit.py", "models/generator.py", "models/flow.py"),
     "models/diffusers_transformer.py",
 )
-TRANSFORMER = "afm_transformer"  # module that diffusers loads from transformer/
+TRANSFORMER = "afm_transformer"  # the module that diffusers loads from transformer/
 SUFFIXES = {"released": (".pth", ".pt"), "safetensors": (".safetensors",), "diffusers": ("",)}
 
 
@@ -34,7 +34,7 @@ def export(model_dir: Path, autoencoder_dir: Path, kind: str, out: Path) -> None
 
     released: a .pth of plain tensors with the released names; safetensors: the same, with the config in its metadata;
     diffusers: a folder for DiffusionPipeline.from_pretrained, with autoencoder and code.
-    Raises UserError for a model that does not fit its config, or for an `out` of another kind.
+    Raises UserError if the model does not match its config or `out` does not suit the kind.
     """
     _check_out(kind, out)
     if kind == "diffusers":
@@ -43,7 +43,7 @@ def export(model_dir: Path, autoencoder_dir: Path, kind: str, out: Path) -> None
     path = model_dir / "generator.safetensors"
     tensors = load_tensors(path)
     with torch.device("meta"):
-        require_fit(build_generator(config), tensors, path)
+        require_match(build_generator(config), tensors, path)
     metadata = {
         "model": config.model_dump(),
         "classes": described.get("classes"),
@@ -51,7 +51,7 @@ def export(model_dir: Path, autoencoder_dir: Path, kind: str, out: Path) -> None
     }
     with atomic_path(out) as temp:
         if kind == "released":
-            with temp.open("wb") as file:  # given a name, torch.save would store it in the archive
+            with temp.open("wb") as file:  # given a path, torch.save would store its name in the archive
                 torch.save(tensors, file)
         elif kind == "safetensors":
             save_file(tensors, temp, {"format": "pt", METADATA: json.dumps(metadata, sort_keys=True)})
@@ -60,14 +60,14 @@ def export(model_dir: Path, autoencoder_dir: Path, kind: str, out: Path) -> None
 
 
 def _require_autoencoder_kl(path: Path) -> None:
-    """Raise UserError for an autoencoder that the exported pipeline cannot decode with."""
+    """Raise UserError unless the autoencoder is one that the exported pipeline can decode with."""
     found = read_json(path).get("_class_name")
     if found != "AutoencoderKL":
-        raise UserError(f"Found {path} of a {found}, expected an AutoencoderKL: export as safetensors or released.")
+        raise UserError(f"Found {path} of {found}, expected AutoencoderKL: export as safetensors or released.")
 
 
 def exported_source() -> str:
-    """Return one module made of this package's sources of a generator."""
+    """Return the source of a single module with all code of the generator."""
     plain, named = set[str](), dict[str, set[str]]()  # imports of modules, and of names from modules
     bodies = []
     for part in EXPORTED:
@@ -95,7 +95,9 @@ def _check_out(kind: str, out: Path) -> None:
         if out.suffix not in SUFFIXES[kind] or out.is_dir():
             raise UserError(f"Found --out {out}, expected a file name that ends in {SUFFIXES[kind][0]}.")
     elif out.exists() and not (out / "model_index.json").is_file() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"Found --out {out} with other content, expected a new folder or an earlier export.")
+        raise UserError(
+            f"Found --out {out} with other files in it, expected a new or empty folder or an earlier export."
+        )
 
 
 def _write_diffusers(

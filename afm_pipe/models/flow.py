@@ -1,4 +1,4 @@
-"""A generator as a map from latents at time s to latents at time t (paper section 3)."""
+"""The generator as a transport map from latents at time s to latents at time t (paper section 3)."""
 
 from typing import Literal
 
@@ -19,9 +19,9 @@ def transport_map(
     s: Tensor | None = None,
     t: Tensor | None = None,
 ) -> Tensor:
-    """Map latents x (N, C, H, W) from times s to times t, (N,) each, by default from noise to data.
+    """Map latents x (N, C, H, W) from times s to times t, (N,) each; by default from noise to data.
 
-    Direct form: g(x_s, s, t); residual form: x_s - (s - t) g(x_s, s, t). Noise is at time 1, data at 0.
+    Direct form: g(x_s, s, t); residual form: x_s - (s - t) g(x_s, s, t). Time 1 is noise, time 0 is data.
     """
     output = network(x, labels, s, t)
     if form == "direct":
@@ -30,18 +30,18 @@ def transport_map(
 
 
 class Flow(nn.Module):
-    """A generator network in direct or residual form (`transport_map`), and its sampling."""
+    """A generator network in direct or residual form (see `transport_map`), and its sampling."""
 
     def __init__(self, network: Generator, form: Form, nfe: int | Literal["any"]) -> None:
         super().__init__()
         self.network, self.form, self.nfe = network, form, nfe
 
     def forward(self, x: Tensor, labels: Tensor, s: Tensor | None = None, t: Tensor | None = None) -> Tensor:
-        """Map latents x (N, C, H, W) from times s to times t, (N,) each, by default from noise to data."""
+        """Map latents x (N, C, H, W) from times s to times t, (N,) each; by default from noise to data."""
         return transport_map(self.network, self.form, x, labels, s, t)
 
     def sample(self, z: Tensor, labels: Tensor, steps: int | None = None) -> Tensor:
-        """Map noise z (N, C, H, W) to data in equal steps. Raises UserError for an untrained number of steps."""
+        """Map noise z (N, C, H, W) to data in equal steps. Raises UserError as `num_steps` does."""
         steps = self.num_steps(steps)
         if self.network.times == "none":
             return self(z, labels)
@@ -56,7 +56,7 @@ class Flow(nn.Module):
             return requested or 1
         if requested not in (None, self.nfe):
             raise UserError(
-                f"Found {requested} steps for a generator trained for {self.nfe}, expected {self.nfe}: omit the number "
-                "of steps, or use a generator trained with nfe any."
+                f"Found {requested} steps, expected {self.nfe}, for which the generator is trained: omit the number of "
+                "steps, or use a generator trained with nfe any."
             )
         return self.nfe

@@ -1,4 +1,4 @@
-"""The generator network: a noisy latent and a class to a latent, in one forward pass."""
+"""The generator network: maps a noisy latent and a class to a latent in one forward pass."""
 
 from typing import Literal
 
@@ -12,7 +12,7 @@ Times = Literal["none", "source", "both"]
 
 
 class FinalLayer(nn.Module):
-    """Conditioned LayerNorm and projection to patches, initialized to output zeros."""
+    """Adaptive LayerNorm and projection to patches, initialized to output zeros."""
 
     def __init__(self, size: ModelSize, channels: int) -> None:
         super().__init__()
@@ -27,9 +27,9 @@ class FinalLayer(nn.Module):
 class Generator(DiT):
     """DiT generator g (paper section 3).
 
-    `times`: the times it is conditioned on: none (one step), source (a fixed number of steps), both (any-step).
-    `repeats`: how often the blocks run (deep models, 2 or 4); pass k of r is also conditioned on time 1 - k / r, the
-    final layer is not.
+    `times`: times to condition on: none (one step), source (a fixed number of steps), or source and target (any-step).
+    `repeats`: number of passes through the blocks (2 or 4 in deep models); pass k of r is also conditioned on time
+    1 - k / r, but the final layer is not.
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class Generator(DiT):
             condition = condition + self.t_tgt_embedder(t)
         tokens = self.embed(x)  # (N, T, D)
         for k in range(self.repeats):
-            of_pass = condition
+            pass_condition = condition
             if self.repeats > 1:
-                of_pass = condition + self.t_embedder(x.new_full((1,), 1 - k / self.repeats))
-            tokens = self.run_blocks(tokens, of_pass)
+                pass_condition = condition + self.t_embedder(x.new_full((1,), 1 - k / self.repeats))
+            tokens = self.run_blocks(tokens, pass_condition)
         return self._unpatchify(self.final_layer(tokens, condition))
 
     def _unpatchify(self, patches: Tensor) -> Tensor:  # (N, T, p * p * C) -> (N, C, H, W)

@@ -27,7 +27,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class ModelConfig(BaseModel):
-    """The "model" part of config.json: size, shapes, form, and the number of steps it was trained for."""
+    """The "model" entry of config.json: size, shapes, form, and number of steps."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -43,7 +43,7 @@ class ModelConfig(BaseModel):
 
     @property
     def times(self) -> Times:
-        """The times that the generator is conditioned on."""
+        """The times on which the generator is conditioned."""
         return "none" if self.nfe == 1 else "both" if self.nfe == "any" else "source"
 
     @property
@@ -61,20 +61,24 @@ def build_generator(config: ModelConfig) -> Generator:
 def build_discriminator(config: ModelConfig) -> Discriminator:
     """Build the discriminator of a config, freshly initialized on the default device."""
     shape = SIZES[config.size], config.channels, config.latent_size, config.num_classes
-    timed, sees_source = config.nfe != 1, config.condition_on_source
-    return Discriminator(*shape, timed=timed, qk_norm=config.qk_norm, sees_source=sees_source)
+    return Discriminator(
+        *shape,
+        time_conditioned=config.nfe != 1,
+        qk_norm=config.qk_norm,
+        source_conditioned=config.condition_on_source,
+    )
 
 
 def run_config(run: Run, latent_shape: tuple[int, int, int], num_classes: int) -> ModelConfig:
     """Return the config of the model that a run trains on latents of `latent_shape`."""
     channels, latent_size, _ = latent_shape
     names = ("size", "nfe", "form", "repeats", "qk_norm", "condition_on_source")
-    own = {name: getattr(run, name) for name in names}
-    return ModelConfig(channels=channels, latent_size=latent_size, num_classes=num_classes, **own)
+    fields = {name: getattr(run, name) for name in names}
+    return ModelConfig(channels=channels, latent_size=latent_size, num_classes=num_classes, **fields)
 
 
 def save_model(folder: Path, generator: nn.Module, discriminator: nn.Module, config: dict[str, Any]) -> None:
-    """Write a model folder; `config` holds a ModelConfig under "model", and the provenance beside it."""
+    """Write a model folder; `config` holds a ModelConfig under "model", and the provenance."""
     folder.mkdir(parents=True)
     save_tensors(folder / "generator.safetensors", generator.state_dict())
     save_tensors(folder / "discriminator.safetensors", discriminator.state_dict())
@@ -86,17 +90,17 @@ def save_model(folder: Path, generator: nn.Module, discriminator: nn.Module, con
 
 
 def load_generator(folder: Path, device: torch.device) -> Flow:
-    """Load the generator of a model folder, in evaluation mode. Raises UserError naming what does not fit."""
+    """Load the generator of a model folder, in eval mode. Raises UserError if the weights do not match the config."""
     config = load_config(folder)
     network = load_network(lambda: build_generator(config), folder / "generator.safetensors", device)
     return Flow(network, config.form, config.nfe)
 
 
 def load_network(build: Callable[[], M], path: Path, device: torch.device) -> M:
-    """Build a network and load its weights, in evaluation mode. Raises UserError naming what does not fit."""
+    """Build a network and load its weights, in eval mode. Raises UserError if the weights do not match."""
     tensors = load_tensors(path)
-    with torch.device("meta"):  # check before allocating what the config claims
-        require_fit(build(), tensors, path)
+    with torch.device("meta"):  # check before allocating memory
+        require_match(build(), tensors, path)
     network = build()
     network.load_state_dict(tensors)
     return network.to(device).eval().requires_grad_(False)
@@ -110,7 +114,7 @@ def load_config(folder: Path) -> ModelConfig:
         if model.size not in SIZES:
             raise ValueError(f"unknown size {model.size}")
         if model.latent_size % SIZES[model.size].patch:
-            raise ValueError(f"latent_size {model.latent_size} is no multiple of patch {SIZES[model.size].patch}")
+            raise ValueError(f"latent_size {model.latent_size} is not a multiple of patch {SIZES[model.size].patch}")
     except (ValueError, TypeError, KeyError) as error:
         reason = f"{error}"[:300]
         path = folder / "config.json"
@@ -119,10 +123,10 @@ def load_config(folder: Path) -> ModelConfig:
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write named tensors of any device as safetensors. Raises OSError if the disk is full."""
+    """Write named tensors, on any device, as safetensors. Raises OSError if the disk is full."""
     try:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:  # it hides the errno
+    except SafetensorError as error:  # which hides the errno
         raise OSError(errno.ENOSPC, str(error)) from None
 
 
@@ -136,23 +140,23 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_exactly(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Load tensors whose names and shapes match the module's exactly. Raises UserError naming the first mismatches."""
-    require_fit(module, tensors, path)
+    """Load tensors into a module. Raises UserError naming the first mismatches of names and shapes."""
+    require_match(module, tensors, path)
     module.load_state_dict(tensors)
 
 
-def require_fit(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Raise UserError naming the first tensors whose names or shapes do not match the module's."""
-    problems = misfits(module, tensors)
+def require_match(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Raise UserError naming the first tensors that do not match the module's names and shapes."""
+    problems = mismatches(module, tensors)
     if problems:
         raise UserError(
-            f"Found weights in {path} that do not fit the model in its config: {'; '.join(problems[:5])}"
-            f"{' and more' if len(problems) > 5 else ''}. Use the folder's own config.json, or train again."
+            f"Found weights in {path} that do not match the model in config.json: {'; '.join(problems[:5])}"
+            f"{' and more' if len(problems) > 5 else ''}. Use the config.json that belongs to them, or train again."
         )
 
 
-def misfits(module: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
-    """Return a sorted list of missing and unexpected tensors, and of those with another shape or kind of dtype."""
+def mismatches(module: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
+    """Return a sorted list of missing and unexpected tensors, and of tensors of wrong shape or kind of dtype."""
     expected = module.state_dict()
     problems = [f"missing {name}" for name in expected.keys() - tensors.keys()]
     problems += [f"unexpected {name}" for name in tensors.keys() - expected.keys()]
@@ -170,5 +174,5 @@ def misfits(module: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Return the number of parameters as the paper counts them, with the fixed position embedding."""
+    """Return the number of parameters, including the fixed position embedding, as the paper counts them."""
     return sum(tensor.numel() for tensor in module.state_dict().values())

@@ -1,8 +1,8 @@
 """Import of released or other weights: a file of tensors becomes a model folder like that of a trained run.
 
-The tensors show size, latent shape, classes and time embeddings. They do not distinguish generators of two or four
-steps from those whose blocks run two or four times (paper section 3); the user says which. The file name is only quoted
-as a hint. No code in the file runs: only plain tensors are read.
+The tensors determine size, latent shape, number of classes and time embeddings. They do not distinguish a generator of
+two or four steps from one whose blocks run two or four times (paper section 3); the user says which, and the file name
+only serves as a hint. No code in the file runs: only plain tensors are read.
 """
 
 import json
@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from afm_pipe.data.classes import imagenet_names
-from afm_pipe.models.model_files import ModelConfig, build_generator, count_parameters, misfits, save_tensors
+from afm_pipe.models.model_files import ModelConfig, build_generator, count_parameters, mismatches, save_tensors
 from afm_pipe.models.tensor_files import ADVICE, check_file, check_pickled, check_plain, check_safetensors
 from afm_pipe.params import Imported
 from afm_pipe.params.sizes import SIZES
@@ -26,15 +26,15 @@ from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import atomic_path, read_text, sha256_file, write_json
 
 PICKLED, SAFE = (".pth", ".pt", ".bin", ".ckpt"), ".safetensors"
-MAX_NAMES = 16 << 20  # bytes of a file of class names
+MAX_NAMES_BYTES = 16 << 20  # of a file of class names
 METADATA = "afm_pipe"  # key in the metadata of an exported safetensors file
-SD_VAE_LATENT, SD_VAE_FACTOR = (4, 32, 32), 0.18215  # of all released generators
+SD_VAE_LATENT, SD_VAE_FACTOR = (4, 32, 32), 0.18215  # the latents of all released generators
 KEY_TENSORS = {"x_embedder.proj.weight": 4, "pos_embed": 3, "y_embedder.embedding_table.weight": 2}  # name: dimensions
 OTHER_NETWORKS = {"dis_embed": "a discriminator", "cls_embed": "a classifier"}
 
 
-class Contents(NamedTuple):
-    """Tensors of a file, the entry that held them, and the file's own metadata (safetensors only)."""
+class WeightsFile(NamedTuple):
+    """Tensors of a file, the entry they come from, and metadata (safetensors only)."""
 
     tensors: dict[str, Tensor]
     entry: str
@@ -42,7 +42,7 @@ class Contents(NamedTuple):
 
 
 class Traits(NamedTuple):
-    """What the tensors do not show: number of steps, form, and how often the blocks run."""
+    """Properties that tensors do not determine: number of steps, form, and repeats of the blocks."""
 
     nfe: int | Literal["any"]
     form: Literal["direct", "residual"]
@@ -52,8 +52,8 @@ class Traits(NamedTuple):
 def import_generator(settings: Imported, folder: Path) -> ModelConfig:
     """Write the model folder of an imported generator and return its config.
 
-    Raises UserError for a file with more than tensors, for tensors that are not those of a generator, and if `settings`
-    lack an answer that the tensors do not give.
+    Raises UserError if the file holds more than tensors, if the tensors are not those of a generator, or if they are
+    ambiguous and `settings` do not resolve that.
     """
     path = Path(settings.file).expanduser()
     if not path.is_file():
@@ -63,7 +63,7 @@ def import_generator(settings: Imported, folder: Path) -> ModelConfig:
     if settings.sha256 not in (None, sha256):
         raise UserError(f"Found {path} with sha256 {sha256}, expected {settings.sha256}: use the right file.")
     contents = read_tensors(path)
-    config = recognize(contents, path, settings)
+    config = infer_config(contents, path, settings)
     _check_values(contents.tensors, path)
     factor = SD_VAE_FACTOR if config.latent_shape == SD_VAE_LATENT else contents.metadata.get("scaling_factor")
     names, named_by = _class_names(settings, contents, config)
@@ -75,7 +75,7 @@ def import_generator(settings: Imported, folder: Path) -> ModelConfig:
         "classes": names,
         "scaling_factor": factor,
         "provenance": {
-            "imported": {"file": path.name, "sha256": sha256, "entry": contents.entry, "told": _given(settings)}
+            "imported": {"file": path.name, "sha256": sha256, "entry": contents.entry, "told": _given_traits(settings)}
             | {"classes_named_by": named_by}
         },
         "updates": None,
@@ -89,11 +89,11 @@ def import_generator(settings: Imported, folder: Path) -> ModelConfig:
     return config
 
 
-def read_tensors(path: Path) -> Contents:
+def read_tensors(path: Path) -> WeightsFile:
     """Read a file of named tensors without running code in it.
 
-    A pickled file may hold them directly or one level down ({"ema": ...}); of several entries, `ema` is used.
-    Raises UserError if the file holds code or something else, or is damaged.
+    A pickled file may hold them at the top level or one level below ({"ema": ...}); of several entries, `ema` is used.
+    Raises UserError if the file holds anything else than tensors or is damaged.
     """
     if path.suffix == SAFE:
         return _read_safetensors(path)
@@ -110,14 +110,14 @@ def read_tensors(path: Path) -> Contents:
         raise UserError(f"Found {path} unreadable as a tensor file ({_reason(error)}): download it again.") from None
     tensors, entry = _unwrap(held, path)
     check_plain(tensors, path)
-    return Contents(tensors, entry, metadata={})
+    return WeightsFile(tensors, entry, metadata={})
 
 
-def recognize(contents: Contents, path: Path, settings: Imported) -> ModelConfig:
-    """Return the config of the generator that the tensors belong to, completed by `settings` or the file's metadata.
+def infer_config(contents: WeightsFile, path: Path, settings: Imported) -> ModelConfig:
+    """Infer the config of a generator from its tensors, completed by `settings` or the file's metadata.
 
-    Raises UserError naming missing, unexpected and misshapen tensors, an answer that is missing, or one that the
-    tensors contradict.
+    Raises UserError naming missing, unexpected or misshapen tensors, a setting that is missing, or one that the tensors
+    contradict.
     """
     tensors = contents.tensors
     shapes = _key_shapes(tensors, path)
@@ -139,10 +139,10 @@ def recognize(contents: Contents, path: Path, settings: Imported) -> ModelConfig
     except ValidationError:
         raise UserError(f"Found {path} with invalid metadata ({contents.metadata}): give nfe or repeats.") from None
     with torch.device("meta"):
-        problems = misfits(build_generator(config), tensors)
+        problems = mismatches(build_generator(config), tensors)
     if problems:
         raise UserError(
-            f"Found {path}, which looks like a generator of size {size} but is not: {'; '.join(problems[:8])}"
+            f"Found {path}, which resembles a generator of size {size} but differs: {'; '.join(problems[:8])}"
             f"{f' and {len(problems) - 8} more' if len(problems) > 8 else ''}. Use a complete generator's state dict."
         )
     return config
@@ -157,19 +157,19 @@ def describe(config: ModelConfig) -> str:
     return f"{config.size}, {steps}, {config.form} form{runs}, {config.num_classes:,} classes, latents {latent}"
 
 
-def _read_safetensors(path: Path) -> Contents:
+def _read_safetensors(path: Path) -> WeightsFile:
     check_safetensors(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get(METADATA, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-            return Contents(tensors, "the file itself", metadata if isinstance(metadata, dict) else {})
+            return WeightsFile(tensors, "the file itself", metadata if isinstance(metadata, dict) else {})
     except Exception as error:  # an unknown dtype is a KeyError, deep metadata a RecursionError
         raise UserError(f"Found {path} unreadable as safetensors ({_reason(error)}): download it again.") from None
 
 
 def _unwrap(held: Any, path: Path) -> tuple[dict[str, Tensor], str]:
-    """Return the named tensors of an unpickled file, and the entry that held them."""
+    """Return the named tensors of an unpickled file, and the entry they come from."""
     if _is_state_dict(held):
         return dict(held), "the file itself"
     inner = {name: value for name, value in held.items() if _is_state_dict(value)} if isinstance(held, dict) else {}
@@ -192,7 +192,7 @@ def _is_state_dict(value: Any) -> bool:
 
 
 def _key_shapes(tensors: dict[str, Tensor], path: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors that determine all others."""
+    """Return the shapes of the tensors that determine all other shapes."""
     wrong = [f"no {name}" for name in KEY_TENSORS if name not in tensors]
     wrong += [
         f"{name} of shape {tuple(tensors[name].shape)}"
@@ -210,7 +210,7 @@ def _key_shapes(tensors: dict[str, Tensor], path: Path) -> dict[str, tuple[int, 
 
 
 def _size(tensors: dict[str, Tensor], width: int, patch: int, path: Path) -> str:
-    """Return the size of this width and patch with the nearest depth; `misfits` then names missing and extra blocks."""
+    """Return the size with this width and patch and the nearest depth; missing and extra blocks are reported later."""
     blocks = {int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d{1,4})\.", name))}
     depth = max(blocks, default=-1) + 1
     fitting = [name for name, size in SIZES.items() if (size.width, size.patch) == (width, patch)]
@@ -223,13 +223,13 @@ def _size(tensors: dict[str, Tensor], width: int, patch: int, path: Path) -> str
     return min(fitting, key=lambda name: (abs(SIZES[name].depth - depth), -SIZES[name].depth))
 
 
-def _given(settings: Imported) -> dict[str, Any]:
+def _given_traits(settings: Imported) -> dict[str, Any]:
     return {name: value for name in Traits._fields if (value := getattr(settings, name)) is not None}
 
 
 def _traits(tensors: dict[str, Tensor], path: Path, settings: Imported, metadata: dict[str, Any], size: str) -> Traits:
     """Return the traits from `settings`, else from the file's metadata, else from the number of time embeddings."""
-    given, model = _given(settings), metadata.get("model")
+    given, model = _given_traits(settings), metadata.get("model")
     known = {name: model.get(name) for name in Traits._fields} if isinstance(model, dict) else {}
     known = known if set(given) <= {"form"} else {}  # nfe or repeats replace all the metadata, as they belong together
     nfe, form, repeats = (given.get(name, known.get(name)) for name in Traits._fields)
@@ -255,7 +255,7 @@ def _traits(tensors: dict[str, Tensor], path: Path, settings: Imported, metadata
 
 
 def _ambiguous(path: Path, size: str, nfe: Any, repeats: Any) -> str:
-    """Return the message for tensors that fit several generators, with the hint in the file's name."""
+    """Return the error message for tensors that match several generators, with a hint from the file name."""
     depth = SIZES[size].depth
     answers = [f"--nfe {n} ({n} steps)" for n in (2, 4) if nfe is None]
     answers += [f"--repeats {r} ({depth * r} layers)" for r in (2, 4) if repeats is None]
@@ -284,12 +284,12 @@ def _check_values(tensors: dict[str, Tensor], path: Path) -> None:
         raise UserError(f"Found {path} with non-finite values in {', '.join(broken[:5])}: use other weights.")
 
 
-def _class_names(settings: Imported, contents: Contents, config: ModelConfig) -> tuple[list[str], str]:
+def _class_names(settings: Imported, contents: WeightsFile, config: ModelConfig) -> tuple[list[str], str]:
     """Return the class names and what gives them: `settings`, the file, ImageNet for 1,000 classes, or numbers."""
     if settings.classes is not None:
         path = Path(settings.classes).expanduser()
         try:
-            names = [line.strip() for line in read_text(path, MAX_NAMES).splitlines() if line.strip()]
+            names = [line.strip() for line in read_text(path, MAX_NAMES_BYTES).splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"Found {path} unreadable ({_reason(error)}), expected one class name per line.") from None
         if len(names) != config.num_classes:
@@ -304,7 +304,7 @@ def _class_names(settings: Imported, contents: Contents, config: ModelConfig) ->
 
 
 def _reason(error: BaseException) -> str:
-    """Return the informative part of an error; PyTorch buries what a pickle tried to load."""
+    """Return the informative part of an error; PyTorch's message is long where a pickle tries to load code."""
     text = " ".join(str(error).split())
     found = re.search(r"Unsupported (?:global|operand|class)[^.]*?\s[\w.]+|GLOBAL [\w.]+", text)
     return (found[0] if found else text.split(". ")[0])[:200] or type(error).__name__

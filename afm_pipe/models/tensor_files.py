@@ -1,8 +1,8 @@
 """Checks of untrusted tensor files before they are opened: no code runs, nothing large is allocated.
 
-safetensors checks its offsets, but would read a header of gigabytes. PyTorch's `weights_only` runs no code, but would
-inflate compressed entries, trust the sizes in a pickle, and hash nested tuples for years. So only archives in the form
-that torch.save writes are opened, memory-mapped.
+safetensors checks its offsets, but would read a header of gigabytes. torch.load with `weights_only` runs no code, but
+would decompress entries, trust the sizes in a pickle, and hash nested tuples forever. So only archives in the form that
+torch.save writes are opened, memory-mapped.
 """
 
 import pickletools
@@ -27,7 +27,7 @@ def check_file(path: Path) -> None:
         raise UserError(f"Found no file {path}, expected weights: check the path.")
     size = path.stat().st_size
     if size > MAX_FILE:
-        raise UserError(f"Found {path} of {size:,} bytes, expected at most {MAX_FILE:,}: not a model of afm-pipe.")
+        raise UserError(f"Found {path} of {size:,} bytes, expected at most {MAX_FILE:,}: check the path.")
 
 
 def check_safetensors(path: Path) -> None:
@@ -44,7 +44,7 @@ def check_safetensors(path: Path) -> None:
 
 
 def check_pickled(path: Path) -> None:
-    """Raise UserError for what torch.save does not write: other containers, compressed entries, reused tuples."""
+    """Raise UserError for files that torch.save does not write: other formats, compressed entries, reused tuples."""
     check_file(path)
     if not _is_archive(path):
         with path.open("rb") as file:
@@ -61,7 +61,7 @@ def check_pickled(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
-            orders = [archive.read(entry) for entry in entries if _is_order(entry)]
+            byteorders = [archive.read(entry) for entry in entries if _is_byteorder(entry)]
             wrong = None
             if len({entry.filename for entry in entries}) < len(entries):
                 wrong = "duplicate entries"
@@ -69,7 +69,7 @@ def check_pickled(path: Path) -> None:
                 wrong = "compressed entries"
             elif len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE:
                 wrong = f"{len(pickles)} pickles, or one of more than {MAX_PICKLE:,} bytes"
-            elif any(order != b"little" for order in orders):
+            elif any(order != b"little" for order in byteorders):
                 wrong = "big-endian numbers"
             elif _reuses_tuple(archive.read(pickles[0])):
                 wrong = "a tuple used again"
@@ -80,14 +80,14 @@ def check_pickled(path: Path) -> None:
 
 
 def check_plain(tensors: dict[str, Tensor], path: Path) -> None:
-    """Raise UserError naming tensors that are sparse, quantized, or expanded from fewer numbers.
+    """Raise UserError naming tensors that are sparse, quantized, or expanded from a smaller storage.
 
-    A pickle can expand one number to a terabyte, which the first operation allocates.
+    A pickle can expand one number to a terabyte, which the first operation would allocate.
     """
     wrong = [name for name, tensor in tensors.items() if not _is_plain(tensor)]
     if wrong:
         raise UserError(
-            f"Found {path} with {', '.join(name[:80] for name in wrong[:5])} sparse, quantized, or with fewer numbers "
+            f"Found {path} with {', '.join(name[:80] for name in wrong[:5])} sparse, quantized, or with fewer values "
             "than its shape; expected plain tensors: save only the generator's state dict."
         )
 
@@ -105,12 +105,12 @@ def _is_archive(path: Path) -> bool:
         return False
 
 
-def _is_order(entry: zipfile.ZipInfo) -> bool:
+def _is_byteorder(entry: zipfile.ZipInfo) -> bool:
     return entry.filename.endswith("/byteorder") and entry.file_size <= 16
 
 
 def _reuses_tuple(content: bytes) -> bool:
-    """Return whether a pickle refers to a tuple again: nested, forty of them take 2^40 steps to hash."""
+    """Return whether a pickle reuses a tuple: forty nested ones take 2^40 steps to hash."""
     is_tuple: dict[int | None, bool] = {}
     before = ""
     for opcode, argument, _ in pickletools.genops(content):

@@ -1,4 +1,4 @@
-"""Objectives: what training optimizes, one module each, found by name (`params.objectives`)."""
+"""Training objectives: one module each, looked up by name (`params.objectives`)."""
 
 import importlib
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,12 +18,12 @@ T = TypeVar("T", bound="type[Objective]")
 
 
 def register(objective: T) -> T:
-    """Register an objective by its name; a class decorator."""
+    """Class decorator that registers an objective by its name."""
     _registered[objective.name] = objective
     return objective
 
 
-def find_objective(name: str) -> "Any":
+def find_objective(name: str) -> Any:
     """Return the class of an objective. Raises UserError for an unknown name."""
     if name not in _registered and name in OBJECTIVES:
         importlib.import_module(OBJECTIVES[name])
@@ -33,5 +33,5 @@ def find_objective(name: str) -> "Any":
 
 
 def build_objective(run: "Run", config: "ModelConfig", classifier: "nn.Module | None" = None) -> "Objective":
-    """Return the objective that a run names, for its model; `classifier` is for phases with guidance."""
+    """Build the objective of a run for its model; phases with guidance need the `classifier`."""
     return find_objective(run.objective)(run, config, classifier)

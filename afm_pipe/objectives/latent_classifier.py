@@ -1,7 +1,7 @@
-"""The classifier for guidance: cross entropy on latents at random noise levels (paper section 3).
+"""Training of the guidance classifier: cross entropy on latents at random noise levels (paper section 3).
 
-Departure from the paper: the affine augmentation is applied to latents, with reflection at the border, since images are
-encoded once; the paper augments images and then encodes them.
+This departs from the paper in the affine augmentation, which applies to latents, with reflection padding, since images
+are encoded once; the paper augments images and then encodes them.
 
 Shapes: N latents of a micro-batch, C, H, W of latents.
 """
@@ -18,19 +18,19 @@ from afm_pipe.data.latents import Latents
 from afm_pipe.data.order import Order, stream_generator
 from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from afm_pipe.models.classifier import LatentClassifier
-from afm_pipe.objectives.adversarial_flow.augment import affine_view
+from afm_pipe.objectives.adversarial_flow.augment import draw_affine
 from afm_pipe.objectives.adversarial_flow.losses import interpolate
 from afm_pipe.objectives.base import Hyperparameters, Learner, Objective, Sampler, Term, num_micro_batches
 from afm_pipe.params import Classifier, Ema
 from afm_pipe.params.sizes import SIZES
 
-LEVELS = (0.0, 0.1, 0.25, 0.5)  # times at which accuracy is measured
-NUM_MEASURED = 2000  # latents that accuracy is measured on
+LEVELS = (0.0, 0.1, 0.25, 0.5)  # noise times at which accuracy is measured
+NUM_MEASURED = 2000  # latents on which accuracy is measured
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of the classifier's run."""
+    """Settings of the classifier's training run."""
 
     classifier: Classifier
     seed: int
@@ -46,16 +46,16 @@ class Settings:
 
 
 class NoisyLatents(NamedTuple):
-    """A micro-batch."""
+    """A micro-batch of noisy latents."""
 
     x: Tensor  # (N, C, H, W), noisy latents
-    t: Tensor  # (N,), the times of their noise
+    t: Tensor  # (N,), noise times
     labels: Tensor  # (N,)
-    share: float  # of the batch
+    share: float  # fraction of the batch
 
 
 class ClassifierBatches:
-    """Draws noisy latents: a function of (seed, update)."""
+    """Draws noisy latents as a function of (seed, update)."""
 
     def __init__(
         self, settings: Settings, latents: Latents, device: torch.device, group: ProcessGroup, micro_batch: int | None
@@ -72,7 +72,7 @@ class ClassifierBatches:
         generator = stream_generator(self.settings.seed, "classifier", "noise", update)
         x = self.latents.draw(indices, generator, shard).to(self.device)
         if affine is not None:
-            x = affine_view(affine, count, generator, shard)(x)
+            x = draw_affine(affine, count, generator, shard)(x)
         t = torch.rand(count, generator=generator)[shard].to(self.device)
         z = torch.randn(count, *self.latents.latent_shape, generator=generator)[shard].to(self.device)
         labels = self.labels[indices[shard]].to(self.device)
@@ -89,7 +89,7 @@ class ClassifierTraining(Objective):
     sampled = "classifier"
 
     def __init__(self, params: Classifier, seed: int, latent_shape: tuple[int, int, int], num_classes: int) -> None:
-        """Train a classifier of latents of a shape (C, H, W) into `num_classes` classes."""
+        """Train a classifier of latents of `latent_shape` (C, H, W)."""
         self.settings: Settings = Settings(params, seed)
         self.params, self.latent_shape, self.num_classes = params, latent_shape, num_classes
 
@@ -147,7 +147,7 @@ class ClassifierTraining(Objective):
 
 @torch.no_grad()
 def accuracy_by_level(model: nn.Module, latents: Latents, seed: int, device: torch.device) -> dict[str, float]:
-    """Return the accuracy on noisy training latents, by the time t in [0, 1] of their noise."""
+    """Return the accuracy on noisy training latents by noise time, under the names accuracy_tTIME."""
     generator = stream_generator(seed, "classifier", "accuracy")
     indices = torch.randperm(latents.num_images, generator=generator)[:NUM_MEASURED]
     x, labels = latents.draw(indices, generator), torch.as_tensor(latents.labels)[indices]

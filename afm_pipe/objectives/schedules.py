@@ -1,4 +1,4 @@
-"""Schedules of a run. Time is images seen by G."""
+"""Schedules of a run, as functions of the number of images seen by G."""
 
 from bisect import bisect_right
 from math import ceil, cos, pi
@@ -7,12 +7,12 @@ from afm_pipe.params import Ema, Phase, Run
 
 
 def num_updates(run: Run, num_images: int) -> int:
-    """Return the number of G updates until the last phase's end, rounded up to whole batches."""
+    """Return the number of updates of G until the end of the last phase, rounded up to whole batches."""
     return update_at(run, run.phases[-1].until_epoch, num_images)
 
 
 def update_at(run: Run, epoch: float, num_images: int) -> int:
-    """Return the first update that starts when G has seen `epoch` epochs or more."""
+    """Return the first update before which G has seen at least `epoch` epochs."""
     return ceil(round(epoch * num_images) / run.batch_size)
 
 
@@ -23,11 +23,11 @@ def phase_at(run: Run, update: int, num_images: int) -> Phase:
 
 
 def cosine(start: float, end: float, update: float, updates: int) -> float:
-    """Return a half cosine over `updates` updates: start at the first, end at the last and afterwards."""
+    """Return a half-cosine schedule: `start` at update 0, `end` from update `updates` - 1 on."""
     progress = min(update / max(updates - 1, 1), 1.0)
     return end + (start - end) * (1 + cos(pi * progress)) / 2
 
 
 def ema_decay_at(ema: Ema, update: int) -> float:
-    """Return the decay of the moving average at an update, counted from 0."""
+    """Return the EMA decay at an update, counted from 0."""
     return min(ema.decay, (1 + update) / (10 + update)) if ema.warmup else ema.decay

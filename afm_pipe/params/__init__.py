@@ -1,16 +1,15 @@
 """The schema of params.yaml: every setting that changes a number, typed, with its unit and its place in the paper.
 
-Fields that change numbers have no defaults: they are in the file, so that DVC sees them change. A run is the `train`
-section merged with the run's own fields.
+These fields have no defaults, so that all values are in the file and DVC sees them change. A run is the `train` section
+overridden by the run's own fields.
 """
 
-import re
 from typing import Annotated, Any
 
 from pydantic import Field, SerializeAsAny, ValidationError, model_validator
 
 from afm_pipe.params.autoencoders import AutoencoderParams
-from afm_pipe.params.base import NAME, RunName, Section, Seed, deep_merge
+from afm_pipe.params.base import EMPTY, RunName, Section, Seed, deep_merge
 from afm_pipe.params.images import (
     AdmReference,
     Data,
@@ -37,7 +36,7 @@ from afm_pipe.params.training import (
     Selection,
     Transport,
 )
-from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.errors import UserError, describe_mistake
 
 RESERVED_NAMES = {"autoencoder", "classifier", "encode", "trials", "dvclive", "watch.html"}  # in models/ or work/
 
@@ -46,25 +45,25 @@ class Params(Section):
     """The content of params.yaml."""
 
     seed: Seed
-    """Of data, autoencoder and classifiers; also the default of runs."""
+    """Seed of the data, the autoencoder and the classifiers, and default seed of the runs."""
     data: Data
     autoencoder: SerializeAsAny[AutoencoderParams]
     encode: Encode
     reference: Reference
     train: Run
     """Settings that all runs inherit."""
-    runs: Annotated[dict[RunName, Run], Field(min_length=1)]
+    runs: Annotated[dict[RunName, Run], Field(min_length=1), EMPTY]
     classifier: Classifier | None
     """Required by phases with guidance."""
-    guided: dict[RunName, Guided]
-    imported: dict[RunName, Imported]
+    guided: Annotated[dict[RunName, Guided], EMPTY]
+    imported: Annotated[dict[RunName, Imported], EMPTY]
     """Models trained elsewhere, sampled and measured like the runs."""
     sample: Sample
     evaluate: Evaluate
     toy: Toy
     study: Study
-    tables: dict[TableName, StudyTable]
-    """Views over trials: the paper's tables, and checks that it left open."""
+    tables: Annotated[dict[TableName, StudyTable], EMPTY]
+    """Views over trials: the paper's tables, and checks of questions that the paper leaves open."""
 
     @model_validator(mode="before")
     @classmethod
@@ -74,7 +73,10 @@ class Params(Section):
         train = {"seed": raw["seed"], **raw["train"]} if "seed" in raw else raw["train"]
         runs = raw.get("runs")
         if isinstance(runs, dict):
-            runs = {name: deep_merge(train, run) if isinstance(run, dict) else run for name, run in runs.items()}
+            runs = {
+                name: deep_merge(train, run or {}) if isinstance(run, dict | None) else run
+                for name, run in runs.items()
+            }
         return raw | {"train": train, "runs": runs}
 
     @property
@@ -96,7 +98,9 @@ class Params(Section):
     def _continued(self, guided: Guided) -> Run:
         base = self.runs[guided.base]
         phase = Phase(**{name: getattr(guided, name) for name in Phase.model_fields})
-        if isinstance(phase.reload_discriminator, float | int):  # the run starts with that D: nothing is left to reload
+        if isinstance(
+            phase.reload_discriminator, float | int
+        ):  # the run starts with that D, so there is nothing to reload
             phase = phase.model_copy(update={"reload_discriminator": None})
         seed = base.seed if guided.seed is None else guided.seed
         return base.model_copy(update={"phases": (*base.phases, phase), "seed": seed})
@@ -165,9 +169,9 @@ class Params(Section):
                         self._check_guidance(where, run, phase)
                 except ValidationError as error:
                     problem = error.errors()[0]
-                    field, message = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
+                    field = ".".join(map(str, problem["loc"]))
                     unknown = problem["type"] == "extra_forbidden"
-                    mistake = "found an unknown field" if unknown else f"found {problem['input']!r}, {message}"
+                    mistake = "found an unknown field" if unknown else describe_mistake(problem)
                     raise ValueError(f"{where}: {field}: {mistake}") from None
                 except ValueError as error:
                     raise error if str(error).startswith(where) else ValueError(f"{where}: {error}") from None
@@ -183,15 +187,10 @@ class Params(Section):
 
     @property
     def latent_spec(self) -> LatentSpec:
-        """Spec of the latents, as far as params know it."""
+        """Spec of the latents, as far as params determine it."""
         return self.autoencoder.latent_spec(self.data)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of a latent."""
         return self.latent_spec.shape
-
-
-def valid_name(name: str) -> bool:
-    """Return whether a model can have this name."""
-    return re.fullmatch(NAME, name) is not None

@@ -13,7 +13,7 @@ from afm_pipe.params.latent_spec import LatentSpec
 
 
 class AutoencoderParams(Section):
-    """The map between images and latents. `kind` decides which fields there are."""
+    """The autoencoder that maps images to latents and back. `kind` determines the other fields."""
 
     kinds: ClassVar[dict[str, type["AutoencoderParams"]]] = {}
 
@@ -40,31 +40,32 @@ class AutoencoderParams(Section):
         return cls.kinds[kind].model_validate(raw)
 
     def latent_spec(self, data: Data) -> LatentSpec:
-        """Return the spec of the images' latents, as far as params know it. Raises ValueError where none fits."""
+        """Return the spec of the latents, as far as params determine it. Raises ValueError for a wrong image size."""
         raise NotImplementedError
 
 
 class KLTraining(Section):
-    """Training of a small KL autoencoder, for images that no pretrained one fits."""
+    """Training of a small KL autoencoder, for images that no pretrained autoencoder fits."""
 
     block_out_channels: Annotated[tuple[Count, ...], Field(strict=False, min_length=1)]
-    """Channels per resolution; each further entry halves the side."""
+    """Channels per resolution; each entry after the first halves the side."""
     layers_per_block: Count
     norm_groups: Count
     mid_attention: bool
     kl_weight: NotNegative
-    """Weight of the KL divergence, summed over a latent and averaged over the batch, per pixel value of the image."""
+    """Weight of the KL divergence: a sum over the latent, averaged over the batch, divided by the number of pixel
+    values of an image."""
     lr: Positive
-    """Peak learning rate of Adam; it falls linearly to 0."""
+    """Initial learning rate of Adam; it decays linearly to 0."""
     batch_size: Count
     updates: Count
 
 
 class KLParams(AutoencoderParams):
-    """A diffusers AutoencoderKL, of which SD-VAE is one."""
+    """A diffusers AutoencoderKL, such as SD-VAE."""
 
     kind: Literal["kl"]
-    """kl: diffusers AutoencoderKL, of which SD-VAE is one."""
+    """kl: diffusers AutoencoderKL, such as SD-VAE."""
     latent_channels: Count
     downsample: Count
     """Image pixels per latent pixel, along a side."""
@@ -81,7 +82,7 @@ class KLParams(AutoencoderParams):
         if self.pretrained is None and self.train is None:
             raise ValueError("expected `pretrained` or `train`, found neither")
         if self.pretrained is not None and self.sha256 is None:
-            raise ValueError("expected `sha256` beside `pretrained`: weights from outside are checked before use")
+            raise ValueError("expected `sha256` beside `pretrained`: external weights are checked before use")
         if self.pretrained is not None and self.scaling_factor == "measured":
             raise ValueError("expected a number as `scaling_factor` beside `pretrained` (0.18215 for SD-VAE)")
         if self.pretrained is None and self.train and 2 ** (len(self.train.block_out_channels) - 1) != self.downsample:
@@ -92,7 +93,7 @@ class KLParams(AutoencoderParams):
         return self
 
     def latent_spec(self, data: Data) -> LatentSpec:
-        """Return the spec of the images' latents, as far as params know it. Raises ValueError where none fits."""
+        """Return the spec of the latents, as far as params determine it. Raises ValueError for a wrong image size."""
         if data.image_size % self.downsample:
             raise ValueError(
                 f"data.image_size: expected a multiple of autoencoder.downsample {self.downsample}, "

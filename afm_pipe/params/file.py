@@ -1,4 +1,4 @@
-"""Read params.yaml: parse, override, validate, and explain its mistakes."""
+"""Read params.yaml: parse, override, validate, and explain mistakes in it."""
 
 import difflib
 import json
@@ -6,52 +6,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from afm_pipe.params import AutoencoderParams, Imported, Params
+from afm_pipe.params.base import NAME, NAME_RULE
 from afm_pipe.params.renames import old_keys
+from afm_pipe.params.yaml import MAX_DEPTH, YAMLError, load_yaml
 from afm_pipe.runtime import paths
-from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.errors import UserError, describe_mistake, show_value
 from afm_pipe.runtime.files import read_text
 
-MAX_BYTES, MAX_DEPTH = 1 << 18, 32  # a params file is written by hand
-SHOWN = 20  # mistakes
-SHOWN_VALUE = 60  # characters of a value
-
-
-class Loader(yaml.SafeLoader):
-    """YAML without aliases, which can make a small file large; without duplicate keys; at most MAX_DEPTH levels."""
-
-    depth = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.depth > MAX_DEPTH:
-            raise yaml.YAMLError(
-                f"found more than {MAX_DEPTH} nested levels in line {self.peek_event().start_mark.line + 1}"
-            )
-        self.depth += 1
-        try:
-            return self._compose(parent, index)
-        finally:
-            self.depth -= 1
-
-    def _compose(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(
-                f"found an alias in line {self.peek_event().start_mark.line + 1}, expected plain values"
-            )
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.YAMLError(f"found a key that is not a scalar in line {key.start_mark.line + 1}")
-            if key.value in seen:
-                raise yaml.YAMLError(f"found {key.value} twice, again in line {key.start_mark.line + 1}")
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+MAX_BYTES = 1 << 18  # a params file is written by hand
+SHOWN = 20  # mistakes listed in an error
 
 
 def load_params(path: Path = paths.PARAMS, overrides: Iterable[str] = ()) -> Params:
@@ -72,7 +38,7 @@ def read(path: Path) -> str:
     try:
         return read_text(path, MAX_BYTES)
     except FileNotFoundError:
-        raise UserError(f"Found no {path} in {Path.cwd()}: run this in the project's root.") from None
+        raise UserError(f"Found no {path} in {Path.cwd()}: run this in the project root.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"Found {path}, which is not plain YAML: {error}.") from None
 
@@ -80,9 +46,9 @@ def read(path: Path) -> str:
 def parse(text: str, path: Path) -> dict[str, Any]:
     """Parse the text of a params file. Raises UserError if it is not plain YAML with sections."""
     try:
-        raw = yaml.load(text, Loader)  # a SafeLoader
-    except Exception as error:  # PyYAML leaves a date of month 13, a number of 5,000 digits and more to Python
-        raise UserError(f"Found {path}, which is not plain YAML: {' '.join(str(error).split())}.") from None
+        raw = load_yaml(text)
+    except YAMLError as error:
+        raise UserError(f"Found {path}, which is not plain YAML: {error}.") from None
     if not isinstance(raw, dict):
         raise UserError(f"Found {path} holding {type(raw).__name__}, expected sections such as data, train and runs.")
     return raw
@@ -103,17 +69,18 @@ def imported(options: dict[str, Any]) -> Imported:
     except ValidationError as error:
         problem = error.errors()[0]
         option = next(part for part in problem["loc"] if part in options)
-        raise UserError(f"Found --{option} {options[str(option)]}: {problem['msg']}.") from None
+        raise UserError(f"Found --{option}: {describe_mistake(problem)}.") from None
 
 
 def json_schema() -> str:
-    """Return the JSON schema of params.yaml, for editors; every field of a run is optional."""
+    """Return the JSON schema of params.yaml, for editors. All fields of a run are optional."""
     schema = Params.model_json_schema()
     run = json.loads(json.dumps(schema["$defs"]["Run"]))
     run.pop("required")
     schema["$defs"]["RunOverrides"] = run
     schema["properties"]["runs"]["patternProperties"] = {
-        pattern: {"$ref": "#/$defs/RunOverrides"} for pattern in schema["properties"]["runs"]["patternProperties"]
+        pattern: {"anyOf": [{"$ref": "#/$defs/RunOverrides"}, {"type": "null"}]}
+        for pattern in schema["properties"]["runs"]["patternProperties"]
     }
     schema["$defs"]["Run"]["required"].remove("seed")  # the default is the file's seed
     for name in ("Run", "RunOverrides", "Phase"):
@@ -140,8 +107,8 @@ def _override(raw: dict[str, Any], override: str) -> None:
     if not equals or not dotted:
         raise UserError(f"Found the override {override!r}, expected PATH=VALUE such as train.batch_size=64.")
     try:
-        value = yaml.load(text[: MAX_BYTES + 1], Loader)
-    except Exception:  # as above
+        value = load_yaml(text[: MAX_BYTES + 1])
+    except YAMLError:
         raise UserError(f"Found the override {override!r}, whose value is not YAML.") from None
     *parents, last = dotted.split(".")
     if len(parents) > MAX_DEPTH:
@@ -167,18 +134,23 @@ def _is_index(text: str, values: Any) -> bool:
 
 
 def _explain(path: Path, raw: dict[str, Any], error: ValidationError) -> str:
-    lines = []
+    mistakes: dict[str, list[str]] = {}  # what was found where: what was expected, by each branch of a union
     for problem in error.errors(include_url=False):
         place = list(problem["loc"])
         while problem["type"] != "missing" and not _exists(raw, place):
-            place.pop()  # pydantic appends names for the branches of a union
+            place.pop()  # pydantic appends the names of union branches
         field = list(problem["loc"][:3])  # runs, a name, a field
         if field[:1] == ["runs"] and len(field) == 3 and field[2] != "[key]" and not _exists(raw, field):
             continue  # inherited from train, and reported there
-        lines.append(f"  {_explain_one(raw, place, problem)}")
-    lines = list(dict.fromkeys(lines))
+        found, _, expected = _explain_one(raw, place, problem).partition(", expected ")
+        mistakes.setdefault(found, []).append(expected)
+    lines = [
+        f"{found}{', expected ' * any(expected)}{' or '.join(dict.fromkeys(expected))}"
+        for found, expected in mistakes.items()
+    ]
+    shown = "".join(f"\n  {line}" for line in lines[:SHOWN])
     more = f"\n  and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
-    return f"Found {len(lines)} mistake{'s' * (len(lines) != 1)} in {path}:\n" + "\n".join(lines[:SHOWN]) + more
+    return f"Found {len(lines)} mistake{'s' * (len(lines) != 1)} in {path}:{shown}{more}"
 
 
 def _explain_one(raw: Any, place: list[Any], problem: Any) -> str:
@@ -188,22 +160,9 @@ def _explain_one(raw: Any, place: list[Any], problem: Any) -> str:
         near = difflib.get_close_matches(str(place[-1]), fields, n=1)
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(fields)}"
         return f"{dotted}: found an unknown field, {hint}"
-    if problem["type"] == "missing":
-        return f"{dotted}: found nothing, expected a value"
-    expected = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error":
-        return f"{dotted}: {expected}" if dotted else expected
-    expected = expected.replace("Input should be", "expected").replace("String should", "expected text that should")
-    found = problem["input"]
-    note = ""
-    if isinstance(found, str) and _is_number(found):
-        note = f"; YAML reads {found} as text: write {float(found):.1e}"
-    return f"{dotted}: found {_short(found)}, {expected}{note}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= SHOWN_VALUE else f"{text[:SHOWN_VALUE]}..."
+    if problem.get("ctx", {}).get("pattern") == NAME:
+        return f"{dotted}: found the name {show_value(problem['input'])}, {NAME_RULE}"
+    return f"{dotted}: {describe_mistake(problem)}" if dotted else describe_mistake(problem)
 
 
 def _exists(raw: Any, place: list[Any]) -> bool:
@@ -238,11 +197,3 @@ def _section_in(annotation: Any) -> Any:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((found for found in map(_section_in, get_args(annotation)) if found), None)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

@@ -1,4 +1,4 @@
-"""Params around training: images, encoding, reference, samples, evaluation, imports."""
+"""Params of everything around training: images, encoding, reference, samples, evaluation, imports."""
 
 from typing import Annotated, Literal
 
@@ -21,22 +21,25 @@ class Data(Section):
     """Side of the square images after the ADM center crop, in pixels."""
     channels: Literal[1, 3]
     """1: gray, 3: RGB; images of other modes are converted."""
+    orientation: Literal["ignore", "apply"]
+    """Of EXIF. ignore: pixels as stored, as ADM reads ImageNet; apply: turned upright before the crop, as viewers show
+    a phone's photos. `prepare` says how many images carry one."""
     mirror: bool
-    """Also encode each image mirrored left to right; training draws either with equal probability."""
+    """Also encode each image mirrored left to right; training draws one of the two with equal probability."""
     min_images: Count
-    """Fewer images are an error."""
+    """Minimum number of images; fewer are an error."""
 
 
 class Encode(Section):
     """Images to latents."""
 
     batch_size: Count
-    """Images per forward pass; fixed, because the rounding of convolutions depends on the batch size."""
+    """Images per forward pass. It changes numbers, since the rounding of convolutions depends on the batch size."""
     precision: Literal["fp32", "bf16"]
 
 
 class FeatureClassifier(Section):
-    """The small convolutional classifier whose features stand in for Inception's on small images."""
+    """The small convolutional classifier whose features replace Inception's for small images."""
 
     widths: Annotated[tuple[Count, ...], Field(strict=False, min_length=1)]
     """Channels of its stride-2 convolutions."""
@@ -54,7 +57,7 @@ class Reference(Section):
 
     classifier: FeatureClassifier
     thumbnails: Count
-    """Training images kept, at 32x32 pixels at most, to find copies of them among samples."""
+    """Number of training images kept, at up to 32x32 pixels, to find copies of them among samples."""
 
 
 class Sample(Section):
@@ -66,7 +69,7 @@ class Sample(Section):
     classes: Count
     """Number of classes in the grid, counted from the first."""
     micro_batch: Count
-    """Samples per forward pass in every stage that samples; fixed, so that image i does not depend on its batch."""
+    """Samples per forward pass in every stage that samples. Fixed, so that image i does not depend on the batch."""
     keep_images: bool
     """Also write the evaluated images, as samples/RUN/images/000000.png and so on."""
 
@@ -77,7 +80,7 @@ class AdmReference(Section):
     file: str
     """Name of the file in the weights folder."""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
-    """Expected hash; null: any; the hash found is recorded in every protocol."""
+    """Expected hash; null: any. The protocol of every measurement records the hash found."""
 
 
 class Evaluate(Section):
@@ -87,23 +90,23 @@ class Evaluate(Section):
     """Number of samples, balanced over the classes."""
     seed: Seed
     features: Annotated[tuple[Features, ...], Field(strict=False, min_length=1)]
-    """Feature networks in which distances are measured."""
+    """Feature networks whose features distances are measured with."""
     kid_subsets: Count
     kid_subset_size: Annotated[int, Field(ge=2, le=10**9)]
     dinov2_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
-    """Expected hash of dinov2_vitl14.safetensors; null: unknown; dinov2 then fails and names the hash found."""
+    """Expected hash of dinov2_vitl14.safetensors. With null, dinov2 fails and names the hash found."""
     adm_reference: AdmReference | None
     """Statistics to compare inception_legacy_tensorflow with; null: those of the training images."""
 
 
 class Imported(Section):
-    """A generator trained elsewhere, sampled and evaluated like the trained ones.
+    """A generator trained elsewhere, sampled and evaluated like the runs.
 
-    nfe, form and repeats are required where the tensors are ambiguous: several steps and repeated blocks look alike.
+    nfe or repeats is required where the tensors are ambiguous: several steps and repeated blocks have the same tensors.
     """
 
     file: str
-    """Weights with the released key names: .pth or .pt with tensors only, or .safetensors."""
+    """Weights with the released key names, in a .pth or .pt file of only tensors, or a .safetensors file."""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     """Expected hash of the file."""
     nfe: Annotated[int, Field(ge=1, le=1024)] | Literal["any"] | None = None

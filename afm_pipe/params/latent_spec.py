@@ -1,6 +1,6 @@
-"""What a latent space looks like to everything that stores, draws, generates or decodes latents.
+"""The description of a latent space, for all code that stores, draws, generates or decodes latents.
 
-Legend: B images of a batch, c, h, w channels, height and width of a latent, C, H, W of an image.
+Legend: B batch size; c, h, w channels, height and width of a latent; C, H, W of an image.
 """
 
 from dataclasses import dataclass
@@ -16,35 +16,34 @@ class LatentSpec:
 
     shape: tuple[int, int, int]  # (c, h, w)
     stochastic: bool
-    """Encoding gives a mean and a standard deviation, which training samples from; else it gives the latent itself."""
+    """Whether the encoder outputs a mean and a standard std to sample from, rather than the latent itself."""
     scaling_factor: float | None = 1.0
-    """Factor on latents that brings them to about unit variance; None in params that leave it to be measured."""
+    """Factor on latents that gives them about unit variance; None where params say `measured`."""
     mean: "Tensor | None" = None  # broadcasts to (c, h, w)
-    """Subtracted from latents, element by element, before they are divided by `deviation`."""
-    deviation: "Tensor | None" = None  # of the shape of mean
+    """Subtracted elementwise from latents before they are divided by `std`."""
+    std: "Tensor | None" = None  # same shape as mean
     image_range: tuple[float, float] = (-1.0, 1.0)
-    """Pixel values that 0 and 255 stand for."""
+    """Pixel values that 0 and 255 map to."""
 
     @property
     def encoded_shape(self) -> tuple[int, int, int]:
-        """Shape of what encoding gives: mean and standard deviation, one after the other along the channels, or a
-        latent."""
+        """Shape of the encoder's output: mean and standard std, concatenated along channels, or the latent."""
         channels, height, width = self.shape
         return (2 * channels if self.stochastic else channels), height, width
 
     def normalize(self, latents: "Tensor") -> "Tensor":
-        """Bring latents (B, c, h, w) of the autoencoder to about zero mean and unit variance."""
+        """Normalize the autoencoder's latents (B, c, h, w) to about zero mean and unit variance."""
         assert self.scaling_factor is not None
-        if self.mean is not None and self.deviation is not None:
-            latents = (latents - self.mean) / self.deviation
+        if self.mean is not None and self.std is not None:
+            latents = (latents - self.mean) / self.std
         return latents * self.scaling_factor
 
     def denormalize(self, latents: "Tensor") -> "Tensor":
         """Undo `normalize`, on the latents' device."""
         assert self.scaling_factor is not None
         latents = latents / self.scaling_factor
-        if self.mean is not None and self.deviation is not None:
-            latents = latents * self.deviation.to(latents.device) + self.mean.to(latents.device)
+        if self.mean is not None and self.std is not None:
+            latents = latents * self.std.to(latents.device) + self.mean.to(latents.device)
         return latents
 
     def to_pixels(self, images: "Tensor") -> "Tensor":

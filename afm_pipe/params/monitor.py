@@ -1,32 +1,32 @@
-"""Params of the training monitor: when it measures, what counts as a failure, and what it does."""
+"""Params of the training monitor: when it measures, what counts as a failure, and how it reacts."""
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from afm_pipe.params.base import Count, Fraction, NotNegative, NotNegativeCount, Positive, Section
 
 
 class Probe(Section):
-    """Periodic measurement of quality: EMA samples against training latents, without decoding."""
+    """Periodic measurement of sample quality: EMA samples against training latents, without decoding."""
 
     every_epochs: Positive
     samples: Annotated[int, Field(ge=20)]
-    """Number of samples and of training latents, in equal shares of the classes; at most the data set's size."""
+    """Number of samples, and of training latents, in equal shares of the classes; at most the size of the data set."""
     updates: Count
-    """Training updates of the feature network, which classifies latents at full resolution, at the start of a run.
-    Guided runs use the classifier that guides them instead."""
+    """Updates that train the feature network, a classifier of latents at full resolution, at the start of a run. Guided
+    runs use their guidance classifier instead."""
     batch_size: Count
     """Latents per update of the feature network."""
     width: Count
-    """Channels of the feature network's first layer; later layers have up to four times as many."""
+    """Channels of the first layer of the feature network; later layers have up to four times as many."""
 
 
 class IdentityRule(Section):
     """G returns its noise: its transport distance, rms(G(z) - z) over the expected distance, is too small."""
 
     transport_rms: NotNegative
-    """Threshold; with several steps, of one step's distance times their number."""
+    """Threshold on the distance; with several steps, on one step's distance times the number of steps."""
 
 
 class DivergenceRule(Section):
@@ -41,13 +41,13 @@ class DivergenceRule(Section):
 
 
 class StagnationRule(Section):
-    """Quality stops improving while D wins: the trend of the last `probes` probes is worse than `improvement`."""
+    """Quality stops improving while D wins: the trend over the last `probes` probes is worse than `improvement`."""
 
     probes: Annotated[int, Field(ge=3)]
     improvement: Fraction
-    """Fraction of its distance by which a run improves from probe to probe; significantly less is a plateau."""
+    """Expected improvement from probe to probe, as a fraction of the distance; significantly less is a plateau."""
     d_accuracy: Fraction
-    """D wins above this accuracy on pairs."""
+    """D wins if its accuracy on pairs is above this."""
 
 
 class CollapseRule(Section):
@@ -56,50 +56,49 @@ class CollapseRule(Section):
     variance: NotNegative
     """Smallest variance of features within classes, over that of the data."""
     class_accuracy: NotNegative
-    """Smallest accuracy of the probe's network on the samples' classes, over that on the data."""
+    """Smallest accuracy of the feature network on samples, over its accuracy on the data."""
     drop: Fraction
-    """Fraction by which either falls below its mean over the probes before: some of the classes collapse."""
+    """Fraction by which variance or accuracy falls below its mean over earlier probes: some classes collapse."""
     probes: Count
-    """Consecutive probes below one of the thresholds."""
+    """Number of consecutive probes below one of the thresholds that raises the alarm."""
 
 
 class Reaction(Section):
-    """What the policy `act` does about a failure."""
+    """How the policy `act` reacts to a failure."""
 
     rollbacks: NotNegativeCount
-    """How often a diverging run returns to its last good probe before it fails."""
+    """Number of times that a diverging run rolls back to its last good probe before it fails."""
     lr: Annotated[float, Field(gt=0, le=1)]
-    """Factor of the learning rates after every rollback and every reload of D."""
+    """Factor on the learning rates at every rollback and every reload of D."""
     candidates: Count
-    """Earlier discriminators that a reload of D tries."""
+    """Number of earlier discriminators that a reload of D tries."""
     trial_epochs: Positive
-    """Epochs that each of them is tried for."""
+    """Epochs for which each of them is tried."""
     transport_speed: Annotated[float, Field(gt=1)]
-    """Speed-up of the transport weight's decay after each identity alarm; a weight that does not decay is divided by
-    this."""
+    """Speed-up of the decay of the transport weight at each identity alarm; divides a weight that no longer decays."""
 
 
 class Auto(Section):
     """`schedule: auto`: phases 2 and 3 (paper Table 11) begin, and training stops, when probes stop improving."""
 
     lr: Annotated[tuple[Positive, Positive], Field(strict=False)]
-    """Learning rates of phases 2 and 3 over that of phase 1; in the paper 0.8 and 0.3."""
+    """Learning rates of phases 2 and 3 over that of phase 1; 0.8 and 0.3 in the paper."""
     transport: NotNegative
     """Transport weight of phases 2 and 3; 0.001 in the paper (Table 11)."""
 
 
 class Monitor(Section):
-    """Rules that recognize a failing run, and what to do about it."""
+    """Rules that detect a failing run, and the reactions to it."""
 
     policy: Literal["off", "warn", "act"]
     """off: no probes and no rules; warn: log events; act: react to them too."""
     settle_epochs: NotNegative
-    """Epochs before which the identity rule and the rules on probes do not fire, since every run starts near a
-    failure."""
+    """Epochs at the start of a run in which the identity rule and the rules on probes do not fire, since every run
+    starts close to a failure."""
     significance: Positive
-    """Standard errors by which a probe's figure must lie beyond a limit."""
+    """Number of standard errors by which a probe's figure must be beyond a threshold."""
     rows: Count
-    """Rows of the curves that rules average over."""
+    """Number of rows of the curves that rules average over."""
     probe: Probe
     identity: IdentityRule
     divergence: DivergenceRule
@@ -107,6 +106,3 @@ class Monitor(Section):
     collapse: CollapseRule
     act: Reaction
     auto: Auto
-
-    # `off` is a string for DVC and false for PyYAML.
-    _off = field_validator("policy", mode="before")(lambda value: "off" if value is False else value)

@@ -1,4 +1,4 @@
-"""The objectives that `train.objective` may name, and the module that defines each; free of torch."""
+"""The objectives that `train.objective` may name, and the module of each. This module does not import torch."""
 
 OBJECTIVES = {
     # name              module

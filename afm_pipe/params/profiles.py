@@ -1,4 +1,4 @@
-"""Profiles: complete params files, one of which can replace params.yaml."""
+"""Profiles: complete params files that can replace params.yaml."""
 
 import re
 import shutil
@@ -14,7 +14,7 @@ SCHEMA = re.compile(r"\A(# yaml-language-server: \$schema=)\S*", re.ASCII)
 
 
 class Profile(NamedTuple):
-    """A params file under profiles/, described by its first comment."""
+    """A params file under profiles/; its first comment is the description."""
 
     name: str
     path: Path
@@ -25,16 +25,16 @@ class Switch(NamedTuple):
     """Result of activating a profile."""
 
     changed: bool
-    kept: Path | None  # copy of the old params.yaml
+    backup: Path | None  # copy of the old params.yaml
 
 
 def list_profiles(folder: Path = paths.PROFILES) -> list[Profile]:
-    """List the profiles in order of their names."""
+    """Return the profiles, sorted by name."""
     return [Profile(path.stem, path, _first_comment(path)) for path in sorted(folder.glob("*.yaml"))]
 
 
 def activate(name: str, folder: Path = paths.PROFILES, active: Path = paths.PARAMS) -> Switch:
-    """Replace the active params file by a profile, keeping a copy of the old file beside it.
+    """Replace the active params file with a profile, and keep a copy of the old file beside it.
 
     Does nothing if the profile is active already. Raises UserError for an unknown or invalid profile.
     """

@@ -1,9 +1,9 @@
-"""Keys of params.yaml that version 0.1 named differently, for the error that names the new key and for `migrate`."""
+"""Keys of params.yaml that changed since version 0.1, for error messages and for `migrate`."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-RENAMED = {  # the last parts of the old path: the new key
+RENAMED = {  # suffix of the old path: new key
     ("centring",): "logit_centering",
     ("watch",): "monitor",
     ("penalty", "share"): "batch_fraction",
@@ -13,7 +13,8 @@ RENAMED = {  # the last parts of the old path: the new key
     ("tables", "watch_healthy"): "monitor_healthy",
     ("tables", "watch_provoked"): "monitor_provoked",
 }
-ADDED = {  # the path of a required key that version 0.1 did not have: the value it implied, or one that is usual
+ADDED = {  # path of a required key that version 0.1 did not have: the implied or the usual value
+    ("data", "orientation"): "ignore",
     ("train", "objective"): "adversarial_flow",
     ("train", "discriminator_updates"): "1",
     ("train", "keep_discriminators"): "[]",
@@ -24,6 +25,7 @@ ADDED = {  # the path of a required key that version 0.1 did not have: the value
     ("train", "monitor", "probe", "width"): "24",
     ("train", "monitor", "collapse", "drop"): "0.3",
     ("train", "monitor", "auto", "transport"): "0.001",
+    ("toy", "strong_discriminator"): "null",
 }
 USER_NAMED = {"runs", "guided", "imported", "tables", "settings"}  # their keys are names, not fields
 

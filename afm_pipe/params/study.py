@@ -1,23 +1,23 @@
-"""Params of the study: tables as data. A table is a view over trials, small runs that differ in what its axes set."""
+"""Params of the study. A table is a view over trials: small runs that differ in the settings of the table's axes."""
 
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from afm_pipe.params.base import NAME, Fraction, Section, Seed, deep_merge
+from afm_pipe.params.base import EMPTY, NAME, Fraction, Section, Seed, deep_merge
 from afm_pipe.params.training import Phase, Run
 
-Overrides = dict[str, Any]  # fields of a run that override `train`; `then` and `steps` besides
+Overrides = Annotated[dict[str, Any], EMPTY]  # fields of a run that override `train`, and `then` and `steps`
 Label = Annotated[str, Field(min_length=1, max_length=60)]
 TableName = Annotated[str, Field(pattern=NAME)]
-MAX_TRIALS = 2000  # of a table; each is resolved whenever params are read
+MAX_TRIALS = 2000  # per table; all are resolved whenever params are read
 MAX_STEPS = 1024
 AlarmMeasure = Literal["identity_alarm", "divergence_alarm", "stagnation_alarm", "collapse_alarm"]
 Measure = Literal["distance", "accuracy", "trained", "diverged", "units", "alarms"] | AlarmMeasure
 
 
 class Place(NamedTuple):
-    """The place of a trial in a table; `column` is empty where the table has none."""
+    """The place of a trial in a table; `column` is empty in a table without columns."""
 
     row: str
     column: str
@@ -39,31 +39,31 @@ class TrialSpec(NamedTuple):
 
 
 class Axis(Section):
-    """One axis of a table: the settings it takes, by label."""
+    """An axis of a table: settings by label."""
 
     title: str
     settings: Annotated[dict[Label, Overrides], Field(min_length=1)]
-    """Label to the fields of a run that it sets. `then` holds a phase that continues the trained trial, as a guided run
-    does; `steps` is the number of steps at which an any-step model is measured."""
+    """Fields of a run, by label. `then` is a phase that continues the trained trial, like a guided run; `steps` is the
+    number of sampling steps with which an any-step model is measured."""
 
 
 class Group(Section):
-    """Trials of a table, selected by the labels of its axes; an axis left out selects all of it."""
+    """Trials of a table, selected by labels of its axes; an omitted axis selects all of its labels."""
 
     rows: Annotated[tuple[Label, ...], Field(strict=False)] | None = None
     columns: Annotated[tuple[Label, ...], Field(strict=False)] | None = None
 
     def selects(self, row: str, column: str) -> bool:
-        """Return whether the trials of a row and column belong to the group."""
+        """Return whether the trials at a row and column belong to the group."""
         return (self.rows is None or row in self.rows) and (self.columns is None or column in self.columns)
 
 
 class Check(Section):
-    """A claim that the trials decide: the measure of `less` is below that of `than`, seed by seed.
+    """A claim to test on trials: for each seed, the measure of `less` is below that of `than`.
 
-    distance is compared by its logarithm; trained and diverged are fractions of trials; units are the forward passes of
-    G that an update costs; alarms is the number of kinds of alarms that the monitor raised; identity_alarm and the like
-    are the fraction of trials with an alarm of that kind.
+    Distances are compared by their logarithm. trained and diverged are fractions of trials; units is the cost of an
+    update in forward passes of G; alarms is the number of kinds of alarms that the monitor raised; identity_alarm and
+    the like are the fractions of trials with an alarm of that kind.
     """
 
     claim: str
@@ -78,9 +78,9 @@ class StudyTable(Section):
     title: str
     question: str
     paper: str | None
-    """Key of the paper's own numbers in published.yaml, shown beside; null: there are none."""
+    """Key in published.yaml of the paper's numbers, shown for comparison; null: there are none."""
     base: Overrides
-    """What its trials share; overrides `study.base`."""
+    """Settings that all its trials share; overrides `study.base`."""
     rows: Axis
     columns: Axis | None
     seeds: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1)]
@@ -105,7 +105,7 @@ class StudyTable(Section):
 
     @property
     def column_settings(self) -> dict[Label, Overrides]:
-        """The settings of its columns; a single empty label where it has none."""
+        """Settings by column label; a single empty label in a table without columns."""
         return self.columns.settings if self.columns else {"": {}}
 
     @property
@@ -119,18 +119,18 @@ class StudyTable(Section):
         return [Place(*cell, seed) for seed in self.seeds for cell in self.cells]
 
     def trial(self, place: Place, train: Overrides, shared: Overrides) -> TrialSpec:
-        """Resolve a trial: `train`, overridden by what the trials of all tables share, then by this table.
+        """Resolve a trial: `train`, overridden by `shared` (settings of all tables), then by this table.
 
-        Raises ValueError, or pydantic's ValidationError, for a run that cannot be.
+        Raises ValueError, or pydantic's ValidationError, if the run is invalid.
         """
-        own = shared
+        fields = shared
         for overrides in (self.base, self.rows.settings[place.row], self.column_settings[place.column]):
-            own = deep_merge(own, overrides)
-        own = own | {"seed": place.seed}
-        then, steps = own.pop("then", None), own.pop("steps", None)
+            fields = deep_merge(fields, overrides)
+        fields = fields | {"seed": place.seed}
+        then, steps = fields.pop("then", None), fields.pop("steps", None)
         if steps is not None and (type(steps) is not int or not 1 <= steps <= MAX_STEPS):
             raise ValueError(f"steps: expected a number from 1 to {MAX_STEPS}, found {steps!r:.40}")
-        run = base = Run.model_validate(deep_merge(train, own))
+        run = base = Run.model_validate(deep_merge(train, fields))
         if then is not None:
             run = base.model_copy(update={"phases": (*base.phases, Phase.model_validate(then))})
         return TrialSpec(place, base, run, steps)
@@ -140,10 +140,10 @@ class Study(Section):
     """How trials are measured."""
 
     samples: Annotated[int, Field(ge=10, le=10**9)]
-    """Samples drawn at each probe of a trial: at a third of its updates, at the end of every phase, at its own end."""
+    """Samples per measurement of a trial: at a third of its updates, at the end of every phase, and at the end."""
     trained: Fraction
-    """A trial counts as trained from this class accuracy of its samples."""
+    """A trial counts as trained if the class accuracy of its samples is at least this."""
     collapsed: Fraction
-    """A trial that ends with no more than this class accuracy has diverged, for whatever reason."""
+    """A trial counts as diverged, for whatever reason, if its final class accuracy is at most this."""
     base: Overrides
-    """What the trials of all tables share; overrides `train`."""
+    """Settings that the trials of all tables share; overrides `train`."""

@@ -9,32 +9,41 @@ from afm_pipe.params.training import Ema, Penalty
 
 
 class ToyGuidance(Section):
-    """The class-conditional part: one class per mode, with the exact classifier."""
+    """The class-conditional experiment: one class per mode, guided by the exact classifier."""
 
     pairs: Count
     transport: NotNegative
-    """lambda_ot; small, since each class has one mode and the transport loss draws it toward 0."""
+    """lambda_ot; small, since each class is one mode, which the transport loss pulls toward 0."""
     scale: NotNegative
-    """lambda_cg of both plain and flow-based guidance."""
+    """lambda_cg of plain and of flow-based guidance."""
     t: Annotated[tuple[Fraction, Fraction], Field(strict=False)]
     """Range of target times t' of flow-based guidance; plain guidance has t' = 0."""
     cfg_scale: Positive
-    """Scale of the exact classifier-free guidance to compare with; 1 is no guidance."""
+    """Scale of the exact classifier-free guidance used for comparison; 1 is no guidance."""
+
+
+class StrongDiscriminator(Section):
+    """One-step models against ever stronger discriminators, with and without transport and gradient normalization."""
+
+    updates: Annotated[tuple[Count, ...], Field(strict=False, min_length=2)]
+    """Updates of D to one of G, ascending; the last stands for a D at its optimum."""
+    pairs: Count
+    """Updates of G."""
 
 
 class Toy(Section):
-    """The 1-D toy experiment, where the optimal map is known (paper Figures 1 to 3); without gradient normalization."""
+    """The 1-D toy experiment, where the optimal map is known (paper Figures 1 to 3). No gradient normalization."""
 
     seeds: Annotated[int, Field(ge=2)]
-    """Networks trained per setting, all at once."""
+    """Networks trained per setting, in parallel."""
     width: Count
     """Width of the four hidden layers of G and D; 1024 in the paper."""
     batch_size: Count
     """1024 in the paper."""
     pairs: Count
-    """Updates of D, and of G; 5,000 of each in the paper."""
+    """Number of updates of D, and of G; 5,000 each in the paper."""
     flow_updates: Count
-    """Updates of flow matching; each costs about a fifth of a pair."""
+    """Updates of flow matching; each costs about a fifth of a pair of updates of D and G."""
     lr: Positive
     """Learning rate of Adam; 1e-4 in the paper."""
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)]
@@ -45,12 +54,14 @@ class Toy(Section):
     transport: Positive
     """lambda_ot of adversarial flow models, constant."""
     steps: Annotated[tuple[Count, ...], Field(strict=False, min_length=1)]
-    """Numbers of steps: one adversarial flow model is trained for each, and flow matching is sampled with each."""
+    """Step counts: one adversarial flow model is trained for each, and flow matching is sampled with each."""
     sweep: Annotated[tuple[Positive, ...], Field(strict=False)]
-    """Further values of lambda_ot for one-step models; 0, the GAN, is always trained."""
+    """Additional values of lambda_ot for one-step models; 0, the GAN, is always trained."""
     guidance: ToyGuidance
+    strong_discriminator: StrongDiscriminator | None
+    """Null: not trained; each of its updates costs about half a pair."""
     points: Count
-    """Number of noise values, at equally spaced quantiles of N(0, 1), that maps are measured on."""
+    """Number of noise values, at equally spaced quantiles of N(0, 1), at which maps are evaluated."""
 
     @model_validator(mode="after")
     def _check(self) -> "Toy":

@@ -10,12 +10,12 @@ from afm_pipe.params.objectives import OBJECTIVES
 from afm_pipe.params.sizes import SIZES
 
 BF16_EPSILON = 0.05
-"""Smallest finite-difference step of the penalties in bf16. On discriminators of the default, rounding makes R1 46 to
-77 % larger at 0.01 and up to 4 % at 0.05; in fp32 a step of 0.05 makes R1 3 to 5 % larger than one of 0.01."""
+"""Smallest finite-difference step of the penalties in bf16. On discriminators of the default profile, rounding makes R1
+46 to 77 % larger with a step of 0.01 and up to 4 % with 0.05; in fp32, 0.05 makes R1 3 to 5 % larger than 0.01."""
 
 
 class Transport(Section):
-    """Weight of the optimal transport loss (lambda_ot): a cosine from start to end, or a constant number."""
+    """Weight of the optimal transport loss (lambda_ot): a cosine from start to end, or a constant."""
 
     start: NotNegative
     end: NotNegative
@@ -27,26 +27,26 @@ class Penalty(Section):
     """Finite-difference gradient penalties R1 and R2 (paper section 3)."""
 
     weight: NotNegative
-    """lambda_gp, of R1 and of R2."""
+    """lambda_gp, the weight of R1 and of R2."""
     batch_fraction: Annotated[float, Field(gt=0, le=1)]
-    """Fraction of the batch that they are computed on."""
+    """Fraction of the batch on which they are computed."""
     epsilon: Positive
     """Finite-difference step."""
 
 
 class LazyPenalty(Penalty):
-    """Gradient penalties that may be computed lazily."""
+    """Gradient penalties, optionally lazy."""
 
     every: Count
-    """Compute them in every N-th update, with N times the weight; 1 in the paper."""
+    """Compute them every N updates, with N times the weight; 1 in the paper."""
     precision: Literal["fp32", "bf16"]
-    """Of D's forward pass for the penalties where the run is in bf16. fp32: a pass of their own over the penalized
-    images, real and generated, each before and after its step, so that epsilon stays 0.01; bf16: D's one pass, which
-    needs a larger epsilon."""
+    """Precision of D's forward pass for the penalties in a bf16 run. fp32: a separate pass over the penalized real and
+    generated images, each before and after its finite-difference step, so that epsilon can stay 0.01; bf16: part of D's
+    only pass, which needs a larger epsilon."""
 
 
 class GradientNormalization(Section):
-    """Normalization of the adversarial gradient at G's output."""
+    """Normalization of the adversarial gradient at the output of G."""
 
     enabled: bool
     decay: Fraction
@@ -58,7 +58,7 @@ class Ema(Section):
 
     decay: Fraction
     warmup: bool
-    """Use min(decay, (1 + i) / (10 + i)) in update i."""
+    """Use min(decay, (1 + i) / (10 + i)) at update i."""
 
 
 class Guidance(Section):
@@ -67,9 +67,9 @@ class Guidance(Section):
     scale: NotNegative
     """lambda_cg."""
     t: Annotated[tuple[Fraction, Fraction], Field(strict=False)] | None = None
-    """One step: range of the time t' to which the output is noised before the classifier sees it."""
+    """One step: range of t', the time to which the output is noised before the classifier sees it."""
     at: Annotated[tuple[Fraction, ...], Field(strict=False, min_length=1)] | None = None
-    """Several steps: target times at which to guide; the classifier sees the output as it is."""
+    """Several steps: target times at which to guide; the classifier sees the output unchanged."""
 
     @model_validator(mode="after")
     def _one_of(self) -> "Guidance":
@@ -81,31 +81,31 @@ class Guidance(Section):
 
 
 class Augmentation(Section):
-    """Discriminator augmentation in latent space, the same for a real and a generated latent (paper section 3)."""
+    """Augmentation of D's inputs in latent space, the same for real and generated latents (paper section 3)."""
 
     probability: Fraction
-    """Probability of the translation, and of each erasing."""
+    """Probability of the translation, and of each erased rectangle."""
     translate: Fraction
-    """Largest translation, right and down, as a fraction of the side, in whole latent pixels, padded with zeros."""
+    """Largest translation to the right and down, as a fraction of the side; in whole latent pixels, zero-padded."""
     erasings: NotNegativeCount
-    """Number of rectangles that may be set to zero."""
+    """Number of rectangles that may be erased (set to zero)."""
     area: Annotated[tuple[Fraction, Fraction], Field(strict=False)]
-    """Smallest and largest fraction of the latent that one erasing covers."""
+    """Smallest and largest area of a rectangle, as a fraction of the latent."""
 
 
 class Selection(Section):
-    """The choice of the moving average by distance, as the paper reports the epoch with the best FID."""
+    """Selection of the best EMA weights by distance; the paper reports the epoch with the best FID."""
 
     every_epochs: Positive
     samples: Annotated[int, Field(ge=100)]
-    """Drawn from noise of their own, apart from the evaluation's, and measured in the first of evaluate.features."""
+    """Samples per measurement, from noise separate from the evaluation's, in the first of evaluate.features."""
 
 
 class Phase(Section):
     """A part of a run's schedule (paper Table 11)."""
 
     until_epoch: Epochs
-    """End of the phase; in an epoch G sees as many images as the data set has."""
+    """End of the phase. In one epoch G sees as many images as the data set has."""
     lr: Positive | None = None
     """Default: the run's."""
     lr_discriminator: Positive | None = None
@@ -113,13 +113,13 @@ class Phase(Section):
     transport: Transport | None = None
     """Default: the run's."""
     gradient_clip: Positive | None = None
-    """Largest gradient norm of G and of D, each."""
+    """Largest gradient norm, of G and of D separately."""
     reload_ema: Literal["never", "epoch"] = "never"
-    """epoch: replace G by its EMA at the start of the phase and after every epoch."""
+    """epoch: replace the weights of G by their EMA at the start of the phase and after every epoch."""
     reload_discriminator: Epochs | Literal["stall"] | None = None
-    """Replace D at the start of the phase by its state at this epoch, in a guided run one of its base's
-    keep_discriminators. stall: whenever the monitor's stagnation rule fires in this phase, replace D by the earlier D
-    that does best in a short trial."""
+    """Epoch: at the start of the phase, replace D by its weights at this epoch (in a guided run, one of the base run's
+    keep_discriminators). stall: whenever the stagnation rule of the monitor fires in this phase, replace D by the
+    earlier D that does best in a short trial."""
     guidance: Guidance | None = None
     augment: Augmentation | None = None
 
@@ -127,14 +127,14 @@ class Phase(Section):
 
 
 class Run(Section):
-    """All settings of a run: the `train` section merged with the run's own fields."""
+    """All settings of a run: the `train` section overridden by the run's own fields."""
 
     seed: Seed
     objective: Literal[tuple(OBJECTIVES)]  # type: ignore[valid-type]  # pydantic reads the names from the table
     """The method: losses, networks and updates."""
     size: Literal[tuple(SIZES)]  # type: ignore[valid-type]  # pydantic reads the names from the table
     nfe: Annotated[int, Field(ge=1, le=1024)] | Literal["any"]
-    """Number of steps from noise to data that G is trained for; any: every pair of times."""
+    """Number of sampling steps that G is trained for; any: every pair of times."""
     form: Literal["direct", "residual"]
     """direct: G(x_s) = g(x_s); residual: G(x_s) = x_s - (s - t) g(x_s) (paper section 3)."""
     repeats: Literal[1, 2, 4]
@@ -142,23 +142,23 @@ class Run(Section):
     qk_norm: bool
     """RMS-normalize queries and keys in G and D, for stable bf16 training."""
     precision: Literal["fp32", "bf16"]
-    """Of matrix products inside blocks; weights, activations between blocks, logits and losses are float32. bf16 needs
-    qk_norm for stability; penalty.precision is the penalties' own."""
+    """Precision of matrix products inside blocks; weights, activations between blocks, logits and losses are float32.
+    bf16 needs qk_norm for stability. The penalties have their own, penalty.precision."""
     condition_on_source: bool
-    """Concatenate G's input to D's input. The paper does not: training oscillates or diverges."""
+    """Concatenate G's input to D's input. Off in the paper: with it, training oscillates or diverges."""
     discriminator_updates: Count
-    """D's updates to one of G, each on a batch of its own; 1 in the paper, `ttur` in its release."""
+    """Updates of D per update of G, each on its own batch; 1 in the paper, `ttur` in the released code."""
     reuse_forward: bool
-    """Train D and G on one batch with one forward pass of G; the paper draws a batch for each."""
+    """Train D and G on the same batch with one forward pass of G; the paper draws separate batches."""
     label_noise: Fraction
-    """Fraction of labels replaced by random ones, drawn for each batch; 0 in the paper. With 1, classes cannot be
-    learned: a failure that the monitor should notice."""
+    """Fraction of labels replaced by random labels in each batch; 0 in the paper. With 1, classes cannot be learned, a
+    failure that the monitor should detect."""
     batch_size: Count
-    """Global batch size, over all devices, of each of the updates of D and G."""
+    """Global batch size, over all devices, of each update of D and of G."""
     lr: Positive
     betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)]
     eps: Positive
-    """Of AdamW."""
+    """Epsilon of AdamW."""
     weight_decay: NotNegative
     ema: Ema
     penalty: LazyPenalty
@@ -167,13 +167,13 @@ class Run(Section):
     transport: Transport
     gradient_normalization: GradientNormalization
     keep_discriminators: Annotated[tuple[Epochs, ...], Field(strict=False)]
-    """Epochs at which D is kept beside the model, for guided runs that put D back to one of them."""
+    """Epochs at which the weights of D are kept beside the model, for guided runs that reload them."""
     schedule: Literal["fixed", "auto"]
-    """fixed: the phases as given; auto: one phase, whose until_epoch is an upper bound, and the monitor decides when
-    phases 2 and 3 of the paper begin and when training stops."""
+    """fixed: the given phases; auto: one phase, whose until_epoch is an upper bound: the monitor decides when phases 2
+    and 3 of the paper begin and when training stops."""
     phases: Annotated[tuple[Phase, ...], Field(strict=False, min_length=1)]
     selection: Selection | None
-    """Choose the moving average that is best by distance; null: the run's end."""
+    """Select the EMA weights with the smallest distance; null: use the weights at the end of the run."""
     monitor: Monitor
 
     _number = field_validator("transport", mode="before")(lambda value: _constant_transport(value))
@@ -197,8 +197,8 @@ class Run(Section):
         late = [epoch for epoch in self.keep_discriminators if epoch > ends[-1]]
         if late:
             raise ValueError(f"expected keep_discriminators up to the last epoch, {ends[-1]:g}, found {late[0]:g}")
-        waits = any(phase.reload_discriminator == "stall" for phase in self.phases)
-        if waits and self.monitor.policy == "off":
+        reloads_on_stall = any(phase.reload_discriminator == "stall" for phase in self.phases)
+        if reloads_on_stall and self.monitor.policy == "off":
             raise ValueError("expected monitor.policy warn or act, since a phase reloads D on a stall; found off")
         if self.schedule == "auto" and len(self.phases) > 1:
             raise ValueError(
@@ -206,7 +206,7 @@ class Run(Section):
             )
         if self.schedule == "auto" and self.selection is not None:
             raise ValueError(
-                "expected selection null with schedule auto, which ends with the average of the best probe"
+                "expected selection null with schedule auto, which ends with the EMA weights of the best probe"
             )
         if self.precision == self.penalty.precision == "bf16" and self.penalty.epsilon < BF16_EPSILON:
             raise ValueError(
@@ -227,19 +227,19 @@ class Run(Section):
 
 
 class Guided(Phase):
-    """One more phase of a trained run, usually guided (phase 4 of the paper).
+    """A further phase of a trained run, usually with guidance (phase 4 of the paper).
 
-    G starts from the base's EMA weights, D from its last weights; epochs continue from the base's end.
+    G starts from the base run's EMA weights, D from its last weights; epochs count on from the end of the base run.
     """
 
     base: Annotated[str, Field(alias="from")]
     """The run to continue."""
     seed: Seed | None = None
-    """Default: the base's."""
+    """Default: the seed of the base run."""
 
 
 class Affine(Section):
-    """Random affine augmentation of a classifier's inputs."""
+    """Random affine augmentation of the classifier's inputs."""
 
     probability: Fraction
     degrees: NotNegative

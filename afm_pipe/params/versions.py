@@ -1,4 +1,4 @@
-"""The declared versions of the code, and what rests on them: the identity of a run, and the code a result records."""
+"""The declared versions of the code, and what depends on them: identities of runs, and the code that results record."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -6,20 +6,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from afm_pipe.params import Params, Run
 from afm_pipe.params.sizes import SIZES
+from afm_pipe.params.yaml import load_yaml
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.files import read_json, write_json
 from afm_pipe.runtime.identity import fingerprint, source_digest
 
-SHOWN = 5  # names in a notice, of each kind
+SHOWN = 5  # names per kind of notice
 FILE = Path(__file__).with_name("versions.yaml")
 
 Part = Literal["data", "autoencoder", "objective", "sampling", "evaluation", "tables"]
 
-# The parts of the code that shape the numbers of each stage: dvc.yaml lists the same.
+# The parts of the code that affect the numbers of each stage, as in dvc.yaml.
 PARTS: Mapping[str, tuple[Part, ...]] = {
     "prepare": ("data",),
     "autoencoder": ("data", "autoencoder"),
@@ -34,8 +33,8 @@ PARTS: Mapping[str, tuple[Part, ...]] = {
     "toy": ("objective", "tables"),
 }
 
-# The packages that hold the source of each part.
-ROOMS: Mapping[Part, tuple[str, ...]] = {
+# The packages with the source of each part.
+PACKAGES: Mapping[Part, tuple[str, ...]] = {
     "data": ("data",),
     "autoencoder": ("autoencoders",),
     "objective": ("models", "objectives", "training"),
@@ -48,7 +47,7 @@ ROOMS: Mapping[Part, tuple[str, ...]] = {
 @cache
 def declared() -> dict[str, int]:
     """Return every declared version."""
-    return yaml.safe_load(FILE.read_text(encoding="utf-8"))["versions"]
+    return load_yaml(FILE.read_text(encoding="utf-8"))["versions"]
 
 
 def versions(stage: str) -> dict[str, int]:
@@ -57,7 +56,7 @@ def versions(stage: str) -> dict[str, int]:
 
 
 def origin_files(params: Params, name: str) -> dict[str, Path]:
-    """Return what a run starts from, is guided by and is chosen by, if anything, by name."""
+    """Return the input files of a run besides latents, by role: weights to start from, classifier, reference."""
     files = {}
     if name in params.guided:
         guided = params.guided[name]
@@ -72,37 +71,38 @@ def origin_files(params: Params, name: str) -> dict[str, Path]:
 
 
 def run_identity(run: Run, latent_shape: tuple[int, ...], latents: str, origins: Mapping[str, str]) -> str:
-    """Return the fingerprint of a run: its params, the latents' own, and the hashes of what it starts from."""
+    """Return the identity of a run: a hash of its params, the latents' fingerprint and the hashes of its inputs."""
     settings = {"run": run.model_dump(mode="json"), "size": SIZES[run.size], "latent_shape": latent_shape}
-    measured = {} if run.selection is None else versions("evaluate")  # what the selection measures with
+    measured = {} if run.selection is None else versions("evaluate")  # the selection measures distances
     return fingerprint(settings, {"latents": latents, **origins}, versions("train") | measured)
 
 
-def code(stage: str) -> dict[str, str]:
-    """Return what a result of a stage records: for each part of the code its version and a digest of its source."""
-    return {part: f"v{declared()[part]} {source_digest(*ROOMS[part])}" for part in PARTS[stage]}
+def code_record(stage: str) -> dict[str, str]:
+    """Return the code that results of a stage record: by part, its version and a digest of its source."""
+    return {part: f"v{declared()[part]} {source_digest(*PACKAGES[part])}" for part in PARTS[stage]}
 
 
-def begun_with(folder: Path, stage: str) -> dict[str, str]:
-    """Return the code that the work in a folder was begun with; in a new folder that is today's, and is recorded."""
+def recorded_code(folder: Path, stage: str) -> dict[str, str]:
+    """Return the code recorded when work in a folder began; record the current code in a new folder."""
     path = folder / "code.json"
     if not path.is_file():
-        write_json(path, code(stage))
+        write_json(path, code_record(stage))
     return read_json(path)
 
 
 def code_notice(recorded: Iterable[tuple[str, Any]]) -> str | None:
-    """Return one line on the results, by name, made by other source than today's under an equal version, if any.
+    """Return one line naming results made by different source code under the same version, or None.
 
-    Results that record no code are named last: what version 0.1 made.
+    `recorded` is (name of a result, code it records). The line ends with results that record no code, such as those of
+    version 0.1.
     """
-    today = code("table")
+    current = code_record("table")
     changed: dict[str, list[str]] = {}
     unknown = []
     for name, codes in recorded:
         known = {part: was for part, was in codes.items() if _is_code(was)} if isinstance(codes, dict) else {}
         for part, was in known.items():
-            now = today.get(part, "")
+            now = current.get(part, "")
             if was != now and was.split()[0] == now.partition(" ")[0]:
                 changed.setdefault(f"{part} {was.split()[1]}, now {now.split()[1]}", []).append(name)
         if not known:
@@ -111,7 +111,7 @@ def code_notice(recorded: Iterable[tuple[str, Any]]) -> str | None:
     if changed:
         listed = "; ".join(f"{_names(names)} ({what})" for what, names in sorted(changed.items()))
         lines.append(
-            f"Made by other source code than today's under an equal version: {listed}. If it changes numbers, raise "
+            f"Made by different source code under the same version: {listed}. If the change affects numbers, raise "
             "the version in afm_pipe/params/versions.yaml."
         )
     if unknown:

@@ -1,12 +1,13 @@
 """Look up a run, its model, its data and its budget."""
 
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from afm_pipe.params import Params, valid_name
+from afm_pipe.params import Params
 from afm_pipe.pipeline.notices import notice_model
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
@@ -34,7 +35,7 @@ def count_images(params: Params) -> "Manifest | None":
 
 def find_model(name: str) -> Path:
     """Return the folder of a model. Raises UserError for an invalid name, such as one with a slash."""
-    if not valid_name(name):
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_.-]{0,63}", name):  # a dot: a name of version 0.1
         raise UserError(
             f"Found the model name {name[:80]!r}, expected at most 64 lowercase letters, digits, dots, dashes and "
             "underscores: name a folder in models/."

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from afm_pipe.params.versions import begun_with, code_notice
+from afm_pipe.params.versions import code_notice, recorded_code
 from afm_pipe.runtime.environment import env_rank
 from afm_pipe.runtime.files import json_value
 
@@ -18,7 +18,7 @@ def begin_work(folder: Path, stage: str) -> dict[str, str]:
     siblings = [path for path in folder.parent.glob("*/") if re.fullmatch("[0-9a-f]{16}", path.name)]
     if not folder.exists():
         notice_unused(siblings)
-    code = begun_with(folder, stage)
+    code = recorded_code(folder, stage)
     notice_code([(str(folder), code)])
     return code
 

@@ -28,14 +28,25 @@ def tables(params: Params, names: Sequence[str], launch: Launch, out: Path | Non
         print(path)
 
 
-def toy(params: Params, launch: Launch) -> None:
-    """Run the 1-D toy experiment, where the optimal map is known: its numbers, maps and figures."""
-    from afm_pipe.study.toy.experiment import run_experiment
-    from afm_pipe.study.toy.writing import write_experiment
+def toy(params: Params, launch: Launch, out: Path | None) -> None:
+    """Run the 1-D toy experiment, where the optimal map is known: its numbers, maps and figures, or into `out` numbers.
 
-    experiment = track("toy", run_experiment(params.toy, params.seed, launch.torch_device()))
+    A folder is written as a whole.
+    """
+    from afm_pipe.study.toy.experiment import measure, run_experiment
+    from afm_pipe.study.toy.strong import run_strong
+    from afm_pipe.study.toy.writing import write_experiment, write_results
+
+    device = launch.torch_device()
+    experiment = track("toy", run_experiment(params.toy, params.seed, device))
+    strong = track("toy, strong discriminator", run_strong(params.toy, params.seed, device))
+    results = measure(experiment, params.toy).model_copy(update={"strong": strong})
+    if out is not None:
+        write_results(results, out)
+        print(out)
+        return
     with atomic_path(paths.TOY) as folder:
-        write_experiment(experiment, params.toy, folder)
+        write_experiment(experiment, results, params.toy, folder)
 
 
 def report(params: Params) -> None:

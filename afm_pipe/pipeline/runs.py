@@ -1,12 +1,14 @@
 """Stages of a trained model: import, export, sample, evaluate."""
 
+import re
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from afm_pipe.distributed.launch import Launch
-from afm_pipe.params import RESERVED_NAMES, Imported, Params, valid_name
+from afm_pipe.params import RESERVED_NAMES, Imported, Params
+from afm_pipe.params.base import NAME, NAME_RULE
 from afm_pipe.pipeline.find import find_model, load_sampler
 from afm_pipe.pipeline.notices import begin_work
 from afm_pipe.runtime import paths
@@ -28,9 +30,12 @@ def import_weights(params: Params, name: str, settings: Imported | None = None) 
     settings = settings or params.imported.get(name)
     if settings is None:
         raise UserError(f"Found no {name!r} under imported in params, expected one of {', '.join(params.imported)}.")
-    if name in {*params.runs, *params.guided, *RESERVED_NAMES} or not valid_name(name):
-        raise UserError(f"Found the name {name[:80]!r}, expected lowercase letters and digits, and no name of a run.")
-    if paths.model(name).exists() and json_value(paths.model(name) / "config.json", "provenance", "imported") is None:
+    if name in {*params.runs, *params.guided, *RESERVED_NAMES}:
+        raise UserError(f"Found the name {name[:80]!r}, which is taken: choose another.")
+    if re.fullmatch(NAME, name) is None:
+        raise UserError(f"Found the name {name[:80]!r}, {NAME_RULE}.")
+    imported = json_value(paths.model(name) / "config.json", "provenance", "imported")
+    if paths.model(name).exists() and not isinstance(imported, dict):
         raise UserError(f"Found {paths.model(name)}, which was not imported: choose another name, or move it away.")
     config = import_generator(settings, paths.model(name))
     print(f"{paths.model(name)}: {describe(config)}.")

@@ -175,11 +175,11 @@ def _require_base(start: "Start", config: "ModelConfig", folder: Path) -> None:
     """Raise UserError where a run's base is another network than the run's own."""
     import torch
 
-    from afm_pipe.models.model_files import build_discriminator, build_generator, require_fit
+    from afm_pipe.models.model_files import build_discriminator, build_generator, require_match
 
     with torch.device("meta"):
         for part, build in (("generator", build_generator), ("discriminator", build_discriminator)):
-            require_fit(build(config), start.networks[part], folder / f"{part}.safetensors")
+            require_match(build(config), start.networks[part], folder / f"{part}.safetensors")
 
 
 def _write_model(

@@ -50,9 +50,8 @@ def budget(
     micro_batch: int | None = None,
     checkpoint_activations: bool = False,
     shard: bool = False,
-    precision: str | None = None,
 ) -> Budget:
-    """Count the memory of one of `world_size` devices on the meta device, at the run's precision or another one.
+    """Count the memory of one of `world_size` devices on the meta device.
 
     A device computes `micro_batch` images at once, or its whole share of the batch. With `shard` it keeps
     1 / world_size of the state, plus weights and gradients of two units (the current one and the next), where a unit is
@@ -65,7 +64,7 @@ def budget(
     work = measure(run, config, *largest_part(run, parts), checkpoint_activations)
     parameters = {name: count_parameters(network) for name, network in networks.items()}
     activations = work.activation_bytes
-    if (precision or run.precision) == "bf16":  # with autocast's copies of the weights
+    if run.precision == "bf16":  # with autocast's copies of the weights
         activations = AUTOCAST * activations + FLOAT / 2 * max(parameters.values())
     whole = FLOAT * (COPIES * sum(parameters.values()) + parameters[objective.sampled])
     state = whole

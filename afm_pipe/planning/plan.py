@@ -133,6 +133,7 @@ def plan_run(params: Params, name: str, num_images: int, num_classes: int, machi
         )
     config = run_config(run, params.latent_shape, num_classes)
     unguided = params.runs[params.guided[name].base] if name in params.guided else run
+    unguided = unguided.model_copy(update={"precision": "bf16" if machine.precision == "bf16" else "fp32"})
     images, penalized = largest_part(unguided, machine.gpus)
     work = measure(unguided, config, images, penalized)
     flops = work.flops
@@ -141,7 +142,7 @@ def plan_run(params: Params, name: str, num_images: int, num_classes: int, machi
     updates = update_at(run, run.phases[-1].until_epoch, num_images)
     if name in params.guided:
         updates -= update_at(run, run.phases[-2].until_epoch, num_images)
-    settings = machine.micro_batch, machine.checkpoint_activations, machine.shard, machine.precision
+    settings = machine.micro_batch, machine.checkpoint_activations, machine.shard
     return Plan(
         name=name,
         machine=machine,

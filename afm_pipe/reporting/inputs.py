@@ -6,11 +6,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
-import yaml
 from pydantic import BaseModel, model_validator
 
 from afm_pipe.data.classes import require_same_classes
 from afm_pipe.params import Params, Run
+from afm_pipe.params.yaml import load_yaml
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import Model, read_json, read_model
@@ -127,7 +127,7 @@ def read_inputs(params: Params) -> Inputs:
         runs=runs,
         summary=summary,
         reconstruction_mse=_reconstruction_mse(params),
-        published=yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8")),
+        published=load_yaml(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8")),
     )
 
 

@@ -1,5 +1,6 @@
 """The report's section on the 1-D toy experiment: its figures, its numbers, and what they show."""
 
+import statistics
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ from afm_pipe.reporting.inputs import read_output
 from afm_pipe.reporting.pictures import Picture, inline
 from afm_pipe.reporting.table import Cell, Column, Table
 from afm_pipe.runtime import paths
-from afm_pipe.study.toy.results import MapResults, OwnScale, ToyResults
+from afm_pipe.study.toy.results import MapResults, OwnScale, StrongClaim, StrongResults, ToyResults
 
 MAX_BYTES = 400_000  # of one figure inside the page
 RESULTS = paths.TOY / "results.json"
@@ -36,6 +37,7 @@ class OneDimension(NamedTuple):
     scale: str
     pictures: tuple[Drawing, ...]
     table: Table
+    strong: Table | None
 
 
 def read_one_dimension() -> OneDimension | None:
@@ -44,7 +46,8 @@ def read_one_dimension() -> OneDimension | None:
         return None
     results = read_output(ToyResults, RESULTS, "toy")
     maps = sorted(results.maps.items(), key=lambda item: _order(item[1]))
-    return OneDimension(_finding(results), _scale(results.scale), _drawings(results), _table(results, maps))
+    strong = _strong_table()
+    return OneDimension(_finding(results), _scale(results.scale), _drawings(results), _table(results, maps), strong)
 
 
 def _finding(results: ToyResults) -> str:
@@ -151,3 +154,55 @@ def _order(numbers: MapResults) -> tuple[int, int, float]:
 
 def _weight(numbers: MapResults) -> float:
     return numbers.transport or 0.0
+
+
+def _strong_table() -> Table | None:
+    """Return the table on ever stronger discriminators: of the larger study, or of this run; None without either."""
+    for path in (paths.STUDY / "toy.json", RESULTS):
+        if path.is_file() and (strong := read_output(ToyResults, path, "toy").strong) is not None:
+            break
+    else:
+        return None
+    columns = (
+        Column("discriminator_updates", "D updates", "Updates of D to one of G"),
+        Column("transport", "Transport", numeric=False),
+        Column("normalization", "Normalization", "Of the adversarial gradient at G's output", numeric=False),
+        Column("rms", "To the optimal map", "RMS of G(z) minus the optimal map"),
+        Column("w1", "W1 to the data", "Mean distance between quantiles of samples and data (lower is better)"),
+        Column("gap", "D's gap", "Fraction by which D's loss still falls against the final G; 0 at D's optimum"),
+    )
+    rows = tuple(
+        (
+            Cell(str(each.discriminator_updates), each.discriminator_updates),
+            Cell("yes" if each.transport else "no", int(each.transport)),
+            Cell("yes" if each.normalized else "no", int(each.normalized)),
+            *(_over_seeds(values, str(path), f"strong.settings.{i}.{key}") for key, values in _distances(each)),
+            Cell(f"{each.discriminator_gap:.3f}", each.discriminator_gap, str(path)),
+        )
+        for i, each in enumerate(strong.settings)
+    )
+    verdicts = " ".join(f"{each.claim}: {each.outcome}{_ratio(each)}." for each in strong.claims)
+    caption = (
+        f"One-step maps against ever stronger discriminators, from {path}: {strong.pairs:,} updates of G, mean ± "
+        f"standard deviation over {strong.seeds} seeds. {verdicts} Brackets: 95 % over seeds."
+    )
+    return Table("strong_discriminator_1d", caption, columns, rows)
+
+
+def _distances(each: StrongResults) -> tuple[tuple[str, list[float | None]], ...]:
+    return ("rms", each.rms), ("w1", each.w1)
+
+
+def _over_seeds(values: list[float | None], source: str, key: str) -> Cell:
+    finite = [value for value in values if value is not None]
+    if len(finite) < len(values):
+        return Cell(f"not finite on {len(values) - len(finite)} of {len(values)} seeds", None, source, key)
+    mean = statistics.fmean(finite)
+    return Cell(f"{mean:.3f} ± {statistics.stdev(finite):.3f}", mean, source, key)
+
+
+def _ratio(claim: StrongClaim) -> str:
+    if claim.ratio is None or claim.interval is None:
+        return ""
+    low, high = claim.interval
+    return f" ({claim.ratio:.2f} times [{low:.2f}, {high:.2f}])"

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from afm_pipe.params import Params
+from afm_pipe.params.yaml import dump_yaml
 from afm_pipe.reporting import curves, gallery, pictures, titles
 from afm_pipe.reporting.benchmarks import benchmark_sections
 from afm_pipe.reporting.inputs import Inputs, RunRecord, read_inputs
@@ -67,8 +67,10 @@ def write_report(params: Params, folder: Path, rendered: Path) -> None:
     (folder / "curves.svg").write_text(curves.draw_sheet(panels, [run.name for run in trained]), encoding="utf-8")
     pictures.draw_sheet(gallery.tiles(inputs), folder / "samples.png")
     of_sections = [table for part in parts for table in (*part.tables, *part.published)]
-    for table in (runs, costs, *([one_dimension.table] if one_dimension else []), *of_sections):
-        write_files(table, rendered)
+    of_toy = (one_dimension.table, one_dimension.strong) if one_dimension else ()
+    for table in (runs, costs, *of_toy, *of_sections):
+        if table is not None:
+            write_files(table, rendered)
 
 
 def sections(inputs: Inputs) -> tuple[Section, ...]:
@@ -159,4 +161,4 @@ def _settings_yaml(params: Params, record: RunRecord) -> str:
     else:
         imported = params.imported[record.name].model_dump(mode="json")
         settings = {"imported": imported, "model": record.config.model}
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100)
+    return dump_yaml(settings)

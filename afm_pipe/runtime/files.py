@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from afm_pipe.runtime.errors import UnwritableError, UserError
+from afm_pipe.runtime.errors import UnwritableError, UserError, describe_mistake
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -121,7 +121,7 @@ def read_model(model: "type[Model]", path: Path, remedy: str) -> "Model":
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
-        problem = f" with a wrong {field} ({first['msg']})" if field else f": {first['msg']}"
+        problem = f" with a wrong {field} ({describe_mistake(first)})" if field else f": {describe_mistake(first)}"
         raise UserError(f"Found {path}{problem}: {remedy}.") from None
 
 

@@ -33,7 +33,7 @@ from afm_pipe.models.model_files import (
 )
 from afm_pipe.objectives import build_objective
 from afm_pipe.params import Params, Run
-from afm_pipe.params.versions import begun_with, code
+from afm_pipe.params.versions import code_record, recorded_code
 from afm_pipe.runtime import paths, signals
 from afm_pipe.runtime.errors import NotFiniteError, UserError
 from afm_pipe.runtime.files import read_json, sha256_file, write_json
@@ -117,7 +117,7 @@ class Worker:
         with hold_lease(trial.folder if trial.owner is None else trial.folder.parent) as lease:
             if record.is_file():
                 return read_json(record)
-            begun = begun_with(trial.folder, "train")
+            begun = recorded_code(trial.folder, "train")
             config, (start, guide) = self._config(trial), self._origin(trial)
             objective = build_objective(run, config, guide)
             task = Task(objective, self.latents, trial.training, start, trial.probes(self.latents.num_images))
@@ -161,7 +161,7 @@ class Worker:
             "metrics": end["metrics"],
             "intervals": end["intervals"],
             "cost": trained["cost"],
-            "code": code("table") | trained["code"],
+            "code": code_record("table") | trained["code"],
             "events": trained["events"],
             "protocol": protocol,
         }

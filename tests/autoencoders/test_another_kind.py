@@ -55,14 +55,14 @@ def params() -> Iterator[Params]:
             return LatentSpec((data.channels, data.image_size, data.image_size), False, image_range=(0.0, 1.0))
 
     class Pixels(Autoencoder, kind="pixels"):
-        def __init__(self, mean: Tensor, deviation: Tensor) -> None:
-            self.spec = LatentSpec(tuple(mean.shape), False, mean=mean, deviation=deviation, image_range=(0.0, 1.0))
+        def __init__(self, mean: Tensor, std: Tensor) -> None:
+            self.spec = LatentSpec(tuple(mean.shape), False, mean=mean, std=std, image_range=(0.0, 1.0))
 
         @classmethod
         def make(cls, params: Params, folder: Path, device: torch.device) -> Generator[Progress, None, None]:
             images = yield from load_images(read_manifest(paths.MANIFEST), params.data)
             pixels = torch.from_numpy(images).float() / 255
-            moments = {"mean": pixels.mean(0), "deviation": pixels.std(0).clamp(min=0.05)}
+            moments = {"mean": pixels.mean(0), "std": pixels.std(0).clamp(min=0.05)}
             folder.mkdir()
             save_file(moments, folder / paths.AUTOENCODER_WEIGHTS.name)
             write_json(folder / "config.json", {"_class_name": "Pixels"})
@@ -135,7 +135,7 @@ def test_a_run_is_trained_sampled_and_evaluated(project: Path) -> None:
 
 
 def test_export_to_diffusers_needs_an_autoencoder_kl(project: Path) -> None:
-    with pytest.raises(UserError, match="of a Pixels, expected an AutoencoderKL"):
+    with pytest.raises(UserError, match="of Pixels, expected AutoencoderKL"):
         pipeline.export("t4", "diffusers", project / "exported")
     pipeline.export("t4", "safetensors", project / "exported.safetensors")
 

@@ -54,7 +54,7 @@ class Encoding:
     def run(self, ranks: ProcessGroup) -> None:
         passes = []
         hook = self.vae.model.encoder.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
-        list(encode_dataset(*self.given, ranks=ranks))
+        list(encode_dataset(*self.given, group=ranks))
         hook.remove()
         assert set(passes) <= {4}
         (self.folder / f"passes{ranks.rank}").write_text(str(len(passes) // 2))  # of an image and its mirror
@@ -119,7 +119,7 @@ def test_what_was_encoded_before_a_kill_is_kept_for_any_number_of_ranks(
 def test_the_next_batch_is_encoded_while_one_is_written_and_later_ones_are_decoded(
     shared: Encoding, alone: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward, add, decode = encoding._encoded, encoding._Journal.add, reading.decode_image
+    forward, add, decode = encoding._encoded, encoding._RowWriter.add, reading.decode_image
     begun, decoded = [threading.Event() for _ in range(14)], [threading.Event() for _ in range(NUM_IMAGES)]
     passes, decodings = itertools.count(), itertools.count()
 
@@ -138,7 +138,7 @@ def test_the_next_batch_is_encoded_while_one_is_written_and_later_ones_are_decod
         return decode(*arguments)
 
     monkeypatch.setattr(encoding, "_encoded", encode)
-    monkeypatch.setattr(encoding._Journal, "add", write)
+    monkeypatch.setattr(encoding._RowWriter, "add", write)
     monkeypatch.setattr(reading, "decode_image", read)
     shared.run(SINGLE_PROCESS)
     assert shared.path.read_bytes() == alone

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from afm_pipe.autoencoders import encoding
-from afm_pipe.autoencoders.encoding import _Journal, _mark, _Rows
+from afm_pipe.autoencoders.encoding import _PartialFile, _RowWriter
 from afm_pipe.data.latents import Latents
-from afm_pipe.data.latents_format import FORMAT_VERSION, lay_out, settings
+from afm_pipe.data.latents_format import FORMAT_VERSION, create_latents_file, encoding_settings
 from afm_pipe.data.manifest import Manifest
 from afm_pipe.data.order import Order
 from afm_pipe.params.file import load_params
@@ -47,7 +47,7 @@ def test_the_file_of_imagenet_is_written_and_read_at_random_in_constant_memory(
     classes = [f"n{number:08d}" for number in range(1000)]
     attributes = {
         "format_version": FORMAT_VERSION,
-        **settings(params),
+        **encoding_settings(params),
         "vae_sha256": "a" * 64,
         "scaling_factor": "0.18215",
         "manifest_digest": "digest",
@@ -59,18 +59,19 @@ def test_the_file_of_imagenet_is_written_and_read_at_random_in_constant_memory(
 
     def work() -> None:
         before = own_memory()
-        lay_out(path, params.latent_spec, 2, labels, classes, attributes)
-        rows = _Rows.of(path)
+        create_latents_file(path, params.latent_spec, 2, labels, classes, attributes)
+        rows = _PartialFile.of(path)
         assert len(rows.pending(32)) == -(-IMAGES // 32)
         with path.open("r+b") as file:
-            journal = _Journal(file, rows, manifest)
+            journal = _RowWriter(file, rows, manifest)
             for batch, moments in zip(batches, values, strict=True):
                 journal.add(batch, moments)
         assert SIZE < path.stat().st_size < SIZE + 20_000_000
         with pytest.raises(UserError, match=f"partial, with {sum(map(len, batches)) - 7 - 18} of {IMAGES} images"):
             Latents.open(path, params)
         with path.open("r+b") as file:
-            _mark(file, rows.done_at, [range(IMAGES)])
+            file.seek(rows.done_offset)
+            file.write(b"\1" * IMAGES)
 
         latents = Latents.open(path, params, "a" * 64)
         assert latents.num_images == IMAGES and latents.labels[-1] == 999

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from afm_pipe.cli.app import app
-from tests.conftest import ROOT, SMOKE
+from tests.conftest import SMOKE
 
 COMMANDS = ["prepare", "autoencoder", "encode", "reference", "train", "sample", "evaluate", "report", "doctor", "toy"]
 HEAVY = {"torch", "diffusers", "dvc", "matplotlib", "h5py", "numpy", "scipy", "PIL", "cleanfid"}
@@ -45,7 +45,7 @@ def test_a_mistake_is_one_line_without_a_stack_trace(tmp_path: Path) -> None:
         [sys.executable, "-m", "afm_pipe", "train", "t4"], capture_output=True, text=True, cwd=tmp_path, check=False
     )
     assert done.returncode == 1
-    assert done.stderr == f"error: Found no params.yaml in {tmp_path}: run this in the project's root.\n"
+    assert done.stderr == f"error: Found no params.yaml in {tmp_path}: run this in the project root.\n"
 
 
 def test_dry_run_prints_params_counts_updates_and_memory(run) -> None:
@@ -111,7 +111,7 @@ def test_a_wrong_flag_is_named_as_one_and_a_wrong_setting_as_one(run, monkeypatc
 
 
 def test_doctor_names_what_is_missing_and_the_remedy(run) -> None:
-    result = run("doctor", "--params", str(ROOT / "params.yaml"))
+    result = run("doctor", "--params", str(SMOKE))
     assert result.exit_code == 0
     assert result.output.count("ok  ") == len(result.output.splitlines())
     text = SMOKE.read_text().replace("features: [classifier]", "features: [inception_clean]")

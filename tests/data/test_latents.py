@@ -113,6 +113,7 @@ def test_latents_of_another_autoencoder_or_other_params_are_refused(whole: Path,
         Latents.open(whole, params, "b" * 64)
     for other, message in [
         (changed(params, "data", image_size=64), "with image_size 32, expected 64"),
+        (changed(params, "data", orientation="apply"), "with orientation ignore, expected apply"),
         (changed(params, "autoencoder", latent_channels=8), r"shape \(4, 8, 8\), expected \(8, 8, 8\)"),
         (changed(params, "autoencoder", scaling_factor=0.18215), r"with scaling_factor \d.*, expected 0.18215"),
         (changed(params, "encode", precision="bf16"), "with precision fp32, expected bf16"),

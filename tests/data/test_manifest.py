@@ -23,6 +23,7 @@ def folder_data(root: Path, source: str = "folder", min_images: int = 1) -> Data
             "root": str(root),
             "image_size": 32,
             "channels": 1,
+            "orientation": "ignore",
             "mirror": False,
             "min_images": min_images,
         }

@@ -75,6 +75,7 @@ def flat() -> bytes:
 
 def data(source: str, root: Path) -> Data:
     fields = {"source": source, "root": str(root), "image_size": SIZE, "channels": 3, "mirror": True, "min_images": 1}
+    fields["orientation"] = "ignore"
     return Data.model_validate(fields)
 
 

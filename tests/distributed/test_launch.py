@@ -28,8 +28,8 @@ def test_flags_precede_the_environment_and_that_the_file_and_that_the_defaults(m
         (None, "wrokers = 1", {}, r"wrokers = 1: .* Fix launch\.toml"),
         (None, "workers", {}, r"Found launch\.toml, which is not TOML"),
         ("1", "workers = 1", {"workers": 0}, r"workers = 0: .* Fix --workers"),
-        (None, "nnodes = 2", {}, "expected rendezvous, HOST:PORT, for 2 machines"),
-        (None, "shard = true\ncompile = true", {}, "expected shard or compile, not both"),
+        (None, "nnodes = 2", {}, r"expected rendezvous \(HOST:PORT\) with nnodes 2"),
+        (None, "shard = true\ncompile = true", {}, "expected either shard or compile, found both"),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_place(

@@ -69,7 +69,7 @@ def test_one_end_is_the_end_of_all(project: Path, killed: bool) -> None:
         saved = list(project.glob("work/t4/*/checkpoints/update-*/manifest.json"))
         assert "Traceback" not in said
         if killed:
-            assert trainer.returncode == 1 and said.count("error:") == 1 and "rank 1 ended by SIGKILL" in said
+            assert trainer.returncode == 1 and said.count("error:") == 1 and "rank 1 killed by SIGKILL" in said
         else:
             assert trainer.returncode == 75 and saved and said.count("exit code 75") == 1
     finally:
@@ -81,9 +81,9 @@ def test_one_end_is_the_end_of_all(project: Path, killed: bool) -> None:
 @pytest.mark.parametrize(
     ("exits", "code", "said"),
     [
-        ((1, -signal.SIGKILL), 1, "rank 1 ended by SIGKILL"),  # the other heard of it, and ended, first
+        ((1, -signal.SIGKILL), 1, "rank 1 killed by SIGKILL"),  # the other heard of it, and ended, first
         ((-signal.SIGTERM, 1), 1, ""),  # torchrun ended the other
-        ((-signal.SIGTERM, -signal.SIGSEGV), 1, "rank 1 ended by SIGSEGV"),
+        ((-signal.SIGTERM, -signal.SIGSEGV), 1, "rank 1 killed by SIGSEGV"),
         ((2, 3), 2, ""),
     ],
 )

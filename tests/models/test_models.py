@@ -32,7 +32,7 @@ NETWORKS = {
     "generator_deep2": lambda: Generator(SMALL, 4, 8, 10, repeats=2),
     "generator_deep4": lambda: Generator(SMALL, 4, 8, 10, repeats=4),
     "discriminator_1nfe": lambda: Discriminator(SMALL, 4, 8, 10),
-    "discriminator_multistep": lambda: Discriminator(SMALL, 4, 8, 10, timed=True),
+    "discriminator_multistep": lambda: Discriminator(SMALL, 4, 8, 10, time_conditioned=True),
 }
 
 

@@ -23,7 +23,7 @@ from afm_pipe.models.model_files import (
     load_generator,
     save_model,
 )
-from afm_pipe.models.released import Contents, import_generator, read_tensors, recognize
+from afm_pipe.models.released import WeightsFile, import_generator, infer_config, read_tensors
 from afm_pipe.params import Imported
 from afm_pipe.params.file import load_params
 from afm_pipe.reporting.page import write_report
@@ -128,11 +128,11 @@ def test_every_published_generator_is_recognized_whatever_its_file_is_called(nam
         repeats=answers.get("repeats", 1),
     )
     with torch.device("meta"):
-        contents = Contents(build_generator(expected).state_dict(), "the file itself", {})
-    assert recognize(contents, Path("renamed.pth"), told("", **answers)) == expected
+        contents = WeightsFile(build_generator(expected).state_dict(), "the file itself", {})
+    assert infer_config(contents, Path("renamed.pth"), told("", **answers)) == expected
     if answers:
         with pytest.raises(UserError, match=r"--nfe 2 .*--nfe 4 .*--repeats 2 \(56 layers\), --repeats 4") as error:
-            recognize(contents, Path(f"{name}_FID2.00.pth"), told(""))
+            infer_config(contents, Path(f"{name}_FID2.00.pth"), told(""))
         (key, value), *_ = answers.items()
         assert f"The file name suggests --{key} {value}." in str(error.value)
 
@@ -151,7 +151,7 @@ def test_every_published_generator_is_recognized_whatever_its_file_is_called(nam
 )
 def test_an_answer_that_the_tensors_contradict_is_refused(form: str, answers: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        recognize(Contents(state(FORMS[form]), "", {}), Path("x.pth"), told("", **answers))
+        infer_config(WeightsFile(state(FORMS[form]), "", {}), Path("x.pth"), told("", **answers))
 
 
 class Bomb:
@@ -288,7 +288,7 @@ def test_released_weights_are_plain_tensors_and_the_same_bytes_each_time(project
     [
         ("onnx", "x.onnx", "Found --format onnx, expected one of released"),
         ("released", "x.safetensors", "ends in .pth"),
-        ("diffusers", "models", "with other content"),
+        ("diffusers", "models", "with other files in it"),
     ],
 )
 def test_an_export_to_the_wrong_place_is_refused(project: Path, kind: str, out: str, words: str) -> None:

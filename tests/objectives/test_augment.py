@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from afm_pipe.objectives.adversarial_flow.augment import augmented_view
+from afm_pipe.objectives.adversarial_flow.augment import draw_translate_and_erase
 from afm_pipe.params import Augmentation
 
 SIDE, COUNT = 32, 4000
@@ -11,7 +11,7 @@ SIDE, COUNT = 32, 4000
 
 def view(probability: float, translate: float, erasings: int) -> torch.Tensor:
     settings = Augmentation(probability=probability, translate=translate, erasings=erasings, area=(0.1, 0.5))
-    drawn = augmented_view(settings, COUNT, SIDE, torch.Generator().manual_seed(0))
+    drawn = draw_translate_and_erase(settings, COUNT, SIDE, torch.Generator().manual_seed(0))
     return drawn(torch.ones(COUNT, 1, SIDE, SIDE))[:, 0]
 
 

@@ -22,11 +22,11 @@ def test_quantization_rounds_clamps_and_undoes_pixels(image_range: tuple[float, 
 def test_denormalization_undoes_normalization() -> None:
     generator = torch.Generator().manual_seed(0)
     latents, mean = torch.randn(3, *LATENT, generator=generator), torch.randn(LATENT, generator=generator)
-    deviation = torch.rand(LATENT, generator=generator) + 0.5
+    std = torch.rand(LATENT, generator=generator) + 0.5
     scalar = LatentSpec(LATENT, True, scaling_factor=0.18215)
     torch.testing.assert_close(scalar.normalize(latents), latents * 0.18215)
-    elementwise = LatentSpec(LATENT, False, mean=mean, deviation=deviation)
-    torch.testing.assert_close(elementwise.normalize(latents), (latents - mean) / deviation)
+    elementwise = LatentSpec(LATENT, False, mean=mean, std=std)
+    torch.testing.assert_close(elementwise.normalize(latents), (latents - mean) / std)
     for spec in (scalar, elementwise):
         torch.testing.assert_close(spec.denormalize(spec.normalize(latents)), latents)
 

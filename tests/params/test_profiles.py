@@ -79,11 +79,11 @@ def project(tmp_path: Path) -> tuple[Path, Path]:
 def test_a_profile_becomes_params_and_the_old_ones_are_all_kept(project: tuple[Path, Path]) -> None:
     folder, active = project
     active.write_text("first")
-    assert activate("smoke", folder, active).kept == active.with_name("params.before-smoke.yaml")
+    assert activate("smoke", folder, active).backup == active.with_name("params.before-smoke.yaml")
     assert active.read_text().splitlines()[0] == "# yaml-language-server: $schema=params.schema.json"
     assert load_params(active) == load_params(SMOKE)
     active.write_text("second")
-    assert activate("smoke", folder, active).kept == active.with_name("params.before-smoke.2.yaml")
+    assert activate("smoke", folder, active).backup == active.with_name("params.before-smoke.2.yaml")
     kept = {path.name: path.read_text() for path in active.parent.glob("params.before-*")}
     assert kept == {"params.before-smoke.yaml": "first", "params.before-smoke.2.yaml": "second"}
     assert activate("smoke", folder, active) == (False, None)

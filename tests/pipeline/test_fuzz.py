@@ -30,7 +30,7 @@ from afm_pipe.data.manifest import Manifest, columns_digest, read_manifest, writ
 from afm_pipe.data.tars import index_tar
 from afm_pipe.evaluation.thumbnails import Thumbnails, build_thumbnails
 from afm_pipe.models.model_files import load_config, load_tensors
-from afm_pipe.models.released import Contents, read_tensors, recognize
+from afm_pipe.models.released import WeightsFile, infer_config, read_tensors
 from afm_pipe.params import Imported, Params
 from afm_pipe.params.file import load_params
 from afm_pipe.reporting.inputs import Cost, Measured, read_output
@@ -244,8 +244,8 @@ def test_any_names_and_shapes_are_recognized_or_refused(tensors: dict[str, list[
     held = {
         name: torch.empty(()).expand(shape) if 0 not in shape else torch.empty(shape) for name, shape in tensors.items()
     }
-    contents = Contents(held, "", {"model": said})
-    holds(lambda: recognize(contents, Path("x.pth"), Imported(file="x.pth")))
+    contents = WeightsFile(held, "", {"model": said})
+    holds(lambda: infer_config(contents, Path("x.pth"), Imported(file="x.pth")))
 
 
 WHOLE = yaml.safe_load(SMOKE.read_text())

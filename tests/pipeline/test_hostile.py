@@ -311,5 +311,5 @@ def test_a_base_that_is_another_network_is_refused_before_training(
         with pytest.raises(UserError, match="without its number of updates: train t4 again"):
             pipeline.train(params, "g", launch)
     write_json(folder / "config.json", {"updates": 60})
-    with pytest.raises(UserError, match="generator.safetensors that do not fit the model"):
+    with pytest.raises(UserError, match="generator.safetensors that do not match the model"):
         pipeline.train(params, "g", launch)

@@ -12,14 +12,14 @@ from afm_pipe import pipeline
 from afm_pipe.cli.status import status_text
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.params import Params
-from afm_pipe.params.versions import code, declared
+from afm_pipe.params.versions import code_record, declared
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.files import write_json
 from tests.reporting.report_inputs import make_params, write_inputs
 
 LAUNCH = Launch(device="cpu", checkpoint_seconds=0)
 SHORT = "runs.t4.phases=[{until_epoch: 2}]"  # 15 updates
-NOTICE = "Made by other source code than today's under an equal version: "
+NOTICE = "Made by different source code under the same version: "
 OTHER = f"v{declared()['evaluation']} 00000000"
 
 
@@ -58,7 +58,7 @@ def test_a_model_records_its_code_and_nothing_is_said_of_todays(
         stored: Any = json.loads(path.read_text())
         for name in place:
             stored = stored[name]
-        assert stored == code("train")
+        assert stored == code_record("train")
     pipeline.sample(params, "t4", LAUNCH)
     assert not notices(capsys.readouterr().out + status_text(params))
 
@@ -103,10 +103,12 @@ def test_the_page_says_it_in_one_line(project: Path) -> None:
     params = make_params()
     write_inputs(params)
     metrics = json.loads(paths.metrics("t4").read_text())
-    for other, said in ((code("evaluate")["evaluation"], []), (OTHER, ["t4 (evaluation 00000000"])):
-        metrics["protocol"]["code"] = code("evaluate") | {"evaluation": other}
+    for other, said in ((code_record("evaluate")["evaluation"], []), (OTHER, ["t4 (evaluation 00000000"])):
+        metrics["protocol"]["code"] = code_record("evaluate") | {"evaluation": other}
         write_json(paths.metrics("t4"), metrics)
         pipeline.report(params)
-        lines = [line for line in (paths.REPORT / "index.html").read_text().splitlines() if "other source code" in line]
+        lines = [
+            line for line in (paths.REPORT / "index.html").read_text().splitlines() if "different source code" in line
+        ]
         assert len(lines) == len(said)
         assert all(text in line for text, line in zip(said, lines, strict=True))

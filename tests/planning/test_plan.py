@@ -80,7 +80,7 @@ def test_a_plan_follows_from_images_peak_and_utilization(params: Params) -> None
     bf16_budget = plan_run(params, "b2", 1_281_167, 1000, EIGHT._replace(precision="bf16")).budget
     run = params.runs["b2"].model_copy(update={"precision": "bf16"})
     assert bf16_budget == budget(run, run_config(run, params.latent_shape, 1000), 8)  # as training requires
-    assert 0.65 < bf16_budget.activation_bytes / plan.budget.activation_bytes < 0.85
+    assert 0.65 < bf16_budget.activation_bytes / plan.budget.activation_bytes < 0.9  # penalties are apart, in float32
     alone, two_machines = plan._replace(machine=EIGHT._replace(gpus=1)), plan._replace(machine=EIGHT._replace(gpus=16))
     assert alone.reduce_seconds == 0
     assert two_machines.reduce_seconds == pytest.approx(2 * 15 / 16 * gradients / (0.8 * 400e9))  # network cards
@@ -90,23 +90,27 @@ def test_a_plan_follows_from_images_peak_and_utilization(params: Params) -> None
 
 
 def test_a_plan_counts_what_the_engine_saves(params: Params) -> None:
+    run = params.runs["xl2-112l"].model_copy(update={"size": "b2"})  # 48 layers, counted sooner
+    deep = params.model_copy(update={"runs": params.runs | {"deep": run}})
+
     def memory(**engine: Any) -> float:
-        return plan_run(params, "xl2-112l", 1_281_167, 1000, EIGHT._replace(**engine)).budget.memory_bytes
+        return plan_run(deep, "deep", 1_281_167, 1000, EIGHT._replace(**engine)).budget.memory_bytes
 
     whole, spare = memory(), memory(micro_batch=8)
     assert spare < whole / 2
     assert memory(micro_batch=8, checkpoint_activations=True) < 0.6 * spare
-    state = 4 * (5 * 673e6 + 4 * 672e6)  # bytes of G and D, roughly
+    state = 4 * (5 * 130e6 + 4 * 129e6)  # bytes of G and D, roughly
     assert spare - memory(micro_batch=8, shard=True) == pytest.approx(state * 7 / 8, rel=0.1)
 
 
 def test_a_plan_is_what_the_training_itself_requires(params: Params) -> None:
-    run = params.runs["xl2-112l"]
+    run = params.runs["xl2-112l"].model_copy(update={"size": "b2"})
     config = run_config(run, params.latent_shape, 1000)
-    plan = plan_run(params, "xl2-112l", 1_281_167, 1000, EIGHT)
+    deep = params.model_copy(update={"runs": params.runs | {"deep": run}})
+    plan = plan_run(deep, "deep", 1_281_167, 1000, EIGHT)
     assert plan.budget.memory_bytes == budget(run, config, 8).memory_bytes
     assert budget(run, config, 8).activation_bytes == measure(run, config, 32).activation_bytes
-    plain = run_config(params.runs["xl2"], params.latent_shape, 1000)
+    plain = run_config(params.runs["b2"], params.latent_shape, 1000)
     # Four passes of G over its blocks keep more than the D step, the larger one otherwise.
     assert budget(run, config, 8).activation_bytes > 1.5 * budget(run, plain, 8).activation_bytes
 

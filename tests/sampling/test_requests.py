@@ -141,7 +141,10 @@ def test_any_step_generator_takes_the_requested_steps(run: Run, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["two", "--steps", "1", "--count", "1", "--grid", "OUT/a.png"], "Found 1 steps for a generator trained"),
+        (
+            ["two", "--steps", "1", "--count", "1", "--grid", "OUT/a.png"],
+            "Found 1 steps, expected 2, for which the generator is trained",
+        ),
         (["one", "--classes", "1"], "Found no output for the samples"),
         (["one", "--classes", "10", "--grid", "OUT/a.png"], "Found class 10, expected a number below 10"),
         (["one", "--classes", "digt 3", "--grid", "OUT/a.png"], "Found no class 'digt 3', expected a number below 10"),

@@ -138,6 +138,7 @@ def test_an_interrupted_study_runs_only_missing_trials(project: Path) -> None:
     assert sum(before[name] == time for name, time in trainings().items()) == 1
 
 
+@pytest.mark.slow  # two workers import torch
 def test_results_do_not_depend_on_the_number_of_workers(project: Path) -> None:
     pipeline.tables(load_params(), [], ONE)
     alone = {row: trial["probes"] for row, trial in trials("transport").items()}

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from afm_pipe.cli.app import app
 from afm_pipe.objectives.adversarial_flow.losses import gradient_penalty, logit_centering, perturb, relativistic
 from afm_pipe.params import Guidance, Params, Toy
 from afm_pipe.params.file import load_params
+from afm_pipe.params.toy import StrongDiscriminator
 from afm_pipe.reporting import titles
 from afm_pipe.reporting.one_dimension import read_one_dimension
 from afm_pipe.reporting.printing import csv_text
@@ -29,6 +31,8 @@ from afm_pipe.study.toy.experiment import (
     toy_settings,
 )
 from afm_pipe.study.toy.networks import EMBEDDING, Map, Mlps, transport
+from afm_pipe.study.toy.results import StrongResults
+from afm_pipe.study.toy.strong import run_strong, strong_claims
 from afm_pipe.study.toy.training import Batch, Setting, train_adversarially, train_flow
 from afm_pipe.study.toy.writing import write_experiment
 from tests.conftest import SMOKE
@@ -57,7 +61,7 @@ def mapped(setting: Setting, toy: Toy) -> tuple[Tensor, Tensor]:
     """Train; return the noise (K,) and the maps of it (S, K)."""
     noise = mixture.noise_grid(256)
     start = noise.float().expand(toy.seeds, -1)
-    flow = finish(train_adversarially(setting, toy, 0, CPU))
+    flow = finish(train_adversarially(setting, toy, 0, CPU)).average
     return noise, transport(flow, start, setting.steps, torch.zeros_like(start, dtype=torch.long)).double()
 
 
@@ -236,8 +240,9 @@ def test_a_setting_does_not_depend_on_which_others_there_are(experiment: Experim
 
 
 def test_same_seed_gives_the_same_files(experiment: Experiment, toy: Toy, tmp_path: Path) -> None:
-    write_experiment(experiment, toy, tmp_path / "first")
-    write_experiment(finish(run_experiment(toy, 0, CPU)), toy, tmp_path / "second")
+    write_experiment(experiment, measure(experiment, toy), toy, tmp_path / "first")
+    again = finish(run_experiment(toy, 0, CPU))
+    write_experiment(again, measure(again, toy), toy, tmp_path / "second")
     assert {path.name for path in (tmp_path / "first").iterdir()} == FILES
     headline = json.loads((tmp_path / "first" / "metrics.json").read_text())
     assert headline["spread_ratio"] == pytest.approx(headline["gan"]["spread"] / headline["afm_1"]["spread"])
@@ -254,7 +259,7 @@ def test_a_diverged_setting_is_named(experiment: Experiment, toy: Toy) -> None:
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experiment: Experiment, toy: Toy) -> Path:
     monkeypatch.chdir(tmp_path)
-    write_experiment(experiment, toy, paths.TOY)
+    write_experiment(experiment, measure(experiment, toy), toy, paths.TOY)
     return tmp_path
 
 
@@ -303,3 +308,53 @@ def test_command_writes_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_impossible_params_are_refused(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message.replace("[", r"\[")):
         load_params(SMOKE, [override])
+
+
+def test_a_strong_discriminator_is_trained_closer_to_its_optimum(quick: Toy) -> None:
+    strong = StrongDiscriminator(updates=(1, 6), pairs=30)
+    results = finish(run_strong(quick.model_copy(update={"strong_discriminator": strong}), 0, CPU))
+    assert results is not None
+    places = [(each.discriminator_updates, each.transport, each.normalized) for each in results.settings]
+    assert places == list(product((1, 6), (True, False), (True, False)))
+    gaps = {place: each.discriminator_gap for place, each in zip(places, results.settings, strict=True)}
+    assert gaps[6, True, True] < gaps[1, True, True]
+    assert [len(each.rms) for each in results.settings] == [quick.seeds] * 8
+    assert finish(run_strong(quick.model_copy(update={"strong_discriminator": None}), 0, CPU)) is None
+
+
+def test_one_discriminator_update_is_the_experiments_own_training(quick: Toy) -> None:
+    noise, x = mapped(Setting(1, quick.transport, 20), quick)
+    strong = StrongDiscriminator(updates=(1, 2), pairs=20)
+    with_strong = quick.model_copy(update={"strong_discriminator": strong, "points": 256})
+    results = finish(run_strong(with_strong, 0, CPU))
+    assert results is not None
+    (same,) = [s for s in results.settings if (s.discriminator_updates, s.transport, s.normalized) == (1, True, False)]
+    rms = (x - mixture.optimal_map(noise)).square().mean(1).sqrt()
+    assert same.rms == pytest.approx(rms.tolist(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("many", "few", "outcome"),
+    [
+        ([0.1, 0.11, 0.1], [0.5, 0.5, 0.6], "supported"),
+        ([0.5, 0.5, 0.6], [0.1, 0.11, 0.1], "not supported"),
+        ([0.1, 0.9, 0.1], [0.2, 0.2, 0.2], "undecided"),
+        ([0.1, None, 0.1], [0.5, 0.5, 0.6], "undecided"),
+    ],
+)
+def test_a_claim_on_the_optimal_map_is_decided_over_seeds(
+    many: list[float | None], few: list[float | None], outcome: str
+) -> None:
+    def result(updates: int, rms: list[float | None], **settings: bool) -> StrongResults:
+        return StrongResults(discriminator_updates=updates, rms=rms, w1=rms, discriminator_gap=0.0, **settings)
+
+    sides = [(updates, t, n) for updates in (1, 16) for t in (True, False) for n in (True, False)]
+    results = [result(u, many if u == 16 else few, transport=t, normalized=n) for u, t, n in sides]
+    assert strong_claims(results)[0].outcome == outcome
+
+
+def test_normalization_makes_a_stationary_gradient_one_over_the_batch() -> None:
+    gradient, mean_square = torch.full((2, 10), 3.0), torch.zeros(2)
+    for _ in range(200):
+        normalized = training._normalized(gradient, mean_square)
+    torch.testing.assert_close(normalized, torch.full((2, 10), 0.1))

@@ -147,6 +147,7 @@ def test_data_cut_short_in_mid_epoch_end_a_run_with_a_checkpoint(
     assert result() == expected
 
 
+@pytest.mark.slow  # three processes import torch
 def test_a_stage_whose_dvc_is_gone_ends_with_a_checkpoint(project: Path, expected: dict[str, bytes]) -> None:
     Path("stage.py").write_text(STAGE)
     parent = subprocess.Popen([sys.executable, "-c", PARENT], stderr=subprocess.DEVNULL)

@@ -186,7 +186,7 @@ def test_networks_have_no_graph_break(times: Any, bf16: bool) -> None:
     size = ModelSize(1, 32, 2, 4)
     repeats = 2 if times == "none" else 1
     generator = Generator(size, 4, 8, CLASS_COUNT, times=times, repeats=repeats, qk_norm=bf16)
-    discriminator = Discriminator(size, 4, 8, CLASS_COUNT, timed=times != "none")
+    discriminator = Discriminator(size, 4, 8, CLASS_COUNT, time_conditioned=times != "none")
     generator.bf16 = discriminator.bf16 = bf16
     x, labels, t = torch.randn(2, *SHAPE), torch.zeros(2, dtype=torch.int64), torch.rand(2)
     for call in (lambda: generator(x, labels, t, t / 2), lambda: discriminator(x, labels, t)):

@@ -1,8 +1,8 @@
 """The batches of a run: latents, labels, times and noise, each a function of (seed, stream, images seen).
 
-Every process draws for the whole batch and takes a strided shard of it, `rank::world_size`; each of its micro-batches
-is a strided shard of that. So no number depends on how many processes and micro-batches there are, and the penalized
-images, the first ones of a batch, are spread evenly over them.
+Every process draws the random numbers of the whole batch and takes a strided shard, `rank::world_size`; a micro-batch
+is a strided shard of that. So results do not depend on the number of processes and micro-batches, and the penalized
+images, the first ones of the batch, are spread evenly over them.
 """
 
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from afm_pipe.data.latents import Latents
 from afm_pipe.data.order import Order, stream_generator
 from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from afm_pipe.objectives.adversarial_flow.augment import AugmentedView, View, augmented_view
+from afm_pipe.objectives.adversarial_flow.augment import Augment, TranslateAndErase, draw_translate_and_erase
 from afm_pipe.objectives.adversarial_flow.guidance import (
-    Guide,
-    GuideAtTimes,
-    GuideToData,
-    guide_at_times,
-    guide_to_data,
+    GuidanceLoss,
+    MultiStepGuidance,
+    OneStepGuidance,
+    multi_step_guidance,
+    one_step_guidance,
 )
 from afm_pipe.objectives.adversarial_flow.losses import interpolate, step_weighting
 from afm_pipe.objectives.base import Hyperparameters, num_micro_batches
@@ -31,9 +31,9 @@ Draws = TypeVar("Draws", bound=tuple[Any, ...] | None)
 
 
 class Batch(NamedTuple):
-    """The batch of one step of G or D. For one-step generation x_s is noise, x_t is data, and there are no times."""
+    """The batch of a step of G or D. In one-step generation x_s is noise, x_t is data, and there are no times."""
 
-    real: Tensor  # (N, C, H, W), x_t: what D compares G's output with
+    real: Tensor  # (N, C, H, W), x_t: what D compares with G's output
     source: Tensor  # (N, C, H, W), x_s: G's input
     labels: Tensor  # (N,)
     s: Tensor | None = None  # (N,)
@@ -45,48 +45,48 @@ class Batch(NamedTuple):
 
     @property
     def weighting(self) -> Tensor | float:
-        """w(s, t), (N,), or 1 in one step."""
+        """w(s, t), (N,); 1 in one-step generation."""
         return 1.0 if self.s is None or self.t is None else step_weighting(self.s, self.t)
 
 
 class PenaltyNoise(NamedTuple):
-    """Directions of the finite differences, for the penalized images: the first ones of the batch."""
+    """Directions of the finite differences at the penalized images, the first n of the batch."""
 
     real: Tensor  # (n, C, H, W)
     fake: Tensor  # (n, C, H, W)
 
 
 class DiscriminatorPart(NamedTuple):
-    """A micro-batch of one D step."""
+    """A micro-batch of a step of D."""
 
     batch: Batch
-    noise: PenaltyNoise | None  # None in updates that lazy penalties leave out
-    view: View | None = None
+    noise: PenaltyNoise | None  # None in updates without (lazy) penalties
+    augment: Augment | None = None
     share: float = 1.0
-    """Of the whole batch: the weight of its losses, so that they add up over micro-batches."""
+    """Fraction of the whole batch: the weight of its losses, which are summed over micro-batches."""
     penalized_share: float = 1.0
-    """Of the penalized images."""
+    """Fraction of the penalized images."""
 
 
 class GeneratorPart(NamedTuple):
-    """A micro-batch of the G step."""
+    """A micro-batch of the step of G."""
 
     batch: Batch
-    view: View | None = None
-    guide: Guide | None = None
+    augment: Augment | None = None
+    guidance: GuidanceLoss | None = None
     share: float = 1.0
-    """Of the whole batch."""
+    """Fraction of the whole batch."""
 
 
 class Draw(NamedTuple):
-    """What one update is made from: the micro-batches of each D step, and those of the G step."""
+    """The input of one update: the micro-batches of each step of D, and those of the step of G."""
 
     discriminator: Sequence[Sequence[DiscriminatorPart]]
     generator: Sequence[GeneratorPart]
 
 
 class AdversarialBatches:
-    """Draws the batches of G and of D, each of which sees the data in its own order."""
+    """Draws the batches of G and of D, which see the data in different orders."""
 
     def __init__(
         self,
@@ -97,9 +97,9 @@ class AdversarialBatches:
         group: ProcessGroup = SINGLE_PROCESS,
         micro_batch: int | None = None,
     ) -> None:
-        """Draw for one process of `group`, in micro-batches of `micro_batch` images or, left out, all at once.
+        """Draw for one process of `group`, in micro-batches of at most `micro_batch` images; None: a single one.
 
-        Raises UserError when there are more processes than images in a batch.
+        Raises UserError if there are more processes than images in a batch.
         """
         self.latents, self.run, self.classifier, self.device = latents, run, classifier, device
         self.shard = group.shard
@@ -113,39 +113,40 @@ class AdversarialBatches:
         assert phase is not None
         steps = self.run.discriminator_updates
         g_batch = self.batch("generator", images_seen)
-        g_view = self.view(phase.augment, "generator", images_seen)
-        guide = self.guide(phase.guidance, g_batch, images_seen)
+        g_augment = self.augmentation(phase.augment, "generator", images_seen)
+        guidance = self.guidance(phase.guidance, g_batch, images_seen)
         d_steps = []
         for step in range(steps):
             at = (update * steps + step) * self.run.batch_size
             batch = g_batch if self.run.reuse_forward else self.batch("discriminator", at)
             noise = self.penalty_noise(at, update)
-            d_steps.append(self._discriminator_parts(batch, noise, self.view(phase.augment, "discriminator", at)))
-        return Draw(d_steps, self._generator_parts(g_batch, g_view, guide))
+            augment = self.augmentation(phase.augment, "discriminator", at)
+            d_steps.append(self._discriminator_parts(batch, noise, augment))
+        return Draw(d_steps, self._generator_parts(g_batch, g_augment, guidance))
 
     def _discriminator_parts(
-        self, batch: Batch, noise: PenaltyNoise | None, view: AugmentedView | None
+        self, batch: Batch, noise: PenaltyNoise | None, augment: TranslateAndErase | None
     ) -> list[DiscriminatorPart]:
-        found = []
+        parts = []
         for index in range(self.num_micro_batches):
             images, directions = self._part(batch, index), self._part(noise, index)
             penalized = 0 if directions is None else len(directions.real)
             shares = len(images.real) / self.run.batch_size, penalized / self._penalized
-            found.append(DiscriminatorPart(images, directions, self._part(view, index), *shares))
-        return found
+            parts.append(DiscriminatorPart(images, directions, self._part(augment, index), *shares))
+        return parts
 
     def _generator_parts(
-        self, batch: Batch, view: AugmentedView | None, guide: GuideToData | GuideAtTimes | None
+        self, batch: Batch, augment: TranslateAndErase | None, guidance: OneStepGuidance | MultiStepGuidance | None
     ) -> list[GeneratorPart]:
-        found = []
+        parts = []
         for index in range(self.num_micro_batches):
             images = self._part(batch, index)
             share = len(images.real) / self.run.batch_size
-            found.append(GeneratorPart(images, self._part(view, index), self._part(guide, index), share))
-        return found
+            parts.append(GeneratorPart(images, self._part(augment, index), self._part(guidance, index), share))
+        return parts
 
     def batch(self, stream: Stream, images_seen: int) -> Batch:
-        """Return this process's shard of a stream's batch, which starts when G has seen `images_seen` images."""
+        """Return this process's shard of the batch of a stream at position `images_seen`."""
         count, generator = self.run.batch_size, stream_generator(self.run.seed, stream, "noise", images_seen)
         shape, shard = (count, *self.latents.latent_shape), self.shard
         indices = self.orders[stream].indices(images_seen, count)
@@ -160,7 +161,7 @@ class AdversarialBatches:
         return batch.to(self.device)
 
     def _noisy(self, labels: Tensor, stream: Stream, images_seen: int) -> Tensor:
-        """Return labels (N,), of which the run's share is replaced by random ones."""
+        """Return labels (N,), a fraction (`label_noise`) of which is replaced by random ones."""
         if not self.run.label_noise:
             return labels
         generator = stream_generator(self.run.seed, stream, "labels", images_seen)
@@ -168,37 +169,41 @@ class AdversarialBatches:
         return torch.where(wrong, torch.randint(self.latents.num_classes, labels.shape, generator=generator), labels)
 
     def penalty_noise(self, images_seen: int, update: int) -> PenaltyNoise | None:
-        """Return the directions of the finite differences for the D step at `images_seen`, if it has penalties."""
+        """Return the finite-difference directions for the step of D at `images_seen`; None without penalties."""
         if update % self.run.penalty.every:
             return None
         generator = stream_generator(self.run.seed, "penalty", images_seen)
         noises = torch.randn(2, self._penalized, *self.latents.latent_shape, generator=generator)[:, self.shard]
         return PenaltyNoise(*noises.to(self.device, non_blocking=True))
 
-    def view(self, augment: Augmentation | None, stream: Stream, images_seen: int) -> AugmentedView | None:
-        """Return how D sees the latents of a stream's batch, if the phase augments them."""
+    def augmentation(self, augment: Augmentation | None, stream: Stream, images_seen: int) -> TranslateAndErase | None:
+        """Return the augmentation of D's inputs in a stream's batch, if the phase has one."""
         if augment is None:
             return None
         generator = stream_generator(self.run.seed, "augment", stream, images_seen)
-        return augmented_view(augment, self.run.batch_size, self.latents.latent_shape[1], generator, self.shard)
+        return draw_translate_and_erase(
+            augment, self.run.batch_size, self.latents.latent_shape[1], generator, self.shard
+        )
 
-    def guide(self, guidance: Guidance | None, batch: Batch, images_seen: int) -> GuideToData | GuideAtTimes | None:
-        """Return the guidance loss for G's batch, if the phase guides."""
+    def guidance(
+        self, guidance: Guidance | None, batch: Batch, images_seen: int
+    ) -> OneStepGuidance | MultiStepGuidance | None:
+        """Return the guidance loss of G's batch, if the phase has guidance."""
         if guidance is None:
             return None
-        assert self.classifier is not None, "params refuse guidance without a classifier"
+        assert self.classifier is not None, "params require a classifier for guidance"
         if batch.t is not None:
-            return guide_at_times(self.classifier, guidance, batch.labels, batch.t)
+            return multi_step_guidance(self.classifier, guidance, batch.labels, batch.t)
         generator = stream_generator(self.run.seed, "guidance", images_seen)
         shape = (self.run.batch_size, *self.latents.latent_shape)
-        return guide_to_data(self.classifier, guidance, batch.labels, shape, generator, self.shard)
+        return one_step_guidance(self.classifier, guidance, batch.labels, shape, generator, self.shard)
 
     def _part(self, draws: Draws, part: int) -> Draws:
         """Return the strided shard `part::num_micro_batches` of a tuple of tensors over images, or None."""
         if draws is None or self.num_micro_batches == 1:
             return draws
-        chosen = (each[part :: self.num_micro_batches] if isinstance(each, Tensor) else each for each in draws)
-        return type(draws)(*(each.contiguous() if isinstance(each, Tensor) else each for each in chosen))
+        shard = slice(part, None, self.num_micro_batches)
+        return type(draws)(*(each[shard].contiguous() if isinstance(each, Tensor) else each for each in draws))
 
     @property
     def _penalized(self) -> int:

@@ -1,4 +1,4 @@
-"""Flow-based classifier guidance: a classifier's gradient at G's output, at noise levels that it was trained on."""
+"""Flow-based classifier guidance: a cross-entropy loss of G's output, at noise levels the classifier is trained on."""
 
 from typing import NamedTuple, Protocol
 
@@ -11,14 +11,14 @@ from afm_pipe.objectives.adversarial_flow.losses import interpolate
 from afm_pipe.params import Guidance
 
 
-class Guide(Protocol):
-    """A weighted loss of G's output."""
+class GuidanceLoss(Protocol):
+    """The weighted guidance loss as a function of G's output."""
 
     def __call__(self, output: Tensor) -> Tensor:
         """Return the loss of G's output (N, C, H, W)."""
 
 
-class GuideToData(NamedTuple):
+class OneStepGuidance(NamedTuple):
     """The loss scale * CE(C(interp(output, z', t'), t'), labels) of one-step generation (paper section 3)."""
 
     classifier: nn.Module
@@ -33,10 +33,10 @@ class GuideToData(NamedTuple):
         return self.scale * F.cross_entropy(self.classifier(noisy, self.t), self.labels)
 
 
-class GuideAtTimes(NamedTuple):
-    """The loss of multi-step generation: C sees G's output unchanged where its target time is a chosen one.
+class MultiStepGuidance(NamedTuple):
+    """The loss of multi-step generation: CE(C(output, t), labels) of samples whose target time is one of guidance.at.
 
-    The mean is over the whole batch, so that the weight of a sample does not depend on the others' times.
+    The mean is over the whole batch, so that the weight of a sample does not depend on the times of the others.
     """
 
     classifier: nn.Module
@@ -51,28 +51,28 @@ class GuideAtTimes(NamedTuple):
         return self.scale * (losses * self.chosen).mean()
 
 
-def guide_to_data(
+def one_step_guidance(
     classifier: nn.Module,
     guidance: Guidance,
     labels: Tensor,
     shape: tuple[int, ...],
     generator: torch.Generator,
     shard: slice = ALL,
-) -> GuideToData:
-    """Draw noise z' of `shape` (N, C, H, W) and t' ~ U(low, high) for one-step guidance; keep those of `shard`.
+) -> OneStepGuidance:
+    """Draw noise z' of `shape` (N, C, H, W) and t' ~ U(low, high) for one-step guidance; return the part of `shard`.
 
-    `labels` are those of the shard's images.
+    `labels` are those of the shard.
     """
     assert guidance.t is not None
     low, high = guidance.t
     z = torch.randn(shape, generator=generator)[shard].to(labels.device)
     t = (low + (high - low) * torch.rand(shape[0], generator=generator))[shard].to(labels.device)
-    return GuideToData(classifier, guidance.scale, labels, z, t)
+    return OneStepGuidance(classifier, guidance.scale, labels, z, t)
 
 
-def guide_at_times(classifier: nn.Module, guidance: Guidance, labels: Tensor, t: Tensor) -> GuideAtTimes:
-    """Return multi-step guidance, where the target time t (N,) is one of guidance.at."""
+def multi_step_guidance(classifier: nn.Module, guidance: Guidance, labels: Tensor, t: Tensor) -> MultiStepGuidance:
+    """Return multi-step guidance of samples with target times t (N,)."""
     assert guidance.at is not None
     times = torch.tensor(guidance.at, device=t.device)
     chosen = ((t[:, None] - times).abs() < 1e-6).any(dim=1)  # (N,)
-    return GuideAtTimes(classifier, guidance.scale, labels, t, chosen)
+    return MultiStepGuidance(classifier, guidance.scale, labels, t, chosen)

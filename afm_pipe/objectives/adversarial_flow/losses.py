@@ -1,6 +1,6 @@
-"""The loss terms of adversarial flow models as pure functions (paper section 3; symbols there).
+"""The loss terms of adversarial flow models as pure functions (symbols as in paper section 3).
 
-Shapes: N batch, n penalized part of it; logits (N,), latents (N, C, H, W). Every term is a 0-d tensor.
+Shapes: N batch, n penalized images; logits (N,), latents (N, C, H, W). Every term is a 0-d tensor.
 """
 
 from typing import NamedTuple
@@ -11,25 +11,25 @@ from torch import Tensor
 
 
 class Logits(NamedTuple):
-    """D's logits of one D step: real, generated, and what the penalties compare."""
+    """D's logits in a step of D: of real and generated latents, and of those that the penalties compare."""
 
     real: Tensor  # (N,)
     fake: Tensor  # (N,)
-    real_penalized: Tensor  # (n,), the first of `real`, in the penalties' precision
+    real_penalized: Tensor  # (n,), of the first n real latents, in the penalties' precision
     fake_penalized: Tensor  # (n,)
     real_perturbed: Tensor  # (n,)
     fake_perturbed: Tensor  # (n,)
 
 
 def relativistic(higher: Tensor, lower: Tensor) -> Tensor:
-    """Return mean softplus(-(higher - lower)): D wants real above generated, G the reverse."""
+    """Return mean softplus(-(higher - lower)); `higher` are logits of real latents for D, of generated ones for G."""
     return F.softplus(lower - higher).mean()
 
 
 def gradient_penalty(logits: Tensor, perturbed: Tensor, epsilon: float, weighting: Tensor | float = 1.0) -> Tensor:
     """Return mean w ((D(u + eps noise) - D(u)) / eps)^2 of logits (n,) at u and at u + eps noise; 0 where n = 0.
 
-    A finite difference, so no gradient of a gradient is needed.
+    A finite difference, so that no second-order gradient is needed.
     """
     if not len(perturbed):
         return logits.new_zeros(())

@@ -1,9 +1,9 @@
 """Adversarial flow models: a GAN whose generator is tied to the optimal transport map (paper section 3).
 
-An update is one step of D, then one of G; together they cost 14.5 forward passes of G (paper Table 12). Losses are
-means over the batch: each micro-batch is weighted by its share, so gradients and figures are sums over micro-batches
-and processes. G's adversarial gradient is divided by a number that depends on the whole batch, so the gradients at G's
-output are computed for all micro-batches before those of G's weights.
+An update is a step of D, then a step of G; together they cost 14.5 forward passes of G (paper Table 12). Losses are
+means over the batch: each micro-batch is weighted by its share, so gradients and logged values are sums over
+micro-batches and processes. G's adversarial gradient is normalized by a number that depends on the whole batch, so the
+gradients at G's output are computed for all micro-batches before those of G's weights.
 
 Shapes: N images of a micro-batch, n penalized ones, C, H, W of latents.
 """
@@ -38,20 +38,20 @@ from afm_pipe.params import Run
 
 
 class OutputGradients(NamedTuple):
-    """The gradients of G's loss at G's output, weighted by the micro-batch's share."""
+    """The gradients of G's loss at G's output on a micro-batch, weighted by its share."""
 
-    adversarial: Tensor  # (N, C, H, W), of the adversarial loss at what D sees, to be normalized
-    seen: Tensor  # (N, C, H, W), what D sees of `leaf`: itself, or an augmented view with its graph
+    adversarial: Tensor  # (N, C, H, W), gradient of the adversarial loss at D's input, not yet normalized
+    d_input: Tensor  # (N, C, H, W), D's input: `leaf`, or its augmentation with the graph
     leaf: Tensor  # (N, C, H, W), G's output without G's graph
-    others: Tensor  # (N, C, H, W), of transport and guidance, at G's output
+    others: Tensor  # (N, C, H, W), gradient of transport and guidance at G's output
     losses: Tensor  # (terms,), unweighted
     squares: Tensor  # (3,), mean squares of G(x_s) - x_s, of G(x_s), of x_t
-    output: Tensor | None  # G's output with its graph; None where it is not kept
+    output: Tensor | None  # G's output with G's graph; None if the graph is not kept
 
 
 @register
 class AdversarialFlow(Objective):
-    """Adversarial flow, for one run and model."""
+    """The adversarial flow objective, for one run and model."""
 
     name = "adversarial_flow"
     terms = (
@@ -82,14 +82,14 @@ class AdversarialFlow(Objective):
     adversary = "discriminator"
 
     def __init__(self, run: Run, config: ModelConfig, classifier: nn.Module | None = None) -> None:
-        """Train the model of `config` with the settings of `run`; `classifier` is for phases with guidance."""
+        """Train the model of `config` with the settings of `run`; phases with guidance need the `classifier`."""
         self.run, self.settings, self.config, self.classifier = run, run, config, classifier
 
     def build_networks(self) -> dict[str, nn.Module]:
         return {"generator": build_generator(self.config), "discriminator": build_discriminator(self.config)}
 
     def build_buffers(self, device: torch.device) -> dict[str, Tensor]:
-        return {"mean_square": torch.zeros((), device=device)}  # of the gradient normalization
+        return {"mean_square": torch.zeros((), device=device)}  # running mean of the gradient normalization
 
     def optimizer(self, network: nn.Module) -> torch.optim.AdamW:
         run = self.run
@@ -133,16 +133,16 @@ class AdversarialFlow(Objective):
         return f"logit gap {row['logit_gap']:.2f}  transport {row['transport_rms']:.2f}"
 
     def update(self, learner: Learner, batch: Draw, hyperparameters: Hyperparameters) -> Tensor:
-        made = batch.generator
-        # One forward pass of G for both steps needs its graph kept meanwhile: only where there is one micro-batch.
-        reused = self.run.reuse_forward and len(made) == 1
-        output = self._generate(learner.module("generator"), made[0].batch) if reused else None
-        for parts in batch.discriminator:
-            of_d = self._update_discriminator(learner, parts, hyperparameters, output)
+        g_parts = batch.generator
+        # Reusing one forward pass of G for both steps keeps its graph in memory: only with a single micro-batch.
+        reused = self.run.reuse_forward and len(g_parts) == 1
+        output = self._generate(learner.module("generator"), g_parts[0].batch) if reused else None
+        for d_parts in batch.discriminator:
+            d_values = self._update_discriminator(learner, d_parts, hyperparameters, output)
         discriminator = learner.networks["discriminator"].requires_grad_(False)
-        of_g = self._update_generator(learner, made, hyperparameters, output)
+        g_values = self._update_generator(learner, g_parts, hyperparameters, output)
         discriminator.requires_grad_(True)
-        return torch.cat([of_d, of_g])
+        return torch.cat([d_values, g_values])
 
     def example_batch(self, count: int, penalized: int | None = None) -> Draw:
         if penalized is None:
@@ -158,26 +158,26 @@ class AdversarialFlow(Objective):
         return self._generate(networks["generator"], self.example_batch(count).generator[0].batch)
 
     def _generate(self, generator: nn.Module, batch: Batch) -> Tensor:
-        """Return G's output (N, C, H, W) on a batch."""
+        """Return G's output (N, C, H, W) for a batch."""
         return transport_map(generator, self.config.form, batch.source, batch.labels, batch.s, batch.t)
 
     def _update_discriminator(
-        self, learner: Learner, parts: Sequence[DiscriminatorPart], now: Hyperparameters, output: Tensor | None
+        self, learner: Learner, parts: Sequence[DiscriminatorPart], hp: Hyperparameters, output: Tensor | None
     ) -> Tensor:
-        figures = []
+        values = []
         for index, part in enumerate(parts):
             with learner.accumulate("discriminator", index == len(parts) - 1):
-                figures.append(self._discriminator_backward(learner, part, now, output))
-        total, *others = learner.sum(figures)
-        return torch.stack([*others, learner.step("discriminator", total, now)])
+                values.append(self._discriminator_backward(learner, part, hp, output))
+        total, *terms = learner.sum(values)
+        return torch.stack([*terms, learner.step("discriminator", total, hp)])
 
     def _discriminator_backward(
-        self, learner: Learner, part: DiscriminatorPart, now: Hyperparameters, output: Tensor | None
+        self, learner: Learner, part: DiscriminatorPart, hp: Hyperparameters, output: Tensor | None
     ) -> Tensor:
-        """Backpropagate D's loss through one forward pass of D over 2 N + 2 n latents; return its figures.
+        """Backpropagate D's loss on a micro-batch; return the loss, its terms, the logit gap and the accuracy.
 
-        Without penalty noise the update is one that lazy penalties leave out: n = 0. Where the run is in bf16 and its
-        penalties are not, a second forward pass in float32 is over 4 n latents.
+        D's forward pass is over 2 N + 2 n latents; without penalty noise (an update without lazy penalties) n = 0. In a
+        bf16 run with fp32 penalties it is over 2 N latents, and a second one, in float32, over 4 n latents.
         """
         batch, run = part.batch, self.run
         real, source = batch.real, batch.source
@@ -185,126 +185,125 @@ class AdversarialFlow(Objective):
             with torch.no_grad():
                 output = self._generate(learner.networks["generator"], batch)  # (N, C, H, W)
         fake = output.detach()
-        if part.view is not None:
-            real, fake, source = part.view(real), part.view(fake), part.view(source)
+        if part.augment is not None:
+            real, fake, source = part.augment(real), part.augment(fake), part.augment(source)
         n = 0 if part.noise is None else len(part.noise.real)
-        logits = self._judge(learner, batch, real, fake, source, part.noise)
+        logits = self._logits(learner, batch, real, fake, source, part.noise)
         weighting = batch.weighting if isinstance(batch.weighting, float) else batch.weighting[:n]
-        seen = DLossInputs(logits, run.penalty.epsilon, weighting)
-        # Lazy penalties weigh more where they are computed, so that their mean over updates is the penalty's.
+        inputs = DLossInputs(logits, run.penalty.epsilon, weighting)
+        # Lazy penalties have a larger weight when they are computed, so that the mean over updates is unchanged.
         shares = {"batch": part.share, "penalized": run.penalty.every * part.penalized_share}
-        values = [shares[each.over] * each.value(seen) for each in D_TERMS]
-        total = _weighted([each.weight(run, now) for each in D_TERMS], values)
+        values = [shares[each.over] * each.value(inputs) for each in D_TERMS]
+        total = _weighted([each.weight(run, hp) for each in D_TERMS], values)
         total.backward()
         gap = (logits.real - logits.fake).detach()
-        beside = part.share * gap.mean(), part.share * (gap > 0).to(gap.dtype).mean()
-        return torch.stack([total.detach(), *(value.detach() for value in values), *beside])
+        gap_and_accuracy = part.share * gap.mean(), part.share * (gap > 0).to(gap.dtype).mean()
+        return torch.stack([total.detach(), *(value.detach() for value in values), *gap_and_accuracy])
 
-    def _judge(
+    def _logits(
         self, learner: Learner, batch: Batch, real: Tensor, fake: Tensor, source: Tensor, noise: PenaltyNoise | None
     ) -> Logits:
-        """Return D's logits of real and generated latents (N, C, H, W), and of those the penalties need."""
-        judge, count, n = learner.module("discriminator"), len(real), 0
-        ends, steps = [real, fake], list[Tensor]()
+        """Return D's logits of real and generated latents (N, C, H, W), and of those that the penalties need."""
+        discriminator, count, n = learner.module("discriminator"), len(real), 0
+        latents, perturbed = [real, fake], list[Tensor]()
         if noise is not None:
             n, epsilon = len(noise.real), self.run.penalty.epsilon
-            steps = [perturb(real[:n], noise.real, epsilon), perturb(fake[:n], noise.fake, epsilon)]
+            perturbed = [perturb(real[:n], noise.real, epsilon), perturb(fake[:n], noise.fake, epsilon)]
         whole, penalized = slice(None), slice(n)
         if n == 0 or self.run.precision == "fp32" or self.run.penalty.precision == "bf16":
-            rows = [whole, whole, penalized, penalized]
-            logits = judge(torch.cat([*ends, *steps]), *_beside(batch, source, rows))  # (2 N + 2 n,)
-            of_real, of_fake, *of_steps = logits.split([count, count, n, n])
-            return Logits(of_real, of_fake, of_real[:n], of_fake[:n], *of_steps)
-        logits = judge(torch.cat(ends), *_beside(batch, source, [whole, whole]))  # (2 N,)
-        starts = [end[:n] for end in ends]
+            conditions = _conditions(batch, source, [whole, whole, penalized, penalized])
+            logits = discriminator(torch.cat([*latents, *perturbed]), *conditions)  # (2 N + 2 n,)
+            real_logits, fake_logits, *perturbed_logits = logits.split([count, count, n, n])
+            return Logits(real_logits, fake_logits, real_logits[:n], fake_logits[:n], *perturbed_logits)
+        logits = discriminator(torch.cat(latents), *_conditions(batch, source, [whole, whole]))  # (2 N,)
+        conditions = _conditions(batch, source, [penalized] * 4)
         with in_float32(learner.networks["discriminator"]):
-            exact = judge(torch.cat([*starts, *steps]), *_beside(batch, source, [penalized] * 4))  # (4 n,)
+            exact = discriminator(torch.cat([real[:n], fake[:n], *perturbed]), *conditions)  # (4 n,)
         return Logits(*logits.split(count), *exact.split(n))
 
     def _update_generator(
-        self, learner: Learner, parts: Sequence[GeneratorPart], now: Hyperparameters, output: Tensor | None
+        self, learner: Learner, parts: Sequence[GeneratorPart], hp: Hyperparameters, output: Tensor | None
     ) -> Tensor:
-        at_output = self._output_gradients(learner, parts, now, output)
-        scale = self._divisor(learner, at_output)
-        for index, (part, gradients) in enumerate(zip(parts, at_output, strict=True)):
+        all_gradients = self._output_gradients(learner, parts, hp, output)
+        scale = self._divisor(learner, all_gradients)
+        for index, (part, gradients) in enumerate(zip(parts, all_gradients, strict=True)):
             with learner.accumulate("generator", index == len(parts) - 1):
-                made = gradients.output
-                if made is None:
-                    made = self._generate(learner.module("generator"), part.batch)
-                made.backward(_at_output(gradients, scale) + gradients.others)
-        norms = [torch.stack([each.adversarial.square().sum(), each.others.square().sum()]) for each in at_output]
-        pairs = zip(at_output, norms, strict=True)
-        figures = learner.sum([torch.cat([each.losses, each.squares, norm]) for each, norm in pairs])
-        losses, (distance, made_square, real_square, push, pull) = figures[: 1 + len(G_TERMS)], figures[-5:]
-        total = _weighted([1.0, *(each.weight(self.run, now) for each in G_TERMS)], list(losses))
-        norm = learner.step("generator", total, now)
-        ratio = (made_square / real_square.clamp(min=1e-12)).sqrt()
-        return torch.stack([*losses, distance.sqrt(), ratio, push.sqrt(), pull.sqrt(), norm])
+                generated = gradients.output
+                if generated is None:
+                    generated = self._generate(learner.module("generator"), part.batch)
+                generated.backward(_normalized(gradients, scale) + gradients.others)
+        norms = [torch.stack([each.adversarial.square().sum(), each.others.square().sum()]) for each in all_gradients]
+        pairs = zip(all_gradients, norms, strict=True)
+        values = learner.sum([torch.cat([each.losses, each.squares, norm]) for each, norm in pairs])
+        losses, (distance, output_square, real_square, adversarial, others) = values[: 1 + len(G_TERMS)], values[-5:]
+        total = _weighted([1.0, *(each.weight(self.run, hp) for each in G_TERMS)], list(losses))
+        norm = learner.step("generator", total, hp)
+        ratio = (output_square / real_square.clamp(min=1e-12)).sqrt()
+        return torch.stack([*losses, distance.sqrt(), ratio, adversarial.sqrt(), others.sqrt(), norm])
 
     def _output_gradients(
-        self, learner: Learner, parts: Sequence[GeneratorPart], now: Hyperparameters, output: Tensor | None
+        self, learner: Learner, parts: Sequence[GeneratorPart], hp: Hyperparameters, output: Tensor | None
     ) -> list[OutputGradients]:
         """Return the gradients at G's output for every micro-batch.
 
-        G's graph is kept for a single micro-batch; several of them pass through G again.
+        G's graph is kept if there is only one micro-batch; otherwise each needs a second forward pass of G.
         """
-        found = []
+        gradients = []
         for part in parts:
             with torch.set_grad_enabled(len(parts) == 1):
-                single = learner.module("generator") if len(parts) == 1 else learner.networks["generator"]
-                made = self._generate(single, part.batch) if output is None else output
-            found.append(self._gradients_at(learner.networks["discriminator"], part, now, made))
-        return found
+                generator = learner.module("generator") if len(parts) == 1 else learner.networks["generator"]
+                generated = self._generate(generator, part.batch) if output is None else output
+            gradients.append(self._gradients_at(learner.networks["discriminator"], part, hp, generated))
+        return gradients
 
     def _gradients_at(
-        self, discriminator: nn.Module, part: GeneratorPart, now: Hyperparameters, made: Tensor
+        self, discriminator: nn.Module, part: GeneratorPart, hp: Hyperparameters, generated: Tensor
     ) -> OutputGradients:
-        """Return the gradients of G's loss at G's output `made` (N, C, H, W), on a micro-batch."""
-        batch, view, share = part.batch, part.view, part.share
-        output = made.detach().requires_grad_()
-        real, seen, source = batch.real, output, batch.source
-        if view is not None:
-            real, seen, source = view(real), view(output), view(source)
-        judged = seen.detach().requires_grad_()
+        """Return the gradients of G's loss on a micro-batch at G's output `generated` (N, C, H, W)."""
+        batch, augment, share = part.batch, part.augment, part.share
+        output = generated.detach().requires_grad_()
+        real, d_input, source = batch.real, output, batch.source
+        if augment is not None:
+            real, d_input, source = augment(real), augment(output), augment(source)
+        d_leaf = d_input.detach().requires_grad_()
         with torch.no_grad():
             real_logits = discriminator(real, batch.labels, batch.t, source)
-        adversarial = share * relativistic(discriminator(judged, batch.labels, batch.t, source), real_logits)
-        (gradient,) = torch.autograd.grad(adversarial, judged)
-        generated = GLossInputs(output, batch.source, batch.weighting, part.guide)
-        values = [share * each.value(generated) for each in G_TERMS]
-        total = _weighted([each.weight(self.run, now) for each in G_TERMS], values)
+        adversarial = share * relativistic(discriminator(d_leaf, batch.labels, batch.t, source), real_logits)
+        (gradient,) = torch.autograd.grad(adversarial, d_leaf)
+        inputs = GLossInputs(output, batch.source, batch.weighting, part.guidance)
+        values = [share * each.value(inputs) for each in G_TERMS]
+        total = _weighted([each.weight(self.run, hp) for each in G_TERMS], values)
         (others,) = torch.autograd.grad(total, output)
         squares = (output.detach() - batch.source).square(), output.detach().square(), batch.real.square()
         return OutputGradients(
             adversarial=gradient,
-            seen=seen,
+            d_input=d_input,
             leaf=output,
             others=others,
             losses=torch.stack([adversarial.detach(), *(value.detach() for value in values)]),
             squares=torch.stack([share * square.mean() for square in squares]),
-            output=made if made.requires_grad else None,
+            output=generated if generated.requires_grad else None,
         )
 
-    def _divisor(self, learner: Learner, at_output: Sequence[OutputGradients]) -> Tensor | None:
+    def _divisor(self, learner: Learner, gradients: Sequence[OutputGradients]) -> Tensor | None:
         """Return the divisor of the whole batch's adversarial gradient; None without normalization."""
         settings = self.run.gradient_normalization
         if not settings.enabled:
             return None
-        square = learner.sum([each.adversarial.square().sum() for each in at_output])
-        elements = self.run.batch_size * at_output[0].adversarial[0].numel()
+        square = learner.sum([each.adversarial.square().sum() for each in gradients])
+        elements = self.run.batch_size * gradients[0].adversarial[0].numel()
         return divisor(learner.buffers["mean_square"], square, elements, settings.decay)
 
 
-def _at_output(gradients: OutputGradients, scale: Tensor | None) -> Tensor:
-    """Return the adversarial gradient at G's output (N, C, H, W), normalized by `scale` where D sees it.
+def _normalized(gradients: OutputGradients, scale: Tensor | None) -> Tensor:
+    """Return the adversarial gradient at G's output (N, C, H, W), divided by `scale`.
 
-    The release normalizes there, too: what an augmentation erases counts in the norm, and the normalized gradient goes
-    back through the augmentation.
+    As in the released code, the gradient is normalized at D's input and then backpropagated through the augmentation.
     """
     gradient = gradients.adversarial if scale is None else gradients.adversarial / scale
-    if gradients.seen is gradients.leaf:
+    if gradients.d_input is gradients.leaf:
         return gradient
-    return torch.autograd.grad(gradients.seen, gradients.leaf, gradient)[0]
+    return torch.autograd.grad(gradients.d_input, gradients.leaf, gradient)[0]
 
 
 def _weighted(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
@@ -315,8 +314,8 @@ def _weighted(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _beside(batch: Batch, source: Tensor, rows: Sequence[slice]) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return what D is given beside latents, of some rows of a batch: labels, target times, G's input."""
+def _conditions(batch: Batch, source: Tensor, rows: Sequence[slice]) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return D's inputs other than latents for some rows of a batch: labels, target times, G's input."""
     labels, source = (torch.cat([value[each] for each in rows]) for value in (batch.labels, source))
     times = None if batch.t is None else torch.cat([batch.t[each] for each in rows])
     return labels, times, source

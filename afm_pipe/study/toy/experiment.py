@@ -50,7 +50,8 @@ def run_experiment(toy: Toy, seed: int, device: torch.device) -> Generator[Progr
     guided: dict[str, Tensor] = {}
     done = 0
     for name, setting in settings.items():
-        g = yield from _part(train_adversarially(setting, toy, seed, device), name, done, total)
+        trained = yield from part_of(train_adversarially(setting, toy, seed, device), name, done, total)
+        g = trained.average
         done += setting.updates
         if setting.conditional:
             x = transport(g, start.repeat(1, mixture.CLASSES), setting.steps, labels)  # (S, classes * K)
@@ -58,7 +59,7 @@ def run_experiment(toy: Toy, seed: int, device: torch.device) -> Generator[Progr
         else:
             x = transport(g, start, setting.steps, no_labels).double().cpu()
             maps[name] = LearnedMap("afm" if setting.transport else "gan", setting.steps, setting.transport, x)
-    velocity = yield from _part(train_flow(toy, seed, device), "flow matching", done, total, FLOW_COST)
+    velocity = yield from part_of(train_flow(toy, seed, device), "flow matching", done, total, 1 / FLOW_COST)
     for steps in toy.steps:
         x = transport(velocity, start, steps, no_labels).double().cpu()
         maps[f"flow_{steps}"] = LearnedMap("flow", steps, None, x)
@@ -131,13 +132,13 @@ def _over_seeds(**values: Tensor) -> dict[str, float]:
     return means | {f"{key}_std": value.std().item() if len(value) > 1 else 0.0 for key, value in values.items()}
 
 
-def _part(
-    ticks: Generator[Progress, None, T], name: str, before: int, total: int, divisor: int = 1
+def part_of(
+    ticks: Generator[Progress, None, T], name: str, before: int, total: int, weight: float = 1
 ) -> Generator[Progress, None, T]:
-    """Report progress as part of a larger total; return what `ticks` returns."""
+    """Report progress as part of a larger total, in which an update counts `weight`; return what `ticks` returns."""
     while True:
         try:
             tick = next(ticks)
         except StopIteration as end:
             return end.value
-        yield Progress(before + tick.done // divisor, total, "updates", name)
+        yield Progress(before + int(tick.done * weight), total, "updates", name)

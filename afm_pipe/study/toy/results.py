@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+Outcome = Literal["supported", "not supported", "undecided"]
+
 
 class MapResults(BaseModel, frozen=True):
     """The measurements of one setting: mean and standard deviation over seeds, over N(0, 1) noise."""
@@ -57,6 +59,37 @@ class OwnScale(Scale, frozen=True):
     paper: Scale = PAPER
 
 
+class StrongResults(BaseModel, frozen=True):
+    """One-step models trained with some number of D updates to one of G; distances by seed, None where not finite."""
+
+    discriminator_updates: int
+    transport: bool
+    normalized: bool
+    rms: list[float | None]
+    """RMS distance to the optimal map."""
+    w1: list[float | None]
+    discriminator_gap: float
+    """Fraction by which D's loss falls in further updates against the final G: 0 at D's optimum."""
+
+
+class StrongClaim(BaseModel, frozen=True):
+    """A claim about the distance to the optimal map: its verdict, and the ratio of distances with its 95 % interval."""
+
+    claim: str
+    outcome: Outcome
+    ratio: float | None = None
+    interval: tuple[float, float] | None = None
+
+
+class Strong(BaseModel, frozen=True):
+    """The strong discriminator: all settings, and the claims that they decide."""
+
+    settings: list[StrongResults]
+    claims: list[StrongClaim]
+    pairs: int
+    seeds: int
+
+
 class ToyResults(BaseModel, frozen=True):
     """All measurements; `spread_ratio` is that of the GAN over that of the one-step adversarial flow model."""
 
@@ -64,3 +97,4 @@ class ToyResults(BaseModel, frozen=True):
     guidance: dict[str, GuidanceResults]
     scale: OwnScale
     spread_ratio: float
+    strong: Strong | None = None

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import vmap
 
-from afm_pipe.objectives.adversarial_flow.guidance import guide_to_data
+from afm_pipe.objectives.adversarial_flow.guidance import one_step_guidance
 from afm_pipe.objectives.adversarial_flow.losses import (
     gradient_penalty,
     interpolate,
@@ -23,11 +23,14 @@ from afm_pipe.objectives.adversarial_flow.losses import (
     step_weighting,
     transport_cost,
 )
+from afm_pipe.objectives.adversarial_flow.normalizer import divisor
 from afm_pipe.objectives.schedules import ema_decay_at
 from afm_pipe.params import Ema, Guidance, Toy
 from afm_pipe.runtime.progress import Progress
 from afm_pipe.study.toy import mixture
 from afm_pipe.study.toy.networks import EMBEDDING, Map, Mlps, Posterior, Velocity, embed
+
+NORMALIZATION_DECAY = 0.9  # as `train.gradient_normalization.decay`
 
 
 class Setting(NamedTuple):
@@ -38,6 +41,9 @@ class Setting(NamedTuple):
     updates: int
     conditional: bool = False
     guidance: Guidance | None = None
+    discriminator_updates: int = 1
+    normalized: bool = False
+    """Divide the adversarial gradient at G's output by a running mean of its norm, seed by seed."""
 
 
 class Batch(NamedTuple):
@@ -50,8 +56,18 @@ class Batch(NamedTuple):
     labels: Tensor
 
 
-def train_adversarially(setting: Setting, toy: Toy, seed: int, device: torch.device) -> Generator[Progress, None, Map]:
-    """Train a generator per seed against a discriminator per seed; return the moving average of the generators."""
+class Trained(NamedTuple):
+    """The moving average of the generators, and the generators and discriminators at the end."""
+
+    average: Map
+    generator: Map
+    discriminator: Mlps
+
+
+def train_adversarially(
+    setting: Setting, toy: Toy, seed: int, device: torch.device
+) -> Generator[Progress, None, Trained]:
+    """Train a generator per seed against a discriminator per seed."""
     generator = torch.Generator().manual_seed(seed)
     times = 0 if setting.steps == 1 else 1  # of D; G has source and target time
     networks = [
@@ -64,20 +80,29 @@ def train_adversarially(setting: Setting, toy: Toy, seed: int, device: torch.dev
         torch.optim.Adam(network.parameters(), lr=toy.lr, betas=toy.betas) for network in networks
     )
     batches = _batches(setting.steps, toy, generator, device)
-    penalized = round(toy.batch_size * toy.penalty.batch_fraction)
+    mean_square = torch.zeros(toy.seeds, device=device) if setting.normalized else None
     for update in range(setting.updates):
-        noise = torch.randn(2, toy.seeds, penalized, generator=generator).to(device)  # (2, S, n)
-        d_optimizer.zero_grad()
-        _discriminator_loss(g, d, next(batches), noise, toy).backward()
-        d_optimizer.step()
+        for _ in range(setting.discriminator_updates):
+            _update_discriminator(g, d, d_optimizer, batches, toy, generator)
         g_optimizer.zero_grad()
         d.requires_grad_(False)
-        _generator_loss(g, d, next(batches), setting, generator).backward()
+        _generator_loss(g, d, next(batches), setting, generator, mean_square).backward()
         d.requires_grad_(True)
         g_optimizer.step()
         _update_ema(average, g, toy.ema, update)
         yield Progress(update + 1, setting.updates, "updates")
-    return average
+    return Trained(average, g, d)
+
+
+def discriminator_gap(trained: Trained, toy: Toy, updates: int, seed: int, device: torch.device) -> float:
+    """Return the fraction by which the loss of D falls in `updates` more against the same G: 0 at its optimum."""
+    generator = torch.Generator().manual_seed(seed)
+    g, d = trained.generator, copy.deepcopy(trained.discriminator)
+    optimizer = torch.optim.Adam(d.parameters(), lr=toy.lr, betas=toy.betas)
+    batches = _batches(g.steps, toy, generator, device)
+    losses = [_update_discriminator(g, d, optimizer, batches, toy, generator) for _ in range(updates)]
+    ends = max(updates // 10, 1)
+    return 1 - sum(losses[-ends:]) / sum(losses[:ends])
 
 
 def train_flow(toy: Toy, seed: int, device: torch.device) -> Generator[Progress, None, Velocity]:
@@ -110,6 +135,20 @@ def _batches(steps: int, toy: Toy, generator: torch.Generator, device: torch.dev
         yield Batch(*(value.to(device) for value in batch))
 
 
+def _update_discriminator(
+    g: Map, d: Mlps, optimizer: torch.optim.Optimizer, batches: Iterator[Batch], toy: Toy, generator: torch.Generator
+) -> float:
+    """Make one step of D on a fresh batch; return the loss before it, summed over seeds."""
+    penalized = round(toy.batch_size * toy.penalty.batch_fraction)
+    noise = torch.randn(2, toy.seeds, penalized, generator=generator)  # (2, S, n)
+    optimizer.zero_grad()
+    batch = next(batches)
+    loss = _discriminator_loss(g, d, batch, noise.to(batch.source.device), toy)
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
 def _discriminator_loss(g: Map, d: Mlps, batch: Batch, noise: Tensor, toy: Toy) -> Tensor:
     """Return D's loss, summed over seeds, from one forward pass over 2 N + 2 n numbers."""
     penalty, n = toy.penalty, noise.shape[-1]
@@ -131,19 +170,35 @@ def _discriminator_loss(g: Map, d: Mlps, batch: Batch, noise: Tensor, toy: Toy) 
     return vmap(loss)(logits, step_weighting(batch.s, batch.t)[:, :n]).sum()
 
 
-def _generator_loss(g: Map, d: Mlps, batch: Batch, setting: Setting, generator: torch.Generator) -> Tensor:
-    """Return G's loss, summed over seeds."""
+def _generator_loss(
+    g: Map,
+    d: Mlps,
+    batch: Batch,
+    setting: Setting,
+    generator: torch.Generator,
+    mean_square: Tensor | None = None,
+) -> Tensor:
+    """Return G's loss, summed over seeds; `mean_square` (S,) is the state of gradient normalization, or None."""
     fake = g(batch.source, batch.s, batch.t, batch.labels)  # (S, N)
+    judged = fake.view_as(fake)
+    if mean_square is not None:
+        judged.register_hook(lambda gradient: _normalized(gradient, mean_square))
     with torch.no_grad():
         real_logits = _judge(g, d, batch.target, batch.t, batch.labels)
-    adversarial = vmap(relativistic)(_judge(g, d, fake, batch.t, batch.labels), real_logits)
+    adversarial = vmap(relativistic)(_judge(g, d, judged, batch.t, batch.labels), real_logits)
     cost = vmap(transport_cost)(fake[..., None], batch.source[..., None], step_weighting(batch.s, batch.t))
     loss = (adversarial + setting.transport * cost).sum()
     if setting.guidance is None:
         return loss
     labels = batch.labels.flatten()
-    guide = guide_to_data(Posterior(), setting.guidance, labels, tuple(labels.shape), generator)
+    guide = one_step_guidance(Posterior(), setting.guidance, labels, tuple(labels.shape), generator)
     return loss + len(fake) * guide(fake.flatten())  # a mean over the samples of all seeds, times the seeds
+
+
+def _normalized(gradient: Tensor, mean_square: Tensor) -> Tensor:
+    """Return gradients (S, N) over their running root mean square."""
+    square_sum = gradient.square().sum(1)
+    return gradient / divisor(mean_square, square_sum, gradient.shape[1], NORMALIZATION_DECAY)[:, None]
 
 
 def _judge(g: Map, d: Mlps, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:

@@ -6,18 +6,17 @@ from typing import Any
 
 from afm_pipe.params import Toy
 from afm_pipe.runtime.files import write_json
-from afm_pipe.study.toy.experiment import Experiment, measure
+from afm_pipe.study.toy.experiment import Experiment
 from afm_pipe.study.toy.figures import draw_guidance, draw_maps, draw_sweep
 from afm_pipe.study.toy.results import ToyResults
 
 ROWS_PER_MAP = 512  # of the CSV files; all points are measured and drawn
 
 
-def write_experiment(experiment: Experiment, toy: Toy, folder: Path) -> None:
+def write_experiment(experiment: Experiment, results: ToyResults, toy: Toy, folder: Path) -> None:
     """Write everything into a new folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    results = measure(experiment, toy)
-    write_json(folder / "results.json", results.model_dump(mode="json", exclude_none=True))
+    write_results(results, folder / "results.json")
     write_json(folder / "metrics.json", headline(results))
     every = max(1, len(experiment.noise) // ROWS_PER_MAP)
     noise = experiment.noise[::every].tolist()
@@ -39,6 +38,11 @@ def write_experiment(experiment: Experiment, toy: Toy, folder: Path) -> None:
     draw_maps(experiment, results, toy, folder / "maps.png")
     draw_sweep(experiment, results, folder / "sweep.png")
     draw_guidance(experiment, toy, folder / "guidance.png")
+
+
+def write_results(results: ToyResults, path: Path) -> None:
+    """Write the measurements."""
+    write_json(path, results.model_dump(mode="json", exclude_none=True))
 
 
 def headline(results: ToyResults) -> dict[str, Any]:
