@@ -1,7 +1,7 @@
-"""The state of every run, read from its files alone: without torch, without a lock, and without writing anything.
+"""The state of every run, read from files only: without torch, without a lock, and without writing anything.
 
-Under work/RUN lie the lease of the process that trains it and, in a folder named by its identity, curves, events and
-checkpoints. Any of them may be half written, of other params, or damaged; an unreadable file counts as absent.
+work/RUN holds the lease of the process that trains the run and, in a folder named by its identity, curves, events and
+checkpoints. Any file may be partial, damaged, or of other params; an unreadable file counts as absent.
 """
 
 import math
@@ -25,8 +25,8 @@ from afm_pipe.training.curves import Row, scan_curves
 from afm_pipe.training.events import FATAL, FILE, Event, scan_events
 
 MAX_NUMBER = 1e300
-FRESH = 30.0  # seconds after its last touch in which a lease counts as held
-ACTIONS = ("phase", "stop")  # kinds of events that are no alarms
+FRESH = 30.0  # seconds after its last renewal during which a lease counts as held
+ACTIONS = ("phase", "stop")  # kinds of events that are not alarms
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class RunStatus:
 
     @property
     def phase(self) -> str:
-        """Number of the current phase, and of all phases where that is fixed."""
+        """Number of the current phase, and of all phases if their number is fixed."""
         begun = sum(event.kind == "phase" for event in self.events)
         if begun:  # of an automatic schedule
             return str(begun + 1)
@@ -91,7 +91,7 @@ def all_statuses(params: Params) -> list[RunStatus]:
 def run_status(params: Params, name: str, known: dict[str, RunStatus] | None = None) -> RunStatus:
     """Return the status of a run. Raises UserError for a name that is not in params.
 
-    `known` holds statuses that need not be read again, such as that of the run it continues.
+    `known` holds statuses that are already read, such as that of the run it continues.
     """
     run, base = params.model(name), params.guided[name].base if name in params.guided else None
     num_images, identity = None, None
@@ -131,7 +131,9 @@ def run_status(params: Params, name: str, known: dict[str, RunStatus] | None = N
         return replace(status, state="outdated", note="trained with other params, data or code")
     if made is not None:
         return replace(status, state="finished", note="not compared with params: there are no latents")
-    status = RunStatus(name, run, total=total, num_images=num_images)  # curves without work are another machine's
+    status = RunStatus(
+        name, run, total=total, num_images=num_images
+    )  # curves without a work folder come from another machine
     if num_images is None:
         return replace(status, state="waiting", note=f"for {paths.LATENTS}")
     if base is not None:
@@ -142,7 +144,7 @@ def run_status(params: Params, name: str, known: dict[str, RunStatus] | None = N
 
 
 def trials_line(params: Params) -> str | None:
-    """Return how many trials of the tables are measured; None where params have no tables."""
+    """Say how many trials of the tables are measured; None if params have no tables."""
     if not params.tables:
         return None
     from afm_pipe.study.trials import Trials
@@ -158,7 +160,7 @@ def trials_line(params: Params) -> str | None:
 
 
 def code_line(params: Params) -> str | None:
-    """Return a line on the results made by other source code than today's under an equal version, if there are any."""
+    """Return a line on results of source code that differs from today's under an equal version, if any."""
     return code_notice(_recorded_code(params))
 
 
@@ -180,14 +182,14 @@ def _recorded_code(params: Params) -> Iterator[tuple[str, Any]]:
 
 
 def holder_of(folder: Path) -> str | None:
-    """Return the process that holds a run's folder, if any. Its lock is not tried: a trainer may want it now."""
+    """Return the process that holds a run's folder, if any, without trying its lock, which a trainer may need now."""
     lease = max(folder.glob("lease-*"), default=None)
     if lease is None:
         return None
     try:
         fresh = time.time() - lease.stat().st_mtime < FRESH
     except OSError:
-        return None  # released this moment
+        return None  # released meanwhile
     pid, host = json_value(lease, "pid"), json_value(lease, "host")
     here = host == socket.gethostname() and isinstance(pid, int)
     if not fresh or (here and not (0 < pid < 1 << 31 and psutil.pid_exists(pid))):
@@ -213,13 +215,13 @@ def _printable(event: Event) -> Event:
 
 
 def _identity(params: Params, name: str, provenance: dict[str, str]) -> str:
-    """Return the identity that a run would have if it were trained now."""
+    """Return the identity of a run trained with the current params and inputs."""
     origins = {part: sha256_file(file) for part, file in origin_files(params, name).items()}
     return run_identity(params.models[name], params.latent_shape, provenance_fingerprint(provenance), origins)
 
 
 def _work_dir(folder: Path, identity: str | None) -> Path | None:
-    """Return the folder of a run's identity, if it exists; of an unknown identity, the one with the newest curves."""
+    """Return the folder of a run's identity, if it exists; if the identity is unknown, that with the newest curves."""
     if identity is not None:
         return folder / identity if (folder / identity).is_dir() else None
     found = [path for path in folder.glob("*/curves.csv") if path.is_file()]
