@@ -61,7 +61,7 @@ def _launch(nproc: int | None = None, micro_batch: int | None = None) -> "Launch
 
 
 def _start(nproc: int | None, micro_batch: int | None = None) -> "Launch":
-    """Return the launch settings; if they want several processes, only in each of these."""
+    """Return the launch settings; if they ask for several processes, start them and return in each."""
     from afm_pipe.distributed.torchrun import launch_processes
 
     return launch_processes(_launch(nproc, micro_batch))

@@ -36,7 +36,7 @@ def dry_run_text(params: Params, name: str, launch: Launch) -> str:
 
 
 def _settings(launch: Launch) -> str:
-    """Return the launch settings that memory depends on, where they differ from those of one process."""
+    """Return the launch settings that change memory, if not the defaults."""
     found = [f"on each of {launch.world_size} processes"] if launch.world_size > 1 else []
     if launch.micro_batch is not None:
         found.append(f"micro-batches of {launch.micro_batch}")
@@ -45,7 +45,7 @@ def _settings(launch: Launch) -> str:
 
 
 def plan_text(params: Params, names: list[str], machine: "Machine", num_images: int | None) -> str:
-    """Return what runs need on a machine: for `num_images`, else for the prepared data set, else for ImageNet."""
+    """Estimate runs on a machine for `num_images`, else for the prepared data set, else for ImageNet."""
     from afm_pipe.planning import plan
 
     manifest = count_images(params)

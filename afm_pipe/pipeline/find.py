@@ -44,7 +44,7 @@ def find_model(name: str) -> Path:
 
 
 def run_budget(params: Params, name: str, launch: Launch, world_size: int | None = None) -> "Budget":
-    """Return what each process of a run needs, without allocating it; assumes 1,000 classes before `prepare`.
+    """Return the memory that each process of a run needs, unallocated. Assumes 1,000 classes before `prepare`.
 
     `world_size` defaults to that of the launch settings.
     """

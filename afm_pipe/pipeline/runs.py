@@ -20,11 +20,11 @@ from afm_pipe.runtime.progress import track
 if TYPE_CHECKING:
     from afm_pipe.sampling.requests import Request, SamplingResult
 
-STRIP_ROWS, STRIP_FRAMES = 5, 5  # classes, and frames from one seed to the next, of interpolation.png
+STRIP_ROWS, STRIP_FRAMES = 5, 5  # of interpolation.png: classes, and frames from one seed to the next
 
 
 def import_weights(params: Params, name: str, settings: Imported | None = None) -> None:
-    """Convert weights from elsewhere into models/NAME, as `imported` in params or `settings` describe them."""
+    """Convert external weights, described by `settings` or by `imported` in params, into models/NAME."""
     from afm_pipe.models.released import describe, import_generator
 
     settings = settings or params.imported.get(name)
@@ -50,7 +50,7 @@ def export(name: str, kind: str, out: Path) -> None:
 
 
 def export_samples(params: Params, name: str, launch: Launch, out: Path) -> None:
-    """Write the samples that evaluation measures as one npz in random order, for ADM's evaluator."""
+    """Write the samples that `evaluate` measures as one shuffled npz for ADM's evaluator."""
     from afm_pipe.sampling.requests import Request
 
     settings = params.evaluate
@@ -59,10 +59,10 @@ def export_samples(params: Params, name: str, launch: Launch, out: Path) -> None
 
 
 def sample(params: Params, name: str, launch: Launch, request: "Request | None" = None) -> None:
-    """Draw what `request` names, by default the pictures of the report.
+    """Draw the requested samples, by default the report's pictures of a model.
 
-    Those are a grid (the first classes in rows, the same seeds for every model) and interpolations between seeds; and,
-    with sample.keep_images, the images that evaluation measures.
+    These are a grid (the first classes in rows, the same seeds for every model), interpolations between seeds and, with
+    sample.keep_images, the images that `evaluate` measures.
     """
     from afm_pipe.sampling.requests import Request
 

@@ -1,4 +1,4 @@
-"""Training of a run, guided ones included."""
+"""Train runs and guided runs."""
 
 import shutil
 from contextlib import nullcontext
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def train(params: Params, name: str, launch: Launch) -> None:
-    """Train a run to its end, from where an interrupted session stopped, and write its model, curves and cost.
+    """Train a run to its end, resuming an interrupted session, and write its model, curves, events and cost.
 
     A guided run starts from the model of the run it continues.
     """
@@ -55,7 +55,7 @@ def train(params: Params, name: str, launch: Launch) -> None:
     work_dir = paths.WORK / name
     with init_distributed(device) as group, hold_lease(work_dir) if group.is_main_process else nullcontext() as lease:
         require_memory(run_budget(params, name, launch, group.world_size), name, device)
-        group.barrier()  # no process has taken any memory while another looks
+        group.barrier()  # every process checks its memory before any allocates
         retention = _retention(launch, run, latents.num_images, lease)
         measure = _measure(params, run, list(latents.classes), device, group)
         task = Task(objective, latents, identity, start, keep_at, measure)
@@ -79,7 +79,7 @@ def train(params: Params, name: str, launch: Launch) -> None:
         try:
             trained = track(f"train {name}", live)
         except NotFiniteError as error:
-            _log_end(trainer.store, error, run.batch_size)
+            _log_failure(trainer.store, error, run.batch_size)
             raise
         for note in trained.notes:
             print(note)
@@ -116,7 +116,7 @@ def _retention(launch: Launch, run: Run, num_images: int, lease: Lease | None) -
 def _measure(
     params: Params, run: Run, classes: list[str], device: "torch.device", group: "ProcessGroup"
 ) -> "SampleDistance | None":
-    """Return what a run with selection is chosen by."""
+    """Return the distance that selects the best EMA, for a run with selection."""
     from afm_pipe.autoencoders import load_autoencoder
     from afm_pipe.evaluation.distance import SampleDistance
 
@@ -126,8 +126,8 @@ def _measure(
     return SampleDistance(params, paths.REFERENCE, autoencoder, classes, run.selection.samples, device, group)
 
 
-def _log_end(store: "RunStore", error: NotFiniteError, batch_size: int) -> None:
-    """Log the event that ended a run, unless its monitor has done so."""
+def _log_failure(store: "RunStore", error: NotFiniteError, batch_size: int) -> None:
+    """Log the event that ended a run, unless its monitor has."""
     from afm_pipe.training.events import FATAL, Event
 
     known = store.read_events()
@@ -136,7 +136,7 @@ def _log_end(store: "RunStore", error: NotFiniteError, batch_size: int) -> None:
 
 
 def guide(params: Params, name: str, launch: Launch) -> None:
-    """Train a guided run. Raises UserError for a run that is not one."""
+    """Train a guided run. Raises UserError for any other name."""
     if name not in params.guided:
         known = ", ".join(params.guided) or "none"
         raise UserError(f"Found no guided run {name!r} in params, expected one of {known}.")
@@ -172,7 +172,7 @@ def _origin(
 
 
 def _require_base(start: "Start", config: "ModelConfig", folder: Path) -> None:
-    """Raise UserError where a run's base is another network than the run's own."""
+    """Raise UserError if the networks of a run's base differ from the run's own."""
     import torch
 
     from afm_pipe.models.model_files import build_discriminator, build_generator, require_match
