@@ -21,7 +21,7 @@ from afm_pipe.params.file import load_params
 from afm_pipe.planning.counting import measure
 from afm_pipe.training.kernel_distance import kid_with_error
 from afm_pipe.training.probe import Figures
-from afm_pipe.training.rules import Probed, collapse, spread_lost, stopped_improving
+from afm_pipe.training.rules import ProbeResult, collapse, spread_lost, stopped_improving
 
 PROFILE = Path(__file__).parents[1] / "profiles" / "imagenet256.yaml"
 CLASSES, FEATURES = 1000, 256
@@ -72,7 +72,7 @@ class World:
         return torch.randn(*shape, generator=self.random)
 
 
-def measured(world: World, collapsed: int = 0) -> Probed:
+def measured(world: World, collapsed: int = 0) -> ProbeResult:
     """Return one probe, by the probe's own code."""
     real, found = world.figures(world.real), world.figures(world.draw(AWAY, collapsed))
     kid, error = kid_with_error(world.real.numpy(), found.features.numpy())
@@ -85,8 +85,8 @@ def measured(world: World, collapsed: int = 0) -> Probed:
 
 
 def runs(
-    run: Run, healthy: Probed, random: np.random.Generator, after: Probed | None = None, at: int = PROBES
-) -> list[Probed]:
+    run: Run, healthy: ProbeResult, random: np.random.Generator, after: ProbeResult | None = None, at: int = PROBES
+) -> list[ProbeResult]:
     """Draw a run of probes with the noise of `healthy`; from `at` on with the figures of `after`."""
     found = []
     for index in range(PROBES):
@@ -98,7 +98,7 @@ def runs(
     return found
 
 
-def first_alarm(run: Run, probes: list[Probed]) -> int | None:
+def first_alarm(run: Run, probes: list[ProbeResult]) -> int | None:
     """Return the probe at which the rules of probes first fire."""
     for index in range(len(probes)):
         seen = probes[: index + 1]

@@ -206,14 +206,16 @@ def tables(
 
 @_command(RUNS)
 def toy(
-    out: Annotated[Path | None, typer.Option(help="Write the numbers alone, into this file.")] = None,
+    strong: Annotated[
+        Path | None, typer.Option(help="Run the strong discriminators alone; write their numbers into this file.")
+    ] = None,
     params: ParamsFile = paths.PARAMS,
     overrides: Overrides = None,
 ) -> None:
     """Run the 1-D toy experiment.  Example: afm-pipe toy --set toy.pairs=5000"""
     from afm_pipe import pipeline
 
-    pipeline.toy(_params(params, overrides), _launch(), out)
+    pipeline.toy(_params(params, overrides), _launch(), strong)
 
 
 @_command(RUNS)

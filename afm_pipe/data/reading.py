@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from afm_pipe.data.images import decode_image, read_image_file
-from afm_pipe.data.listing import beside_train, class_root, count_by_name, list_images
+from afm_pipe.data.listing import count_by_name, list_images
 from afm_pipe.data.manifest import Manifest, columns_digest
 from afm_pipe.data.metadata import read_orientation
 from afm_pipe.data.sources import BUILT_IN, materialize
@@ -37,15 +37,13 @@ def build_manifest(data: Data) -> Generator[Progress, None, Manifest]:
     Raises UserError on a folder or archive that is not a data set (see `list_images`, `index_tar`), on too few images,
     and, after all files are read, on damaged ones: how many there are and the first ten.
     """
-    spans = None
+    root, spans = Path(data.root), None
     if data.source == "tar":
-        root = Path(data.root)
-        (classes, images, passed_over), spans = yield from index_tar(root)
+        listing, spans = yield from index_tar(root)
     else:
-        root = class_root(Path(data.root))
-        classes, images, passed_over = list_images(root)
-        if root != Path(data.root):
-            passed_over = [*beside_train(Path(data.root)), *passed_over]
+        listing = list_images(root)
+        root /= listing.base
+    classes, images = listing.classes, listing.images
     paths, labels = [path for path, _ in images], [label for _, label in images]
     if len(images) < data.min_images:
         raise UserError(
@@ -85,7 +83,7 @@ def build_manifest(data: Data) -> Generator[Progress, None, Manifest]:
     digest = columns_digest(classes, paths, labels, hashes, data.orientation)
     places = None if spans is None else tuple(spans)
     columns = tuple(classes), tuple(paths), np.array(labels, np.int64), tuple(hashes)
-    return Manifest(root, *columns, digest, places, count_by_name(passed_over), data.orientation, oriented)
+    return Manifest(root, *columns, digest, places, count_by_name(listing.passed_over), data.orientation, oriented)
 
 
 def require_images(manifest: Manifest, data: Data) -> Generator[Progress, None, None]:

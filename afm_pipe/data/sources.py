@@ -42,13 +42,17 @@ def materialize(source: str, root: Path) -> Generator[Progress, None, None]:
         yield Progress((digit + 1) * PER_DIGIT, total, "images")
     os.sync()  # once; syncing 5,000 files one by one takes 20 s
     if root.exists():
+        for clutter in list(root.iterdir()):
+            os.replace(clutter, temp / clutter.name)
         root.rmdir()
     os.replace(temp, root)
 
 
 def _is_free(root: Path) -> bool:
-    """Return whether `root` is empty; False when it holds all digits. Raises UserError when it holds anything else."""
-    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+    """Return whether `root` is empty, but for clutter; False when it holds all digits. Raises UserError on the rest."""
+    if root.is_symlink() and not root.exists():
+        raise UserError(f"Found {root}, a link that leads nowhere: restore what it leads to, or remove it.")
+    if not root.exists() or (root.is_dir() and all(is_clutter(path.name) for path in root.iterdir())):
         return True
 
     def clutter(path: Path) -> bool:

@@ -10,10 +10,10 @@ import os
 import tarfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from afm_pipe.data.images import MAX_BYTES
-from afm_pipe.data.listing import Listing, checked_listing, is_beside, is_clutter, is_image
+from afm_pipe.data.listing import Listing, is_clutter, list_tree
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.progress import Progress
 
@@ -36,49 +36,24 @@ def index_tar(path: Path) -> Generator[Progress, None, tuple[Listing, list[Span]
     """
     if not path.is_file():
         raise UserError(f"Found no file {path}, expected a tar archive: check data.root, or set data.source: folder.")
-    found: dict[str, dict[str, Span]] = {}
-    passed_over: set[str] = set()
-    folders: list[list[str]] = []
-    filled: set[str] = set()
+    tree: dict[str, Any] = {}
     with path.open("rb") as file:
         whole = Span(0, os.fstat(file.fileno()).st_size)
-        for parts, span in _members(file.fileno(), whole, str(path), passed_over):
-            if span is None:
-                folders.append(parts)
+        for parts, span in _members(file.fileno(), whole, str(path)):
+            yield Progress((span or whole).offset >> 20, (whole.size >> 20) + 1, "MiB", "indexed")
+            if span is None or not parts[-1].endswith(".tar"):
+                _insert(tree, parts, span, str(path))
                 continue
-            yield Progress(span.offset >> 20, (whole.size >> 20) + 1, "MiB", "indexed")
-            filled.update("/".join(parts[:depth]) for depth in range(1, len(parts)))
-            inside = parts[1:] if parts[0] == "train" and len(parts) == 3 else parts
-            if parts[-1].endswith(".tar"):
-                images = found.setdefault(parts[-1].removesuffix(".tar"), {})
-                where = f"{path}/{'/'.join(parts)}"
-                for inner, inner_span in _members(file.fileno(), span, where, passed_over):
-                    if inner_span is None and not inner:
-                        continue  # the folder that was packed
-                    if inner_span is None or len(inner) != 1:
-                        raise UserError(f"Found the folder {inner[0]} in {where}, expected images only: repack it.")
-                    _add(images, inner[0], inner_span, where)
-            elif len(parts) == 1 and is_beside(parts[0]):
-                passed_over.add(parts[0])
-            elif len(inside) != 2:
-                raise UserError(
-                    f"Found {'/'.join(parts)} in {path}, expected CLASS/IMAGE, train/CLASS/IMAGE or CLASS.tar only: "
-                    "pack the class folders and nothing else."
-                )
-            else:
-                _add(found.setdefault(inside[0], {}), inside[1], span, str(path))
-    for parts in folders:  # an empty one is a class without images
-        if parts and "/".join(parts) not in filled:
-            found.setdefault("/".join(parts[1:] if parts[0] == "train" and parts[1:] else parts), {})
-    strays = [f"{name}/{image}" for name, images in found.items() for image in images if not is_image(image)]
-    strays += [name for name in found if name.startswith(".")]
-    names = {
-        name: [image for image in images if is_image(image)]
-        for name, images in found.items()
-        if not name.startswith(".")
-    }
-    listing = checked_listing(names, path, strays, passed_over)
-    return listing, [found[image.partition("/")[0]][image.partition("/")[2]] for image, _ in listing.images]
+            images = _folder(tree, [*parts[:-1], parts[-1].removesuffix(".tar")], str(path))
+            where = f"{path}/{'/'.join(parts)}"
+            for inner, inner_span in _members(file.fileno(), span, where):
+                if len(inner) > 1 or (inner and inner_span is None and not is_clutter(inner[0])):
+                    raise UserError(f"Found the folder {inner[0]} in {where}, expected images only: repack it.")
+                _insert(images, inner, inner_span, where)
+    listing = list_tree(tree, path, "CLASS/IMAGE, train/CLASS/IMAGE or CLASS.tar")
+    classes = tree[listing.base] if listing.base else tree
+    names = (image.partition("/") for image, _ in listing.images)
+    return listing, [classes[name][image] for name, _, image in names]
 
 
 def read_span(handle: int, span: Span) -> bytes:
@@ -113,10 +88,10 @@ class _Window(io.RawIOBase):
         return content
 
 
-def _members(handle: int, span: Span, where: str, passed_over: set[str]) -> Iterator[tuple[list[str], Span | None]]:
+def _members(handle: int, span: Span, where: str) -> Iterator[tuple[list[str], Span | None]]:
     """Yield the path (in parts) and the span of each file of the archive at `span`; a folder has no span.
 
-    Known clutter is added to `passed_over` instead.
+    Of known clutter, only the topmost folder or file is yielded, as a folder.
     """
     try:
         tar = tarfile.open(fileobj=_Window(handle, span), mode="r:")  # noqa: SIM115  # it holds nothing open
@@ -130,7 +105,7 @@ def _members(handle: int, span: Span, where: str, passed_over: set[str]) -> Iter
             last = tar.offset
             clutter = next((index for index, part in enumerate(parts) if is_clutter(part)), None)
             if clutter is not None:
-                passed_over.add("/".join([where, *parts[: clutter + 1]]))
+                yield parts[: clutter + 1], None
             else:
                 yield parts, at if member.isreg() else None
     except UserError:
@@ -159,7 +134,20 @@ def _checked(member: tarfile.TarInfo, where: str) -> list[str]:
     return parts
 
 
-def _add(images: dict[str, Span], name: str, span: Span, where: str) -> None:
-    if name in images:
-        raise UserError(f"Found {name} twice in {where}, expected it once: repack it.")
-    images[name] = span
+def _insert(tree: dict[str, Any], parts: list[str], span: Span | None, where: str) -> None:
+    """Add a file, or without a span a folder, to a tree (see `listing.Tree`)."""
+    folder = _folder(tree, parts[:-1] if span else parts, where)
+    if span and folder.setdefault(parts[-1], span) is not span:
+        raise _twice(parts[-1], where)
+
+
+def _folder(tree: dict[str, Any], parts: list[str], where: str) -> dict[str, Any]:
+    for part in parts:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise _twice(part, where)
+    return tree
+
+
+def _twice(name: str, where: str) -> UserError:
+    return UserError(f"Found {name} twice in {where}, expected it once: repack it.")

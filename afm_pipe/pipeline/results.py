@@ -7,7 +7,8 @@ from afm_pipe.distributed.launch import Launch
 from afm_pipe.params import Params
 from afm_pipe.pipeline.notices import notice_code, notice_unused
 from afm_pipe.runtime import paths
-from afm_pipe.runtime.files import atomic_path, read_json
+from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.files import atomic_path, read_json, write_json
 from afm_pipe.runtime.progress import track
 
 
@@ -28,25 +29,28 @@ def tables(params: Params, names: Sequence[str], launch: Launch, out: Path | Non
         print(path)
 
 
-def toy(params: Params, launch: Launch, out: Path | None) -> None:
-    """Run the 1-D toy experiment, where the optimal map is known: its numbers, maps and figures, or into `out` numbers.
+def toy(params: Params, launch: Launch, strong: Path | None) -> None:
+    """Run the 1-D toy experiment, where the optimal map is known: its numbers, maps and figures.
 
-    A folder is written as a whole.
+    With `strong`, run the part with ever stronger discriminators alone, and write its numbers into that file. Raises
+    UserError when params do not have that part.
     """
-    from afm_pipe.study.toy.experiment import measure, run_experiment
+    from afm_pipe.study.toy.experiment import run_experiment
     from afm_pipe.study.toy.strong import run_strong
-    from afm_pipe.study.toy.writing import write_experiment, write_results
+    from afm_pipe.study.toy.writing import write_experiment
 
     device = launch.torch_device()
-    experiment = track("toy", run_experiment(params.toy, params.seed, device))
-    strong = track("toy, strong discriminator", run_strong(params.toy, params.seed, device))
-    results = measure(experiment, params.toy).model_copy(update={"strong": strong})
-    if out is not None:
-        write_results(results, out)
-        print(out)
+    if strong is not None:
+        found = track("toy, strong discriminator", run_strong(params.toy, params.seed, device))
+        if found is None:
+            raise UserError("Found toy.strong_discriminator: null in params, expected its updates and pairs.")
+        write_json(strong, found.model_dump(mode="json", exclude_none=True))
+        print(strong)
         return
+    experiment = track("toy", run_experiment(params.toy, params.seed, device))
+    found = track("toy, strong discriminator", run_strong(params.toy, params.seed, device))
     with atomic_path(paths.TOY) as folder:
-        write_experiment(experiment, results, params.toy, folder)
+        write_experiment(experiment, found, params.toy, folder)
 
 
 def report(params: Params) -> None:

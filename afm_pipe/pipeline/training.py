@@ -40,7 +40,7 @@ def train(params: Params, name: str, launch: Launch) -> None:
     from afm_pipe.training.curves import write_curves
     from afm_pipe.training.engine import Engine
     from afm_pipe.training.events import write_events
-    from afm_pipe.training.live_log import logged
+    from afm_pipe.training.live_log import LiveLog
     from afm_pipe.training.trainer import Runtime, Task, Trainer
 
     run, device = params.model(name), launch.torch_device()
@@ -75,9 +75,9 @@ def train(params: Params, name: str, launch: Launch) -> None:
             track(f"train {name}", trainer.train())
             return
         code = begin_work(work_dir / identity, "train")
-        live = logged(trainer, paths.WORK / "dvclive" / name)
+        trainer.callbacks.append(LiveLog(trainer, paths.WORK / "dvclive" / name))
         try:
-            trained = track(f"train {name}", live)
+            trained = track(f"train {name}", trainer.train())
         except NotFiniteError as error:
             _log_failure(trainer.store, error, run.batch_size)
             raise

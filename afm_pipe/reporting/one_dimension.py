@@ -9,7 +9,7 @@ from afm_pipe.reporting.inputs import read_output
 from afm_pipe.reporting.pictures import Picture, inline
 from afm_pipe.reporting.table import Cell, Column, Table
 from afm_pipe.runtime import paths
-from afm_pipe.study.toy.results import MapResults, OwnScale, StrongClaim, StrongResults, ToyResults
+from afm_pipe.study.toy.results import MapResults, OwnScale, Strong, StrongClaim, StrongResults, ToyResults
 
 MAX_BYTES = 400_000  # of one figure inside the page
 RESULTS = paths.TOY / "results.json"
@@ -158,10 +158,9 @@ def _weight(numbers: MapResults) -> float:
 
 def _strong_table() -> Table | None:
     """Return the table on ever stronger discriminators: of the larger study, or of this run; None without either."""
-    for path in (paths.STUDY / "toy.json", RESULTS):
-        if path.is_file() and (strong := read_output(ToyResults, path, "toy").strong) is not None:
-            break
-    else:
+    path = paths.STUDY / "strong_discriminator_1d.json"
+    strong = read_output(Strong, path, "toy") if path.is_file() else read_output(ToyResults, RESULTS, "toy").strong
+    if strong is None:
         return None
     columns = (
         Column("discriminator_updates", "D updates", "Updates of D to one of G"),
@@ -176,7 +175,7 @@ def _strong_table() -> Table | None:
             Cell(str(each.discriminator_updates), each.discriminator_updates),
             Cell("yes" if each.transport else "no", int(each.transport)),
             Cell("yes" if each.normalized else "no", int(each.normalized)),
-            *(_over_seeds(values, str(path), f"strong.settings.{i}.{key}") for key, values in _distances(each)),
+            *(_over_seeds(values, str(path), f"settings.{i}.{key}") for key, values in _distances(each)),
             Cell(f"{each.discriminator_gap:.3f}", each.discriminator_gap, str(path)),
         )
         for i, each in enumerate(strong.settings)

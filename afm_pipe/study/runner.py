@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
@@ -44,7 +45,6 @@ from afm_pipe.study.statistics import divergence
 from afm_pipe.study.trials import Trial
 from afm_pipe.training.checkpoints import RetentionPolicy
 from afm_pipe.training.cost import training_cost
-from afm_pipe.training.events import as_json
 from afm_pipe.training.state import Start
 from afm_pipe.training.store import RunStore
 from afm_pipe.training.trainer import Runtime, Task, Trainer
@@ -132,7 +132,7 @@ class Worker:
             lease.check()
             cost = training_cost(update - (start.update if start else 0), run.batch_size, elapsed, self.device)
             cost["units"] = self.units(self.params, trial.spec.base, run, config)
-            events = as_json(trainer.store.read_events())
+            events = [asdict(event) for event in trainer.store.read_events()]
             trained = {"cost": cost, "code": begun, "not_finite": not_finite, "events": events}
             write_json(record, trained)
             if trial.owner is None:

@@ -1,1 +1,1 @@
-"""The method: losses, gradient normalisation, schedules, and a loop that survives being killed."""
+"""The trainer: updates, callbacks, the monitor, and the checkpoints, curves and events of a run."""

@@ -1,4 +1,4 @@
-"""Callbacks of the trainer: what they see of a run, and the actions they return."""
+"""Callbacks of the trainer: the interface of the trainer that they see, and the actions that they return."""
 
 from enum import Enum, auto
 from typing import Protocol
@@ -16,13 +16,13 @@ class Action(Enum):
 
     CONTINUE = auto()
     RESTORED = auto()
-    """The callback has restored the state of an earlier update: continue from there."""
+    """The callback restored the state of an earlier update: continue from it."""
     STOP = auto()
     """The run is finished."""
 
 
-class Training(Protocol):
-    """What a callback sees of the trainer."""
+class TrainerView(Protocol):
+    """The part of the trainer that callbacks use."""
 
     objective: Objective
     latents: Latents
@@ -30,45 +30,45 @@ class Training(Protocol):
     state: TrainingState
     store: RunStore
     total: int
-    """Updates of the whole run."""
+    """Number of updates of the whole run."""
     notes: list[str]
-    """Lines that a user should read when the run is done."""
+    """Lines shown to the user when the run is done."""
 
     def hyperparameters(self) -> Hyperparameters:
-        """Return what the next update uses."""
+        """Return the hyperparameters of the next update."""
 
     def try_update(self) -> None:
-        """Make one update that is not logged. Raises NotFiniteError where its loss is not finite."""
+        """Run one update without logging it. Raises NotFiniteError if its loss is not finite."""
 
 
 class Callback:
-    """Called by the trainer at the moments that its methods name; this base class does nothing."""
+    """Base class of callbacks; its methods do nothing."""
 
     @property
     def finished(self) -> bool:
-        """Whether the run is finished before its last update; checkpoints remember it."""
+        """Whether the run ended before its last update, in an earlier session."""
         return False
 
     def begin(self) -> None:
-        """Run before the first update of a session."""
+        """Called before the first update of a session."""
 
     def adjust(self, hyperparameters: Hyperparameters) -> Hyperparameters:
-        """Return what the next update uses in place of the objective's own hyperparameters."""
+        """Return the hyperparameters of the next update, given those of the objective or of the callback before."""
         return hyperparameters
 
     def prepare(self) -> None:
-        """Read what `after_row` needs, before the update, so that a failure costs nothing."""
+        """Called before an update that ends with a row: read what `after_row` needs, so that failures cost nothing."""
 
     def before_update(self) -> None:
-        """Change the networks before an update."""
+        """Called before an update; may change the networks."""
 
     def after_row(self) -> Action:
-        """Act after a row of the curves."""
+        """Called after a row of the curves."""
         return Action.CONTINUE
 
     def not_finite(self, error: NotFiniteError) -> Action:
-        """Act on a non-finite loss; the trainer raises it again unless a callback returns RESTORED."""
+        """Called after a non-finite loss; the trainer raises `error` unless a callback returns RESTORED."""
         return Action.CONTINUE
 
     def end(self) -> None:
-        """Run after the last update."""
+        """Called after the last update."""

@@ -1,8 +1,9 @@
-"""Checkpoints: written whole or not at all, verified before use, saved in the background.
+"""Checkpoints: written atomically in the background, and verified before use.
 
-A checkpoint is a folder update-NNNNNNNNN with one safetensors file per part of the state, curves.csv, extra.json and
+A checkpoint is a folder update-NNNNNNNNN with a safetensors file per part of the state, curves.csv, extra.json, and
 manifest.json, which lists the size and hash of every file. The latest checkpoint is the highest one whose files match
-its manifest. A sharded state has shards/, with a file from each process, in place of the parts; any engine reads both.
+its manifest. The checkpoint of a sharded state has shards/, with a file from each process, instead of the parts; a run
+can resume from either, sharded or not.
 """
 
 import shutil
@@ -19,7 +20,7 @@ from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from afm_pipe.models.model_files import load_tensors, save_tensors
 from afm_pipe.runtime.errors import UnwritableError, UserError
 from afm_pipe.runtime.files import atomic_path, read_json, remove_leftovers, sha256_file, write_json
-from afm_pipe.training.curves import Row, read_curves, write_curves
+from afm_pipe.training.curves import Row, scan_curves, write_curves
 from afm_pipe.training.sharding import Parts, read_shards, tensor_names, write_shards
 from afm_pipe.training.state import TrainingState
 
@@ -28,21 +29,21 @@ SHARDS = "shards"
 
 
 class RetentionPolicy(NamedTuple):
-    """How checkpoints are written and which are retained; it never changes a number."""
+    """Which checkpoints are retained, and how they are written. It does not affect results."""
 
-    last: int = 2  # the latest, and one more in case the latest is damaged
-    in_background: bool = True  # where there is memory for a copy of the state
+    last: int = 2  # the latest one, and another in case it is damaged
+    in_background: bool = True  # if there is memory for a copy of the state
     check_lease: Callable[[], None] = lambda: None
-    """Called before a checkpoint counts; raises UserError where the run no longer belongs to this process."""
+    """Called before a checkpoint is completed; raises UserError if this process has lost the lease on the run."""
     every: int | None = None
-    """Besides the latest, retain the first checkpoint at or after each multiple of this many updates."""
+    """Also retain the first checkpoint at or after each multiple of this number of updates."""
     best: bool = False
     """Also retain the first checkpoint at or after the monitor's best probe."""
 
 
 @dataclass
 class Snapshot:
-    """A copy of a state in the machine's memory, which training no longer changes."""
+    """A copy of a state in host memory, which training does not modify."""
 
     update: int
     seconds: dict[str, float]
@@ -72,13 +73,13 @@ class _CancelledError(Exception):
     """The checkpoint is no longer wanted."""
 
 
-class Writer:
-    """Writes the checkpoints of one run: in a background thread while it trains, the last one in the foreground.
+class CheckpointWriter:
+    """Writes the checkpoints of a run: in a background thread during training, the last one in the foreground.
 
-    A full disk does not end a run: the checkpoint is skipped, which `notes` says once, and the next one is tried when
-    it is due. Only the last one must succeed. A writer that is not `active` writes nothing: of several processes with
-    the same state, one writes. All processes write a sharded state, in the foreground, and must save and finish at the
-    same updates.
+    A full disk does not end the run: the checkpoint is skipped, with a line in `notes`, and tried again when the next
+    one is due; only the last one must succeed. Only an `active` writer writes: one of the processes that hold the same
+    state. A sharded state is written by all processes, in the foreground, and all must save and finish at the same
+    updates.
     """
 
     def __init__(
@@ -94,25 +95,25 @@ class Writer:
         self.folder, self.state, self.identity, self.seconds = folder, state, identity, seconds
         self.retention, self.active = retention, active
         self.notes: list[str] = []
-        self.trouble = ""  # in a few words, while there is any
+        self.trouble = ""  # short message while checkpoints cannot be written
         self._saved_at, self._saved_update = time.monotonic(), -1
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._cancelled = False
 
-    def __enter__(self) -> "Writer":
+    def __enter__(self) -> "CheckpointWriter":
         if self.active and self.state.shard_group.is_main_process:
             remove_leftovers(self.folder)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Wait for the thread; on an interrupt, cancel the checkpoint: the earlier ones remain."""
+        """Wait for the thread; on an interrupt, cancel its checkpoint (earlier ones remain)."""
         self._cancelled = kind is not None and not issubclass(kind, Exception)
         if self._thread is not None:
             self._thread.join()
 
     def due(self) -> bool:
-        """Return whether a checkpoint is due and none is being written. Raises the error of the last one."""
+        """Return whether a checkpoint is due and none is being written. Raises the error of the previous one."""
         writing = self._thread is not None and self._thread.is_alive()
         if not self.active or writing or time.monotonic() - self._saved_at < self.seconds:
             return False
@@ -120,7 +121,7 @@ class Writer:
         return True
 
     def save(self) -> None:
-        """Write a checkpoint of the state as it is now, in the background where there is memory for a copy of it."""
+        """Write a checkpoint of the current state, in the background if there is memory for a copy."""
         self._collect()
         if not self.active:
             return
@@ -184,11 +185,11 @@ def save_checkpoint(
     keep: Collection[int] = (),
     check: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write a checkpoint of `state` under `folder`; remove those of later updates and all but the newest `last`.
+    """Write a checkpoint of `state` under `folder`; remove those of later updates, and all but the newest `last`.
 
-    Those of the updates in `keep` remain, too, unless they are later ones. `check` is called between the parts, and may
-    raise. When the disk is full, older checkpoints are removed first, except the newest. All processes must call for a
-    sharded state, and all raise when one fails.
+    Earlier ones at updates in `keep` also remain. `check` is called between the parts and may raise. If the disk is
+    full, older checkpoints except the newest are removed first. For a sharded state all processes must call this, and
+    all raise if one fails.
     """
     if state.shard_group.world_size > 1:
         _save_sharded(folder, state, identity, lambda: _remove_old(folder, state.update, last, keep), check)
@@ -208,7 +209,7 @@ def _save_sharded(
     folder: Path, state: Saveable, identity: str, remove_old: Callable[[], None], check: Callable[[], None]
 ) -> None:
     group = state.shard_group
-    written = folder / f".update-{state.update:09d}.shards.partial"  # a name that all processes know
+    written = folder / f".update-{state.update:09d}.shards.partial"  # a name that is the same on all processes
 
     def begin() -> None:
         check()
@@ -235,7 +236,7 @@ def _save_sharded(
 
 
 def _complete(temp: Path, state: Saveable, identity: str) -> None:
-    """Write the files of a checkpoint besides tensors, the manifest last."""
+    """Write the files of a checkpoint other than tensors, the manifest last."""
     write_curves(temp / "curves.csv", state.rows, tuple(state.rows[0]) if state.rows else ())
     write_json(temp / "extra.json", state.extra)
     files = {
@@ -248,25 +249,24 @@ def _complete(temp: Path, state: Saveable, identity: str) -> None:
 
 
 def retained(updates: Iterable[int], every: int | None, best: int | None) -> set[int]:
-    """Return the checkpoints to retain besides the latest: the first ones at or after multiples of `every`, and `best`.
+    """Return the updates of checkpoints to retain: the first at or after each multiple of `every`, and after `best`.
 
-    A checkpoint that is retained once stays so as more come (the best one until there is a better one): at most the
-    run's updates over `every`, and two.
+    A retained checkpoint stays retained as more are added (the best one, until there is a better one).
     """
-    present, found, before = sorted(updates), set(), 0
+    present, kept, previous = sorted(updates), set(), 0
     if every is not None:
         for update in present:
-            if update // every > before:
-                found.add(update)
-            before = update // every
+            if update // every > previous:
+                kept.add(update)
+            previous = update // every
     if best is not None:
-        found |= set([update for update in present if update >= best][:1])
-    return found
+        kept |= set([update for update in present if update >= best][:1])
+    return kept
 
 
 def _remove_old(folder: Path, update: int, last: int, keep: Collection[int]) -> None:
     present = checkpoints(folder)
-    later = [path for path in present if path.name > f"update-{update:09d}"]  # damaged, or no longer its future
+    later = [path for path in present if path.name > f"update-{update:09d}"]  # damaged, or from before a rollback
     kept = {f"update-{each:09d}" for each in keep}
     for old in later + [path for path in present if path not in later][:-last]:
         if old in later or old.name not in kept:
@@ -274,10 +274,10 @@ def _remove_old(folder: Path, update: int, last: int, keep: Collection[int]) -> 
 
 
 def load_latest(folder: Path, state: TrainingState, identity: str, until: int | None = None) -> list[str]:
-    """Bring `state` to the newest whole checkpoint under `folder`; leave it unchanged when there is none.
+    """Load the newest intact checkpoint under `folder` into `state`, if there is one.
 
-    Checkpoints of updates after `until` do not count. Returns a line for each damaged checkpoint. Raises UserError for
-    a checkpoint of another identity.
+    Ignores checkpoints of updates after `until`. Returns a line for each damaged checkpoint. Raises UserError if the
+    checkpoint has another identity.
     """
     damaged, parts = [], list(state.tensors())
     for checkpoint in reversed(checkpoints(folder)):
@@ -285,7 +285,7 @@ def load_latest(folder: Path, state: TrainingState, identity: str, until: int | 
             continue
         damage = _damage(checkpoint, parts)
         if damage:
-            damaged.append(f"Found {checkpoint} damaged ({damage}): an earlier one is used.")
+            damaged.append(f"Found {checkpoint} damaged ({damage}): using an earlier one.")
             continue
         manifest = read_json(checkpoint / "manifest.json")
         if manifest["fingerprint"] != identity:
@@ -299,7 +299,7 @@ def load_latest(folder: Path, state: TrainingState, identity: str, until: int | 
         else:
             tensors = {part: load_tensors(checkpoint / f"{part}.safetensors") for part in parts}
         state.load_tensors(tensors, checkpoint)
-        state.rows = read_curves(checkpoint / "curves.csv")
+        state.rows, _ = scan_curves(checkpoint / "curves.csv")
         state.extra = read_json(checkpoint / "extra.json")
         state.update, state.seconds = manifest["update"], manifest["seconds"]
         break
@@ -312,7 +312,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def _damage(checkpoint: Path, parts: list[str]) -> str | None:
-    """Return what is wrong with the files of a checkpoint, if anything."""
+    """Return what is wrong with the files of a checkpoint; None if they match the manifest."""
     try:
         manifest = read_json(checkpoint / "manifest.json")
         if checkpoint.name != f"update-{manifest['update']:09d}":

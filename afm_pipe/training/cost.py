@@ -1,4 +1,4 @@
-"""Record what training costs, in the one form that runs and trials share."""
+"""The cost of training, in the form that runs and trials record."""
 
 import resource
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from afm_pipe.distributed.launch import machine_name
 
 
 def training_cost(updates: int, batch_size: int, seconds: float | None, device: torch.device) -> dict[str, Any]:
-    """Return the cost of some updates on this machine; `seconds` is None where a non-finite loss ended them."""
+    """Return the cost of updates on this machine; `seconds` is None if a non-finite loss ended the run."""
     return {
         "machine": machine_name(device),
         "threads": torch.get_num_threads(),  # of each process
@@ -23,7 +23,7 @@ def training_cost(updates: int, batch_size: int, seconds: float | None, device: 
 def run_cost(
     updates: int, batch_size: int, seconds: Mapping[str, float], device: torch.device, num_processes: int
 ) -> dict[str, Any]:
-    """Return the cost of a run, with rates, time shares and peak memory; `seconds` are the clocks of its state."""
+    """Return the cost of a run with rates, time shares and peak memory; `seconds` as in TrainingState."""
     total = seconds["training"]
     return training_cost(updates, batch_size, total, device) | {
         "device": str(device),

@@ -1,4 +1,4 @@
-"""Training curves: a row every few updates, with means over those updates."""
+"""Training curves: a row every few updates, with means over the updates since the previous row."""
 
 import csv
 import io
@@ -19,32 +19,25 @@ def write_curves(path: Path, rows: Sequence[Row], columns: tuple[str, ...]) -> N
 
 
 def append_curve(path: Path, row: Row) -> None:
-    """Append one row to a file of `write_curves`, so that a run can be followed.
+    """Append a row to a file of `write_curves`, for live monitoring.
 
-    On a full disk it is skipped: the checkpoints hold the rows, and every start rewrites the file.
+    A full disk is ignored: checkpoints hold the rows, and the file is rewritten when a run starts or resumes.
     """
     line = io.StringIO()
     csv.DictWriter(line, list(row), lineterminator="\n").writerow(row)
     try_append(path, line.getvalue())
 
 
-def read_curves(path: Path) -> list[Row]:
-    """Read rows as written; update and images are integers."""
-    names, *lines = path.read_text().splitlines() or [""]
-    return [_row(names, line) for line in lines]
-
-
 def scan_curves(path: Path) -> tuple[list[Row], list[int]]:
-    """Read the rows of a file that may be missing, growing or damaged; return them and the numbers of damaged lines."""
+    """Read a file that may be missing, growing or damaged; return its rows and the numbers of damaged lines.
+
+    update and images are integers.
+    """
     lines, rows, damaged = complete_lines(path), [], []
     for number, line in enumerate(lines[1:], 2):
         try:
-            rows.append(_row(lines[0], line))
+            row: Row = dict(zip(lines[0].split(","), map(float, line.split(",")), strict=True))
+            rows.append(row | {name: int(row[name]) for name in ("update", "images")})
         except (ValueError, KeyError, OverflowError):
             damaged.append(number)
     return rows, damaged
-
-
-def _row(names: str, line: str) -> Row:
-    row: Row = dict(zip(names.split(","), map(float, line.split(",")), strict=True))
-    return row | {name: int(row[name]) for name in ("update", "images")}

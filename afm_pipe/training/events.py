@@ -1,27 +1,26 @@
-"""The event log of a run, one JSON object per line: update, images, kind, text, evidence, action.
+"""The event log of a run, with one JSON object per line: update, images, kind, text, evidence, action.
 
-The log is append-only. It is part of every checkpoint and rewritten from it at every start, so that after a kill it
-equals that of an uninterrupted run.
+Every checkpoint contains the log, from which the file is rewritten when a run resumes, so that it equals that of an
+uninterrupted run.
 """
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from afm_pipe.runtime.files import atomic_path, complete_lines, try_append
 
 FILE = "events.jsonl"  # in the folder of a run
-FATAL = ("divergence", "not_finite")  # kinds that end a run unless it is rolled back
-ALARMS = ("identity", "divergence", "stagnation", "collapse")  # kinds that rules raise; all others are actions
+FATAL = ("divergence", "not_finite")  # kinds that end a run unless it rolls back
+ALARMS = ("identity", "divergence", "stagnation", "collapse")  # kinds that rules raise; other kinds are actions
 
 
 @dataclass(frozen=True)
 class Event:
-    """An alarm of a rule, or an action, at an update."""
+    """An alarm of a rule, or an action of the monitor."""
 
     update: int
     images: int  # seen by G
@@ -41,18 +40,11 @@ def write_events(path: Path, events: Sequence[Event]) -> None:
 
 
 def append_event(path: Path, event: Event) -> None:
-    """Append one event to a log.
+    """Append an event to a log.
 
-    On a full disk it is skipped: the monitor remembers it, and rewrites the log at every start and at the end.
+    A full disk is ignored: the monitor keeps all events, and rewrites the log at every start and at the end.
     """
     try_append(path, _line(event))
-
-
-def read_events(path: Path) -> list[Event]:
-    """Read a log; a missing one is empty."""
-    if not path.is_file():
-        return []
-    return [_EVENT.validate_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def scan_events(path: Path) -> tuple[list[Event], list[int]]:
@@ -64,11 +56,6 @@ def scan_events(path: Path) -> tuple[list[Event], list[int]]:
         except ValidationError:
             damaged.append(number)
     return events, damaged
-
-
-def as_json(events: Sequence[Event]) -> list[dict[str, Any]]:
-    """Return events as JSON objects."""
-    return [asdict(event) for event in events]
 
 
 def _line(event: Event) -> str:

@@ -1,7 +1,7 @@
-"""Interventions that phases declare: EMA reload and D reload (paper section 3, Table 11).
+"""Interventions declared by phases: reloads of EMA weights and of D (paper section 3, Table 11).
 
-The paper's authors intervened by hand; here it depends on the update's number only, so that a resumed run intervenes at
-the same moments.
+The authors of the paper intervened by hand; here interventions depend on the update number only, so that a resumed run
+intervenes at the same updates.
 """
 
 from collections.abc import Collection
@@ -9,36 +9,36 @@ from collections.abc import Collection
 from afm_pipe.objectives.schedules import update_at
 from afm_pipe.params import Run
 from afm_pipe.runtime.errors import UserError
-from afm_pipe.training.callback import Callback, Training
+from afm_pipe.training.callback import Callback, TrainerView
 
 
 class Interventions(Callback):
-    """Reloads networks before the update at which a phase says so.
+    """Reloads networks before the updates that phases specify.
 
-    The adversary's weights are kept at the epochs that a later phase reloads; all processes must see the files.
+    The weights of the adversary are saved at the epochs that a later phase reloads, on a disk all processes share.
     """
 
-    def __init__(self, training: Training, run: Run) -> None:
-        """Check the phases. Raises UserError when one reloads the adversary of an objective that has none."""
-        self.training, self.run, self.adversary = training, run, training.objective.adversary or ""
+    def __init__(self, trainer: TrainerView, run: Run) -> None:
+        """Check the phases. Raises UserError if one reloads the adversary and the objective has none."""
+        self.trainer, self.run, self.adversary = trainer, run, trainer.objective.adversary or ""
         if not self.adversary and any(phase.reload_discriminator is not None for phase in run.phases):
             raise UserError(
-                f"Found reload_discriminator in a phase of objective {training.objective.name}, expected none, since "
+                f"Found reload_discriminator in a phase of objective {trainer.objective.name}, expected none, since "
                 "the objective has no discriminator: remove it from the phase."
             )
 
     def before_update(self) -> None:
-        """Keep or reload the adversary, and replace G by its moving average."""
-        state, store, run = self.training.state, self.training.store, self.run
-        num_images, start = self.training.latents.num_images, 0
+        """Save or reload the adversary, and replace G by its EMA."""
+        state, store, run = self.trainer.state, self.trainer.store, self.run
+        num_images, start = self.trainer.latents.num_images, 0
         self._keep({update_at(run, epoch, num_images) for epoch in run.keep_discriminators})
         for phase in run.phases:
             end = update_at(run, phase.until_epoch, num_images)
             if isinstance(phase.reload_discriminator, float | int):
                 adversary = state.networks[self.adversary]
-                then = update_at(run, phase.reload_discriminator, num_images)
-                path = store.adversary(then, "epoch")
-                self._keep({then})
+                source = update_at(run, phase.reload_discriminator, num_images)
+                path = store.adversary(source, "epoch")
+                self._keep({source})
                 if state.update == start:
                     store.load(path, adversary)
                     self._note(f"D reloaded from epoch {phase.reload_discriminator:g}")
@@ -49,21 +49,21 @@ class Interventions(Callback):
             start = end
 
     def _keep(self, updates: Collection[int]) -> None:
-        """Keep the adversary if it is before one of some updates, or at the end of the run."""
-        name, state = self.training.objective.adversary, self.training.state
+        """Save the adversary if the current update is one of `updates`."""
+        name, state = self.trainer.objective.adversary, self.trainer.state
         if name is not None and state.update in updates:
-            self.training.store.save(self.training.store.adversary(state.update, "epoch"), state.networks[name])
+            self.trainer.store.save(self.trainer.store.adversary(state.update, "epoch"), state.networks[name])
 
     def end(self) -> None:
-        """Keep the adversary at the end of the run, where params say so."""
-        num_images = self.training.latents.num_images
+        """Save the adversary at the end of the run, if params say so."""
+        num_images = self.trainer.latents.num_images
         self._keep({update_at(self.run, epoch, num_images) for epoch in self.run.keep_discriminators})
 
     def _note(self, done: str) -> None:
-        self.training.notes.append(f"update {self.training.state.update}: {done}")
+        self.trainer.notes.append(f"update {self.trainer.state.update}: {done}")
 
 
 def begins(run: Run, update: int, start: int, num_images: int) -> bool:
-    """Return whether a phase that started at `start`, or an epoch, begins with this update."""
+    """Return whether an update is the first of an epoch or of a phase that starts at `start`."""
     epoch = update * run.batch_size // num_images
     return update == start or update == update_at(run, epoch, num_images)

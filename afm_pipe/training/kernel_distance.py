@@ -1,4 +1,4 @@
-"""The kernel distance of two sets of features (KID), for the monitor and the evaluation.
+"""The kernel inception distance (KID) between two sets of features, for the monitor and the evaluation.
 
 Shapes: N samples, D features.
 """
@@ -7,14 +7,14 @@ import math
 
 import numpy as np
 
-TILE = 250  # rows, and columns, of a block of kernel values
+TILE = 250  # rows and columns of a block of kernel values
 
 
 def kid(reference: np.ndarray, features: np.ndarray, subsets: int, subset_size: int, seed: int) -> float:
-    """Return the kernel distance (unbiased MMD^2, cubic kernel) of features (N, D) to reference features.
+    """Return the kernel distance (unbiased MMD^2, cubic kernel) between features (N, D) and reference features.
 
-    The mean over random subsets, drawn from `seed`; equal to clean-fid's, which draws them from global random state. It
-    may be negative near zero. Computed in float64, since features of a small classifier cancel badly in float32.
+    It is the mean over random subsets drawn from `seed`, as in clean-fid, which uses the global random state. It may be
+    negative near zero. Computed in float64, since features of a small classifier lose precision in float32.
     """
     return float(kid_of_subsets(reference, features, subsets, subset_size, seed).mean())
 
@@ -22,7 +22,7 @@ def kid(reference: np.ndarray, features: np.ndarray, subsets: int, subset_size: 
 def kid_of_subsets(
     reference: np.ndarray, features: np.ndarray, subsets: int, subset_size: int, seed: int, scale: float = 1.0
 ) -> np.ndarray:
-    """Return the kernel distance of each random subset (subsets,), of features over `scale`; their mean is `kid`."""
+    """Return the kernel distance of each random subset, (subsets,), with features divided by `scale`."""
     random = np.random.RandomState(seed % 2**32)  # clean-fid's draws, in its order
     size, values = min(len(reference), len(features), subset_size), []
     for _ in range(subsets):
@@ -34,7 +34,7 @@ def kid_of_subsets(
 
 
 def _with_one(features: np.ndarray, scale: float) -> np.ndarray:
-    """Return rows (n, D + 1) float64 whose inner products are x y / (scale^2 D) + 1, whose cube is the kernel."""
+    """Return rows (n, D + 1) float64 with inner products x y / (scale^2 D) + 1, whose cube is the kernel."""
     count, width = features.shape
     rows = np.empty((count, width + 1))
     np.multiply(features, 1 / (scale * math.sqrt(width)), out=rows[:, :width], dtype=np.float64)
@@ -43,7 +43,7 @@ def _with_one(features: np.ndarray, scale: float) -> np.ndarray:
 
 
 def _cubes_within(x: np.ndarray) -> float:
-    """Return the sum of the kernel over pairs of different rows, of which half are computed."""
+    """Return the sum of the kernel over pairs of different rows; by symmetry, half of them are computed."""
     total = 0.0
     for start in range(0, len(x), TILE):
         rows = x[start : start + TILE]
@@ -52,7 +52,7 @@ def _cubes_within(x: np.ndarray) -> float:
 
 
 def _cubes(x: np.ndarray, y: np.ndarray) -> float:
-    """Return the sum of the kernel over all pairs, in tiles that stay in the processor's cache."""
+    """Return the sum of the kernel over all pairs, in tiles that fit the processor's cache."""
     total = 0.0
     for top in range(0, len(x), TILE):
         for left in range(0, len(y), TILE):
@@ -62,10 +62,11 @@ def _cubes(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def kid_with_error(real: np.ndarray, features: np.ndarray) -> tuple[float, float]:
-    """Return the kernel distance of features (N, D) to real ones (M, D), and its standard error over samples.
+    """Return the kernel distance between features (N, D) and real features (M, D), and its standard error.
 
-    The error is that of drawing other samples from the same generator, with the real images as they are: a sample's
-    first-order influence, 2 (mean k(x, samples) - mean k(x, real)), and what remains where it vanishes, at equality.
+    The error is over draws of samples from the same generator, with fixed real images. It sums a first-order term, from
+    a sample's influence 2 (mean k(x, samples) - mean k(x, real)), and a second-order term, which dominates where the
+    first vanishes, at equal distributions.
     """
     x, y = _with_one(features, 1.0), _with_one(real, 1.0)
     n, m = len(x), len(y)
@@ -80,7 +81,7 @@ def kid_with_error(real: np.ndarray, features: np.ndarray) -> tuple[float, float
     among = _cubes_within(y) / (m * (m - 1))
     distance = float(within.mean() - 2 * influence.mean()) + among
     first = 4 * float(np.var(within - influence, ddof=1)) / n
-    # The variance of the kernel that is left when each sample's mean is taken out of it. Row means of N samples hold it
-    # over N, so that `first` counts it four times where the distance's variance has it twice.
+    # The variance of the kernel after subtracting each sample's mean. Row means contain it divided by N, so `first`
+    # counts it four times, while the variance of the distance contains it twice.
     rest = max(square / (n * (n - 1)) - 2 * float(np.square(within).mean()) + float(within.mean()) ** 2, 0.0)
     return distance, math.sqrt(max(first - 2 * rest / (n * (n - 1)), first / 2))

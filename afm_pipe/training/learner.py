@@ -1,7 +1,7 @@
-"""From losses to steps: gradients summed over processes, optimizers, the moving average, non-finite losses.
+"""Optimization of the networks: gradient reduction over processes, optimizer steps, EMA, non-finite losses.
 
-DistributedDataParallel wraps whole networks, and its hook sums gradients while the backward pass runs; FSDP2 sums those
-of sharded ones (`sharding.py`). Losses are weighted by their share of the batch, so gradients add up and are never
+Unsharded networks are wrapped in DistributedDataParallel, with a hook that sums gradients during the backward pass;
+sharded ones use FSDP2 (`sharding.py`). Losses are weighted by their share of the batch, so gradients are summed, not
 averaged.
 """
 
@@ -27,7 +27,7 @@ NEVER = 2**31 - 1
 
 
 class Learner:
-    """Steps the networks of a state, the same on every process."""
+    """Updates the networks of a state, identically on every process; see `objectives.base.Learner`."""
 
     def __init__(self, state: TrainingState, ema: Ema, group: ProcessGroup) -> None:
         self.state, self.ema, self.group = state, ema, group
@@ -35,30 +35,27 @@ class Learner:
         if group.world_size > 1 and not state.is_sharded:
             self.modules = {name: _data_parallel(network) for name, network in state.networks.items()}
         device = state.sums.device
-        # The first update with a non-finite loss, on the device; from then on no optimizer steps.
+        # First update with a non-finite loss, on the device; from then on optimizers do not step.
         self._diverged_at = torch.full((), NEVER, device=device)
-        # On a GPU the host would wait for the device to read a number: once a row is enough.
-        self._reads_at_once = device.type == "cpu"
+        # On a GPU, reading a loss would make the host wait for the device, so it is checked once per row.
+        self._checks_immediately = device.type == "cpu"
 
     @property
     def networks(self) -> Mapping[str, nn.Module]:
-        """The bare networks: their backward passes send nothing."""
         return self.state.networks
 
     @property
     def buffers(self) -> Mapping[str, Tensor]:
-        """The objective's own tensors."""
         return self.state.buffers
 
     def module(self, name: str) -> nn.Module:
-        """Return a network whose backward pass sums its gradients over the processes."""
         return self.modules[name]
 
     @contextmanager
     def accumulate(self, name: str, last: bool) -> Iterator[None]:
-        """Run a backward pass of `module(name)` within this; only the `last` of a batch sends gradients.
+        """Context of a backward pass of `module(name)`; only the `last` one of a batch reduces gradients.
 
-        Sharded networks send in every backward pass, since their whole gradients would not fit.
+        Sharded networks reduce in every backward pass, since unsharded gradients would not fit in memory.
         """
         module = self.modules[name]
         if last or not isinstance(module, DistributedDataParallel):
@@ -67,22 +64,17 @@ class Learner:
         with module.no_sync():
             yield
 
-    def sum(self, figures: Sequence[Tensor]) -> Tensor:
-        """Sum figures over the micro-batches of this process and over processes."""
-        return self.group.all_reduce(figures[0] if len(figures) == 1 else torch.stack([*figures]).sum(0))
+    def sum(self, values: Sequence[Tensor]) -> Tensor:
+        return self.group.all_reduce(values[0] if len(values) == 1 else torch.stack([*values]).sum(0))
 
     def step(self, name: str, loss: Tensor, hyperparameters: Hyperparameters) -> Tensor:
-        """Step a network's optimizer and clear its gradients; return their norm before clipping.
-
-        Raises NotFiniteError, before the weights change, when the loss of the whole batch is not finite.
-        """
         network, optimizer = self.networks[name], self.state.optimizers[name]
-        if self._reads_at_once:
+        if self._checks_immediately:
             if not math.isfinite(loss.item()):
                 raise _not_finite(f"a {name} loss of {loss.item()}", self.state.update)
         else:
-            now = torch.where(loss.isfinite(), NEVER, self.state.update)
-            torch.minimum(self._diverged_at, now, out=self._diverged_at)
+            diverged_at = torch.where(loss.isfinite(), NEVER, self.state.update)
+            torch.minimum(self._diverged_at, diverged_at, out=self._diverged_at)
             optimizer.found_inf = (self._diverged_at < NEVER).float()  # type: ignore[attr-defined]  # read by AdamW
         norm = nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None], foreach=True)
         if hyperparameters.gradient_clip is not None:
@@ -95,47 +87,47 @@ class Learner:
 
     @torch.no_grad()
     def update_ema(self) -> None:
-        """Move the average towards the sampled network's weights."""
+        """Update the EMA of the sampled network's weights."""
         averages: list[Tensor] = [local_shard(average) for average in self.state.ema.parameters()]
         sampled = self.networks[self.state.sampled]
         weights = [local_shard(weight).to(averages[0].device) for weight in sampled.parameters()]
         torch._foreach_lerp_(averages, weights, 1 - ema_decay_at(self.ema, self.state.update))
 
     def require_finite(self) -> None:
-        """Raise NotFiniteError if any loss so far was not finite; the weights are those before it."""
+        """Raise NotFiniteError if any loss so far was not finite; the weights are those from before that update."""
         update = int(self._diverged_at)
         if update < NEVER:
             raise _not_finite("a non-finite loss", update)
 
     def abandon(self) -> None:
-        """Clear what an unfinished update left outside the weights."""
+        """Clear the gradients and flags that an aborted update left."""
         self._diverged_at.fill_(NEVER)
         for network in self.networks.values():
             network.requires_grad_(True).zero_grad()
 
 
 def _data_parallel(network: nn.Module) -> DistributedDataParallel:
-    """Wrap a network whose weights are the same on every process, so that its gradients are summed."""
+    """Wrap a network, whose weights are equal on every process, so that gradients are summed over processes."""
     device = next(network.parameters()).device
     module = DistributedDataParallel(
         network,
         device_ids=[device] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
     )
-    module.broadcast_buffers = False  # they are the same everywhere; as an argument it is deprecated
+    module.broadcast_buffers = False  # buffers are equal on all ranks; the constructor's argument is deprecated
     module.register_comm_hook(None, _sum_gradients)
     return module
 
 
 def _sum_gradients(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """Sum a bucket of gradients over the processes: DistributedDataParallel's own hook averages them."""
+    """Sum a bucket of gradients over processes; the default hook of DistributedDataParallel averages."""
     work: Any = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda future: future.value()[0])
 
 
 def _not_finite(found: str, update: int) -> NotFiniteError:
     return NotFiniteError(
-        f"Found {found} at update {update}, expected a finite one: the weights before it are kept. Lower lr, or raise "
-        "the weight of the transport or the penalty.",
+        f"Found {found} at update {update}, expected a finite one; the weights from before it are kept. Lower lr, or "
+        "raise the weight of the transport loss or of the penalties.",
         update,
     )

@@ -1,11 +1,11 @@
-"""Networks sharded over processes (FSDP2), for those that do not fit one device, and their checkpoints.
+"""Sharding of networks over processes (FSDP2), for networks that do not fit on one device, and sharded checkpoints.
 
-Each process keeps a shard of every parameter and of its gradient, moments and moving average. A block's parameters are
-gathered before it runs and dropped after it; its gradients are summed to the processes that keep them after every
-micro-batch, so that a device never holds a whole network. Sharding changes numbers by rounding only.
+Each process keeps a shard of every parameter and of its gradient, optimizer state and EMA. The parameters of a block
+are gathered before it runs and freed afterwards, and its gradients are reduced to shards after every micro-batch, so
+that no device holds a whole network. Sharding changes numbers by rounding only.
 
-Checkpoints are those of torch.distributed.checkpoint in safetensors format, which has no pickle: every process writes a
-file with its shards, and any number of processes, sharded or not, reads what it needs of all files.
+Checkpoints are written by torch.distributed.checkpoint in safetensors format: every process writes a file with its
+shards, and any number of processes, sharded or not, can read them.
 """
 
 import warnings
@@ -26,51 +26,53 @@ Parts = dict[str, dict[str, Tensor]]  # tensors by part of a state and name
 
 
 def shard(network: "DiT", group: ProcessGroup) -> None:
-    """Replace a network that every process holds whole by a shard on each process's device."""
+    """Shard a network in place: every process holds the whole network before, and a shard on its device afterwards."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
-    # No output is changed in place, which torch warns about.
+    # torch warns of in-place changes of the output, which never happen.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(group.device.type, (group.world_size,))
     for module in (*network.blocks, network):
-        # The root's parameters are dropped after its forward pass, too: forward passes without gradients are frequent.
+        # The root's parameters are also freed after the forward pass, since many forward passes have no backward pass.
         unit = fully_shard(module, mesh=mesh, reshard_after_forward=True)
         assert isinstance(unit, FSDPModule)
-        unit.set_gradient_divide_factor(1.0)  # losses are weighted by their share of the batch: gradients add up
-        unit.set_force_sum_reduction_for_comms(True)  # else NCCL's own division, which gloo does not have
+        unit.set_gradient_divide_factor(
+            1.0
+        )  # gradients are summed, since losses are weighted by their share of the batch
+        unit.set_force_sum_reduction_for_comms(True)  # otherwise NCCL's averaging, which gloo lacks
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Return whether a tensor is a DTensor, without the import, which takes seconds."""
+    """Return whether a tensor is a DTensor, without the slow import."""
     return hasattr(tensor, "full_tensor")
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Return a tensor whole, on every process; all must call where it is sharded."""
+    """Return the full tensor on every process; all processes must call this if it is sharded."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def full_tensors(tensors: Mapping[str, Tensor], group: ProcessGroup) -> dict[str, Tensor]:
-    """Return tensors whole on the main process, and none on the others; all must call where they are sharded.
+    """Return full tensors on the main process, and none on the others; all must call this if they are sharded.
 
-    Sharded tensors are gathered one by one, into the machine's memory.
+    Sharded tensors are gathered one by one into host memory.
     """
-    found = {}
+    gathered = {}
     for name, tensor in tensors.items():
         full = full_tensor(tensor)
         if group.is_main_process:
-            found[name] = full if full is tensor else full.cpu()
-    return found
+            gathered[name] = full if full is tensor else full.cpu()
+    return gathered
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """Return this process's shard of a tensor, which is all of one that is not sharded; it shares memory."""
+    """Return this process's shard of a tensor, or the tensor itself if it is not sharded; the memory is shared."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def shard_like(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors, of which those whose counterpart in `like` is sharded are sharded in the same way."""
+    """Return tensors sharded like their counterparts in `like`."""
     return {name: _shard_like(tensor, like[name]) if name in like else tensor for name, tensor in tensors.items()}
 
 
@@ -79,14 +81,14 @@ def _shard_like(tensor: Tensor, like: Any) -> Tensor:
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    # Every process has the whole tensor and takes its shard: nothing is sent.
+    # Every process has the full tensor and takes its shard, without communication.
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def write_shards(folder: Path, tensors: Parts) -> None:
-    """Write a file with this process's shards into `folder`; all processes must call, with the same folder.
+    """Write a file with this process's shards into `folder`; all processes must call this with the same folder.
 
-    Raises UnwritableError on every process when one cannot write.
+    Raises UnwritableError on every process if one cannot write.
     """
     import torch.distributed.checkpoint as dcp
     from safetensors import SafetensorError
@@ -99,20 +101,20 @@ def write_shards(folder: Path, tensors: Parts) -> None:
         if not all(isinstance(failure, OSError | SafetensorError) for failure in failures):
             raise
         raise UnwritableError(
-            f"Found no way to write {folder} ({failures[0]}): free disk space or fix the permissions, and run the same "
-            "command again. Earlier checkpoints are unharmed."
+            f"Found {folder} not writable ({failures[0]}): free disk space or fix the permissions, and run the same "
+            "command again. Earlier checkpoints are intact."
         ) from None
 
 
 def read_shards(folder: Path, tensors: Parts) -> None:
-    """Fill tensors, sharded or not, from a folder of shards; each process reads for itself, and nothing is sent."""
+    """Fill tensors, sharded or not, from a folder of shards, without communication between processes."""
     import torch.distributed.checkpoint as dcp
 
     dcp.load(_flat(tensors), storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
 
 
 def tensor_names(folder: Path) -> list[tuple[str, str]]:
-    """Return part and name of every tensor in a folder of shards."""
+    """Return the part and name of every tensor in a folder of shards."""
     from torch.distributed.checkpoint import HuggingFaceStorageReader
 
     keys = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
@@ -124,10 +126,10 @@ def _flat(tensors: Parts) -> dict[str, Any]:
 
 
 def empty_optimizer_tensors(parameters: Iterable[Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """Return tensors to read an optimizer's state into, by names such as 3.exp_avg; placed as its parameters are."""
-    found, listed = {}, list(parameters)
+    """Allocate tensors for an optimizer's state, by names such as 3.exp_avg, placed like the parameters."""
+    tensors, listed = {}, list(parameters)
     for name in names:
         index, _, kind = name.partition(".")
         parameter = listed[int(index)].detach()
-        found[name] = torch.zeros(()) if kind == "step" else parameter.clone()
-    return found
+        tensors[name] = torch.zeros(()) if kind == "step" else parameter.clone()
+    return tensors

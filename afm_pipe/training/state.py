@@ -1,4 +1,4 @@
-"""Everything stateful of a run."""
+"""The state of a run: all that changes during training."""
 
 import copy
 from collections.abc import Iterable
@@ -16,11 +16,11 @@ from afm_pipe.training.curves import Row
 from afm_pipe.training.engine import Engine
 from afm_pipe.training.sharding import Parts, empty_optimizer_tensors, full_tensors, shard, shard_like
 
-CLOCKS = ("training", "data_wait", "saving")  # the latter two are parts of the first
+CLOCKS = ("training", "data_wait", "saving")  # the first includes the others
 
 
 class Start(NamedTuple):
-    """What a continued run begins from: the weights of its networks by name, and its base's number of updates."""
+    """The start of a continued run: weights of its networks by name, and the number of updates of its base run."""
 
     networks: Parts
     update: int
@@ -28,24 +28,24 @@ class Start(NamedTuple):
 
 @dataclass
 class TrainingState:
-    """Networks, optimizers, moving average and the clock (in updates) of a run."""
+    """Networks, optimizers, EMA, number of updates, rows and callback states of a run."""
 
     networks: dict[str, nn.Module]
     ema: nn.Module
-    """Moving average of the sampled network."""
+    """EMA of the sampled network."""
     best: nn.Module | None
-    """The moving average at the best probe, where an auto schedule keeps it."""
+    """The EMA at the best probe, for an auto schedule."""
     optimizers: dict[str, torch.optim.AdamW]
     buffers: dict[str, Tensor]
     sums: Tensor
-    """Of the objective's terms since the last row, so that a checkpoint may fall between rows."""
+    """Sums of the objective's terms since the last row; in the state, since a checkpoint may fall between rows."""
     sampled: str
     shard_group: ProcessGroup = SINGLE_PROCESS
-    """The processes that networks, optimizers and averages are sharded over."""
+    """The processes over which networks, optimizers and EMA are sharded."""
     update: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CLOCKS, 0.0))  # over all sessions
     rows: list[Row] = field(default_factory=list)  # of the training curves so far
-    extra: dict[str, Any] = field(default_factory=dict)  # what else a resume needs, by owner, as JSON
+    extra: dict[str, Any] = field(default_factory=dict)  # state of callbacks, by name, as JSON
 
     @classmethod
     def fresh(
@@ -56,9 +56,9 @@ class TrainingState:
         group: ProcessGroup = SINGLE_PROCESS,
         keep_best: bool = False,
     ) -> "TrainingState":
-        """Return the state before the first update; initial weights depend on the seed only.
+        """Return the state before the first update; initial weights depend only on the seed.
 
-        Where the engine shards, each process of `group` first builds the whole networks in the machine's memory.
+        If the engine shards, each process of `group` first builds the full networks in host memory.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(objective.settings.seed)
@@ -87,23 +87,23 @@ class TrainingState:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether each process holds a shard of the state; else each holds all of it."""
+        """Whether each process holds only a shard of the state."""
         return self.shard_group.world_size > 1
 
     @property
     def modules(self) -> dict[str, nn.Module]:
-        """Everything with weights, by the part of a checkpoint that holds it."""
+        """All modules with weights, by part of a checkpoint."""
         return {**self.networks, "ema": self.ema, **({} if self.best is None else {"best": self.best})}
 
     def begin_from(self, start: Start) -> None:
-        """Take over a trained run's weights and clock; optimizers start afresh (their memory is ten updates long)."""
+        """Load a trained run's weights and number of updates; optimizers start anew (they average over ten updates)."""
         for name, network in self.networks.items():
             network.load_state_dict(shard_like(start.networks[name], network.state_dict()))
         self.ema.load_state_dict(shard_like(start.networks[self.sampled], self.ema.state_dict()))
         self.update = start.update
 
     def reload_ema(self) -> None:
-        """Replace the sampled network's weights by their moving average."""
+        """Replace the sampled network's weights by their EMA."""
         self.networks[self.sampled].load_state_dict(self.ema.state_dict())
 
     def tensors(self) -> Parts:
@@ -116,7 +116,7 @@ class TrainingState:
         }
 
     def load_tensors(self, tensors: Parts, folder: Path) -> None:
-        """Load tensors as `tensors` returns them. Raises UserError when they are of another model."""
+        """Load tensors as `tensors` returns them. Raises UserError if they do not match the model."""
         for name, module in self.modules.items():
             load_exactly(module, shard_like(tensors[name], module.state_dict()), folder / f"{name}.safetensors")
         for name, optimizer in self.optimizers.items():
@@ -126,7 +126,7 @@ class TrainingState:
         self.sums.copy_(tensors["curve"]["sums"])
 
     def targets(self, names: Iterable[tuple[str, str]]) -> Parts:
-        """Return tensors that a sharded checkpoint with these parts and names is read into, for `load_tensors`."""
+        """Allocate tensors to read a sharded checkpoint with these parts and names into, for `load_tensors`."""
         found, names = self.tensors(), list(names)
         for name, network in self.networks.items():
             key = f"optimizer_{name}"
@@ -135,10 +135,9 @@ class TrainingState:
         return found
 
     def gather(self, objective: Objective) -> None:
-        """Put whole networks, in the machine's memory, in place of the sharded ones on the main process.
+        """Replace the sharded networks by full ones in host memory on the main process, to save the model.
 
-        A model is saved from them; the sampled network is not, its moving average is. All processes must call, and
-        training cannot continue after it.
+        The EMA takes the place of the sampled network. All processes must call this; training cannot continue after it.
         """
         with torch.device("meta"):
             modules = objective.build_networks()

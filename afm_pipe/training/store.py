@@ -1,12 +1,12 @@
-"""The folder of a run under work/: rows of its curves, its events, checkpoints and kept weights.
+"""The folder of a run under work/: curves, events, checkpoints and saved weights.
 
     curves.csv       rows so far          events.jsonl    the event log
-    checkpoints/     the newest           good/           checkpoints for rollbacks
-    adversaries/     earlier adversaries  kept/           moving averages after some updates
-    selected/        the best moving average so far
+    checkpoints/     newest checkpoints   good/           checkpoints for rollbacks
+    adversaries/     earlier adversaries  kept/           EMA weights after certain updates
+    selected/        the best EMA weights so far
 
-The checkpoints hold the authoritative rows and events; both files are rewritten at every start, so that after a kill
-they equal those of an uninterrupted run.
+The checkpoints hold the authoritative rows and events; both files are rewritten from them whenever a run starts or
+resumes, so that they equal those of an uninterrupted run.
 """
 
 from collections.abc import Collection, Sequence
@@ -21,7 +21,7 @@ from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import atomic_path, read_json, remove_leftovers
 from afm_pipe.training.checkpoints import checkpoints
 from afm_pipe.training.curves import Row, append_curve, write_curves
-from afm_pipe.training.events import FILE, Event, append_event, read_events, write_events
+from afm_pipe.training.events import FILE, Event, append_event, scan_events, write_events
 from afm_pipe.training.sharding import full_tensors, shard_like
 
 
@@ -42,7 +42,7 @@ class RunStore:
         return self.folder / "good"
 
     def clean(self) -> None:
-        """Remove the leftovers of unfinished writes."""
+        """Remove temporary files of unfinished writes."""
         if self.group.is_main_process:
             for folder in (self.folder, *self.folder.glob("*/")):
                 remove_leftovers(folder)
@@ -69,46 +69,46 @@ class RunStore:
 
     def read_events(self) -> list[Event]:
         """Return the events logged so far."""
-        return read_events(self.folder / FILE)
+        return scan_events(self.folder / FILE)[0]
 
     def kept(self, update: int) -> Path:
-        """Return the file of the moving average after an update, which is kept if the task says so."""
+        """Return the file of the EMA weights after an update in `Task.keep_at`."""
         return self.folder / "kept" / f"update-{update:09d}.safetensors"
 
     def adversary(self, update: int, reason: Literal["probe", "epoch"] = "probe") -> Path:
-        """Return the file of the adversary after an update, kept for the monitor or because a phase reloads it."""
+        """Return the file of the adversary after an update, saved for the monitor or for a phase that reloads it."""
         return self.folder / "adversaries" / f"{reason}-{update:09d}.safetensors"
 
     def selected(self, update: int) -> Path:
-        """Return where the moving average after an update is kept while it is the best."""
+        """Return the file of the EMA weights after an update, saved while they are the best."""
         return self.folder / "selected" / f"update-{update:09d}.safetensors"
 
-    def keep_selected(self, updates: Collection[int]) -> None:
-        """Remove the selected averages of all updates but some."""
+    def prune_selected(self, updates: Collection[int]) -> None:
+        """Remove the selected EMA weights of all updates except `updates`."""
         if self.group.is_main_process:
             wanted = {self.selected(update) for update in updates}
             for path in set((self.folder / "selected").glob("update-*")) - wanted:
                 path.unlink()
 
     def remembered(self, owner: str, *folders: Path) -> list[Any]:
-        """Return what the checkpoints of some folders hold for an owner."""
+        """Return the state of a callback in all checkpoints of some folders."""
         found = []
         for checkpoint in (each for folder in folders for each in checkpoints(folder)):
             try:
                 extra = read_json(checkpoint / "extra.json")
-            except UserError:  # damaged, or just being removed in the background: nothing resumes from it
+            except UserError:  # damaged, or being removed: nothing resumes from it
                 continue
             if owner in extra:
                 found.append(extra[owner])
         return found
 
-    def keep_adversaries(self, updates: Collection[int]) -> None:
-        """Remove the adversaries kept for the monitor, except those after `updates`."""
+    def prune_adversaries(self, updates: Collection[int]) -> None:
+        """Remove the adversaries saved for the monitor, except those of `updates`."""
         for path in set((self.folder / "adversaries").glob("probe-*")) - {self.adversary(each) for each in updates}:
             path.unlink()
 
     def save(self, path: Path, network: nn.Module) -> None:
-        """Write a network's whole weights; all processes must call."""
+        """Write the full weights of a network; all processes must call this."""
         tensors = full_tensors(network.state_dict(), self.group)
         if self.group.is_main_process:
             with atomic_path(path) as temp:
@@ -116,11 +116,11 @@ class RunStore:
         self.group.barrier()
 
     def load(self, path: Path, network: nn.Module) -> None:
-        """Load a network's weights. Raises UserError when the file is missing or of another network."""
+        """Load the weights of a network. Raises UserError if the file is missing or does not match."""
         if not path.is_file():
-            raise UserError(f"Found no {path}, which the run reloads: remove {self.folder} and train again.")
+            raise UserError(f"Found no {path}, which the run needs to reload: remove {self.folder} and train again.")
         load_exactly(network, shard_like(load_tensors(path), network.state_dict()), path)
 
     def load_kept(self, update: int) -> dict[str, Tensor]:
-        """Return the moving average kept after an update."""
+        """Return the EMA weights after an update in `Task.keep_at`."""
         return load_tensors(self.kept(update))

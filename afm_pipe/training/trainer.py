@@ -1,7 +1,7 @@
-"""The trainer: updates an objective's networks from batches, logs, writes checkpoints, and resumes after any kill.
+"""The trainer: updates an objective's networks, logs, writes checkpoints, and resumes after interruptions.
 
-The task shapes numbers, the runtime does not. Stages, trials of tables and the latent classifier all train through it.
-To resume, train again with the same task and folder.
+The task determines the numbers; the runtime only how they are computed. Runs, trials of tables and the guidance
+classifier all use this trainer. To resume, train again with the same task and folder.
 """
 
 import signal
@@ -22,45 +22,45 @@ from afm_pipe.runtime.errors import NotFiniteError, UserError
 from afm_pipe.runtime.progress import Progress
 from afm_pipe.runtime.signals import ShutdownRequest, Stopped, shutdown_requested
 from afm_pipe.training.callback import Action, Callback
-from afm_pipe.training.checkpoints import RetentionPolicy, Writer, load_latest
+from afm_pipe.training.checkpoints import CheckpointWriter, RetentionPolicy, load_latest
 from afm_pipe.training.engine import Engine
 from afm_pipe.training.interventions import Interventions
 from afm_pipe.training.learner import Learner
 from afm_pipe.training.monitor import TrainingMonitor
-from afm_pipe.training.selection import BestAverage, Measure
+from afm_pipe.training.selection import EmaSelection, Measure
 from afm_pipe.training.state import Start, TrainingState
 from afm_pipe.training.store import RunStore
 
-MAX_ROWS = 1000  # in the curves of a run; rows are at least MIN_UPDATES_PER_ROW updates apart
+MAX_ROWS = 1000  # in the curves of a run, unless rows would be closer than MIN_UPDATES_PER_ROW
 MIN_UPDATES_PER_ROW = 10
 
 
 @dataclass(frozen=True)
 class Task:
-    """A run: everything that shapes its numbers."""
+    """Everything that determines the numbers of a run."""
 
     objective: Objective
     latents: Latents
     identity: str
     start: Start | None = None
-    """Where a continued run begins; left out: fresh weights."""
+    """Start of a continued run; None: initial weights."""
     keep_at: Collection[int] = ()
-    """Updates after which the moving average is kept, at `RunStore.kept`."""
+    """Updates after which to save the EMA weights, at `RunStore.kept`."""
     measure: Measure | None = None
-    """The distance by which a run with `selection` chooses its moving average."""
+    """The distance by which a run with `selection` selects its EMA weights."""
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how a run is trained, which changes numbers by rounding only."""
+    """Where and how a run is trained. It changes numbers by rounding only."""
 
     work_dir: Path
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     checkpoint_seconds: float = 60.0
     group: ProcessGroup = SINGLE_PROCESS
     micro_batch: int | None = None
-    """Largest number of images in a micro-batch; left out: the process's whole share of a batch."""
-    retention: RetentionPolicy = RetentionPolicy()  # an immutable value
+    """Largest number of images in a micro-batch; None: the whole shard of the process."""
+    retention: RetentionPolicy = RetentionPolicy()  # immutable
     engine: Engine = Engine()
 
 
@@ -68,16 +68,16 @@ class Trained(NamedTuple):
     """A finished run."""
 
     state: TrainingState
-    notes: list[str]  # lines that a user should read
+    notes: list[str]  # lines to show to the user
 
 
 class Trainer:
-    """Trains a task to its end, from its newest checkpoint, its start or fresh weights."""
+    """Trains a task to its end, from its newest checkpoint, its start, or initial weights."""
 
     def __init__(self, task: Task, runtime: Runtime) -> None:
         """Build the state and load the newest checkpoint.
 
-        Raises UserError on a checkpoint of another identity, or where processes find different ones.
+        Raises UserError if the checkpoint has another identity or processes find different checkpoints.
         """
         self.task, self.runtime = task, runtime
         self.objective, self.latents, self.group = task.objective, task.latents, runtime.group
@@ -97,18 +97,18 @@ class Trainer:
         self.callbacks: list[Callback] = []
         if run is not None:
             self.callbacks = [Interventions(self, run), TrainingMonitor(self, run, task.identity)]
-        self.selection: BestAverage | None = None
+        self.selection: EmaSelection | None = None
         if run is not None and run.selection is not None and task.measure is not None:
-            self.selection = BestAverage(self, run.selection, task.measure)
+            self.selection = EmaSelection(self, run.selection, task.measure)
             self.callbacks.append(self.selection)
         self._stopped = False  # by a callback
-        self._used = self.hyperparameters()  # by the last update
+        self._used = self.hyperparameters()  # hyperparameters of the last update
         self._lap = time.monotonic()  # when the training clock was last read
 
     def train(self) -> Generator[Progress, None, Trained]:
         """Train; on a termination signal, finish the update, write a checkpoint and raise Stopped.
 
-        Raises NotFiniteError on a non-finite loss, before it reaches the weights.
+        Raises NotFiniteError for a non-finite loss, before it changes the weights.
         """
         state, store, group = self.state, self.store, self.group
         store.clean()
@@ -119,12 +119,12 @@ class Trainer:
         yield self._progress()
         active = group.is_main_process or state.is_sharded
         seconds, retention = self.runtime.checkpoint_seconds, self.runtime.retention
-        writing = Writer(store.checkpoints, state, self.task.identity, seconds, retention, active)
+        writing = CheckpointWriter(store.checkpoints, state, self.task.identity, seconds, retention, active)
         self._lap = time.monotonic()
         with report_lost_rank(), shutdown_requested() as request, writing as writer:
             while state.update < self.total and not self._stopped:
-                coming = state.update + 1
-                row_due = coming == self.total or coming % self.row_every == 0
+                next_update = state.update + 1
+                row_due = next_update == self.total or next_update % self.row_every == 0
                 batch = self._draw(writer, row_due)
                 for callback in self.callbacks:
                     callback.before_update()
@@ -150,7 +150,7 @@ class Trainer:
             self.notes += writer.notes
         for callback in self.callbacks:
             callback.end()
-        if self._stopped:  # early: the final average stands for those of later updates
+        if self._stopped:  # early: the final EMA weights replace those of later updates
             for update in sorted(each for each in self.task.keep_at if each >= state.update):
                 store.save(store.kept(update), state.ema)
         if state.is_sharded:
@@ -158,26 +158,26 @@ class Trainer:
         return Trained(state, self.notes)
 
     def hyperparameters(self) -> Hyperparameters:
-        """Return what the next update uses."""
-        found = self.objective.hyperparameters(self.state.update, self.latents.num_images)
+        """Return the hyperparameters of the next update."""
+        hyperparameters = self.objective.hyperparameters(self.state.update, self.latents.num_images)
         for callback in self.callbacks:
-            found = callback.adjust(found)
-        return found
+            hyperparameters = callback.adjust(hyperparameters)
+        return hyperparameters
 
     def draw(self) -> Any:
         """Return the micro-batches of the next update."""
         return self.batches.draw(self.state.update, self.hyperparameters())
 
     def update(self, batch: Any) -> Tensor:
-        """Make one update; return its figures. Raises NotFiniteError on a CPU, before the weights change."""
+        """Run one update; return its terms. On a CPU, raises NotFiniteError before the weights change."""
         self._used = self.hyperparameters()
-        figures = self.objective.update(self.learner, batch, self._used)
+        terms = self.objective.update(self.learner, batch, self._used)
         self.learner.update_ema()
         self.state.update += 1
-        return figures
+        return terms
 
     def try_update(self) -> None:
-        """Make one update that is not logged. Raises NotFiniteError when its loss is not finite."""
+        """Run one update without logging it. Raises NotFiniteError if its loss is not finite."""
         try:
             self.update(self.draw())
             self.learner.require_finite()
@@ -185,28 +185,28 @@ class Trainer:
             self.learner.abandon()
             raise
 
-    def _draw(self, writer: Writer, row_due: bool) -> Any:
+    def _draw(self, writer: CheckpointWriter, row_due: bool) -> Any:
         waited = time.monotonic()
         try:
             batch = self.draw()
             if row_due:
                 for callback in self.callbacks:
                     callback.prepare()
-        except UserError:  # the data are gone: save what was trained so far
-            if not self.state.is_sharded:  # else all processes would have to write
+        except UserError:  # the data are gone: save the training so far
+            if not self.state.is_sharded:  # otherwise all processes would have to write
                 writer.finish()
             raise
         self.state.seconds["data_wait"] += time.monotonic() - waited
         return batch
 
     def _recover(self, error: NotFiniteError) -> None:
-        """Continue from an earlier update if a callback restored it; else raise the error."""
+        """Raise the error unless a callback restored an earlier update."""
         actions = [callback.not_finite(error) for callback in self.callbacks]
         if Action.RESTORED not in actions:
             raise error
 
     def _row(self) -> Action:
-        """Append a row to the curves and let the callbacks act on it."""
+        """Append a row to the curves and call the callbacks."""
         state, start = self.state, self.task.start
         since = state.update - (state.rows[-1]["update"] if state.rows else start.update if start else 0)
         now = self._used
@@ -224,7 +224,7 @@ class Trainer:
         self._stopped = Action.STOP in actions
         return Action.STOP if self._stopped else Action.CONTINUE
 
-    def _save(self, writer: Writer, request: ShutdownRequest, ended: bool) -> None:
+    def _save(self, writer: CheckpointWriter, request: ShutdownRequest, ended: bool) -> None:
         """Write a checkpoint; raise Stopped after a termination signal."""
         now, seconds = time.monotonic(), self.state.seconds
         seconds["training"] += now - self._lap
@@ -244,10 +244,10 @@ class Trainer:
 
 
 def _require_same_update(group: ProcessGroup, update: int) -> None:
-    """Raise UserError when processes loaded checkpoints of different updates."""
+    """Raise UserError if processes loaded checkpoints of different updates."""
     found = group.all_gather(update)
     if len(set(found)) > 1:
         raise UserError(
-            f"Found the processes at updates {', '.join(map(str, found))}, expected the same on all: put work/ where "
-            "all machines share it."
+            f"Found the processes at updates {', '.join(map(str, found))}, expected the same on all: put work/ on a "
+            "disk that all machines share."
         )

@@ -89,9 +89,13 @@ def test_a_real_tar_of_a_cluttered_folder_counts_alike(root: Path) -> None:
 
 def test_clutter_among_the_built_in_digits_is_no_mistake(tmp_path: Path) -> None:
     root = tmp_path / "digits"
+    put(root, {".DS_Store": b"x", "lost+found/x": b"x"})  # alone, as on a fresh volume
     track("materialize", materialize("mnist5k", root))
-    put(root, {".DS_Store": b"x", "3/Thumbs.db": b"x"})
+    assert (root / ".DS_Store").read_bytes() == (root / "lost+found" / "x").read_bytes() == b"x"
+    put(root, {"3/Thumbs.db": b"x"})
     track("materialize", materialize("mnist5k", root))
+    found = prepared(root, "mnist5k")
+    assert (found.num_images, found.passed_over) == (5000, {".DS_Store": 1, "Thumbs.db": 1, "lost+found": 1})
 
 
 def test_dangling_links_are_named(root: Path) -> None:
@@ -99,6 +103,9 @@ def test_dangling_links_are_named(root: Path) -> None:
         ("class9", "Found class9 under .*, a link that leads nowhere"),
         ("class0/link.png", r"Found class0/link\.png under .*, a link that leads nowhere"),
         (".DS_Store2", r"Found \.DS_Store2 under .*, a link that leads nowhere"),
+        ("README.md", r"Found README\.md under .*, a link that leads nowhere"),
+        *((name, f"Found {name} under .*, a link that leads nowhere") for name in ("train", "val", "__MACOSX")),
+        *((name, f"Found {name} under .*, a link that leads nowhere") for name in (".DS_Store", "class0/Thumbs.db")),
     ):
         (root / link).symlink_to("/no/such/place")
         with pytest.raises(UserError, match=words):
@@ -107,6 +114,24 @@ def test_dangling_links_are_named(root: Path) -> None:
     (root / "loop").symlink_to("loop")
     with pytest.raises(UserError, match="Found loop under .*, a link that leads nowhere"):
         prepared(root)
+
+
+@pytest.mark.parametrize("name", ["val", "Test", ".git", "labels.csv", "train/class0/._000.png", "train/.cache"])
+def test_dangling_links_beside_and_in_train_are_named_too(name: str, root: Path, tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    root.rename(tmp_path / "whole" / "train")
+    (tmp_path / "whole" / name).symlink_to("/no/such/place")
+    with pytest.raises(UserError, match=f"Found {name.removeprefix('train/')} under .*, a link that leads nowhere"):
+        prepared(tmp_path / "whole")
+
+
+def test_a_dangling_link_train_alone_is_named(tmp_path: Path) -> None:
+    (tmp_path / "train").symlink_to("/no/such/place")
+    with pytest.raises(UserError, match="Found train under .*, a link that leads nowhere"):
+        prepared(tmp_path)
+    (tmp_path / "digits").symlink_to("/no/such/place")
+    with pytest.raises(UserError, match="Found .*digits, a link that leads nowhere"):
+        track("materialize", materialize("mnist5k", tmp_path / "digits"))
 
 
 def test_links_that_lead_somewhere_count(root: Path) -> None:
@@ -159,6 +184,40 @@ def test_splits_beside_train_are_passed_over_and_other_folders_are_named(root: P
     put(whole, {"extra/000.png": b"x"})
     with pytest.raises(UserError, match="Found extra beside .*train, expected the class folders in train"):
         prepared(whole)
+
+
+WHOLE = {  # what lies beside the class folders of train, and in them
+    "counted": (
+        {"train/README.md": b"x", "train/labels.csv": b"x", "val/class0/x.png": b"x", "val/.DS_Store": b"x"},
+        "",
+    ),
+    "clutter": ({"train/__MACOSX/x": b"x", "train/class0/Thumbs.db": b"x", "LICENSE": b"x", ".git/x/y": b"x"}, ""),
+    "a class beside": ({"class9/x.png": b"x"}, "Found class9 beside .*train, expected"),
+    "a hidden class": ({"train/.cats/x.png": b"x"}, r"Found \.cats under .*train, expected"),
+    "a text in a class": ({"train/class0/a.txt": b"x"}, r"Found class0/a\.txt under .*train, expected"),
+    "a file named as a split": ({"val": b"x"}, "Found val beside"),
+    "an image beside": ({"x.png": b"x"}, r"Found x\.png beside"),
+    "a folder in a class": ({"train/class0/deep/x.png": b"x"}, "Found class0/deep under"),
+}
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_a_folder_with_train_and_its_tar_are_judged_alike(case: str, root: Path, tmp_path: Path) -> None:
+    files, words = WHOLE[case]
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    root.rename(whole / "train")
+    digest = prepared(whole).digest
+    put(whole, files)
+    if words:
+        for place, source in ((whole, "folder"), (packed(whole), "tar")):
+            with pytest.raises(UserError, match=words):
+                prepared(place, source)
+        return
+    found, same = prepared(whole), prepared(packed(whole), "tar")
+    assert found.digest == same.digest == digest
+    assert found.passed_over == same.passed_over
+    assert len(found.passed_over) == len(files) - (case == "counted")  # val with its clutter is one
 
 
 def test_a_zip_that_a_mac_made_is_unpacked_into_a_data_set(root: Path, tmp_path: Path) -> None:

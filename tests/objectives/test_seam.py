@@ -22,7 +22,7 @@ from afm_pipe.planning.counting import count_update
 from afm_pipe.reporting.curves import draw_panels
 from afm_pipe.reporting.inputs import RunRecord, columns_of
 from afm_pipe.runtime.signals import Stopped
-from afm_pipe.training.curves import read_curves
+from afm_pipe.training.curves import scan_curves
 from afm_pipe.training.trainer import Runtime, Task, Trainer
 
 
@@ -164,7 +164,7 @@ def test_terms_of_the_toy_are_columns_of_the_curves_and_panels_of_the_report(
     objective: Objective, latents: Latents, tmp_path: Path
 ) -> None:
     trained(Trainer(Task(objective, latents, "toy"), Runtime(tmp_path)))
-    rows = read_curves(tmp_path / "curves.csv")
+    rows, _ = scan_curves(tmp_path / "curves.csv")
     assert tuple(rows[0]) == ("update", "images", "epoch", "lr", "squared_error")
     run = RunRecord("toy", objective.settings, columns_of(rows))  # type: ignore[arg-type]
     (panel,) = (each for each in draw_panels([run], latents.num_images) if each.caption == "To the data, log scale")

@@ -35,7 +35,7 @@ from afm_pipe.study.toy.results import StrongResults
 from afm_pipe.study.toy.strong import run_strong, strong_claims
 from afm_pipe.study.toy.training import Batch, Setting, train_adversarially, train_flow
 from afm_pipe.study.toy.writing import write_experiment
-from tests.conftest import SMOKE
+from tests.conftest import ROOT, SMOKE
 
 CPU = torch.device("cpu")
 FILES = {"results.json", "metrics.json", "maps.csv", "guidance.csv", "maps.png", "sweep.png", "guidance.png"}
@@ -240,9 +240,9 @@ def test_a_setting_does_not_depend_on_which_others_there_are(experiment: Experim
 
 
 def test_same_seed_gives_the_same_files(experiment: Experiment, toy: Toy, tmp_path: Path) -> None:
-    write_experiment(experiment, measure(experiment, toy), toy, tmp_path / "first")
+    write_experiment(experiment, None, toy, tmp_path / "first")
     again = finish(run_experiment(toy, 0, CPU))
-    write_experiment(again, measure(again, toy), toy, tmp_path / "second")
+    write_experiment(again, None, toy, tmp_path / "second")
     assert {path.name for path in (tmp_path / "first").iterdir()} == FILES
     headline = json.loads((tmp_path / "first" / "metrics.json").read_text())
     assert headline["spread_ratio"] == pytest.approx(headline["gan"]["spread"] / headline["afm_1"]["spread"])
@@ -259,7 +259,7 @@ def test_a_diverged_setting_is_named(experiment: Experiment, toy: Toy) -> None:
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experiment: Experiment, toy: Toy) -> Path:
     monkeypatch.chdir(tmp_path)
-    write_experiment(experiment, measure(experiment, toy), toy, paths.TOY)
+    write_experiment(experiment, None, toy, paths.TOY)
     return tmp_path
 
 
@@ -278,6 +278,22 @@ def test_report_shows_three_figures_and_the_numbers_of_the_file(project: Path) -
     assert (rows[0]["method"], float(rows[0]["spread"])) == ("GAN", results["maps"]["gan"]["spread_mean"])
     assert titles.number(results["maps"]["afm_1"]["spread_mean"]) in section.finding
     assert "width 16 (the paper: 1024)" in section.scale
+
+
+def test_report_shows_the_strong_discriminators_of_the_study(project: Path, toy: Toy) -> None:
+    section = read_one_dimension()
+    assert section is not None and section.strong is None
+    path = paths.STUDY / "strong_discriminator_1d.json"
+    result = CliRunner().invoke(app, ["toy", "--params", str(SMOKE), "--strong", str(path)])
+    assert result.exit_code == 0, result.output
+    section = read_one_dimension()
+    assert section is not None and section.strong is not None
+    rows = list(csv.DictReader(csv_text(section.strong).splitlines()))
+    stored = json.loads(path.read_text())
+    assert [float(row["rms"]) for row in rows] == [pytest.approx(sum(s["rms"]) / 2) for s in stored["settings"]]
+    assert all(f"{claim['claim']}: {claim['outcome']}" in section.strong.caption for claim in stored["claims"])
+    refused = CliRunner().invoke(app, ["toy", "--params", str(ROOT / "params.yaml"), "--strong", str(path)])
+    assert refused.exit_code != 0 and "toy.strong_discriminator: null" in refused.output
 
 
 def test_report_without_the_experiment_has_no_section_and_a_damaged_file_is_an_error(project: Path) -> None:

@@ -17,7 +17,7 @@ from afm_pipe.params import Params, Run, deep_merge
 from afm_pipe.params.file import load_params
 from afm_pipe.runtime.errors import NotFiniteError, UserError
 from afm_pipe.training.events import FILE, Event
-from afm_pipe.training.probe import Probe, equal_shares
+from afm_pipe.training.probe import Probe, choose_in_equal_shares
 from afm_pipe.training.state import TrainingState
 from afm_pipe.training.store import RunStore
 from afm_pipe.training.trainer import Runtime, Task, Trainer
@@ -279,7 +279,7 @@ def test_figures_of_a_probe_are_relative_to_the_data(latents: Latents, discs_par
     raw = discs_params.runs["t4"].model_dump(mode="json")
     run = Run.model_validate(deep_merge(raw, {"monitor": {"probe": {"updates": 150}}}))
     generator = stream_generator(run.seed, "probe")
-    chosen = equal_shares(torch.as_tensor(latents.labels), run.monitor.probe.samples, generator)
+    chosen = choose_in_equal_shares(torch.as_tensor(latents.labels), run.monitor.probe.samples, generator)
     data = latents.draw(chosen, generator)
 
     class Copies:

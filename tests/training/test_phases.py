@@ -63,7 +63,7 @@ def test_discriminator_goes_back_to_what_it_was(smoke_run: Run, tmp_path: Path) 
         interventions.before_update()
     assert embedding[0].item() == 4
     shutil.rmtree(tmp_path)
-    with pytest.raises(UserError, match="which the run reloads"):
+    with pytest.raises(UserError, match="which the run needs to reload"):
         interventions.before_update()
 
 

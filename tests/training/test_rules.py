@@ -8,8 +8,8 @@ from afm_pipe.objectives.adversarial_flow.objective import AdversarialFlow
 from afm_pipe.params import Run, deep_merge
 from afm_pipe.training.curves import Row
 from afm_pipe.training.rules import (
-    Probed,
-    Watched,
+    MonitoredColumns,
+    ProbeResult,
     alarms_of_probes,
     alarms_of_rows,
     collapse,
@@ -21,7 +21,7 @@ from afm_pipe.training.rules import (
     trend,
 )
 
-WATCHED = Watched.of(AdversarialFlow)
+WATCHED = MonitoredColumns.of(AdversarialFlow)
 HEALTHY = {"d_adversarial": 0.5, "g_adversarial": 1.2, "d_accuracy": 0.75, "transport_rms": 1.2, "output_scale": 1.0}
 
 
@@ -42,7 +42,7 @@ def trace(count: int = 40, **columns: Any) -> list[Row]:
     return rows
 
 
-def probes(*kids: float, error: float = 0.02, **figures: float) -> list[Probed]:
+def probes(*kids: float, error: float = 0.02, **figures: float) -> list[ProbeResult]:
     """A probe an epoch, of a healthy run but for some figures."""
     healthy = {"class_accuracy": 0.9, "variance": 0.6, "spread": 0.9} | figures
     healthy = {f"{name}_error": 0.01 for name in healthy} | healthy

@@ -6,17 +6,18 @@ from typing import Any
 
 from afm_pipe.params import Toy
 from afm_pipe.runtime.files import write_json
-from afm_pipe.study.toy.experiment import Experiment
+from afm_pipe.study.toy.experiment import Experiment, measure
 from afm_pipe.study.toy.figures import draw_guidance, draw_maps, draw_sweep
-from afm_pipe.study.toy.results import ToyResults
+from afm_pipe.study.toy.results import Strong, ToyResults
 
 ROWS_PER_MAP = 512  # of the CSV files; measurements and figures use all points
 
 
-def write_experiment(experiment: Experiment, results: ToyResults, toy: Toy, folder: Path) -> None:
+def write_experiment(experiment: Experiment, strong: Strong | None, toy: Toy, folder: Path) -> None:
     """Write everything into a new folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_results(results, folder / "results.json")
+    results = measure(experiment, toy).model_copy(update={"strong": strong})
+    write_json(folder / "results.json", results.model_dump(mode="json", exclude_none=True))
     write_json(folder / "metrics.json", headline(results))
     every = max(1, len(experiment.noise) // ROWS_PER_MAP)
     noise = experiment.noise[::every].tolist()
@@ -38,11 +39,6 @@ def write_experiment(experiment: Experiment, results: ToyResults, toy: Toy, fold
     draw_maps(experiment, results, toy, folder / "maps.png")
     draw_sweep(experiment, results, folder / "sweep.png")
     draw_guidance(experiment, toy, folder / "guidance.png")
-
-
-def write_results(results: ToyResults, path: Path) -> None:
-    """Write the measurements."""
-    write_json(path, results.model_dump(mode="json", exclude_none=True))
 
 
 def headline(results: ToyResults) -> dict[str, Any]:
