@@ -36,6 +36,13 @@ class Cost(BaseModel, frozen=True):
     peak_memory_gib: float | None
 
 
+class Selected(BaseModel, frozen=True):
+    """How the weights of a run were selected: the best of several measured EMAs, by a distance over some samples."""
+
+    of: int
+    samples: int
+
+
 class Config(BaseModel, frozen=True):
     """The sizes of a model and its settings; an imported model has no discriminator."""
 
@@ -43,6 +50,8 @@ class Config(BaseModel, frozen=True):
     discriminator_parameters: int | None = None
     model: dict[str, Any] = {}
     classes: list[str] | None = None
+    selection: Selected | None = None
+    """None if the weights are the last EMA."""
 
 
 class Measured(BaseModel, frozen=True, extra="allow"):

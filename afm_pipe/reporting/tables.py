@@ -47,6 +47,7 @@ def run_table(inputs: Inputs) -> Table:
     metrics = titles.in_order(key for record in inputs.runs for key in record.metrics)
     columns = (
         Column("run", "Run", numeric=False),
+        Column("weights", "Weights", "EMA weights: those of the run's end, or the best measured in training", False),
         *(Column(key, titles.metric(key).title, _meaning(key)) for key in metrics),
         *(COSTS[key][0] for key in ("seconds", "images_per_second")),
         *(_setting_column(key, values) for key, values in settings.items()),
@@ -54,6 +55,7 @@ def run_table(inputs: Inputs) -> Table:
     rows = [
         (
             Cell(record.name, record.name, run=record.name),
+            plain(weights_text(record)),
             *(metric_cell(record, key) for key in metrics),
             *_cost_cells(record, "seconds", "images_per_second"),
             *(_setting_cell(key, values[index]) for key, values in settings.items()),
@@ -62,6 +64,7 @@ def run_table(inputs: Inputs) -> Table:
     ]
     footer = (
         Cell("Floor: reconstructions", None),
+        EMPTY,
         *(_floor_cell(inputs, key) for key in metrics),
         *[EMPTY] * (2 + len(settings)),
     )
@@ -69,8 +72,17 @@ def run_table(inputs: Inputs) -> Table:
         f"Runs of this repository, {titles.number(inputs.params.evaluate.samples)} samples each. Metrics from "
         f"{paths.metrics('RUN')}, cost from {paths.costs('RUN')}; of a run that continues another, its own phase alone."
     )
-    marked = ranked(rows, columns, range(1, 1 + len(metrics)))
+    marked = ranked(rows, columns, range(2, 2 + len(metrics)))
     return Table("runs", caption, columns, tuple(marked), footer, note=interval_note(rows))
+
+
+def weights_text(record: RunRecord) -> str:
+    """Return which weights of a run are measured: its last ones, or the best ones and what chose them."""
+    chosen = record.config.selection
+    if chosen is None:
+        return "end"
+    distance = next(iter(titles.in_order(map(titles.base_key, record.metrics))), "fd")
+    return f"best of {chosen.of}, chosen on {titles.metric(distance).title} of {chosen.samples:,} samples"
 
 
 def measured_table(inputs: Inputs, record: RunRecord) -> Table:

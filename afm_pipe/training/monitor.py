@@ -127,9 +127,9 @@ class TrainingMonitor(Callback):
 
     def _take_probe(self) -> None:
         row, memory = self.state.rows[-1], self.memory
-        found = self._measure()
-        memory.probes.append({"update": row["update"], "epoch": row["epoch"]} | found)
-        if self.auto and found["kid"] <= min(probe["kid"] for probe in memory.probes):
+        result = self._measure()
+        memory.probes.append({"update": row["update"], "epoch": row["epoch"]} | result)
+        if self.auto and result["kid"] <= min(probe["kid"] for probe in memory.probes):
             memory.best = self.state.update
             assert self.state.best is not None, "an auto schedule keeps its best"
             self.state.best.load_state_dict(self.state.ema.state_dict())
