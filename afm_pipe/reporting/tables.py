@@ -68,8 +68,9 @@ def run_table(inputs: Inputs) -> Table:
         *(_floor_cell(inputs, key) for key in metrics),
         *[EMPTY] * (2 + len(settings)),
     )
+    shares = titles.class_shares(run.protocol for run in inputs.runs)
     caption = (
-        f"Runs of this repository, {titles.number(inputs.params.evaluate.samples)} samples each. Metrics from "
+        f"Runs of this repository, {titles.number(inputs.params.evaluate.samples)} samples each{shares}. Metrics from "
         f"{paths.metrics('RUN')}, cost from {paths.costs('RUN')}; of a run that continues another, its own phase alone."
     )
     marked = ranked(rows, columns, range(2, 2 + len(metrics)))
@@ -103,7 +104,8 @@ def measured_table(inputs: Inputs, record: RunRecord) -> Table:
         for key in titles.in_order(record.metrics)
     )
     samples = titles.number(record.protocol.get("samples"))
-    caption = f"{record.name}: all metrics, over {samples} samples, from {paths.metrics(record.name)}."
+    shares = titles.class_shares([record.protocol])
+    caption = f"{record.name}: all metrics, over {samples} samples{shares}, from {paths.metrics(record.name)}."
     note = "In brackets: 95 % intervals of the measurement." if record.intervals else "No interval was recorded."
     return Table(f"run-{record.name}", caption, columns, rows, note=note)
 

@@ -143,7 +143,8 @@ class TrainingMonitor(Callback):
         memory, update, total = self.memory, self.state.update, self.trainer.total
         plateau = stopped_improving(self.run, memory.probes, memory.phase_since)
         best = next(probe for probe in memory.probes if probe["update"] == memory.best)
-        evidence = {"kid": memory.probes[-1]["kid"], "best_kid": best["kid"], "best_update": best["update"]}
+        evidence = {name: memory.probes[-1][name] for name in ("kid", "kid_error")}
+        evidence |= {f"best_{name}": best[name] for name in ("kid", "kid_error", "update")}
         if update < total and not plateau:
             return
         if update == total or memory.phase == PHASES - 1:

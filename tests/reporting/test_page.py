@@ -117,6 +117,7 @@ def test_summary_names_the_best_run_the_floor_and_the_scale(project: Path) -> No
     write(paths.metrics("better"), json.loads(paths.metrics("better").read_text()) | {"fd_classifier_5k": 7.7})
     text = built(params).text
     assert "7.70" in text
+    assert "5,000 samples each in the data's class shares." in text
     assert "run better, the lowest (without intervals: no ranking); reconstructed real images have 3.14" in text
     assert "not comparable with the paper's ImageNet numbers: 5,000 training images instead of 1,281,167" in text
 
