@@ -61,7 +61,7 @@ def _launch(nproc: int | None = None, micro_batch: int | None = None) -> "Launch
 
 
 def _start(nproc: int | None, micro_batch: int | None = None) -> "Launch":
-    """Return the launch settings; if they want several processes, only in each of these."""
+    """Return the launch settings; if they ask for several processes, start them and return in each."""
     from afm_pipe.distributed.torchrun import launch_processes
 
     return launch_processes(_launch(nproc, micro_batch))
@@ -373,11 +373,10 @@ def plan(
 ) -> None:
     """Estimate FLOPs, memory, days and disk; trains nothing.  Example: afm-pipe plan xl2 --gpus 8 --gpu h100"""
     from afm_pipe.cli.plan import plan_text
-    from afm_pipe.planning.plan import machine
+    from afm_pipe.planning.plan import Machine
 
-    loaded = _params(params, overrides)
-    planned = machine(gpu, gpus, utilization, precision, micro_batch, checkpoint, shard)
-    typer.echo(plan_text(loaded, runs or [], planned, images))
+    machine = Machine(gpu, gpus, utilization, precision, micro_batch, checkpoint, shard)
+    typer.echo(plan_text(_params(params, overrides), runs or [], machine, images))
 
 
 @_command(MACHINE, context_settings={"ignore_unknown_options": True})

@@ -1,4 +1,4 @@
-"""Check what a project needs before work starts: packages, device, data, weights, disk and memory."""
+"""Check what a project needs: packages, device, data, weights, disk and memory."""
 
 import platform
 import shutil
@@ -18,7 +18,7 @@ PACKAGES = ("torch", "torchvision", "diffusers", "dvc", "clean-fid", "h5py", "sc
 
 
 class Finding(NamedTuple):
-    """One line: what was checked, what was found, whether it will do, and the remedy if not."""
+    """One line: what was checked, what was found, whether it is ok, and the remedy if not."""
 
     what: str
     found: str
@@ -27,7 +27,7 @@ class Finding(NamedTuple):
 
 
 def examine(params_path: Path) -> list[Finding]:
-    """Return the findings, in the order in which to fix them."""
+    """Return the findings in the order to fix them."""
     device, launch = _device()
     findings = [_python(), *map(_package, PACKAGES), _git(), device]
     try:
@@ -110,7 +110,7 @@ def _weights(params: Params) -> list[Finding]:
         place = (
             "a local folder"
             if paths.local(pretrained).is_dir()
-            else "not a local folder, so a name on the Hugging Face Hub"
+            else "no local folder: a repository on the Hugging Face Hub"
         )
         findings.append(Finding("autoencoder", f"{pretrained}, {place}"))
     return findings

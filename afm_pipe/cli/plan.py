@@ -4,13 +4,12 @@ from typing import TYPE_CHECKING
 
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.params import Params
-from afm_pipe.pipeline import count_images, named_run, run_budget
+from afm_pipe.pipeline import count_images, run_budget
 from afm_pipe.runtime.progress import track
 
 if TYPE_CHECKING:
     from afm_pipe.planning.plan import Machine
 
-IMAGENET_IMAGES = 1_281_167  # of the training set
 ASSUMED = " (assuming 1,000 classes; `afm-pipe prepare` counts them)"
 
 
@@ -23,7 +22,7 @@ def dry_run_text(params: Params, name: str, launch: Launch) -> str:
     from afm_pipe.params.yaml import dump_yaml
     from afm_pipe.planning.measurable import require_measurable
 
-    run, needs, manifest = named_run(params, name), run_budget(params, name, launch), count_images(params)
+    run, needs, manifest = params.model(name), run_budget(params, name, launch), count_images(params)
     lines: list[str] = []
     if manifest is not None:
         lines = require_measurable(params, manifest)
@@ -44,7 +43,7 @@ def dry_run_text(params: Params, name: str, launch: Launch) -> str:
 
 
 def _settings(launch: Launch) -> str:
-    """Return the launch settings that memory depends on, where they differ from those of one process."""
+    """Return the launch settings that change memory, if not the defaults."""
     found = [f"on each of {launch.world_size} processes"] if launch.world_size > 1 else []
     if launch.micro_batch is not None:
         found.append(f"micro-batches of {launch.micro_batch}")
@@ -53,11 +52,11 @@ def _settings(launch: Launch) -> str:
 
 
 def plan_text(params: Params, names: list[str], machine: "Machine", num_images: int | None) -> str:
-    """Return what runs need on a machine: for `num_images`, else for the prepared data set, else for ImageNet."""
+    """Estimate runs on a machine for `num_images`, else for the prepared data set, else for ImageNet."""
     from afm_pipe.planning import plan
 
     manifest = count_images(params)
     classes = len(manifest.classes) if manifest and num_images is None else 1000
-    count = num_images or (manifest.num_images if manifest else IMAGENET_IMAGES)
+    count = num_images or (manifest.num_images if manifest else plan.IMAGENET_IMAGES)
     text = track("plan", plan.plan_text(params, names, machine, count, classes))
     return text if manifest else f"{text}\nEstimated{ASSUMED}."

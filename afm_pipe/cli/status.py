@@ -33,7 +33,7 @@ def status_text(params: Params) -> str:
 
 
 def progress_text(each: RunStatus) -> str:
-    """Return how many updates of how many a run has done."""
+    """Return the number of updates done and the total."""
     if each.total is None:
         return f"{each.update:,}" if each.update else "-"
     share = f" ({min(each.update / each.total, 1):.0%})" if each.total else ""
@@ -41,7 +41,7 @@ def progress_text(each: RunStatus) -> str:
 
 
 def summary_text(params: Params) -> str:
-    """Return the metrics of all measured runs as a table; the report has their settings too."""
+    """Return the metrics of all measured runs as a table."""
     from afm_pipe.reporting.inputs import read_inputs
     from afm_pipe.reporting.tables import run_table
 

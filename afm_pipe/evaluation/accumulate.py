@@ -1,4 +1,4 @@
-"""Streams of features, and the checkpoint of an evaluation.
+"""Accumulate the features of a stream of images, with checkpoints.
 
 Legend: N images, C channels, H x W pixels, D features.
 """
@@ -33,7 +33,7 @@ class FeatureStream:
         return self._features[: self._filled]
 
     def add(self, features: Tensor, kept: np.ndarray | slice = slice(None)) -> None:
-        """Add features (N, D) to the statistics, and those of the rows `kept` to the features."""
+        """Add features (N, D) to the statistics, and store `features[kept]`."""
         batch = features.numpy()
         self.statistics += Statistics.of(batch)
         self._append(batch[kept])
@@ -55,7 +55,7 @@ class FeatureStream:
 
 
 class MetricAccumulator:
-    """What metrics need of samples: features, variance within classes, distances to the nearest training images."""
+    """Accumulates what metrics need: features, variance within classes, distances to the nearest training images."""
 
     def __init__(self, networks: Sequence[FeatureNetwork], samples: int, num_classes: int) -> None:
         self.streams = [FeatureStream(network, samples) for network in networks]
@@ -86,7 +86,7 @@ class MetricAccumulator:
             np.savez(file, **state)  # type: ignore[arg-type]
 
     def restore(self, folder: Path) -> None:
-        """Restore the checkpoint of `folder`, if there is one."""
+        """Restore the checkpoint in `folder`, if any."""
         if not (folder / STATE).exists():
             return
         names = [name for stream in self.streams for name in stream.state()]

@@ -12,7 +12,7 @@ import torch
 
 from afm_pipe.evaluation.arrays import load_arrays
 from afm_pipe.evaluation.networks import LEGACY, SPATIAL, FeatureNetwork, weights_file
-from afm_pipe.evaluation.statistics import OWN, Reference
+from afm_pipe.evaluation.statistics import TRAINING_IMAGES, Reference
 from afm_pipe.params import AdmReference
 from afm_pipe.runtime.errors import UserError
 
@@ -21,7 +21,7 @@ ARRAYS = ("mu", "sigma", "mu_s", "sigma_s", "arr_0")
 
 
 def adm_path(settings: AdmReference) -> tuple[Path, str]:
-    """Return the path and the hash of the file. Raises UserError when it is missing or another."""
+    """Return the path and the hash of the file. Raises UserError if it is missing or has another hash."""
     fix = (
         "download it from https://github.com/openai/guided-diffusion/tree/main/evaluations, correct "
         "evaluate.adm_reference, or set it to null"
@@ -30,8 +30,8 @@ def adm_path(settings: AdmReference) -> tuple[Path, str]:
 
 
 def require_reference(settings: AdmReference | None, reference: Reference, folder: Path) -> None:
-    """Raise UserError for Inception's statistics from another source than evaluate.adm_reference says."""
-    expected = OWN
+    """Raise UserError if Inception's statistics have another source than evaluate.adm_reference."""
+    expected = TRAINING_IMAGES
     if settings is not None:
         expected = f"{ADM} {settings.sha256}"
         if settings.sha256 is None:  # then the file decides, where it is present
@@ -47,12 +47,12 @@ def require_reference(settings: AdmReference | None, reference: Reference, folde
 
 
 def adm_references(
-    settings: AdmReference, networks: Sequence[FeatureNetwork], references: Sequence[Reference], size: int
+    settings: AdmReference, networks: Sequence[FeatureNetwork], references: Sequence[Reference], batch_size: int
 ) -> Iterator[Reference]:
-    """Yield the references, with ADM's statistics for the networks that it has.
+    """Yield the references, those of Inception with ADM's statistics.
 
-    Its mean and covariance are of all training images. Its arr_0 (N, H, W, 3) holds some of them, whose features serve
-    KID, precision and recall. Raises UserError for arrays of another shape.
+    ADM's mean and covariance are those of all training images. Its arr_0 (N, H, W, 3) holds some of these images, whose
+    features are used for KID, precision and recall. Raises UserError for arrays of another shape.
     """
     path, sha256 = adm_path(settings)
     arrays = load_arrays(path, ARRAYS)
@@ -72,7 +72,7 @@ def adm_references(
             raise UserError(f"Found mean {mu.shape} in {path}, expected ({network.dim},) for {network.name}.")
         features = reference.features
         if network.name == LEGACY:
-            batches = np.array_split(images, max(len(images) // size, 1))
+            batches = np.array_split(images, max(len(images) // batch_size, 1))
             features = np.concatenate(
                 [network(torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous()).numpy() for batch in batches]
             )

@@ -1,4 +1,4 @@
-"""Named arrays of an npz file that may come from elsewhere."""
+"""Read named arrays of an untrusted npz file."""
 
 import math
 from pathlib import Path
@@ -8,11 +8,14 @@ import numpy as np
 
 from afm_pipe.runtime.errors import UserError
 
-INFLATED, LARGEST_RATIO = 1 << 26, 20  # bytes an entry may inflate to: this, plus a multiple of its compressed size
+INFLATED, LARGEST_RATIO = (
+    1 << 26,
+    20,
+)  # an entry may inflate to this many bytes plus this multiple of its compressed size
 
 
 def load_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """Read named arrays, without pickles. Raises UserError for a missing or unreadable file."""
+    """Read named arrays, without pickle. Raises UserError for a missing or unreadable file."""
     try:
         with ZipFile(path) as archive:
             for name in names:
@@ -28,7 +31,7 @@ def load_arrays(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
 
 
 def _check_array(archive: ZipFile, name: str) -> None:
-    """Raise ValueError for an array larger than its entry, or an entry far larger than its compressed bytes."""
+    """Raise ValueError for an array larger than its entry, or an entry that inflates too much."""
     entry = archive.getinfo(name)
     if entry.file_size > INFLATED + LARGEST_RATIO * entry.compress_size:
         raise ValueError(f"{name} of {entry.compress_size:,} bytes would become {entry.file_size:,}")

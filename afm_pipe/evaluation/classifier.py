@@ -1,4 +1,4 @@
-"""The small convolutional classifier whose features replace Inception's on small images.
+"""A small convolutional classifier whose features replace Inception's on small images.
 
 Legend: N images, C channels, H x W pixels, D features, K classes.
 """
@@ -53,8 +53,8 @@ def train_classifier(
 ) -> Generator[Progress, None, tuple[Classifier, float]]:
     """Train on images (N, C, H, W) uint8 and labels (N,); return the classifier and its accuracy on held-out images.
 
-    Adam, with a learning rate that falls linearly to 0, on randomly shifted images. Deterministic for a seed on one
-    thread. Raises UserError when no class has an image to hold out.
+    Uses Adam with a linear decay of the learning rate to 0, on randomly shifted images. Deterministic for a seed on one
+    thread. Raises UserError if no class has an image to hold out.
     """
     random = np.random.default_rng(seed)
     train, held_out = _split(labels, num_classes, params.held_out, random)
@@ -116,7 +116,7 @@ def _untrained(seed: int, channels: int, widths: Sequence[int], features: int, n
 def _split(
     labels: np.ndarray, num_classes: int, fraction: float, random: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return indices to train on and held-out indices: a fraction of each class, at least one where it has two."""
+    """Return training and held-out indices: a fraction of each class, at least one image of any class with two."""
     held_out, train = [], []
     for label in range(num_classes):
         members = random.permutation(np.flatnonzero(labels == label))
@@ -125,8 +125,8 @@ def _split(
         train.append(members[count:])
     if not sum(map(len, held_out)):
         raise UserError(
-            f"Found {len(labels)} images of {num_classes} classes, expected at least 2 in some class, one of them for "
-            "the classifier's accuracy: add images."
+            f"Found {len(labels)} images of {num_classes} classes, expected at least 2 in some class, one of them to "
+            "measure the classifier's accuracy: add images."
         )
     return np.concatenate(train), np.concatenate(held_out)
 

@@ -1,5 +1,6 @@
-"""One distance of a generator in training, for the choice of its best moving average."""
+"""The distance of a generator in training, to select the best EMA."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ from afm_pipe.params import Params
 from afm_pipe.runtime.files import read_json
 from afm_pipe.sampling.sampler import Sampler, labels_in_shares
 
-APART = 1 << 32  # between the seeds of these samples and of the evaluation's
+SEED_OFFSET = 1 << 32  # from the evaluation's seed
 
 
 class SampleDistance:
     """The Frechet distance of `samples` samples in the first network of evaluate.features.
 
-    The samples are none of those that are evaluated: what is chosen on a sample looks better on it than it is.
+    The evaluation draws other samples: the distance on the samples that select an EMA is biased low.
     """
 
     def __init__(
@@ -36,27 +37,29 @@ class SampleDistance:
         device: torch.device,
         group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
-        """Load network and statistics. Raises UserError when they are missing, another's, or of other classes."""
+        """Load network and statistics. Raises UserError if they are missing, do not match, or are of other classes."""
         settings, summary = params.evaluate, read_json(reference_dir / SUMMARY)
         require_same_classes(class_names, "the latents", summary["classes"], reference_dir / SUMMARY)
         self.network = load_networks(settings, reference_dir, device, settings.features[:1])[0]
         self.reference = Reference.load(reference_dir, self.network)
         self.labels = labels_in_shares(samples, class_counts(params, summary, self.reference, reference_dir))
-        self.seed = settings.seed + APART
-        self.common: dict[str, Any] = {
-            "autoencoder": autoencoder,
-            "latent_shape": params.latent_shape,
-            "class_names": class_names,
-            "micro_batch": params.sample.micro_batch,
-            "device": device,
-            "group": group,
-        }
+        self.seed = settings.seed + SEED_OFFSET
+        self.sampler = partial(
+            Sampler,
+            autoencoder=autoencoder,
+            latent_shape=params.latent_shape,
+            class_names=class_names,
+            micro_batch=params.sample.micro_batch,
+            device=device,
+            group=group,
+        )
+        self.is_main_process = group.is_main_process
 
     def __call__(self, generator: Any) -> float:
-        """Return the distance of a generator's samples, on the main process; the others compute a share of them."""
+        """Return the distance of a generator's samples; only the main process has the result."""
         statistics = Statistics.none(self.network.dim)
-        for images in Sampler(generator=generator, **self.common).stream(self.labels, self.seed):
+        for images in self.sampler(generator).stream(self.labels, self.seed):
             statistics += Statistics.of(self.network(images).numpy())
-        if not self.common["group"].is_main_process:
+        if not self.is_main_process:
             return np.inf
         return frechet_distance(statistics.mu, statistics.sigma, self.reference.mu, self.reference.sigma)[0]

@@ -1,4 +1,4 @@
-"""Evaluate a generator: one pass over its samples, and every number with the protocol it was measured by.
+"""Evaluate a generator in one pass over its samples, and record the protocol with the metrics.
 
 Legend: N samples, C channels, H x W pixels, D features.
 """
@@ -27,7 +27,7 @@ from afm_pipe.evaluation.measures import (
     spread_evenly,
     within_class_variance,
 )
-from afm_pipe.evaluation.networks import LEGACY, NAMES, SPATIAL
+from afm_pipe.evaluation.networks import LEGACY, METRIC_NAMES, SPATIAL
 from afm_pipe.evaluation.precision_recall import MAX_REAL, NEIGHBORS, precision_recall
 from afm_pipe.evaluation.reference import SUMMARY, THUMBNAILS, class_counts
 from afm_pipe.evaluation.statistics import Reference
@@ -39,14 +39,14 @@ from afm_pipe.runtime.progress import Progress
 from afm_pipe.sampling.image_writers import grid
 from afm_pipe.sampling.sampler import Sampler, labels_in_shares
 
-PICTURED, NEIGHBORS_MEASURED = 10, 3  # samples of the picture of nearest training images; neighbors of a sample
+PICTURED, NEIGHBORS_MEASURED = 10, 3  # samples shown with their nearest training images; neighbors of a sample
 IN_TURN = "balanced: sample i is of class i modulo the number of classes"
 IN_SHARES = "in the reference's class shares: the next sample is of the class that lags most behind its share"
 CPU = torch.device("cpu")
 
 
 class Evaluator:
-    """The feature networks and the statistics of the real images, loaded once for any number of generators.
+    """Measures generators; loads feature networks and statistics of the real images once.
 
     Raises UserError for too few samples, and for a reference of other images, networks or params.
     """
@@ -82,7 +82,7 @@ class Evaluator:
         """Measure a generator; return its metrics.
 
         For each network of evaluate.features: the Frechet and kernel distances to the real images, precision and
-        recall, with keys as in `networks.NAMES`, followed by the sample count below 50,000 (fd_classifier_5k, fid,
+        recall, with keys as in `METRIC_NAMES`, followed by the sample count below 50,000 (fd_classifier_5k, fid,
         kid_clean_1234). Inception with TensorFlow's resizing adds sfid and inception_score. The KID of a perfect
         generator is slightly below zero: with fixed class shares its samples are not quite independent.
 
@@ -95,10 +95,10 @@ class Evaluator:
         intervals              {key: [low, high]}, 95 %, of distances and fractions
         protocol               how it was measured, merged into `provenance`
 
-        Every process of the sampler's group calls it; the main process returns the result, the others None. The numbers
-        do not depend on the number of processes. With a `work_dir`, the main process saves its progress there every
-        `checkpoint_seconds`, and the same call resumes with the same result; the folder's name must identify generator
-        and protocol. Memory grows with the number of samples by their features only.
+        Every process of the sampler's group calls this; the main process returns the result, the others None. The
+        numbers do not depend on the number of processes. With a `work_dir`, the main process saves a checkpoint there
+        every `checkpoint_seconds`, from which the same call resumes with the same result; the folder's name must
+        identify generator and protocol. Of the samples, only their features stay in memory.
         Raises UserError for other classes than the reference's, for non-finite latents and for samples of another shape
         than the real images.
         """
@@ -126,7 +126,7 @@ class Evaluator:
         return self._metrics(seen) | {"protocol": provenance | self._protocol(size)} if is_main else None
 
     def nearest(self, sampler: Sampler) -> Image.Image:
-        """Draw the first samples, each above its nearest training images, nearest first."""
+        """Return a picture of the first samples, each above its nearest training images, nearest first."""
         samples = thumbnail(self._images(sampler, range(PICTURED)))
         _, found = self.neighbors.nearest(samples, NEIGHBORS_MEASURED)  # (N, 3)
         rows = [samples, *(self.thumbnails.images[neighbors] for neighbors in found.T)]
@@ -148,8 +148,8 @@ class Evaluator:
         metrics: dict[str, Any] = {}
         intervals: dict[str, list[float]] = {}
         for stream, reference in zip(seen.streams, self.references, strict=True):
-            names, features = NAMES[reference.name], stream.features
-            measured = reference.measured(stream.statistics, features, labels, self.settings)
+            names, features = METRIC_NAMES[reference.name], stream.features
+            measured = reference.distances(stream.statistics, features, labels, self.settings)
             if names.suffix is not None:
                 real = reference.features[spread_evenly(len(reference.features), MAX_REAL)]
                 near = precision_recall(real, features, self.device)
@@ -187,10 +187,10 @@ class Evaluator:
             "statistics_precision": "fp64",
             "device": self.device.type,
             "features": {network.name: network.sha256 for network in self.networks},
-            "resize": {network.name: NAMES[network.name].resize for network in self.networks},
+            "resize": {network.name: METRIC_NAMES[network.name].resize for network in self.networks},
             "within_class_variance_network": self.networks[0].name,
             "kid_features": {
-                name: "rms 1" if NAMES[name].kid_rescaled else "as they are" for name in settings.features
+                name: "rms 1" if METRIC_NAMES[name].kid_rescaled else "as they are" for name in settings.features
             },
             "kid_subsets": settings.kid_subsets,
             "kid_subset_size": min(settings.kid_subset_size, settings.samples, len(references[0].features)),
@@ -213,7 +213,7 @@ def _ratio(value: float, real: float) -> float | None:
 
 
 def _in_parts(network: Callable[[Tensor], Tensor]) -> Callable[[np.ndarray], np.ndarray]:
-    """Return a function on features (N, D) that applies the network to a thousand at a time."""
+    """Return a function that applies the network to features (N, D), 1,000 rows at a time."""
     return lambda features: np.concatenate([network(x).cpu().numpy() for x in torch.from_numpy(features).split(1000)])
 
 

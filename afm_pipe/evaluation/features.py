@@ -1,7 +1,7 @@
 """Load feature networks by name.
 
-Only distances in Inception's features are called FID. Features of one network or resize mode are never comparable with
-another's, so each network carries a hash that is stored with what was measured.
+Only distances in Inception's features are called FID. Features of different networks or resize modes are not
+comparable, so each network carries a hash that is stored with its measurements.
 
 Legend: N images, C channels, H x W pixels, D features.
 """
@@ -34,10 +34,11 @@ CPU = torch.device("cpu")
 def load_networks(
     settings: Evaluate, reference_dir: Path, device: torch.device = CPU, names: Sequence[str] | None = None
 ) -> list[FeatureNetwork]:
-    """Load the networks of evaluate.features, or `names`; Inception with TensorFlow's resizing adds that of sFID.
+    """Load the networks `names`, by default evaluate.features.
 
-    The classifier is in the reference's folder, EfficientNet-Lite0 in its package, the others in the folder of weights.
-    Raises UserError for a missing or different file.
+    Inception with TensorFlow's resizing comes with the network of sFID. The classifier is in `reference_dir`,
+    EfficientNet-Lite0 in its package, the others in the weights folder. Raises UserError for a missing file or another
+    hash.
     """
     networks: list[FeatureNetwork] = []
     for name in settings.features if names is None else names:
@@ -53,13 +54,13 @@ def load_networks(
 
 
 def inception_path() -> Path:
-    """Return the path of the Inception file. Raises UserError when it is missing or another; TorchScript is code."""
+    """Return the path of Inception. Raises UserError if it is missing or has another hash: TorchScript is code."""
     fix = f"download {INCEPTION_URL} to that folder, or evaluate without inception_*"
     return weights_file(INCEPTION_FILE, INCEPTION_SHA256, f"Inception, sha256 {INCEPTION_SHA256}", fix)[0]
 
 
 def dinov2_path(sha256: str | None) -> Path:
-    """Return the path of DINOv2's weights. Raises UserError when they are missing, or params have another hash."""
+    """Return the path of DINOv2's weights. Raises UserError if they are missing or have another hash than params."""
     fix = "put timm's model.safetensors there, set evaluate.dinov2_sha256, or leave dinov2 out of evaluate.features"
     path, found = weights_file(DINOV2_FILE, sha256, DINOV2_MODEL, fix)
     if sha256 is None:
@@ -115,7 +116,9 @@ def _dinov2(sha256: str | None, device: torch.device) -> FeatureNetwork:
     try:
         import timm
     except ImportError:
-        raise UserError("Found no timm, which dinov2 needs: pip install timm.") from None
+        raise UserError(
+            "Found no timm, expected it for dinov2: pip install timm, or leave dinov2 out of evaluate.features."
+        ) from None
     model: Any = timm.create_model(DINOV2_MODEL, pretrained=False, num_classes=0, img_size=SIDE)
     try:
         model.load_state_dict(load_file(path))

@@ -55,8 +55,8 @@ class Statistics:
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> tuple[float, Array]:
     """Return |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S2^.5 S1 S2^.5)^.5) for means (D,) and covariances (D, D), and a map.
 
-    The distance equals the usual form with (S1 S2)^.5, but needs eigenvalues of symmetric matrices only: real, faster,
-    and without scipy's sqrtm. Rounding errors below zero are clipped. The map (D, D) is the matrix of the optimal
+    The distance equals the usual form with (S1 S2)^.5, but needs only eigenvalues of symmetric matrices: it is real,
+    faster, and without sqrtm. Rounding errors below zero are clipped. The map (D, D) is the matrix of the optimal
     transport from the first Gaussian to the second; the gradient of the distance with respect to S1 is I minus it.
     Raises UserError for non-finite input.
     """

@@ -1,7 +1,7 @@
 """Inception from its TorchScript file: pooled features, spatial features and class probabilities in one pass.
 
-The file's own methods return either features or probabilities, and no intermediate layer. So its layers are called one
-by one, and compared with its own methods when it is loaded.
+The file's own methods return either features or probabilities, and no intermediate layer. Its layers are therefore
+called one by one, and checked against its own methods on loading.
 
 Legend: N images, C channels, H x W pixels.
 """
@@ -21,13 +21,13 @@ from afm_pipe.runtime.errors import UserError
 
 DIM, SIDE = 2048, 299
 MAP, CHANNELS = 17, 7  # ADM's sFID: the first seven channels of mixed_6/conv, 17 x 17
-TOLERANCE = 1e-3  # largest difference to the file's own features, relative to their magnitude
+TOLERANCE = 1e-3  # largest difference from the outputs of the file's own methods, relative to their magnitude
 
 
 def inception(name: str, path: Path, sha256: str, device: torch.device) -> list[FeatureNetwork]:
-    """Return Inception with a resize mode; TensorFlow's mode adds the network of spatial features, and probabilities.
+    """Return Inception with the resize mode of `name`; TensorFlow's adds probabilities and the spatial features.
 
-    Raises UserError for a file with other layers.
+    Raises UserError if the file has other layers.
     """
     mode = name.removeprefix("inception_")
     model = InceptionV3W(str(path.parent), download=False, resize_inside=name == LEGACY).to(device).eval()
@@ -49,7 +49,7 @@ def inception(name: str, path: Path, sha256: str, device: torch.device) -> list[
 
 
 class _Layered:
-    """Inception layer by layer. Caches the outputs of the last batch, so that both kinds of features cost one pass."""
+    """Inception, run layer by layer; caches the last batch, so that pooled and spatial features share one pass."""
 
     def __init__(self, base: Any, device: torch.device) -> None:
         self.base, self.device = base, device
@@ -67,7 +67,7 @@ class _Layered:
 
     @torch.no_grad()
     def check(self, path: Path) -> None:
-        """Raise UserError when the layers do not reproduce the outputs of the file's own methods."""
+        """Raise UserError unless the layers reproduce the outputs of the file's own methods."""
         images = torch.randint(0, 256, (2, 3, 64, 48), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
         try:
             pooled, spatial = self._run(images)
@@ -84,7 +84,7 @@ class _Layered:
             wrong = str(raised).strip().splitlines()[-1]
         if wrong:
             raise UserError(
-                f"Found {path} whose layers are not as expected ({wrong}), expected those of TensorFlow's Inception of "
+                f"Found {path} with other layers ({wrong}), expected those of TensorFlow's Inception of "
                 "2015-12-05: put that file there."
             )
 

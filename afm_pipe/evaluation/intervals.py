@@ -23,7 +23,7 @@ def frechet_error(features: np.ndarray, labels: np.ndarray, mu: Array, transport
 
     A sample x contributes (2 (x - m1)(m1 - m2) + (x - m1)' (I - T) (x - m1)) / N, where T, `transport` (D, D), is the
     map of `frechet_distance`, and m2, `mu` (D,), the mean of the real images. One matrix serves all samples; a
-    jackknife would need N distances.
+    jackknife would compute N distances.
     """
     own = features.mean(axis=0, dtype=np.float64)
     form, twice = np.eye(len(mu)) - transport, 2 * (own - mu)
@@ -37,7 +37,7 @@ def frechet_error(features: np.ndarray, labels: np.ndarray, mu: Array, transport
 def kernel_error(
     real: np.ndarray, features: np.ndarray, labels: np.ndarray, per_subset: np.ndarray, scale: float = 1.0
 ) -> float:
-    """Return the standard error of a kernel distance, the mean of the values `per_subset` of random subsets.
+    """Return the standard error of a kernel distance: the mean of `per_subset`, the values of random subsets.
 
     Features are divided by `scale`. To first order, a sample x contributes
     2 (mean k(x, samples) - mean k(x, real)) / N; the choice of subsets adds its own variance.
@@ -57,17 +57,12 @@ def normal_interval(value: float, error: float, minimum: float = -math.inf) -> l
     return [max(value - Z95 * error, minimum), value + Z95 * error]
 
 
-def wilson(hits: int, count: int) -> list[float]:
-    """Return the interval of a fraction, `hits` of `count` (Wilson 1927)."""
+def fraction(hits: int, count: int) -> tuple[float, list[float]]:
+    """Return a fraction, `hits` of `count`, and its interval (Wilson 1927)."""
     p, z2 = hits / count, Z95**2
     middle = (p + z2 / (2 * count)) / (1 + z2 / count)
     half = Z95 / (1 + z2 / count) * math.sqrt(p * (1 - p) / count + z2 / (4 * count**2))
-    return [max(middle - half, 0.0), min(middle + half, 1.0)]
-
-
-def fraction(hits: int, count: int) -> tuple[float, list[float]]:
-    """Return a fraction and its interval."""
-    return hits / count, wilson(hits, count)
+    return p, [max(middle - half, 0.0), min(middle + half, 1.0)]
 
 
 def _error(contributions: Array, labels: np.ndarray) -> float:

@@ -19,7 +19,7 @@ def inception_score(features: np.ndarray, probabilities: Callable[[np.ndarray], 
     """Return the Inception Score of features (N, D): exp of the mean KL divergence of p(class | x) from its mean.
 
     `probabilities` maps features (n, D) to class probabilities (n, K). The score is a mean over parts of 5,000, as in
-    ADM's evaluator; the parts come from a permutation drawn from `seed`, since parts sorted by class score otherwise.
+    ADM's evaluator. A permutation drawn from `seed` forms the parts, because parts sorted by class score differently.
     """
     parts = max(len(features) // SCORE_PART, 1)
     scores = []
@@ -40,7 +40,7 @@ def root_mean_square(features: np.ndarray) -> float:
 def within_class_variance(features: np.ndarray, labels: np.ndarray) -> float:
     """Return the trace of the covariance of features (N, D) within a class, averaged over classes.
 
-    Classes of one sample are ignored. Raises UserError when no class has two.
+    Classes with one sample are ignored. Raises UserError if no class has two.
     """
     traces = []
     for label in np.unique(labels):
@@ -49,7 +49,7 @@ def within_class_variance(features: np.ndarray, labels: np.ndarray) -> float:
             traces.append(members.var(axis=0, ddof=1, dtype=np.float64).sum())
     if not traces:
         raise UserError(
-            f"Found {len(labels)} images, each of another class, expected two images in some class: add images."
+            f"Found {len(labels)} images, all of different classes, expected two images in some class: add images."
         )
     return float(np.mean(traces))
 
@@ -80,7 +80,7 @@ class ClassSpread:
 
 
 def spread_evenly(count: int, maximum: int) -> np.ndarray:
-    """Return at most `maximum` of `count` indices, evenly spaced: of data sorted by class, equal shares."""
+    """Return at most `maximum` of `count` indices, evenly spaced: equal shares of the classes of sorted data."""
     chosen = min(count, maximum)
     return np.arange(chosen) * count // chosen
 

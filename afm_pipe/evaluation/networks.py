@@ -1,4 +1,4 @@
-"""Feature networks: their interface, the keys of metrics measured in them, and the files they are loaded from.
+"""Feature networks: their interface, the keys of their metrics, and their weight files.
 
 Legend: N images, C channels, H x W pixels, D features, K classes.
 """
@@ -19,12 +19,12 @@ from afm_pipe.runtime.files import sha256_file
 LEGACY, SPATIAL = "inception_legacy_tensorflow", "inception_spatial"
 
 
-class Names(NamedTuple):
+class MetricNames(NamedTuple):
     """The keys of a network's metrics, and how its images are resized.
 
-    `suffix` completes the keys kid, precision and recall; None: only the Frechet distance is measured.
-    `kid_rescaled`: KID's kernel (x y / D + 1)^3 suits features of magnitude 1, as Inception's are; others are divided
-    by the root mean square of the real images' features first.
+    `suffix` completes the keys kid, precision and recall; None means that only the Frechet distance is measured.
+    `kid_rescaled` divides features by the root mean square of the real images' features before KID, whose kernel
+    (x y / D + 1)^3 assumes features of magnitude 1, like Inception's.
     """
 
     distance: str
@@ -33,13 +33,13 @@ class Names(NamedTuple):
     resize: str
 
 
-NAMES = {
-    "classifier": Names("fd_classifier", "_classifier", True, "none"),
-    "efficientnet": Names("fd_efficientnet", "_efficientnet", True, "antialiased bicubic to 224"),
-    "dinov2": Names("fd_dinov2", "_dinov2", True, "antialiased bicubic to 224"),
-    "inception_clean": Names("fid_clean", "_clean", False, "clean-fid clean: antialiased bicubic to 299"),
-    LEGACY: Names("fid", "", False, "TensorFlow 1 bilinear to 299"),
-    SPATIAL: Names("sfid", None, False, "TensorFlow 1 bilinear to 299"),
+METRIC_NAMES = {
+    "classifier": MetricNames("fd_classifier", "_classifier", True, "none"),
+    "efficientnet": MetricNames("fd_efficientnet", "_efficientnet", True, "antialiased bicubic to 224"),
+    "dinov2": MetricNames("fd_dinov2", "_dinov2", True, "antialiased bicubic to 224"),
+    "inception_clean": MetricNames("fid_clean", "_clean", False, "clean-fid clean: antialiased bicubic to 299"),
+    LEGACY: MetricNames("fid", "", False, "TensorFlow 1 bilinear to 299"),
+    SPATIAL: MetricNames("sfid", None, False, "TensorFlow 1 bilinear to 299"),
 }
 
 
@@ -47,8 +47,8 @@ NAMES = {
 class FeatureNetwork:
     """Maps uint8 images (N, C, H, W) to float32 features (N, D) on the CPU.
 
-    `head` maps features (N, D) to class logits (N, K); `probabilities` to those of Inception's 1,008 classes, for its
-    score. Networks without classes have neither.
+    `head` maps features (N, D) to class logits (N, K); `probabilities` maps them to the probabilities of Inception's
+    1,008 classes, for the Inception Score. Networks without classes have neither.
     """
 
     name: str
@@ -74,7 +74,7 @@ class FeatureNetwork:
 
 
 def weights_file(name: str, sha256: str | None, what: str, fix: str) -> tuple[Path, str]:
-    """Return a file in $AFM_WEIGHTS, default weights/, and its hash. Raises UserError when it is missing or another."""
+    """Return a file in $AFM_WEIGHTS, default weights/, and its hash. Raises UserError if missing or of another hash."""
     path = paths.local(os.environ.get("AFM_WEIGHTS", "weights")) / name
     if not path.is_file():
         raise UserError(f"Found no {path}, expected {what} (AFM_WEIGHTS names another folder): {fix}.")

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 class PrecisionRecall(NamedTuple):
-    """Samples within a ball of the real images, of N; real images within a ball of the samples, of M."""
+    """Counts: samples within a ball of a real image, of N samples; real images within a ball of a sample, of M."""
 
     samples_within: int
     samples: int
@@ -30,7 +30,7 @@ class PrecisionRecall(NamedTuple):
 
 
 def precision_recall(real: np.ndarray, samples: np.ndarray, device: torch.device = CPU) -> PrecisionRecall:
-    """Count samples and real images in each other's balls, on features (M, D) and (N, D).
+    """Count samples within balls of real images, and the reverse, on features (M, D) and (N, D).
 
     A ball reaches from a point to its third nearest neighbor in the same set. Distances are float64, a tile at a time.
     Raises UserError for fewer than four points in a set.
@@ -72,7 +72,7 @@ def _radii(points: _Points) -> Tensor:
 
 
 def _within(x: _Points, y: _Points, x_radii: Tensor, y_radii: Tensor) -> tuple[int, int, int, int]:
-    """Return the points of each set within a ball of the other, each followed by the size of the set."""
+    """Count the points of each set within a ball of the other; each count is followed by the size of its set."""
     of_x, of_y = (torch.zeros(len(each), dtype=torch.bool, device=each.device) for each in (x, y))
     for top, left, squared in _tiles(x, y):
         rows, columns = slice(top, top + squared.shape[0]), slice(left, left + squared.shape[1])

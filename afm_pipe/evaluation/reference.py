@@ -44,8 +44,7 @@ def build_reference(
 ) -> Generator[Progress, None, dict[str, Any]]:
     """Write the statistics of the real images into `folder`; return the summary, which is written there too.
 
-    `images` (N, C, H, W) uint8 are those of the manifest: an array, or an object with a shape and a dtype that is
-    indexed like one.
+    `images` (N, C, H, W) uint8 are those of the manifest: an array, or a lazy one with shape, dtype and indexing.
 
     Writes the classifier, if evaluate.features names it; NAME.npz for each feature network; thumbnails.npz;
     summary.json; real.png and reconstructed.png (a row per class, the same images in both). The reconstructions are
@@ -60,7 +59,7 @@ def build_reference(
     adm = settings.adm_reference if LEGACY in settings.features else None
     if adm:
         adm_path(adm)
-    # Missing weights are an error before the classifier is trained.
+    # Report missing weights before the classifier is trained.
     load_networks(settings, folder, device, [name for name in settings.features if name != "classifier"])
     summary: dict[str, Any] = {
         "images": len(images),
@@ -80,14 +79,14 @@ def build_reference(
     if counts.min() != counts.max():
         summary["class_counts"] = counts.tolist()
     kept = population[spread_evenly(len(population), MAX_FEATURES)]
-    passes = _passes(networks, population, kept, bool(adm))
-    visited, chosen = max(passes, key=len), population[spread_evenly(len(population), settings.samples)]
+    needed = _needed(networks, population, kept, bool(adm))
+    visited, chosen = max(needed, key=len), population[spread_evenly(len(population), settings.samples)]
     total = len(visited) + len(chosen)
     streams = [FeatureStream(network, len(kept)) for network in networks]
     for start in range(0, len(visited), size):
         rows = visited[start : start + size]
         batch = _rows(images, rows)
-        for stream, own in zip(streams, passes, strict=True):
+        for stream, own in zip(streams, needed, strict=True):
             if len(own) == len(visited):
                 stream.add(stream.network(batch), np.isin(rows, kept))
             elif np.isin(rows, own).any():
@@ -108,7 +107,7 @@ def build_reference(
             stream.add(stream.network(rebuilt))
         yield Progress(len(visited) + start + len(rows), total, "images", "features of reconstructions")
     for stream, reference in zip(streams, references, strict=True):
-        measured = reference.measured(stream.statistics, stream.features, labels[chosen], settings)
+        measured = reference.distances(stream.statistics, stream.features, labels[chosen], settings)
         summary |= {f"{key}_reconstruction": value for key, (value, _) in measured.items()}
     summary["reconstructions"] = len(chosen)
 
@@ -122,13 +121,13 @@ def build_reference(
     return summary
 
 
-def _passes(networks: Sequence[FeatureNetwork], every: np.ndarray, kept: np.ndarray, adm: bool) -> list[np.ndarray]:
-    """Return the images that pass through each network: all, except where ADM's statistics replace ours.
+def _needed(networks: Sequence[FeatureNetwork], every: np.ndarray, kept: np.ndarray, adm: bool) -> list[np.ndarray]:
+    """Return the images that each network needs: all of them, unless ADM's statistics replace ours.
 
-    There it is none, or, for the first network, the images kept for its variance within classes.
+    Then it is none, or, for the first network, the images kept for its variance within classes.
     """
     replaced = [adm and network.name in (LEGACY, SPATIAL) for network in networks]
-    return [(every[:0] if place else kept) if given else every for place, given in enumerate(replaced)]
+    return [(every[:0] if index else kept) if by_adm else every for index, by_adm in enumerate(replaced)]
 
 
 def _reference(stream: FeatureStream, manifest: Manifest, count: int, labels: np.ndarray) -> Reference:
@@ -223,7 +222,7 @@ def _in_shares(labels: np.ndarray, num_classes: int, shares: str) -> np.ndarray:
 
 
 def _spread_over_classes(labels: np.ndarray, num_classes: int, maximum: int) -> np.ndarray:
-    """Return at most `maximum` indices, each class as often as any other while it has images left."""
+    """Return at most `maximum` indices, spread equally over the classes as far as their images reach."""
     rank = np.empty(len(labels), dtype=np.int64)  # of an image within its class
     for label in range(num_classes):
         members = np.flatnonzero(labels == label)

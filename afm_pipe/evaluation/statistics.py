@@ -1,4 +1,4 @@
-"""The statistics of the real images in the features of one network, and distances to them.
+"""Statistics of the real images in the features of one network, and distances to them.
 
 Legend: N images, D features.
 """
@@ -14,12 +14,12 @@ from afm_pipe.evaluation.arrays import load_arrays
 from afm_pipe.evaluation.frechet import Array, Statistics, frechet_distance
 from afm_pipe.evaluation.intervals import frechet_error, kernel_error, normal_interval
 from afm_pipe.evaluation.measures import root_mean_square
-from afm_pipe.evaluation.networks import NAMES, FeatureNetwork
+from afm_pipe.evaluation.networks import METRIC_NAMES, FeatureNetwork
 from afm_pipe.params import Evaluate
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.training.kernel_distance import kid_of_subsets
 
-OWN = "training images"
+TRAINING_IMAGES = "training images"
 SCALARS = {
     "name": str,
     "sha256": str,
@@ -32,7 +32,7 @@ SCALARS = {
 
 @dataclass(frozen=True)
 class Reference:
-    """The statistics of the real images in one network's features."""
+    """Statistics of the real images in one network's features."""
 
     name: str
     sha256: str
@@ -43,9 +43,9 @@ class Reference:
     features: np.ndarray
     labels: np.ndarray
     within_class_variance: float
-    source: str = OWN
-    """Where mean and covariance come from: the training images, or `adm SHA256`. Count, manifest and labels always come
-    from the training images."""
+    source: str = TRAINING_IMAGES
+    """Source of mean and covariance: the training images, or `adm SHA256`. Count, manifest and labels are always those
+    of the training images."""
 
     @property
     def digest(self) -> str:
@@ -59,7 +59,7 @@ class Reference:
 
     @classmethod
     def load(cls, folder: Path, network: FeatureNetwork) -> "Reference":
-        """Read NAME.npz. Raises UserError when it is missing or of another network."""
+        """Read NAME.npz. Raises UserError if it is missing, damaged or of another network."""
         path = folder / f"{network.name}.npz"
         arrays = load_arrays(path, tuple(cls.__dataclass_fields__))
         fields: dict[str, Any] = {name: value if value.ndim else value.item() for name, value in arrays.items()}
@@ -76,19 +76,19 @@ class Reference:
         ):
             if value != expected:
                 raise UserError(
-                    f"Found {path} of {what} {value}, expected {expected}: features of one network or resize mode are "
-                    "never comparable with another's; build the reference again."
+                    f"Found {path} of {what} {value}, expected {expected}: features of different networks or "
+                    "resize modes are not comparable; build the reference again."
                 )
         return found
 
-    def measured(
+    def distances(
         self, statistics: Statistics, features: np.ndarray, labels: np.ndarray, params: Evaluate
     ) -> dict[str, tuple[float, list[float]]]:
-        """Return Frechet and kernel distance by key, each with its interval, to images with these statistics.
+        """Return the Frechet and kernel distances of samples to the real images, by key, each with its interval.
 
-        `features` (N, D) and `labels` (N,) are theirs.
+        `statistics`, `features` (N, D) and `labels` (N,) are those of the samples.
         """
-        names = NAMES[self.name]
+        names = METRIC_NAMES[self.name]
         value, transport = frechet_distance(statistics.mu, statistics.sigma, self.mu, self.sigma)
         error = frechet_error(features, labels, self.mu, transport)
         found = {names.distance: (value, normal_interval(value, error, minimum=0.0))}
@@ -106,5 +106,5 @@ def _match(arrays: dict[str, np.ndarray]) -> bool:
     if kinds != ["f", "f", "f", "i"] or arrays["mu"].ndim != 1 or arrays["labels"].ndim != 1:
         return False
     width, count, features = len(arrays["mu"]), len(arrays["labels"]), arrays["features"]
-    adm = str(arrays["source"]).startswith("adm ")  # then features may be of ADM's images, or of fewer images
+    adm = str(arrays["source"]).startswith("adm ")  # then the features may be those of ADM's images
     return arrays["sigma"].shape == (width, width) and features.ndim == 2 and (adm or len(features) == count)

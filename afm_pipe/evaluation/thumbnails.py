@@ -1,4 +1,4 @@
-"""Thumbnails of training images, and the nearest of them to a sample: they reveal a generator that copies.
+"""Thumbnails of training images, and the nearest ones to a sample, which reveal a generator that copies.
 
 Legend: T training thumbnails, N images, C channels, h x w pixels, at most 32 x 32.
 """
@@ -23,7 +23,7 @@ ROWS = 1024  # images compared at a time, to bound memory
 class Thumbnails:
     """Small training images (T, C, h, w) uint8 and their labels (T,).
 
-    `nearest_other` (T,) is the distance of each to its nearest other, `ratio` (T,) its ratio to the second nearest.
+    `nearest_other` (T,) is the distance to the nearest other thumbnail, `ratio` (T,) that over the second nearest.
     """
 
     images: Tensor
@@ -37,7 +37,7 @@ class Thumbnails:
 
     @classmethod
     def load(cls, path: Path) -> "Thumbnails":
-        """Read a file of `save`. Raises UserError when it is missing or unreadable."""
+        """Read a file that `save` wrote. Raises UserError if it is missing or unreadable."""
         arrays = load_arrays(path, tuple(cls.__dataclass_fields__))
         images, count = arrays.pop("images"), len(arrays["labels"]) if arrays["labels"].ndim else -1
         kinds = [images.dtype.kind, *(array.dtype.kind for array in arrays.values())]
@@ -59,9 +59,9 @@ class Thumbnails:
     def copied(self, distances: Tensor) -> np.ndarray:
         """Return which images are copies (N,) bool, by distances (N, 2 or more) to their nearest training images.
 
-        A copy is far nearer to one training image than to the next. The distance alone is no criterion: simple images
-        (a vertical stroke) are close to each other, and the autoencoder's copy of a complex one is farther from it. An
-        inexact copy of an image that the data set contains twice is missed.
+        A copy is much closer to one training image than to the next. The distance alone does not tell: simple images
+        (a vertical stroke) are close to each other, and the autoencoder's reconstruction of a complex image is far from
+        it. An inexact copy of an image that the data set contains twice is missed.
         """
         return ratios(distances).numpy() <= self.copy_ratio
 

@@ -36,7 +36,7 @@ from afm_pipe.params.training import (
     Selection,
     Transport,
 )
-from afm_pipe.runtime.errors import describe_mistake
+from afm_pipe.runtime.errors import UserError, describe_mistake
 
 RESERVED_NAMES = {"autoencoder", "classifier", "encode", "trials", "dvclive", "watch.html"}  # in models/ or work/
 
@@ -83,6 +83,12 @@ class Params(Section):
     def models(self) -> dict[str, Run]:
         """All trained models by name: the runs, and the guided runs with all their phases."""
         return self.runs | {name: self._continued(guided) for name, guided in self.guided.items()}
+
+    def model(self, name: str) -> Run:
+        """Return a run, or a guided run with all its phases, by name. Raises UserError for an unknown name."""
+        if name not in self.models:
+            raise UserError(f"Found no run {name!r} in params, expected one of {', '.join(self.models)}.")
+        return self.models[name]
 
     @property
     def names(self) -> tuple[str, ...]:

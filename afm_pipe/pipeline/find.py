@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from afm_pipe.params import Params, Run
+from afm_pipe.params import Params
 from afm_pipe.pipeline.notices import notice_model
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
@@ -21,13 +21,6 @@ if TYPE_CHECKING:
     from afm_pipe.models.model_files import ModelConfig
     from afm_pipe.planning.budget import Budget
     from afm_pipe.sampling.sampler import Sampler
-
-
-def named_run(params: Params, name: str) -> Run:
-    """Return a run, or a guided run with all its phases, by name. Raises UserError for an unknown name."""
-    if name not in params.models:
-        raise UserError(f"Found no run {name!r} in params, expected one of {', '.join(params.models)}.")
-    return params.models[name]
 
 
 def count_images(params: Params) -> "Manifest | None":
@@ -51,7 +44,7 @@ def find_model(name: str) -> Path:
 
 
 def run_budget(params: Params, name: str, launch: Launch, world_size: int | None = None) -> "Budget":
-    """Return what each process of a run needs, without allocating it; assumes 1,000 classes before `prepare`.
+    """Return the memory that each process of a run needs, unallocated. Assumes 1,000 classes before `prepare`.
 
     `world_size` defaults to that of the launch settings.
     """
@@ -59,15 +52,17 @@ def run_budget(params: Params, name: str, launch: Launch, world_size: int | None
 
     manifest = count_images(params)
     config = model_config(params, name, len(manifest.classes) if manifest else 1000)
-    run, world_size = named_run(params, name), world_size or launch.world_size
-    return budget(run, config, world_size, launch.micro_batch, launch.checkpoint_activations, launch.shard)
+    world_size = world_size or launch.world_size
+    return budget(
+        params.model(name), config, world_size, launch.micro_batch, launch.checkpoint_activations, launch.shard
+    )
 
 
 def model_config(params: Params, name: str, num_classes: int) -> "ModelConfig":
     """Return the config of a run's model."""
     from afm_pipe.models.model_files import run_config
 
-    return run_config(params.models[name], params.latent_shape, num_classes)
+    return run_config(params.model(name), params.latent_shape, num_classes)
 
 
 def open_latents(params: Params) -> "Latents":

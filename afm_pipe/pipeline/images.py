@@ -42,7 +42,7 @@ def autoencoder(params: Params, launch: Launch) -> None:
 
 
 def encode(params: Params, launch: Launch) -> None:
-    """Encode every image to its latent, from where an interrupted encoding stopped."""
+    """Encode all images to latents, resuming an interrupted encoding."""
     from afm_pipe.autoencoders import load_autoencoder
     from afm_pipe.autoencoders.encoding import encode_dataset, partial_name, provenance_of
     from afm_pipe.data.manifest import read_manifest

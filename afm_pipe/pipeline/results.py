@@ -13,7 +13,7 @@ from afm_pipe.runtime.progress import track
 
 
 def tables(params: Params, names: Sequence[str], launch: Launch, out: Path | None = None) -> None:
-    """Train and measure the missing trials of some tables, or of all, and write the tables, into `out` if given."""
+    """Train and measure the missing trials of some tables, by default all, and write the tables, to `out` if given."""
     from afm_pipe.study.trials import Trials, write_tables
 
     notice_unused([paths.OLD_TRIALS] if paths.OLD_TRIALS.is_dir() else [])

@@ -4,7 +4,7 @@ import re
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.params import RESERVED_NAMES, Imported, Params
@@ -14,18 +14,18 @@ from afm_pipe.pipeline.notices import begin_work
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.environment import env_rank
 from afm_pipe.runtime.errors import UserError
-from afm_pipe.runtime.files import atomic_path, read_json, sha256_file, write_json
+from afm_pipe.runtime.files import atomic_path, json_value, read_json, sha256_file, write_json
 from afm_pipe.runtime.lease import hold_lease
 from afm_pipe.runtime.progress import track
 
 if TYPE_CHECKING:
-    from afm_pipe.sampling.requests import Drawn, Request
+    from afm_pipe.sampling.requests import Request, SamplingResult
 
-STRIP_ROWS, STRIP_FRAMES = 5, 5  # classes, and frames from one seed to the next, of interpolation.png
+STRIP_ROWS, STRIP_FRAMES = 5, 5  # of interpolation.png: classes, and frames from one seed to the next
 
 
 def import_weights(params: Params, name: str, settings: Imported | None = None) -> None:
-    """Convert weights from elsewhere into models/NAME, as `imported` in params or `settings` describe them."""
+    """Convert external weights, described by `settings` or by `imported` in params, into models/NAME."""
     from afm_pipe.models.released import describe, import_generator
 
     settings = settings or params.imported.get(name)
@@ -35,8 +35,8 @@ def import_weights(params: Params, name: str, settings: Imported | None = None) 
         raise UserError(f"Found the name {name[:80]!r}, which is taken: choose another.")
     if re.fullmatch(NAME, name) is None:
         raise UserError(f"Found the name {name[:80]!r}, {NAME_RULE}.")
-    described = paths.model(name) / "config.json"
-    if paths.model(name).exists() and not (described.is_file() and _imported(read_json(described))):
+    imported = json_value(paths.model(name) / "config.json", "provenance", "imported")
+    if paths.model(name).exists() and not isinstance(imported, dict):
         raise UserError(f"Found {paths.model(name)}, which was not imported: choose another name, or move it away.")
     config = import_generator(settings, paths.model(name))
     print(f"{paths.model(name)}: {describe(config)}.")
@@ -57,10 +57,10 @@ def export_samples(params: Params, name: str, launch: Launch, out: Path) -> None
 
 
 def sample(params: Params, name: str, launch: Launch, request: "Request | None" = None) -> None:
-    """Draw what `request` names, by default the pictures of the report.
+    """Draw the requested samples, by default the report's pictures of a model.
 
-    Those are a grid (the first classes in rows, the same seeds for every model) and interpolations between seeds; and,
-    with sample.keep_images, the images that evaluation measures.
+    These are a grid (the first classes in rows, the same seeds for every model), interpolations between seeds and, with
+    sample.keep_images, the images that `evaluate` measures.
     """
     from afm_pipe.sampling.requests import Request
 
@@ -99,7 +99,7 @@ def _measured(params: Params, name: str, adm_npz: Path | None = None, images: Pa
     return Request(count=settings.samples, seed=settings.seed, class_counts=counts, adm_npz=adm_npz, images=images)
 
 
-def _draw(params: Params, name: str, launch: Launch, requests: "list[Request]") -> "Drawn | None":
+def _draw(params: Params, name: str, launch: Launch, requests: "list[Request]") -> "SamplingResult | None":
     """Draw samples of a model; the main process returns the last result."""
     from afm_pipe.distributed.process_group import init_distributed
     from afm_pipe.sampling.requests import check_request, draw
@@ -140,7 +140,7 @@ def evaluate(params: Params, name: str, launch: Launch) -> None:
         }
         evaluator = Evaluator(params, paths.REFERENCE, device)
         evaluator.require_classes(sampler.class_names, paths.model(name))
-        if _imported(described) and described["provenance"]["imported"].get("classes_named_by") == "numbers":
+        if json_value(paths.model(name) / "config.json", "provenance", "imported", "classes_named_by") == "numbers":
             evaluator.require_classes(None, paths.model(name))
         measured = {
             "provenance": provenance,
@@ -164,8 +164,3 @@ def evaluate(params: Params, name: str, launch: Launch) -> None:
     shutil.rmtree(work_dir / identity, ignore_errors=True)
     with atomic_path(paths.samples(name) / "nearest.png") as temp:
         evaluator.nearest(sampler).save(temp, format="png")
-
-
-def _imported(described: Any) -> bool:
-    provenance = described.get("provenance") if isinstance(described, dict) else None
-    return isinstance(provenance, dict) and isinstance(provenance.get("imported"), dict)

@@ -1,4 +1,4 @@
-"""Training of a run, guided ones included."""
+"""Train runs and guided runs."""
 
 import shutil
 from contextlib import nullcontext
@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.params import Params, Run
-from afm_pipe.pipeline.find import model_config, named_run, open_latents, run_budget
+from afm_pipe.pipeline.find import model_config, open_latents, run_budget
 from afm_pipe.pipeline.notices import begin_work, notice_model
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import NotFiniteError, UserError
-from afm_pipe.runtime.files import atomic_path, read_json, sha256_file, write_json
+from afm_pipe.runtime.files import atomic_path, json_value, sha256_file, write_json
 from afm_pipe.runtime.lease import Lease, hold_lease
 from afm_pipe.runtime.progress import track
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def train(params: Params, name: str, launch: Launch) -> None:
-    """Train a run to its end, from where an interrupted session stopped, and write its model, curves and cost.
+    """Train a run to its end, resuming an interrupted session, and write its model, curves, events and cost.
 
     A guided run starts from the model of the run it continues.
     """
@@ -43,7 +43,7 @@ def train(params: Params, name: str, launch: Launch) -> None:
     from afm_pipe.training.live_log import LiveLog
     from afm_pipe.training.trainer import Runtime, Task, Trainer
 
-    run, device = named_run(params, name), launch.torch_device()
+    run, device = params.model(name), launch.torch_device()
     latents = open_latents(params)
     config = model_config(params, name, len(latents.classes))
     start, guide, origins = _origin(params, name, run, list(latents.classes), device)
@@ -55,7 +55,7 @@ def train(params: Params, name: str, launch: Launch) -> None:
     work_dir = paths.WORK / name
     with init_distributed(device) as group, hold_lease(work_dir) if group.is_main_process else nullcontext() as lease:
         require_memory(run_budget(params, name, launch, group.world_size), name, device)
-        group.barrier()  # no process has taken any memory while another looks
+        group.barrier()  # every process checks its memory before any allocates
         retention = _retention(launch, run, latents.num_images, lease)
         measure = _measure(params, run, list(latents.classes), device, group)
         task = Task(objective, latents, identity, start, keep_at, measure)
@@ -79,7 +79,7 @@ def train(params: Params, name: str, launch: Launch) -> None:
         try:
             trained = track(f"train {name}", trainer.train())
         except NotFiniteError as error:
-            _log_end(trainer.store, error, run.batch_size)
+            _log_failure(trainer.store, error, run.batch_size)
             raise
         for note in trained.notes:
             print(note)
@@ -116,7 +116,7 @@ def _retention(launch: Launch, run: Run, num_images: int, lease: Lease | None) -
 def _measure(
     params: Params, run: Run, classes: list[str], device: "torch.device", group: "ProcessGroup"
 ) -> "SampleDistance | None":
-    """Return what a run with selection is chosen by."""
+    """Return the distance that selects the best EMA, for a run with selection."""
     from afm_pipe.autoencoders import load_autoencoder
     from afm_pipe.evaluation.distance import SampleDistance
 
@@ -126,8 +126,8 @@ def _measure(
     return SampleDistance(params, paths.REFERENCE, autoencoder, classes, run.selection.samples, device, group)
 
 
-def _log_end(store: "RunStore", error: NotFiniteError, batch_size: int) -> None:
-    """Log the event that ended a run, unless its monitor has done so."""
+def _log_failure(store: "RunStore", error: NotFiniteError, batch_size: int) -> None:
+    """Log the event that ended a run, unless its monitor has."""
     from afm_pipe.training.events import FATAL, Event
 
     known = store.read_events()
@@ -136,7 +136,7 @@ def _log_end(store: "RunStore", error: NotFiniteError, batch_size: int) -> None:
 
 
 def guide(params: Params, name: str, launch: Launch) -> None:
-    """Train a guided run. Raises UserError for a run that is not one."""
+    """Train a guided run. Raises UserError for any other name."""
     if name not in params.guided:
         known = ", ".join(params.guided) or "none"
         raise UserError(f"Found no guided run {name!r} in params, expected one of {known}.")
@@ -159,11 +159,10 @@ def _origin(
     files, start, guide = origin_files(params, name), None, None
     if name in params.guided:
         base = paths.model(params.guided[name].base)
-        described = read_json(base / "config.json")
-        updates = described.get("updates") if isinstance(described, dict) else None
+        updates = json_value(base / "config.json", "updates")
         if type(updates) is not int or updates < 1:
             raise UserError(f"Found {base / 'config.json'} without its number of updates: train {base.name} again.")
-        require_same_classes(described.get("classes"), base / "config.json", classes, paths.LATENTS)
+        require_same_classes(json_value(base / "config.json", "classes"), base / "config.json", classes, paths.LATENTS)
         notice_model(base)
         start = Start({part: load_tensors(files[part]) for part in ("generator", "discriminator")}, updates)
     if run.guided:
@@ -173,7 +172,7 @@ def _origin(
 
 
 def _require_base(start: "Start", config: "ModelConfig", folder: Path) -> None:
-    """Raise UserError where a run's base is another network than the run's own."""
+    """Raise UserError if the networks of a run's base differ from the run's own."""
     import torch
 
     from afm_pipe.models.model_files import build_discriminator, build_generator, require_match

@@ -1,4 +1,4 @@
-"""Memory of a run on one device, counted before anything is allocated."""
+"""Count the memory of a run on one device before anything is allocated."""
 
 import os
 from typing import NamedTuple
@@ -13,8 +13,8 @@ from afm_pipe.planning.counting import FLOAT, measure
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.machine import available_memory
 
-COPIES = 4  # weights, gradients, two moments of AdamW; the sampled network has an EMA as well
-AUTOCAST = 0.7  # of float32's activations are kept under bf16 autocast: a block with qk_norm; 0.6 without
+COPIES = 4  # weights, gradients, two AdamW moments; the sampled network also has an EMA
+AUTOCAST = 0.7  # bf16 autocast keeps this fraction of float32's activations in a block with qk_norm; 0.6 without
 RUNTIME = 600 << 20  # bytes of an imported torch, allocator slack and small buffers
 
 
@@ -53,8 +53,8 @@ def budget(
     """Count the memory of one of `world_size` devices on the meta device.
 
     A device computes `micro_batch` images at once, or its whole share of the batch. With `shard` it keeps
-    1 / world_size of the state, and on top two units of weights (the current one and the next) and of their gradients,
-    where a unit is a block or everything outside the blocks.
+    1 / world_size of the state, plus weights and gradients of two units (the current one and the next), where a unit is
+    a block or everything outside the blocks.
     """
     objective = build_objective(run, config)
     with torch.device("meta"):

@@ -1,6 +1,6 @@
-"""FLOPs and activation memory of an update, counted by running the objective's own update on the meta device.
+"""Count FLOPs and activation memory of an update by running the objective's own update on the meta device.
 
-Only shapes are computed: nothing is allocated, and no data is needed.
+The meta device computes only shapes: it allocates nothing and needs no data.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -62,8 +62,8 @@ def measure(
 ) -> Work:
     """Count one update of a run on a batch, without guidance.
 
-    `penalized` images take part in penalties, by default the run's share; lazy penalties count by their mean over
-    updates. Every count is linear in the number of blocks, so networks of one and of two blocks are counted.
+    `penalized` is the number of penalized images, by default the run's fraction; lazy penalties count by their mean
+    over updates. All counts are linear in the number of blocks, so networks with one and two blocks suffice.
     """
     objective, depth = build_objective(run, config), SIZES[config.size].depth
 
@@ -155,7 +155,7 @@ class _CountingLearner:
 
 @cache
 def guidance_flops(size: str, config: ModelConfig, batch_size: int) -> float:
-    """Count what the guiding classifier adds to an update: its forward pass, and the one back to its input."""
+    """Count what the guiding classifier adds to an update: a forward pass, and a backward pass to its input."""
     with torch.device("meta"):
         classifier = LatentClassifier(SIZES[size], config.channels, config.latent_size, config.num_classes)
         latents = torch.empty(batch_size, *config.latent_shape, requires_grad=True)
@@ -167,28 +167,30 @@ def guidance_flops(size: str, config: ModelConfig, batch_size: int) -> float:
 
 @cache
 def block_bytes(size: ModelSize, tokens: int, frozen: bool = False) -> int:
-    """Return the bytes that one block keeps of one image for its backward pass, counted of the block itself.
+    """Count the bytes that one block keeps per image for its backward pass.
 
-    One whose weights need no gradient (`frozen`) keeps less.
+    A `frozen` block, whose weights need no gradient, keeps less.
     """
     with torch.device("meta"):
         block = Block(size, qk_norm=False).requires_grad_(not frozen)
-        x = torch.empty(2, tokens, size.width, requires_grad=True)  # of one, a view would stand for v's copy
+        x = torch.empty(
+            2, tokens, size.width, requires_grad=True
+        )  # with one image, v would be a view instead of a copy
         condition = torch.empty(2, size.width, requires_grad=not frozen)
         return kept_by(lambda: block(x, condition), list(block.parameters())) // 2
 
 
 def kept_by(work: Callable[[], object], weights: list[torch.nn.Parameter]) -> int:
-    """Return the bytes that some work keeps for its backward pass, besides `weights`."""
+    """Return the bytes that `work` keeps for its backward pass, except `weights`."""
     with _Counter() as counter:
         work()
     return counter.kept_bytes(weights)
 
 
 class _Counter(TorchDispatchMode):
-    """Count the FLOPs of matrix products and convolutions, and the bytes that are kept for backward passes.
+    """Count the FLOPs of matrix products and convolutions, and the bytes kept for backward passes.
 
-    torch's FlopCounterMode has the same formulas, but follows modules too, which fails on gradients by a leaf.
+    torch's FlopCounterMode uses the same formulas, but it also tracks modules, which fails on gradients of leaves.
     """
 
     def __init__(self) -> None:
@@ -197,13 +199,13 @@ class _Counter(TorchDispatchMode):
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
 
     def reset(self) -> None:
-        """Count from nothing."""
+        """Reset all counts."""
         self.forward_flops = self.backward_flops = 0.0
-        self._kept: dict[int, torch.UntypedStorage] = {}  # alive, so that no number is given twice
+        self._kept: dict[int, torch.UntypedStorage] = {}  # by address; kept alive so that no address is reused
         self._attention: dict[int, torch.UntypedStorage] = {}
 
     def kept_bytes(self, weights: list[torch.nn.Parameter]) -> int:
-        """Return the bytes kept besides the weights and attention maps, which fused attention does not keep."""
+        """Return the bytes kept, except weights and attention maps, which fused attention does not keep."""
         others = self._attention.keys() | {weight.untyped_storage()._cdata for weight in weights}
         return sum(storage.nbytes() for number, storage in self._kept.items() if number not in others)
 
@@ -221,7 +223,7 @@ class _Counter(TorchDispatchMode):
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             flops = formula(*args, **(kwargs or {}), out_val=result)
-            if torch._C._current_graph_task_id() == -1:  # no backward pass is under way
+            if torch._C._current_graph_task_id() == -1:  # not in a backward pass
                 self.forward_flops += flops
             else:
                 self.backward_flops += flops
@@ -236,7 +238,7 @@ class _Counter(TorchDispatchMode):
 
 
 def update_units(params: Params, base: Run, run: Run, config: ModelConfig) -> float:
-    """Return what an update of a run costs, in forward passes of G."""
+    """Return the cost of an update of a run, in forward passes of G."""
     work = measure(base, config, run.batch_size)
     flops = work.flops
     if run.phases[-1].guidance is not None and params.classifier is not None:

@@ -1,11 +1,11 @@
-"""What a study needs before it runs: work, time, memory and disk of every run on a chosen machine.
+"""Estimate work, time, memory and disk of every run of a study on a machine.
 
 Legend: N images of a batch, n GPUs; C, H, W of latents.
 """
 
 from collections.abc import Generator, Sequence
 from math import prod
-from typing import Literal, NamedTuple, cast, get_args
+from typing import NamedTuple
 
 from afm_pipe.models.model_files import run_config
 from afm_pipe.objectives.schedules import update_at
@@ -16,8 +16,9 @@ from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.progress import Progress
 from afm_pipe.runtime.tables import table_text
 
-Precision = Literal["fp32", "tf32", "bf16"]
+PRECISIONS = ("fp32", "tf32", "bf16")
 DAY = 86400.0  # seconds
+IMAGENET_IMAGES = 1_281_167  # of the training set
 NODE = 8  # GPUs of a machine
 LINK_UTILIZATION = 0.8
 NETWORK = NODE * 50.0  # GB/s out of a machine: one 400 Gb/s network card per GPU
@@ -53,12 +54,12 @@ NOTES = (
 
 
 class Machine(NamedTuple):
-    """GPUs and launch settings that a study is planned for."""
+    """GPUs and launch settings to plan for."""
 
     gpu: str
     gpus: int
     utilization: float  # fraction of the peak that training reaches
-    precision: Precision
+    precision: str
     micro_batch: int | None = None
     checkpoint_activations: bool = False
     shard: bool = False
@@ -73,35 +74,26 @@ class Machine(NamedTuple):
         return flops / (self.gpus * self.utilization * self.peak)
 
     def reduce_seconds(self, gradient_bytes: float) -> float:
-        """Return the seconds of a ring all-reduce: 2 (n - 1) / n of the bytes pass through every GPU."""
+        """Return the seconds of a ring all-reduce, which sends 2 (n - 1) / n of the bytes through every GPU."""
         link = GPUS[self.gpu].link
         rate = 1e9 * LINK_UTILIZATION * (link if self.gpus <= NODE else min(link, NETWORK))
         return 2 * (self.gpus - 1) / self.gpus * gradient_bytes / rate
 
 
-def machine(
-    gpu: str,
-    gpus: int,
-    utilization: float,
-    precision: str,
-    micro_batch: int | None = None,
-    checkpoint_activations: bool = False,
-    shard: bool = False,
-) -> Machine:
-    """Return a machine from command-line values. Raises UserError naming the one that is wrong."""
-    if gpu not in GPUS:
-        raise UserError(f"Found --gpu {gpu}, expected one of {', '.join(GPUS)}: choose the most similar.")
-    if gpus < 1:
-        raise UserError(f"Found --gpus {gpus}, expected at least 1.")
-    if not 0 < utilization <= 1:
-        raise UserError(f"Found --utilization {utilization:g}, expected more than 0 and at most 1.")
-    if precision not in get_args(Precision):
-        raise UserError(f"Found --precision {precision}, expected one of {', '.join(get_args(Precision))}.")
-    return Machine(gpu, gpus, utilization, cast(Precision, precision), micro_batch, checkpoint_activations, shard)
+def _check(machine: Machine) -> None:
+    """Raise UserError naming the command-line value that is wrong."""
+    if machine.gpu not in GPUS:
+        raise UserError(f"Found --gpu {machine.gpu}, expected one of {', '.join(GPUS)}: choose the most similar.")
+    if machine.gpus < 1:
+        raise UserError(f"Found --gpus {machine.gpus}, expected at least 1.")
+    if not 0 < machine.utilization <= 1:
+        raise UserError(f"Found --utilization {machine.utilization:g}, expected more than 0 and at most 1.")
+    if machine.precision not in PRECISIONS:
+        raise UserError(f"Found --precision {machine.precision}, expected one of {', '.join(PRECISIONS)}.")
 
 
 class Plan(NamedTuple):
-    """Needs of one run on a machine; of a guided run, its guided phase alone."""
+    """Needs of one run on a machine; of a guided run, only its guided phase."""
 
     name: str
     machine: Machine
@@ -112,12 +104,12 @@ class Plan(NamedTuple):
 
     @property
     def compute_seconds(self) -> float:
-        """Seconds of the matrix products of an update."""
+        """Compute seconds of an update."""
         return self.machine.compute_seconds(self.work.flops)
 
     @property
     def reduce_seconds(self) -> float:
-        """Seconds of summing the gradients of an update if nothing overlaps."""
+        """Seconds of the gradient all-reduce of an update, without overlap."""
         return self.machine.reduce_seconds(self.budget.gradient_bytes)
 
     @property
@@ -133,10 +125,11 @@ class Plan(NamedTuple):
 
 def plan_run(params: Params, name: str, num_images: int, num_classes: int, machine: Machine) -> Plan:
     """Estimate what a run needs on a data set. Raises UserError when the GPUs do not divide the batch."""
-    run = params.models[name]
+    run = params.model(name)
     if run.batch_size % machine.gpus:
         raise UserError(
-            f"Found {machine.gpus} GPUs for the batch of {run.batch_size} of {name}, expected a divisor of the batch."
+            f"Found {machine.gpus} GPUs for the batch of {run.batch_size} of {name}, expected a divisor of the batch: "
+            "choose another --gpus."
         )
     config = run_config(run, params.latent_shape, num_classes)
     unguided = params.runs[params.guided[name].base] if name in params.guided else run
@@ -173,11 +166,11 @@ def row_bytes(params: Params) -> int:
 def plan_text(
     params: Params, names: Sequence[str], machine: Machine, num_images: int, num_classes: int
 ) -> Generator[Progress, None, str]:
-    """Return a table of the plans of the named models, or of all, and the assumptions behind it."""
-    unknown = [name for name in names if name not in params.models]
-    if unknown:
-        raise UserError(f"Found no run {unknown[0]!r} in params, expected one of {', '.join(params.models)}.")
+    """Return a table of the plans of the named models, by default all, and its assumptions. Raises UserError."""
+    _check(machine)
     names = names or list(params.models)
+    for name in names:
+        params.model(name)  # report an unknown name before counting
     plans = []
     for done, name in enumerate(names):
         yield Progress(done, len(names), "runs", name)
@@ -190,7 +183,7 @@ def plan_text(
     stored = "moments" if params.latent_spec.stochastic else "latents"
     lines = [
         table_text(header, [_row(plan, networks, capacity) for plan in plans]),
-        f"Total: about {figure(days)} days and {figure(disk / 1e9)} GB of disk, {figure(latents / 1e9)} for latents "
+        f"Total: about {rounded(days)} days and {rounded(disk / 1e9)} GB of disk, {rounded(latents / 1e9)} for latents "
         f"({num_images:,} images{', both mirrors' if params.data.mirror else ''}, float16 {stored}).",
         f"On {machine.gpus} x {machine.gpu} in {machine.precision}: {machine.peak / 1e12:g} TFLOP/s each by the data "
         f"sheet (dense), of which {machine.utilization:.0%} is assumed to be reached (--utilization).",
@@ -210,16 +203,16 @@ def _row(plan: Plan, networks: Sequence[str], capacity: float) -> list[str]:
     return [
         plan.name,
         *(f"{parameters[name] / 1e6:,.4g}M" if name in parameters else "" for name in networks),
-        figure(plan.work.flops / 1e12),
+        rounded(plan.work.flops / 1e12),
         f"{plan.work.units:.1f}",
-        f"{figure(plan.images / 1e6)}M",
+        f"{rounded(plan.images / 1e6)}M",
         f"{plan.updates:,}",
-        f"{figure(memory)}{' !' if memory > capacity else ''}",
-        figure(plan.days),
-        figure(plan.disk_bytes / 1e9),
+        f"{rounded(memory)}{' !' if memory > capacity else ''}",
+        rounded(plan.days),
+        rounded(plan.disk_bytes / 1e9),
     ]
 
 
-def figure(value: float) -> str:
+def rounded(value: float) -> str:
     """Return an estimate with two or three significant digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2g}"

@@ -10,9 +10,9 @@ from afm_pipe.models.model_files import run_config
 from afm_pipe.params import Params
 from afm_pipe.params.file import load_params
 from afm_pipe.planning.budget import RUNTIME, budget
-from afm_pipe.planning.plan import GPUS, NODE, Machine, figure, latents_bytes, plan_run, row_bytes
+from afm_pipe.planning.plan import GPUS, IMAGENET_IMAGES, NODE, Machine, latents_bytes, plan_run, rounded, row_bytes
 
-IMAGES, CLASSES = 1_281_167, 1000  # of ImageNet
+CLASSES = 1000  # of ImageNet
 PAGE, PROFILE = Path("docs/scaling.md"), Path("profiles/imagenet256.yaml")
 BEGIN, END = "<!-- tables begin -->", "<!-- tables end -->"
 GPU, UTILIZATION, WORLDS = "h100", 0.4, (1, NODE, 8 * NODE)
@@ -28,20 +28,23 @@ def page_with_tables(page: str, params: Params) -> str:
 def tables(params: Params) -> str:
     """Return the tables of docs/scaling.md as Markdown."""
     # Parts of a batch on 64 GPUs are 4 images, 1 of them penalized: everything else follows from one count per run.
-    plans = [plan_run(params, name, IMAGES, CLASSES, MACHINES[-1]) for name in params.models]
+    plans = [plan_run(params, name, IMAGENET_IMAGES, CLASSES, MACHINES[-1]) for name in params.models]
     updates, times, total = [], [], [0.0] * len(WORLDS)
     for plan in plans:
         needs, latents = plan.budget, 2 * params.models[plan.name].batch_size * row_bytes(params)  # of D and of G
         counts = (f"{count / 1e6:.0f}M" for count in needs.parameters.values())
         work = (plan.work.units, plan.work.flops / 1e12, needs.gradient_bytes / 1e9, latents / 1e6)
-        updates.append([f"`{plan.name}`", *counts, *map(figure, work), f"{plan.updates:,}"])
+        updates.append([f"`{plan.name}`", *counts, *map(rounded, work), f"{plan.updates:,}"])
         row = [f"`{plan.name}`"]
         for index, machine in enumerate(MACHINES):
             there = plan._replace(machine=machine)
             total[index] += there.days
-            row += [f"{figure(1e3 * there.compute_seconds)} + {figure(1e3 * there.reduce_seconds)}", figure(there.days)]
-        times.append([*row, figure(latents / (plan.compute_seconds + plan.reduce_seconds) / 1e6)])
-    times.append(["all", *(cell for days in total for cell in ("", figure(days))), ""])
+            row += [
+                f"{rounded(1e3 * there.compute_seconds)} + {rounded(1e3 * there.reduce_seconds)}",
+                rounded(there.days),
+            ]
+        times.append([*row, rounded(latents / (plan.compute_seconds + plan.reduce_seconds) / 1e6)])
+    times.append(["all", *(cell for days in total for cell in ("", rounded(days))), ""])
     gpus = ", ".join(map(str, WORLDS))
     return "\n\n".join(
         (
@@ -59,7 +62,7 @@ def tables(params: Params) -> str:
                 ("run", *(f"GB, {n}" for n in WORLDS), "MB", "MB checkpointed", "images", f"images, {NODE} shards"),
                 [_memory_row(params, name) for name in params.runs],
             ),
-            f"latents.h5 takes {latents_bytes(params, IMAGES) / 1e9:.1f} GB.",
+            f"latents.h5 takes {latents_bytes(params, IMAGENET_IMAGES) / 1e9:.1f} GB.",
         )
     )
 
@@ -77,9 +80,9 @@ def _memory_row(params: Params, name: str) -> list[str]:
 
     return [
         f"`{name}`",
-        *(figure(each / 1e9) for each in state),
-        figure(kept / 1e6),
-        figure(spare / 1e6),
+        *(rounded(each / 1e9) for each in state),
+        rounded(kept / 1e6),
+        rounded(spare / 1e6),
         f"{fit(state[0], kept)} / {fit(state[0], spare)}",
         f"{fit(state[1], spare)}",
     ]

@@ -1,9 +1,9 @@
-"""Speed beside plain implementations of the same work: what `make bench` measured, as tables."""
+"""Tables of `make bench`: speed beside plain implementations of the same work."""
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from afm_pipe.reporting.printing import markdown
-from afm_pipe.reporting.ranking import Row as Cells
+from afm_pipe.reporting.ranking import Row
 from afm_pipe.reporting.section import Section
 from afm_pipe.reporting.table import Cell, Column, Table, plain
 from afm_pipe.reporting.titles import number
@@ -12,7 +12,7 @@ from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import read_json
 
 SOURCE = str(paths.BENCHMARKS)
-PROFILED = ": where"  # ends the case of a row that is an operator's share of an update
+PROFILED = ": where"  # suffix of the case of a row that holds an operator's share of an update
 TITLES = {
     "startup": "Start-up",
     "latents": "Reading latents",
@@ -42,10 +42,8 @@ OPERATORS = (
 )
 
 
-class Row(BaseModel):
-    """One comparison."""
-
-    model_config = ConfigDict(frozen=True)
+class Comparison(BaseModel, frozen=True):
+    """One comparison of the package with a baseline."""
 
     case: str
     what: str
@@ -59,17 +57,15 @@ class Row(BaseModel):
     met: bool | None
 
 
-class Case(BaseModel):
-    """The rows of a case, and the machine they were measured on."""
-
-    model_config = ConfigDict(frozen=True)
+class Case(BaseModel, frozen=True):
+    """The rows of a case, and the machine that measured them."""
 
     machine: str
     threads: int
     torch: str
     load: float
     quick: bool
-    rows: tuple[Row, ...]
+    rows: tuple[Comparison, ...]
 
     @property
     def words(self) -> str:
@@ -79,7 +75,7 @@ class Case(BaseModel):
 
 
 def read_benchmarks() -> dict[str, Case]:
-    """Return what was measured, by case. Raises UserError when the file is not of `make bench`."""
+    """Return the measurements by case. Raises UserError if `make bench` did not write the file."""
     try:
         return {name: Case.model_validate(case) for name, case in read_json(paths.BENCHMARKS)["cases"].items()}
     except (ValidationError, KeyError, TypeError, AttributeError) as error:
@@ -88,7 +84,7 @@ def read_benchmarks() -> dict[str, Case]:
 
 
 def benchmark_sections() -> tuple[Section, ...]:
-    """Return the section on speed, if it was measured."""
+    """Return the section on speed, if there are measurements."""
     if not paths.BENCHMARKS.exists():
         return ()
     cases = read_benchmarks()
@@ -126,7 +122,7 @@ def _tables(cases: dict[str, Case]) -> list[Table]:
     return tables
 
 
-def _comparison(name: str, row: Row, key: str) -> Cells:
+def _comparison(name: str, row: Comparison, key: str) -> Row:
     return (
         Cell(TITLES.get(name, name), name),
         plain(row.what),
@@ -140,7 +136,7 @@ def _comparison(name: str, row: Row, key: str) -> Cells:
     )
 
 
-def _operator(row: Row, key: str) -> Cells:
+def _operator(row: Comparison, key: str) -> Row:
     return (
         plain(row.what),
         Cell(number(row.ours), row.ours, SOURCE, f"{key}.ours"),

@@ -1,20 +1,18 @@
-"""Tables that need no training: parameters of the real modules (Table 10) and work of the real steps (Table 12).
+"""Tables that need no training: parameters of the real modules (Table 10) and FLOPs of the real steps (Table 12).
 
-Both are counted on the meta device, where nothing is computed.
+Both are counted on the meta device, without computing anything.
 """
 
-from functools import cache
-from typing import TYPE_CHECKING, Any
+import torch
 
+from afm_pipe.models.model_files import ModelConfig, build_discriminator, build_generator, count_parameters
 from afm_pipe.params import Run
+from afm_pipe.params.sizes import SIZES
+from afm_pipe.planning.counting import Work, measure
 from afm_pipe.reporting import titles
 from afm_pipe.reporting.inputs import Inputs
 from afm_pipe.reporting.ranking import Row
 from afm_pipe.reporting.table import Cell, Column, Table, plain, published_cell
-
-if TYPE_CHECKING:
-    from afm_pipe.models.model_files import ModelConfig
-    from afm_pipe.planning.counting import Work
 
 COUNTED_BATCH = 16  # work is proportional to it; a quarter of it is penalized
 CODE = "counted on the modules"
@@ -30,14 +28,8 @@ PAPER_MODELS: dict[str, tuple[str, int, int, str]] = {
 }
 
 
-def count_tables(inputs: Inputs) -> tuple[Table, Table]:
-    """Build Tables 10 and 12 beside the paper's rows."""
-    return _architectures(inputs), _compute(inputs)
-
-
-def _architectures(inputs: Inputs) -> Table:
-    from afm_pipe.params.sizes import SIZES
-
+def architecture_table(inputs: Inputs) -> Table:
+    """Build Table 10 beside the paper's rows."""
     columns = (
         Column("model", "Model", numeric=False),
         Column("depth", "Blocks", "Times they are run, where more than once", numeric=False),
@@ -65,7 +57,8 @@ def _architectures(inputs: Inputs) -> Table:
     return Table("paper_architectures", caption, columns, tuple(rows))
 
 
-def _compute(inputs: Inputs) -> Table:
+def compute_table(inputs: Inputs) -> Table:
+    """Build Table 12 beside the paper's rows."""
     columns = (
         Column("method", "Method", numeric=False),
         Column("units", "Forward passes per update", "Of G on one batch; the update of D is included"),
@@ -76,7 +69,10 @@ def _compute(inputs: Inputs) -> Table:
     )
     rows: list[Row] = [(Cell(f"XL/2, {CODE}", "XL/2"), *_unit_cells(xl2_work(inputs.params.train)))]
     rows += [
-        (Cell(f"{run.name}, {CODE}", run.name, run=run.name), *_unit_cells(_work(run.settings, run.config.model)))
+        (
+            Cell(f"{run.name}, {CODE}", run.name, run=run.name),
+            *_unit_cells(measure(run.settings, ModelConfig.model_validate(run.config.model), run.settings.batch_size)),
+        )
         for run in inputs.runs
         if run.settings is not None and run.config.model
     ]
@@ -91,43 +87,27 @@ def _compute(inputs: Inputs) -> Table:
     return Table("paper_compute", caption, columns, (*rows, *theirs))
 
 
-@cache
 def _parameters(size: str, nfe: int, repeats: int) -> tuple[int, int]:
     """Return the parameters of G and D."""
-    import torch
-
-    from afm_pipe.models.model_files import build_discriminator, build_generator, count_parameters
-
     config = _paper_config(size, nfe, repeats)
     with torch.device("meta"):
         return count_parameters(build_generator(config)), count_parameters(build_discriminator(config))
 
 
-def _unit_cells(work: "Work") -> Row:
+def _unit_cells(work: Work) -> Row:
     """Return the work of an update and its parts, in forward passes."""
     units = (work.units, *(flops / work.forward_flops for flops in work.parts))
     return tuple(Cell(titles.number(value, 4), value) for value in units)
 
 
-def xl2_work(train: Run) -> "Work":
-    """Return the work of an update of XL/2 in one step at the paper's shape, with the paper's penalties."""
-    from afm_pipe.planning.counting import measure
-
+def xl2_work(train: Run) -> Work:
+    """Return the work of an update of one-step XL/2 at the paper's shape, with the paper's penalties."""
     penalty = train.penalty.model_copy(update={"batch_fraction": 0.25, "every": 1})
     own = {"size": "xl2", "nfe": 1, "form": "direct", "repeats": 1, "penalty": penalty, "reuse_forward": False}
     return measure(train.model_copy(update=own), _paper_config("xl2", 1, 1), COUNTED_BATCH)
 
 
-def _work(run: Run, described: dict[str, Any]) -> "Work":
-    from afm_pipe.models.model_files import ModelConfig
-    from afm_pipe.planning.counting import measure
-
-    return measure(run, ModelConfig.model_validate(described), run.batch_size)
-
-
-def _paper_config(size: str, nfe: int, repeats: int) -> "ModelConfig":
-    from afm_pipe.models.model_files import ModelConfig
-
+def _paper_config(size: str, nfe: int, repeats: int) -> ModelConfig:
     shape = {"channels": 4, "latent_size": 32, "num_classes": 1000}
     form = {"nfe": nfe, "form": "direct" if nfe == 1 else "residual", "repeats": repeats, "qk_norm": False}
     return ModelConfig.model_validate({"size": size, **shape, **form})

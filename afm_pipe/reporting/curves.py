@@ -3,18 +3,17 @@
 import math
 from collections.abc import Sequence
 from html import escape
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from markupsafe import Markup
 
+from afm_pipe.objectives import find_objective
+from afm_pipe.objectives.base import Term
 from afm_pipe.reporting.inputs import RunRecord
 from afm_pipe.reporting.plots import LIGHT, Axis, short, stylesheet, svg, text
 from afm_pipe.reporting.section import Figure
 from afm_pipe.reporting.titles import number
-
-if TYPE_CHECKING:
-    from afm_pipe.objectives.base import Term
 
 MAX_POINTS = 150  # per line; more rows are averaged in bins
 WIDTH, HEIGHT = 340, 200  # of a panel
@@ -31,20 +30,17 @@ class Mark(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A run in a panel: its place among the runs, its points and marks."""
+    """A run in a panel: its index among the runs, its points and marks."""
 
-    place: int
+    index: int
     name: str
     x: np.ndarray
     y: np.ndarray
     marks: list[Mark]
 
 
-def logged_terms(runs: Sequence[RunRecord]) -> "list[Term]":
-    """Return the terms that the objectives of some runs log, each once; those that the monitor reads come first."""
-    from afm_pipe.objectives import find_objective
-    from afm_pipe.objectives.base import Term
-
+def logged_terms(runs: Sequence[RunRecord]) -> list[Term]:
+    """Return the terms that the objectives of these runs log, each once; those that the monitor reads come first."""
     objectives = [find_objective(run.settings.objective) for run in runs if run.settings]
     terms = [term for objective in objectives for term in (*objective.terms, *objective.scheduled)]
     terms.append(Term("lr", "Learning rate", "As scheduled"))
@@ -54,7 +50,7 @@ def logged_terms(runs: Sequence[RunRecord]) -> "list[Term]":
 def marks_of(run: RunRecord, images_per_epoch: int) -> list[Mark]:
     """Return the ends of a run's phases and its interventions, ordered by images seen.
 
-    Reloads that params declare stand at the start of their phase, logged events where they happened.
+    A reload that params declare is marked at the start of its phase, a logged event where it happened.
     """
     marks, start = [], 0.0
     phases = run.settings.phases if run.settings else ()
@@ -90,7 +86,7 @@ def draw_panels(runs: Sequence[RunRecord], images_per_epoch: int, only: RunRecor
 
 
 def draw_sheet(panels: Sequence[Figure], names: Sequence[str], columns: int = 3) -> str:
-    """Put all panels and a legend into one SVG file that stands alone."""
+    """Put all panels and a legend into one self-contained SVG file."""
     head = 20 * math.ceil(len(names) / columns) + 16
     width, height = columns * WIDTH, head + math.ceil(len(panels) / columns) * HEIGHT
     parts = [
@@ -123,7 +119,7 @@ def legend(runs: Sequence[RunRecord]) -> list[tuple[str, Markup]]:
 
 
 def _visible(run: RunRecord, marks: list[Mark]) -> list[Mark]:
-    """Drop marks from before a run's own curve, which belong to the run it continues; its very start stays."""
+    """Drop marks from before the start of a run's own curve, which belong to the run it continues."""
     rows = run.curve.get("images", [])
     interval = rows[1] - rows[0] if len(rows) > 1 else 0.0
     return [mark for mark in marks if not rows or rows[0] <= mark.images + interval or rows[0] <= interval]
@@ -139,12 +135,12 @@ def _points(curve: dict[str, list[float]], name: str) -> tuple[np.ndarray, np.nd
     return np.array([images[a:b].mean() for a, b in spans]), np.array([values[a:b].mean() for a, b in spans])
 
 
-def _panel(term: "Term", lines: list[Line]) -> str:
+def _panel(term: Term, lines: list[Line]) -> str:
     axis = Axis.around(np.concatenate([line.y for line in lines]), term.log, trim=1)
     images = Axis(0.0, max(float(line.x[-1]) for line in lines) or 1.0)
     width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
     paths = "".join(
-        f'<path class="line" {_stroke(line.place)} d="{path}"><title>{escape(line.name)}</title></path>'
+        f'<path class="line" {_stroke(line.index)} d="{path}"><title>{escape(line.name)}</title></path>'
         for line in lines
         for path in (_path(images.place(line.x) * width, _up(axis, line.y, height)),)
     )
@@ -168,9 +164,9 @@ def _panel(term: "Term", lines: list[Line]) -> str:
 
 
 def _mark(line: Line, mark: Mark, x: float, axis: Axis, height: int, alone: bool) -> str:
-    """Draw a mark: across the panel where a run is alone in it, else as a sign on the run's own line."""
+    """Draw a mark: across the panel if it shows a single run, else as a symbol on the run's line."""
     title = f"<title>{escape(f'{line.name}: {mark.text}')}</title>"
-    kind, color, shape = "mark", "var(--muted)", f"M{x:.1f} 0V{height}"
+    color, shape = "var(--muted)", f"M{x:.1f} 0V{height}"
     if not alone:
         finite = np.isfinite(line.y)
         if not finite.any():
@@ -179,8 +175,8 @@ def _mark(line: Line, mark: Mark, x: float, axis: Axis, height: int, alone: bool
         if not math.isfinite(y):
             return ""
         shape = f"M{x - 4:.1f} {y:.1f}l4 -4l4 4l-4 4z" if mark.intervention else f"M{x:.1f} {y - 4:.1f}v8"
-        color = f"var(--run-{line.place % len(LIGHT)})"
-    kind += " intervention" * mark.intervention
+        color = f"var(--run-{line.index % len(LIGHT)})"
+    kind = "mark" + " intervention" * mark.intervention
     return f'<path class="{kind}" style="stroke:{color}" d="{shape}">{title}</path>'
 
 
@@ -189,7 +185,7 @@ def _up(axis: Axis, values: np.ndarray | float, height: int) -> np.ndarray:
 
 
 def _path(x: np.ndarray, y: np.ndarray) -> str:
-    """Return the path of a line, which begins again after every gap."""
+    """Return the path of a line, with a gap where a value is not finite."""
     parts, pen = [], "M"
     for across, up in zip(x, y, strict=True):
         if math.isfinite(up):

@@ -1,4 +1,4 @@
-"""The pictures of the page: samples side by side, strips from seed to seed, and the check for copies."""
+"""The pictures of the page: samples side by side, interpolations between seeds, and nearest training images."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -9,10 +9,12 @@ from afm_pipe.reporting.inputs import Inputs, RunRecord, stage_of
 from afm_pipe.reporting.pictures import Picture, inline, open_png
 from afm_pipe.runtime import paths
 
-PICTURE_BYTES = 6 * 2**20  # of all pictures on the page, which base64 makes a third larger: below 10 MiB
+PICTURE_BYTES = (
+    6 * 2**20
+)  # of all pictures on the page; base64 makes them a third larger, so the page stays below 10 MiB
 SIDE_BY_SIDE = 2  # seeds of each class, the first of the grid
 GAP = 2  # pixels between a grid's pictures
-OF_RUN = {  # name of the file: its stage, and its alternative text
+RUN_PICTURES = {  # name of the file: its stage, and its alternative text
     "grid": ("sample", "Samples of run {run}, one row per class: {classes}"),
     "interpolation": ("sample", "Samples of run {run} along great arcs from seed to seed, one row per class"),
     "nearest": ("evaluate", "Samples of run {run}, each above the training images nearest to it in pixels"),
@@ -22,8 +24,8 @@ OF_RUN = {  # name of the file: its stage, and its alternative text
 class Gallery(NamedTuple):
     """Pictures of all runs, ready for the page."""
 
-    beside: list[tuple[str, Picture]]
-    """A run's name, or nothing for real images, with the same seeds of every run."""
+    side_by_side: list[tuple[str, Picture]]
+    """Run and its samples of the same seeds; the name is empty for real images and reconstructions."""
     strips: list[Picture]
     nearest: list[Picture]
 
@@ -33,27 +35,27 @@ def gallery(inputs: Inputs) -> Gallery:
     sampling = inputs.params.sample
     share = PICTURE_BYTES // (2 + 3 * max(len(inputs.runs), 1))
     width = GAP + min(SIDE_BY_SIDE, sampling.per_class) * (inputs.params.data.image_size + GAP)
-    beside = []
+    side_by_side = []
     for name, (title, path, stage) in zip(("", "", *inputs.params.names), _grids(inputs), strict=True):
         what = f"Samples of run {name} from the same {SIDE_BY_SIDE} seeds as every run" if name else title
         alt = f"{what}, one row per class: {class_list(inputs)}"
-        beside.append((name, inline(path, stage, alt, title, share, width)))
+        side_by_side.append((name, inline(path, stage, alt, title, share, width)))
     strips, nearest = (
         [run_picture(inputs, record, kind, record.name, share) for record in inputs.runs]
         for kind in ("interpolation", "nearest")
     )
-    return Gallery(beside, strips, nearest)
+    return Gallery(side_by_side, strips, nearest)
 
 
 def run_picture(inputs: Inputs, record: RunRecord, name: str, caption: str, max_bytes: int) -> Picture:
-    """Return one of the pictures `OF_RUN`."""
-    verb, alt = OF_RUN[name]
+    """Return one of a run's `RUN_PICTURES`."""
+    verb, alt = RUN_PICTURES[name]
     path, stage = paths.samples(record.name) / f"{name}.png", stage_of(inputs.params, verb, record.name)
     return inline(path, stage, alt.format(run=record.name, classes=class_list(inputs)), caption, max_bytes)
 
 
 def tiles(inputs: Inputs) -> list[tuple[str, Image.Image]]:
-    """Return the titled grids of the sheet that is a file."""
+    """Return the titled grids of samples.png."""
     return [(title, open_png(path, stage)) for title, path, stage in _grids(inputs)]
 
 

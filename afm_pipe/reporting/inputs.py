@@ -1,4 +1,4 @@
-"""What the report reads: the files that other stages wrote, checked and typed."""
+"""Inputs of the report: the files that other stages wrote, checked and typed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, model_validator
 
 from afm_pipe.data.classes import require_same_classes
 from afm_pipe.params import Params, Run
@@ -20,10 +20,8 @@ from afm_pipe.training.events import Event, scan_events
 LARGEST_NUMBER = 1e300
 
 
-class Cost(BaseModel):
-    """What training a run cost: times in seconds, shares of the time, memory in GiB."""
-
-    model_config = ConfigDict(frozen=True)
+class Cost(BaseModel, frozen=True):
+    """The cost of training a run: times in seconds, shares of the time, memory in GiB."""
 
     machine: str
     device: str
@@ -38,32 +36,26 @@ class Cost(BaseModel):
     peak_memory_gib: float | None
 
 
-class Selected(BaseModel):
-    """How the weights of a run were chosen: the best of so many measured ones, by a distance over some samples."""
-
-    model_config = ConfigDict(frozen=True)
+class Selected(BaseModel, frozen=True):
+    """How the weights of a run were selected: the best of several measured EMAs, by a distance over some samples."""
 
     of: int
     samples: int
 
 
-class Config(BaseModel):
+class Config(BaseModel, frozen=True):
     """The sizes of a model and its settings; an imported model has no discriminator."""
-
-    model_config = ConfigDict(frozen=True)
 
     generator_parameters: int
     discriminator_parameters: int | None = None
     model: dict[str, Any] = {}
     classes: list[str] | None = None
     selection: Selected | None = None
-    """None where the weights are those of the run's end."""
+    """None if the weights are the last EMA."""
 
 
-class Measured(BaseModel):
+class Measured(BaseModel, frozen=True, extra="allow"):
     """A metrics file: numbers by key, 95 % intervals of some of them, and the protocol."""
-
-    model_config = ConfigDict(frozen=True, extra="allow")
 
     protocol: dict[str, Any]
     intervals: dict[str, tuple[float | None, float | None]] = {}
@@ -83,16 +75,14 @@ class Measured(BaseModel):
         return self
 
 
-class Summary(BaseModel):
+class Summary(BaseModel, frozen=True, extra="allow"):
     """The real images: their number and classes, the classifier's accuracy, distances of their reconstructions."""
-
-    model_config = ConfigDict(frozen=True, extra="allow")
 
     images: int
     classes: list[str]
     classifier_accuracy: float | None = None
     reconstructions: int | None = None
-    """Images that the floor was measured on."""
+    """Number of images that the floor was measured on."""
 
     def floor(self, base: str) -> float | None:
         """Return the distance `base` (fd_classifier, fid, ...) of the autoencoder's reconstructions, if measured."""
@@ -102,7 +92,7 @@ class Summary(BaseModel):
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Everything known of one run; an imported model has neither settings nor curve nor cost."""
+    """The results of one run; an imported model has no settings, curve or cost."""
 
     name: str
     settings: Run | None
@@ -119,7 +109,7 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything the report is made of, except for the pictures."""
+    """Everything the report shows, except for the pictures."""
 
     params: Params
     runs: tuple[RunRecord, ...]
@@ -132,13 +122,13 @@ Line = TypeVar("Line")
 
 
 def read_inputs(params: Params) -> Inputs:
-    """Read what is known of exactly the runs in params.
+    """Read the results of the runs in params.
 
     Raises UserError naming the file and its stage when one is missing or damaged, and a model of other classes.
     """
     runs = tuple(_read_run(params, name) for name in params.names)
     real = paths.REFERENCE / "summary.json"
-    summary = typed(Summary, real, "reference")
+    summary = read_output(Summary, real, "reference")
     for run in runs:
         require_same_classes(run.config.classes, paths.model(run.name), summary.classes, real)
     return Inputs(
@@ -150,15 +140,15 @@ def read_inputs(params: Params) -> Inputs:
     )
 
 
-def needed(path: Path, stage: str) -> Path:
-    """Return `path`. Raises UserError naming the stage that writes it when it is missing."""
+def require_output(path: Path, stage: str) -> Path:
+    """Return `path`. Raises UserError naming the stage that writes it if it is missing."""
     if not path.exists():
         raise UserError(f"Found no {path}, expected what stage {stage} writes: run `dvc repro {stage}`.")
     return path
 
 
 def stage_of(params: Params, verb: str, name: str) -> str:
-    """Return the pipeline's stage that does `verb` (train, sample, evaluate) for a model."""
+    """Return the DVC stage that does `verb` (train, sample, evaluate) for a model."""
     if name in params.runs:
         return f"{verb}@{name}"
     if verb == "train":
@@ -171,9 +161,9 @@ def columns_of(rows: list[Row]) -> dict[str, list[float]]:
     return {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
 
 
-def typed(model: type[Model], path: Path, stage: str) -> Model:
-    """Read a JSON file into a model. Raises UserError naming file, field and stage when it is missing or wrong."""
-    return read_model(model, needed(path, stage), f"run `dvc repro --force {stage}`")
+def read_output(model: type[Model], path: Path, stage: str) -> Model:
+    """Read a JSON file into a model. Raises UserError naming file, field and stage if it is missing or wrong."""
+    return read_model(model, require_output(path, stage), f"run `dvc repro --force {stage}`")
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:
@@ -182,21 +172,21 @@ def is_number(value: Any) -> TypeGuard[int | float]:
 
 
 def _read_run(params: Params, name: str) -> RunRecord:
-    making = stage_of(params, "train", name)
-    measured = typed(Measured, paths.metrics(name), stage_of(params, "evaluate", name))
+    stage = stage_of(params, "train", name)
+    measured = read_output(Measured, paths.metrics(name), stage_of(params, "evaluate", name))
     described: dict[str, Any] = {
         "metrics": {key: None if value is None else float(value) for key, value in measured.numbers.items()},
         "intervals": {key: ends for key, ends in measured.intervals.items() if None not in ends},
         "protocol": measured.protocol,
-        "config": typed(Config, paths.model(name) / "config.json", making),
+        "config": read_output(Config, paths.model(name) / "config.json", stage),
     }
     if name in params.imported:
         return RunRecord(name, None, {}, **described)
-    rows = _undamaged(scan_curves, needed(paths.curves(name), making), making)
+    rows = _undamaged(scan_curves, require_output(paths.curves(name), stage), stage)
     if not rows:
-        raise UserError(f"Found no rows in {paths.curves(name)}: run `dvc repro --force {making}`.")
-    events = tuple(_undamaged(scan_events, paths.events(name), making))
-    cost = typed(Cost, paths.costs(name), making)
+        raise UserError(f"Found no rows in {paths.curves(name)}: run `dvc repro --force {stage}`.")
+    events = tuple(_undamaged(scan_events, paths.events(name), stage))
+    cost = read_output(Cost, paths.costs(name), stage)
     return RunRecord(name, params.models[name], columns_of(rows), events, cost=cost, **described)
 
 
@@ -212,7 +202,7 @@ def _reconstruction_mse(params: Params) -> float | None:
     path = paths.AUTOENCODER / "training.json"
     if not path.exists() and paths.AUTOENCODER.is_dir():
         return None  # a pretrained autoencoder
-    needed(path, "autoencoder")
+    require_output(path, "autoencoder")
     stored = read_json(path)
     value = stored.get("reconstruction_mse") if isinstance(stored, dict) else None
     return float(value) if is_number(value) else None

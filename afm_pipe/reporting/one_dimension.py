@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from afm_pipe.reporting import titles
-from afm_pipe.reporting.inputs import typed
+from afm_pipe.reporting.inputs import read_output
 from afm_pipe.reporting.pictures import Picture, inline
 from afm_pipe.reporting.table import Cell, Column, Table
 from afm_pipe.runtime import paths
@@ -44,7 +44,7 @@ def read_one_dimension() -> OneDimension | None:
     """Read the 1-D toy experiment; None if it was not run. Raises UserError when its files are damaged."""
     if not RESULTS.is_file():
         return None
-    results = typed(ToyResults, RESULTS, "toy")
+    results = read_output(ToyResults, RESULTS, "toy")
     maps = sorted(results.maps.items(), key=lambda item: _order(item[1]))
     strong = _strong_table()
     return OneDimension(_finding(results), _scale(results.scale), _drawings(results), _table(results, maps), strong)
@@ -159,7 +159,7 @@ def _weight(numbers: MapResults) -> float:
 def _strong_table() -> Table | None:
     """Return the table on ever stronger discriminators: of the larger study, or of this run; None without either."""
     path = paths.STUDY / "strong_discriminator_1d.json"
-    strong = typed(Strong, path, "toy") if path.is_file() else typed(ToyResults, RESULTS, "toy").strong
+    strong = read_output(Strong, path, "toy") if path.is_file() else read_output(ToyResults, RESULTS, "toy").strong
     if strong is None:
         return None
     columns = (

@@ -1,4 +1,4 @@
-"""Write the report: an index and a page per run, each in one file; pictures; and the tables as files."""
+"""Write the report: an index and a page per run, each a single file; pictures; and the tables as files."""
 
 import os
 from collections.abc import Sequence
@@ -31,8 +31,8 @@ DATA_TITLES = {"mnist5k": "MNIST-5k (handwritten digits)"}
 def write_report(params: Params, folder: Path, rendered: Path) -> None:
     """Write the pages and pictures of the runs in params into `folder`, the tables as files into `rendered`.
 
-    The pages' links lead from `paths.REPORT` and to `paths.RENDERED`. Reads relative to the working directory. Raises
-    UserError naming file and stage when one is missing. The same inputs give the same bytes.
+    Links assume that the pages are in `paths.REPORT` and the tables in `paths.RENDERED`. Reads relative to the working
+    directory. Raises UserError naming file and stage if one is missing. The same inputs give the same bytes.
     """
     inputs = read_inputs(params)
     runs, costs, parts, one_dimension = run_table(inputs), cost_table(inputs), sections(inputs), read_one_dimension()
@@ -82,7 +82,7 @@ def sections(inputs: Inputs) -> tuple[Section, ...]:
 
 
 def render(template: str, folder: Path, **values: Any) -> str:
-    """Return a page that lies in `folder`; all text is escaped, since class names and paths are the user's."""
+    """Render a page for `folder`; all text is escaped, because class names and paths are untrusted."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -141,13 +141,13 @@ def _cost_sentence(record: RunRecord) -> str:
 
 
 def _protocol(record: RunRecord) -> dict[str, str]:
-    """Return how a run was measured, by name."""
+    """Return the protocol of a run, by name."""
     flat = flatten(record.protocol)
     return {key.replace("_", " ").replace(".", ": "): str(value) for key, value in flat.items()}
 
 
 def _common_protocol(runs: Sequence[RunRecord]) -> dict[str, str]:
-    """Return how all runs were measured; what differs by name only."""
+    """Return the protocol that all runs share; differing entries say so."""
     found = [_protocol(run) for run in runs]
     names = dict.fromkeys(name for protocol in found for name in protocol)
     values = {name: {protocol.get(name, "None") for protocol in found} for name in names}

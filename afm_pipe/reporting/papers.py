@@ -7,8 +7,9 @@ parameters of the real modules, 12 the work of the real steps (counts.py). Only 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from afm_pipe.planning.plan import IMAGENET_IMAGES
 from afm_pipe.reporting import titles
-from afm_pipe.reporting.counts import count_tables
+from afm_pipe.reporting.counts import architecture_table, compute_table
 from afm_pipe.reporting.inputs import Inputs, RunRecord
 from afm_pipe.reporting.ranking import Row, interval_note, metric_cell, ranked
 from afm_pipe.reporting.section import Section
@@ -17,20 +18,19 @@ from afm_pipe.reporting.table import EMPTY, Cell, Column, Table, plain, publishe
 from afm_pipe.runtime import paths
 
 PAPER_METRICS = {"fid": "fid", "sfid": "sfid", "is": "inception_score", "precision": "precision", "recall": "recall"}
-"""The paper's metrics by their key in published.yaml, with their keys in our metrics files."""
+"""Keys of metrics: in published.yaml -> in our metrics files."""
 GUIDANCE = "cg classifier, da discriminator augmentation, cfg classifier-free, ag autoguidance, cgan conditional GAN"
-IMAGENET_IMAGES = 1_281_167
 
 
 class Trait(NamedTuple):
-    """The place of a run or a published row in the paper's tables; guidance as in the paper: none, cg, da, cg+da."""
+    """What decides which of the paper's tables a row belongs to; guidance as in the paper: none, cg, da, cg+da."""
 
     nfe: int | str
     guidance: str
 
 
 class View(NamedTuple):
-    """One of the paper's tables: which runs it holds, and other methods' rows by their key in published.yaml."""
+    """One of the paper's tables: the runs it holds, and the key of other methods' rows in published.yaml."""
 
     anchor: str
     title: str
@@ -38,7 +38,7 @@ class View(NamedTuple):
     holds: Callable[[Trait], bool]
     metrics: Sequence[str] = ("fid",)
     guided: bool = False
-    """Of the paper's models, it holds guided ones alone."""
+    """Whether it holds only guided ones of the paper's models."""
 
 
 VIEWS = (
@@ -51,7 +51,6 @@ VIEWS = (
 
 def paper_sections(inputs: Inputs) -> tuple[Section, ...]:
     """Build a section for each of the paper's tables that holds results of single models, and of the counts."""
-    architectures, units = count_tables(inputs)
     names = {"published_transport_decay": "ot_decay", "published_transport_penalty": "ot_gp_grid"}
     context = tuple(published_table(name, key, inputs.published)._replace(name=name) for name, key in names.items())
     scale = scale_sentence(inputs)
@@ -61,14 +60,14 @@ def paper_sections(inputs: Inputs) -> tuple[Section, ...]:
             "architectures",
             "Table 10: architectures",
             "Parameters, counted on the modules that train here, beside the paper's.",
-            tables=(architectures,),
+            tables=(architecture_table(inputs),),
         ),
         Section(
             "compute",
             "Table 12: compute",
             "Forward passes of G that one update costs, D's update included; counted on the training steps of this "
             "repository, on shapes alone.",
-            tables=(units,),
+            tables=(compute_table(inputs),),
         ),
         Section(
             "published",
@@ -80,7 +79,7 @@ def paper_sections(inputs: Inputs) -> tuple[Section, ...]:
 
 
 def scale_sentence(inputs: Inputs) -> str:
-    """Return how the numbers depart from the paper's protocol, and that they are therefore not comparable with it."""
+    """Say how the numbers depart from the paper's protocol, which makes them not comparable with it."""
     params, departures = inputs.params, []
     if inputs.summary.images < IMAGENET_IMAGES:
         departures.append(f"{titles.number(inputs.summary.images)} training images instead of {IMAGENET_IMAGES:,}")

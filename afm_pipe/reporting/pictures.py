@@ -1,4 +1,4 @@
-"""Pictures inside the page, made smaller where it would grow too large; and one sheet as a file."""
+"""Pictures inside the page, scaled down if they are too large, and one sheet of pictures as a file."""
 
 import base64
 import io
@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
-from afm_pipe.reporting.inputs import needed
+from afm_pipe.reporting.inputs import require_output
 from afm_pipe.runtime.errors import UserError
 
-SIDES = (2048, 1536, 1024, 768, 512, 256)  # tried in turn for a picture that is too large
+SIDES = (2048, 1536, 1024, 768, 512, 256)  # tried in this order for a picture that is too large
 
 
 class Picture(NamedTuple):
@@ -27,9 +27,9 @@ class Picture(NamedTuple):
 
 
 def inline(path: Path, stage: str, alt: str, caption: str, max_bytes: int, width: int | None = None) -> Picture:
-    """Put a PNG, or its left `width` pixels, into a data URI of about `max_bytes` at most, if need be as smaller WebP.
+    """Put a PNG, or its left `width` pixels, into a data URI of about `max_bytes` at most, if needed as a smaller WebP.
 
-    Raises UserError naming the stage that writes the file when it is missing or damaged.
+    Raises UserError naming the stage that writes the file if it is missing or damaged.
     """
     image = open_png(path, stage)
     data, kind = path.read_bytes(), "png"
@@ -46,14 +46,14 @@ def inline(path: Path, stage: str, alt: str, caption: str, max_bytes: int, width
 
 
 def open_png(path: Path, stage: str) -> Image.Image:
-    """Decode a PNG to RGB. Raises UserError naming its stage when the file is missing or damaged."""
+    """Decode a PNG to RGB. Raises UserError naming its stage if the file is missing or damaged."""
     try:
-        with Image.open(needed(path, stage), formats=["PNG"]) as image:
+        with Image.open(require_output(path, stage), formats=["PNG"]) as image:
             return image.convert("RGB")
     except UserError:
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"Found {path}, which is no whole PNG ({error}): run `dvc repro --force {stage}`.") from None
+        raise UserError(f"Found {path}, which is no complete PNG ({error}): run `dvc repro --force {stage}`.") from None
 
 
 def draw_sheet(tiles: Sequence[tuple[str, Image.Image]], path: Path, columns: int = 4, side: int = 640) -> None:
@@ -77,7 +77,7 @@ def draw_sheet(tiles: Sequence[tuple[str, Image.Image]], path: Path, columns: in
 
 
 def _without_color(image: Image.Image) -> Image.Image:
-    """Return a gray RGB image with one channel, a third of the bytes; any other one as it is."""
+    """Return an RGB image that is gray as one channel, a third of the bytes; others unchanged."""
     red, *others = image.split()
     return red if all(ImageChops.difference(red, band).getbbox() is None for band in others) else image
 

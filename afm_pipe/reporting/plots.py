@@ -1,7 +1,7 @@
-"""Grids as heat maps, sweeps as error bars, and the axes and styles of all drawings, as SVG.
+"""Heat maps, error bars, and the axes and styles of all drawings, as SVG.
 
-Colors are CSS variables, so that one drawing serves light, dark and print. Each drawing states its numbers in words
-(aria-label), and the same input gives the same bytes.
+Colors are CSS variables, so that one drawing works in light mode, dark mode and print. The aria-label of a drawing has
+its numbers. The same input gives the same bytes.
 """
 
 import math
@@ -18,7 +18,7 @@ from afm_pipe.reporting.titles import number
 LIGHT = ("#1f6fb5", "#c4511a", "#2b8a3e", "#8b46b5", "#9a7200", "#0c7f81", "#c2255c", "#555b63")
 DARK = ("#6cb2f0", "#f4915b", "#69c77b", "#c792ea", "#e0b84c", "#4fd1c5", "#f783ac", "#b4bbc4")
 CELL_WIDTH, CELL_HEIGHT = 92, 40
-STRONGEST = 0.62  # opacity of the best cell: text on it is readable in light and dark
+STRONGEST = 0.62  # opacity of the best cell: its text stays readable in light and dark mode
 WIDTH, HEIGHT = 560, 250  # of error bars
 LEFT, RIGHT, TOP, BOTTOM = 64, 20, 30, 44
 LETTER = 6.4  # width of a letter of 11 px text
@@ -58,9 +58,9 @@ class Axis(NamedTuple):
 
     @classmethod
     def around(cls, values: ArrayLike, log: bool = False, trim: float = 0.0) -> "Axis":
-        """Return an axis that holds the finite values with a margin, without `trim` percent of them on either side.
+        """Return an axis around the finite values, without `trim` percent of them on either side, with a margin.
 
-        An axis of values none of which is positive is linear.
+        Without any positive value, it is linear.
         """
         found = np.asarray(values, dtype=float)
         found = found[np.isfinite(found)]
@@ -76,7 +76,7 @@ class Axis(NamedTuple):
         return cls(0.0 if 0 <= low <= 0.4 * high else low - pad, high + pad)
 
     def place(self, values: ArrayLike) -> np.ndarray:
-        """Return places along the axis, 0 at its low end and 1 at its high end; nan for what has none."""
+        """Return places along the axis, from 0 to 1 between its ends; nan for values that have none."""
         found = np.asarray(values, dtype=float)
         if not self.log:
             return (found - self.low) / (self.high - self.low)
@@ -122,25 +122,20 @@ def heat_map(
     values: Sequence[Sequence[float | None]],
     texts: Sequence[Sequence[str]],
     title: str,
-    meaning: str,
-    *,
     row_title: str = "",
     column_title: str = "",
-    log: bool = False,
-    lower_is_better: bool = True,
 ) -> str:
-    """Draw a grid with a cell per row and column: the better, the fuller; the best is framed, None is pale.
+    """Draw a grid of values of which lower is better: the lower, the more opaque; the lowest is framed, None is pale.
 
-    `texts` stand in the cells and have the shape of `values`; `log` spreads opacity by ratio; `meaning` follows the
-    title in the words for screen readers.
+    `texts` stand in the cells and have the shape of `values`. Opacity is logarithmic if all values are positive.
     """
     left = max(70.0, LETTER * max(map(len, (*rows, row_title))) + 16)
     heads = [_wrap(name, CELL_WIDTH) for name in columns]
     top = (62 if column_title else 46) + LINE * (max(map(len, heads)) - 1)
     width = max(left + CELL_WIDTH * len(columns), TITLE_LETTER * len(title) + 8) + 8
     found = [value for line in values for value in line if value is not None and math.isfinite(value)]
-    best = (min if lower_is_better else max)(found, default=None)
-    scale = Axis(min(found), max(found), log and min(found) > 0) if found else Axis(0, 1)
+    best = min(found, default=None)
+    scale = Axis(min(found), max(found), min(found) > 0) if found else Axis(0, 1)
     parts = [
         text(8, 16, title, kind="title"),
         text(left + CELL_WIDTH * len(columns) / 2, 38, column_title, "middle") if column_title else "",
@@ -157,7 +152,7 @@ def heat_map(
             x, kind, fill = left + CELL_WIDTH * index, "cell none", ""
             if value is not None and math.isfinite(value):
                 share = float(scale.place(value)) if scale.high > scale.low else 0.0
-                fill = f' fill-opacity="{0.06 + (STRONGEST - 0.06) * (1 - share if lower_is_better else share):.3f}"'
+                fill = f' fill-opacity="{0.06 + (STRONGEST - 0.06) * (1 - share):.3f}"'
                 kind = "cell best" if value == best else "cell"
             parts.append(
                 f'<rect class="{kind}" x="{x + 1:.1f}" y="{y + 1}" width="{CELL_WIDTH - 2}" height="{CELL_HEIGHT - 2}"'
@@ -168,27 +163,18 @@ def heat_map(
         for row, line in zip(rows, texts, strict=True)
     )
     height = top + CELL_HEIGHT * len(rows) + 8
-    return svg(width, height, f"{title}. {meaning}. {words}", parts, f"max-width:{width:.0f}px")
+    return svg(width, height, f"{title}. Lower is better. {words}", parts, f"max-width:{width:.0f}px")
 
 
-def error_bars(
-    points: Sequence[Point],
-    title: str,
-    meaning: str,
-    *,
-    x_title: str = "",
-    y_title: str = "",
-    log_x: bool = False,
-    log_y: bool = False,
-) -> str:
-    """Draw means with their intervals over an axis of numbers, or side by side when any `x` is a label.
+def error_bars(points: Sequence[Point], title: str, x_title: str = "", log_x: bool = False) -> str:
+    """Draw means with their intervals, of which lower is better, over numbers, or side by side when any `x` is a label.
 
-    A point without a mean is not drawn, only named in words; one without an interval is hollow. On a logarithmic axis
-    0 stands at the left end.
+    A point without a mean appears only in the description; one without an interval is hollow. A logarithmic x axis has
+    0 at its left end; the y axis is logarithmic if all values are positive.
     """
     drawn = [point for point in points if point.mean is not None and math.isfinite(point.mean)]
     ends = [end for p in drawn for end in (p.mean, p.low, p.high) if end is not None]
-    axis = Axis.around(ends, log_y and all(end > 0 for end in ends))
+    axis = Axis.around(ends, all(end > 0 for end in ends))
     inner_width, inner_height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
     places, names = _places(points, log_x)
     room = inner_width / len(points) if any(isinstance(point.x, str) for point in points) else inner_width
@@ -203,7 +189,6 @@ def error_bars(
         axis.rules(LEFT, WIDTH - RIGHT, TOP, inner_height),
         *(_label(x, HEIGHT - BOTTOM + 16, lines) for x, lines in labels),
         text(WIDTH - RIGHT, height - 8, x_title, "end") if x_title else "",
-        text(8, height - 8, y_title) if y_title else "",
     ]
     for point, place in zip(points, places, strict=True):
         if point not in drawn or point.mean is None:
@@ -219,7 +204,7 @@ def error_bars(
             f"<title>{escape(_words(point))}</title></circle>"
         )
     words = "; ".join(map(_words, points))
-    return svg(WIDTH, height, f"{title}. {meaning}. {words}", parts, f"max-width:{WIDTH}px")
+    return svg(WIDTH, height, f"{title}. Lower is better. {words}", parts, f"max-width:{WIDTH}px")
 
 
 def svg(width: float, height: float, label: str, parts: Iterable[str], style: str = "") -> str:

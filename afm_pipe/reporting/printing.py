@@ -41,7 +41,7 @@ def write_files(table: Table, folder: Path) -> None:
 
 
 def markdown(table: Table) -> str:
-    """Return a table as Markdown, its caption above; a column names the owner of each row where they differ."""
+    """Return a table as Markdown below its caption; a column names the origin of each row if origins differ."""
     head = [column.title for column in table.columns]
     rule = ["---:" if column.numeric else "---" for column in table.columns]
     body = [[cell.text + MARKS[cell.mark] for cell in row] for row in (*table.rows, table.footer) if row]
@@ -54,7 +54,7 @@ def markdown(table: Table) -> str:
 
 
 def csv_text(table: Table) -> str:
-    """Return a table's rows as CSV, without the footer: numbers in full, the ends of intervals in their own columns."""
+    """Return a table's rows as CSV, without the footer: unrounded numbers, interval ends in separate columns."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     wide = [any(row[index].interval for row in table.rows) for index in range(len(table.columns))]
@@ -93,7 +93,7 @@ def latex(table: Table) -> str:
 
 
 def escape_latex(text: str) -> str:
-    """Return text for LaTeX: special characters escaped, the page's signs as mathematics."""
+    """Return text for LaTeX: special characters escaped, symbols in math mode."""
     return text.translate(LATEX)
 
 

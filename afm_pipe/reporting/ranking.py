@@ -32,7 +32,7 @@ def metric_cell(record: RunRecord, key: str) -> Cell:
 def ranked(rows: Sequence[Row], columns: Sequence[Column], places: Iterable[int]) -> list[Row]:
     """Mark the best row in each column at `places`, and the rows that are indistinguishable from it.
 
-    A column is ranked if it has a better direction and at least two rows with intervals; other rows take no part.
+    A column is ranked if it has a better direction and at least two rows with intervals; rows without are ignored.
     """
     marked = [list(row) for row in rows]
     for place in places:
@@ -57,7 +57,7 @@ def overlap(first: tuple[float, float] | None, second: tuple[float, float] | Non
 
 
 def interval_note(rows: Sequence[Row]) -> str:
-    """Return what readers of a table need to know of its intervals."""
+    """Say what a reader must know about a table's intervals."""
     if not rows:
         return ""
     return INTERVALS if any(cell.interval for row in rows for cell in row) else NO_INTERVALS

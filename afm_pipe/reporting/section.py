@@ -14,16 +14,16 @@ class Figure(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A section; `anchor` is its id, unique on the page, and `published` tables stand in a frame of the paper's."""
+    """A section; `anchor` is its unique id on the page, and `published` tables are framed as the paper's."""
 
     anchor: str
     title: str
     prose: str = ""
-    """The question, and how it was tried."""
+    """The question, and how it was tested."""
     verdict: str | None = None
-    """The finding, in one sentence; None where nothing was run."""
+    """The finding in one sentence; None if nothing was run."""
     tables: tuple[Table, ...] = ()
     figures: tuple[Figure, ...] = ()
     published: tuple[Table, ...] = ()
     warning: str = ""
-    """How it departs from the paper, where a reader might compare."""
+    """How it departs from the paper, for readers who compare."""

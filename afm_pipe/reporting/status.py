@@ -1,10 +1,9 @@
-"""The state of every run, read from its files alone: without torch, without a lock, and without writing anything.
+"""The state of every run, read from files only: without torch, without a lock, and without writing anything.
 
-Under work/RUN lie the lease of the process that trains it and, in a folder named by its identity, curves, events and
-checkpoints. Any of them may be half written, of other params, or damaged; an unreadable file counts as absent.
+work/RUN holds the lease of the process that trains the run and, in a folder named by its identity, curves, events and
+checkpoints. Any file may be partial, damaged, or of other params; an unreadable file counts as absent.
 """
 
-import json
 import math
 import socket
 import time
@@ -21,14 +20,13 @@ from afm_pipe.params import Params, Run
 from afm_pipe.params.versions import code_notice, origin_files, run_identity
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
-from afm_pipe.runtime.files import read_text, sha256_file
+from afm_pipe.runtime.files import json_value, sha256_file
 from afm_pipe.training.curves import Row, scan_curves
 from afm_pipe.training.events import FATAL, FILE, Event, scan_events
 
-MAX_BYTES = 1 << 24  # of a JSON file read here
 MAX_NUMBER = 1e300
-FRESH = 30.0  # seconds after its last touch in which a lease counts as held
-ACTIONS = ("phase", "stop")  # kinds of events that are no alarms
+FRESH = 30.0  # seconds after its last renewal during which a lease counts as held
+ACTIONS = ("phase", "stop")  # kinds of events that are not alarms
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class RunStatus:
 
     @property
     def phase(self) -> str:
-        """Number of the current phase, and of all phases where that is fixed."""
+        """Number of the current phase, and of all phases if their number is fixed."""
         begun = sum(event.kind == "phase" for event in self.events)
         if begun:  # of an automatic schedule
             return str(begun + 1)
@@ -93,11 +91,9 @@ def all_statuses(params: Params) -> list[RunStatus]:
 def run_status(params: Params, name: str, known: dict[str, RunStatus] | None = None) -> RunStatus:
     """Return the status of a run. Raises UserError for a name that is not in params.
 
-    `known` holds statuses that need not be read again, such as that of the run it continues.
+    `known` holds statuses that are already read, such as that of the run it continues.
     """
-    if name not in params.models:
-        raise UserError(f"Found no run {name!r} in params, expected one of {', '.join(params.models)}.")
-    run, base = params.models[name], params.guided[name].base if name in params.guided else None
+    run, base = params.model(name), params.guided[name].base if name in params.guided else None
     num_images, identity = None, None
     try:
         provenance = read_provenance(paths.LATENTS)
@@ -107,7 +103,7 @@ def run_status(params: Params, name: str, known: dict[str, RunStatus] | None = N
         pass  # no latents yet, or no base yet
     total = num_updates(run, num_images) if num_images else None
     config = paths.model(name) / "config.json"
-    made, made_updates = _stored(config, "provenance", "fingerprint"), _stored(config, "updates")
+    made, made_updates = json_value(config, "provenance", "fingerprint"), json_value(config, "updates")
     work = _work_dir(paths.WORK / name, identity)
     rows, damaged_rows = scan_curves(_existing(work and work / "curves.csv", paths.curves(name)))
     events, damaged_events = scan_events(_existing(work and work / FILE, paths.events(name)))
@@ -135,7 +131,9 @@ def run_status(params: Params, name: str, known: dict[str, RunStatus] | None = N
         return replace(status, state="outdated", note="trained with other params, data or code")
     if made is not None:
         return replace(status, state="finished", note="not compared with params: there are no latents")
-    status = RunStatus(name, run, total=total, num_images=num_images)  # curves without work are another machine's
+    status = RunStatus(
+        name, run, total=total, num_images=num_images
+    )  # curves without a work folder come from another machine
     if num_images is None:
         return replace(status, state="waiting", note=f"for {paths.LATENTS}")
     if base is not None:
@@ -146,7 +144,7 @@ def run_status(params: Params, name: str, known: dict[str, RunStatus] | None = N
 
 
 def trials_line(params: Params) -> str | None:
-    """Return how many trials of the tables are measured; None where params have no tables."""
+    """Say how many trials of the tables are measured; None if params have no tables."""
     if not params.tables:
         return None
     from afm_pipe.study.trials import Trials
@@ -162,7 +160,7 @@ def trials_line(params: Params) -> str | None:
 
 
 def code_line(params: Params) -> str | None:
-    """Return a line on the results made by other source code than today's under an equal version, if there are any."""
+    """Return a line on results of source code that differs from today's under an equal version, if any."""
     return code_notice(_recorded_code(params))
 
 
@@ -170,29 +168,29 @@ def _recorded_code(params: Params) -> Iterator[tuple[str, Any]]:
     """Yield the names of results with the code they record."""
     for name in params.names:
         config, costs, metrics = paths.model(name) / "config.json", paths.costs(name), paths.metrics(name)
-        if name in params.models and _stored(config):
-            yield name, _stored(config, "provenance", "code")
-        elif name in params.models and _stored(costs):
-            yield name, _stored(costs, "code")
-        if _stored(metrics):
-            yield name, _stored(metrics, "protocol", "code")
+        if name in params.models and json_value(config):
+            yield name, json_value(config, "provenance", "code")
+        elif name in params.models and json_value(costs):
+            yield name, json_value(costs, "code")
+        if json_value(metrics):
+            yield name, json_value(metrics, "protocol", "code")
     for name in params.tables:
         for path in (paths.table(name), paths.STUDY / f"{name}.json"):
-            trials = _stored(path, "trials")
+            trials = json_value(path, "trials")
             for trial in trials if isinstance(trials, list) else ():
                 yield f"table {name}", trial.get("code") if isinstance(trial, dict) else None
 
 
 def holder_of(folder: Path) -> str | None:
-    """Return the process that holds a run's folder, if any. Its lock is not tried: a trainer may want it now."""
+    """Return the process that holds a run's folder, if any, without trying its lock, which a trainer may need now."""
     lease = max(folder.glob("lease-*"), default=None)
     if lease is None:
         return None
     try:
         fresh = time.time() - lease.stat().st_mtime < FRESH
     except OSError:
-        return None  # released this moment
-    pid, host = _stored(lease, "pid"), _stored(lease, "host")
+        return None  # released meanwhile
+    pid, host = json_value(lease, "pid"), json_value(lease, "host")
     here = host == socket.gethostname() and isinstance(pid, int)
     if not fresh or (here and not (0 < pid < 1 << 31 and psutil.pid_exists(pid))):
         return None
@@ -217,13 +215,13 @@ def _printable(event: Event) -> Event:
 
 
 def _identity(params: Params, name: str, provenance: dict[str, str]) -> str:
-    """Return the identity that a run would have if it were trained now."""
+    """Return the identity of a run trained with the current params and inputs."""
     origins = {part: sha256_file(file) for part, file in origin_files(params, name).items()}
     return run_identity(params.models[name], params.latent_shape, provenance_fingerprint(provenance), origins)
 
 
 def _work_dir(folder: Path, identity: str | None) -> Path | None:
-    """Return the folder of a run's identity, if it exists; of an unknown identity, the one with the newest curves."""
+    """Return the folder of a run's identity, if it exists; if the identity is unknown, that with the newest curves."""
     if identity is not None:
         return folder / identity if (folder / identity).is_dir() else None
     found = [path for path in folder.glob("*/curves.csv") if path.is_file()]
@@ -234,10 +232,10 @@ def _seconds_left(work: Path | None, status: RunStatus, base: str | None) -> flo
     """Return the remaining time at the average speed so far, which the newest checkpoint records."""
     if work is None or status.total is None:
         return None
-    start = _stored(paths.model(base) / "config.json", "updates") if base else 0
+    start = json_value(paths.model(base) / "config.json", "updates") if base else 0
     for checkpoint in sorted(work.glob("checkpoints/update-*"), reverse=True):
         manifest = checkpoint / "manifest.json"
-        update, seconds = _stored(manifest, "update"), _stored(manifest, "seconds", "training")
+        update, seconds = json_value(manifest, "update"), json_value(manifest, "seconds", "training")
         done = update - start if isinstance(update, int) and isinstance(start, int) else 0
         if done > 0 and isinstance(seconds, int | float) and abs(seconds) < MAX_NUMBER:
             return max(status.total - status.update, 0) * seconds / done
@@ -246,14 +244,3 @@ def _seconds_left(work: Path | None, status: RunStatus, base: str | None) -> flo
 
 def _existing(first: Path | None, second: Path) -> Path:
     return first if first is not None and first.is_file() else second
-
-
-def _stored(path: Path, *keys: str) -> Any:
-    """Return the value under nested keys of a JSON file; None where there is none, or the file cannot be read."""
-    try:
-        value = json.loads(read_text(path, MAX_BYTES))
-    except (OSError, ValueError, RecursionError):  # a UserError is a ValueError
-        return None
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value

@@ -1,7 +1,7 @@
-"""Sections on the study's tables: the question, verdicts, our results at one scale or two, the paper's numbers.
+"""Sections on the study's tables: question, verdicts, our results at one or two scales, and the paper's numbers.
 
-Where a table has both this profile's own run and the larger study, both are shown, each with its scale; rows and cells
-that only the study has are marked.
+A table that has results of both the active params and the larger study shows both, each with its scale, and marks rows
+and cells that only the study has.
 """
 
 import math
@@ -27,7 +27,7 @@ DIVERGED = (
     "updates to the end, with disjoint intervals; or the class accuracy at the end is near chance (study.collapsed in "
     "params). A trial that is merely short has not diverged."
 )
-LOG_FACTOR = 8.0  # a sweep whose settings span this factor gets a logarithmic axis
+LOG_FACTOR = 8.0  # a sweep whose settings span at least this factor has a logarithmic axis
 
 
 def study_sections(inputs: Inputs) -> tuple[Section, ...]:
@@ -83,8 +83,8 @@ def _grid(results: TableResults, key: str, new: set[tuple[str, str]]) -> Table:
         (
             Cell(row, row),
             *(
-                _cell(results, _at(results, row, column, key), _where(row, column), distance, (row, column) in new)
-                for column in results.columns
+                _cell(results, spread(results.at(row, col), key), f"{row} x {col}", distance, (row, col) in new)
+                for col in results.columns
             ),
         )
         for row in results.rows
@@ -96,7 +96,7 @@ def _grid(results: TableResults, key: str, new: set[tuple[str, str]]) -> Table:
 
 
 def _list(results: TableResults, new: set[tuple[str, str]]) -> Table:
-    """Build a table of one axis: quality, divergence, and cost of each of its settings."""
+    """Build a table of one axis: quality, divergence and cost of each setting."""
     distance, accuracy = titles.metric(results.distance_key), titles.metric(ACCURACY)
     monitored = any(trial.events is not None for trial in results.trials)
     alarms = Column("alarms", "Alarms", "Of the monitor: each kind, and the number of seeds that raised it")
@@ -136,7 +136,7 @@ def _line(results: TableResults, row: str, new: bool, monitored: bool) -> tuple[
 
 
 def _alarms(trials: Sequence[TrialResult], source: str, where: str) -> Cell:
-    """Return which alarms were raised in how many trials; the value is the number of trials with any."""
+    """Return the kinds of alarms and in how many trials each was raised; the value counts trials with any alarm."""
     monitored = [trial for trial in trials if trial.events is not None]
     if not monitored:
         return Cell(titles.MISSING, None)
@@ -168,12 +168,8 @@ def _at_phase(results: TableResults, trials: Sequence[TrialResult], phase: int, 
     return cell._replace(text=f"{cell.text}, epoch {epochs}", key=f"{cell.key} at the end of phase {phase}")
 
 
-def _at(results: TableResults, row: str, column: str, key: str) -> Spread:
-    return spread(results.at(row, column), key)
-
-
 def _cell(results: TableResults, found: Spread, where: str, with_diverged: bool = True, new: bool = False) -> Cell:
-    """Return a metric over seeds as a table's cell, with the number of diverged seeds if wanted."""
+    """Return a metric over seeds as a table's cell, by default with the number of diverged seeds."""
     text = _text(found)
     if with_diverged and found.diverged:
         share = f"{found.diverged} of {found.trials} diverged"
@@ -183,7 +179,7 @@ def _cell(results: TableResults, found: Spread, where: str, with_diverged: bool 
 
 
 def _text(found: Spread) -> str:
-    """Print 329 ± 12 over seeds, 329 [310, 348] of one; a fraction in percent."""
+    """Format a metric: 329 ± 12 over seeds, 329 [310, 348] for one seed; a fraction in percent."""
     if found.mean is None:
         return titles.MISSING
     percent = titles.metric(found.key).share
@@ -203,10 +199,6 @@ def _row_column(results: TableResults) -> Column:
     return Column("row", results.table.rows.title, numeric=False)
 
 
-def _where(row: str, column: str) -> str:
-    return f"{row} x {column}" if column else row
-
-
 def _name(results: TableResults) -> str:
     return f"{results.scope}_{results.name}"
 
@@ -216,7 +208,7 @@ def _title(key: str) -> str:
 
 
 def _caption(results: TableResults, what: str) -> str:
-    """Return what a table shows, how much of it was run, at what scale and cost."""
+    """Say what a table shows, how much of it was run, and at what scale and cost."""
     trials, declared, seeds = results.trials, len(results.table.places), len(results.table.seeds)
     count = f"{len(trials)} trial{'s' * (len(trials) != 1)}"
     spent = sum({trial.training or trial.place: trial.cost.seconds or 0 for trial in trials}.values())
@@ -230,7 +222,7 @@ def _caption(results: TableResults, what: str) -> str:
 
 
 def _short_caption(results: TableResults, what: str) -> str:
-    """Return what a table shows, and which table says the rest."""
+    """Say what a table shows, and which table's caption has the rest."""
     title = results.table.title.rstrip(".")
     return f"{title}, {SCOPES[results.scope]}: {what}, of the trials of {_name(results)}; see its caption and note."
 
@@ -239,7 +231,7 @@ def _note(results: TableResults, new: set[tuple[str, str]]) -> str:
     """Return the meaning of the numbers and marks in a table."""
     several = len(results.table.seeds) > 1
     parts = ["Mean ± standard deviation over seeds; the CSV file has the lowest and the highest."] if several else []
-    if any(len(_at(results, *cell, results.distance_key).values) == 1 for cell in results.cells):
+    if any(len(spread(results.at(*cell), results.distance_key).values) == 1 for cell in results.cells):
         parts.append("In brackets: the 95 % interval of measuring one trial; another seed may lie outside.")
     if any(trial.diverged for trial in results.trials):
         parts.append(DIVERGED)
@@ -249,8 +241,8 @@ def _note(results: TableResults, new: set[tuple[str, str]]) -> str:
 
 
 def _figures(results: TableResults) -> list[Figure]:
-    """Draw a grid as a heat map, a sweep as error bars; nothing for fewer than two means."""
-    spreads = {cell: _at(results, *cell, results.distance_key) for cell in results.cells}
+    """Draw a grid as a heat map, a list as error bars; return nothing for fewer than two means."""
+    spreads = {cell: spread(results.at(*cell), results.distance_key) for cell in results.cells}
     if sum(bool(found.values) for found in spreads.values()) < 2:
         return []
     title, scope = _title(results.distance_key), SCOPES[results.scope]
@@ -272,10 +264,8 @@ def _heat(results: TableResults, spreads: dict[tuple[str, str], Spread], title: 
         [[found.mean for found in line] for line in cells],
         [[text(found) for found in line] for line in cells],
         title,
-        "Lower is better",
-        row_title=results.table.rows.title,
-        column_title=results.table.columns.title,
-        log=True,
+        results.table.rows.title,
+        results.table.columns.title,
     )
     seeds = "Means over seeds" if len(results.table.seeds) > 1 else "One seed"
     marked = " † 1/2: one of two seeds diverged." * any(found.diverged for found in spreads.values())
@@ -290,14 +280,8 @@ def _sweep(results: TableResults, spreads: dict[tuple[str, str], Spread], title:
         for place, found in zip(places, spreads.values(), strict=True)
     ]
     positive = [number for number in numbers if number > 0]
-    svg = error_bars(
-        points,
-        title,
-        "Lower is better",
-        x_title=results.table.rows.title,
-        log_x=len(positive) > 1 and max(positive) >= LOG_FACTOR * min(positive),
-        log_y=True,
-    )
+    log_x = len(positive) > 1 and max(positive) >= LOG_FACTOR * min(positive)
+    svg = error_bars(points, title, results.table.rows.title, log_x)
     words = "Points are means over seeds, bars reach from the lowest seed to the highest."
     if len(results.table.seeds) == 1:
         words = "Points are one seed each, bars the 95 % interval of its measurement."

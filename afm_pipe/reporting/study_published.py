@@ -1,4 +1,4 @@
-"""The paper's own numbers beside a table of the study, as published.yaml holds them: a grid, or a list of rows."""
+"""The paper's numbers beside a table of the study, from published.yaml: a grid or a list of rows."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -50,7 +50,7 @@ def published_table(name: str, key: str, published: dict[str, Any]) -> Table:
 
 
 def _grid(entry: dict[str, Any]) -> tuple[tuple[Column, ...], tuple[tuple[Cell, ...], ...]]:
-    """Build a grid: its first axis across, its second down, and `fid` with its `spread`, where given."""
+    """Build a grid with the first axis as columns, the second as rows, and `fid` with its `spread`, if given."""
     across, down = (axis for axis in entry if axis not in ("fid", "spread"))
     spreads = entry.get("spread") or [[None] * len(row) for row in entry["fid"]]
     labels = [_text(label) for label in entry[across]]

@@ -51,7 +51,7 @@ def verdicts_section(verdicts: Sequence[Verdict], trained: float) -> Section:
 
 
 def sentence(verdict: Verdict) -> str:
-    """Say a verdict in one sentence, with its effect, seeds and scale."""
+    """State a verdict in one sentence, with its effect, seeds and scale."""
     claim, outcome, seeds = verdict.check.claim, verdict.outcome, verdict.seeds
     if verdict.results is None:
         return f"Not run: '{claim}'."
@@ -66,7 +66,7 @@ def sentence(verdict: Verdict) -> str:
 
 
 def effect(verdict: Verdict) -> str:
-    """Say how far apart the groups are: a factor of distances, points of fractions, a count of units or alarms."""
+    """Say how much the groups differ: a factor of distances, points of fractions, a count of units or alarms."""
     results, measure, less, than = verdict.results, verdict.check.measure, verdict.less, verdict.than
     if results is None:
         return ""
@@ -79,7 +79,8 @@ def effect(verdict: Verdict) -> str:
     word = ("lower" if lower else "higher") if difference else "equal"
     bounds = [sign * end for end in verdict.interval or ()]
     if measure == "distance":
-        below, above = (less.no_number, than.no_number) if lower else (than.no_number, less.no_number)
+        missing = less.without_distance, than.without_distance
+        below, above = missing if lower else missing[::-1]
         bound = "at least " if above and not below else "at most " if below and not above else ""
         factor = f"{bound}{titles.number(math.exp(abs(difference)))} times " if difference else ""
         text = f"distance {factor}{word}{_ends([math.exp(end) for end in bounds])} {compared}"

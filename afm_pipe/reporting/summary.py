@@ -1,4 +1,4 @@
-"""The figures of the summary: distance, class accuracy, copies, and cost."""
+"""The facts of the summary: distance, class accuracy, copies and cost."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ from afm_pipe.runtime import paths
 
 
 class Fact(NamedTuple):
-    """A figure of the summary, the words under it, and the file it was read from."""
+    """A number of the summary, the words below it, and its file."""
 
     title: str
     value: str
@@ -20,7 +20,7 @@ class Fact(NamedTuple):
 
 
 def facts(inputs: Inputs) -> list[Fact]:
-    """Return the figures of the summary."""
+    """Return the facts of the summary."""
     found = []
     key, best = _best(inputs.runs)
     if best is not None:

@@ -1,4 +1,4 @@
-"""Tables as data: cells know where they were read, columns what they mean, rows whose they are."""
+"""Tables as data: cells with their source, columns with their meaning, rows with their origin (ours or the paper's)."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -9,19 +9,19 @@ Mark = Literal["", "best", "tied"]  # tied: the interval overlaps that of the be
 
 
 class Cell(NamedTuple):
-    """A cell: its text, the value that is sorted and stored, and the file and key that it was read from."""
+    """A cell: its text, the value for sorting and CSV, and the file and key of that value."""
 
     text: str
     value: float | int | str | None
     source: str = ""
     key: str = ""
     interval: tuple[float, float] | None = None
-    """95 %, which `text` shows too; or the lowest and highest seed, where the table's note says so."""
+    """95 % interval, also in `text`; or the lowest and highest seed, if the table's note says so."""
     mark: Mark = ""
     run: str = ""
-    """In a row's first cell, the run to whose page it links."""
+    """In a row's first cell: the run whose page it links to."""
     origin: Origin | None = None
-    """In a row's first cell, whose row it is; left out: the table's."""
+    """In a row's first cell: the row's origin; None means that of the table."""
 
 
 class Column(NamedTuple):
@@ -34,7 +34,7 @@ class Column(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table; `footer` is a last row that is no run."""
+    """A table; `footer` is a last row that is not a run."""
 
     name: str
     caption: str
@@ -43,10 +43,10 @@ class Table(NamedTuple):
     footer: tuple[Cell, ...] = ()
     origin: Origin = "ours"
     note: str = ""
-    """The meaning of its marks, which follows the caption."""
+    """The meaning of its marks, shown after the caption."""
 
     def origin_of(self, row: int) -> Origin:
-        """Return whose row this is."""
+        """Return the origin of a row."""
         return self.rows[row][0].origin or self.origin
 
     @property

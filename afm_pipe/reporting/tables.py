@@ -42,7 +42,7 @@ FLOOR = str(paths.REFERENCE / "summary.json")
 
 
 def run_table(inputs: Inputs) -> Table:
-    """Build the table of runs: metrics, cost, and the settings in which they differ."""
+    """Build the table of runs: metrics, cost, and the settings that differ between runs."""
     settings = differing_settings([record.settings or record.config.model for record in inputs.runs])
     metrics = titles.in_order(key for record in inputs.runs for key in record.metrics)
     columns = (
@@ -131,9 +131,9 @@ def cost_table(inputs: Inputs) -> Table:
 
 
 def differing_settings(runs: Sequence[Run | dict[str, Any]]) -> dict[str, list[Any]]:
-    """Return the settings in which runs differ: dotted name -> one value per run, None where it is unknown.
+    """Return the settings that differ between runs: dotted name -> one value per run, None if unknown.
 
-    A mapping stands for an imported model and holds the few settings that are known of it.
+    A mapping holds the few known settings of an imported model.
     """
     flat = [flatten(run.model_dump(mode="json"), whole=("transport",)) if isinstance(run, Run) else run for run in runs]
     values = {key: [settings.get(key) for settings in flat] for key in flat[0]}
@@ -199,7 +199,7 @@ def _floor_cell(inputs: Inputs, key: str) -> Cell:
 
 
 def _cost_cells(record: RunRecord, *keys: str) -> Row:
-    """Return some costs of a run; of an imported model the last one says so."""
+    """Return some costs of a run; for an imported model, the last cell says so."""
     cost = record.cost
     if cost is None:
         return (*[EMPTY] * (len(keys) - 1), Cell("imported", None))

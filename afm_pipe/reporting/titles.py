@@ -1,4 +1,4 @@
-"""Titles of metrics and formats of numbers: the one place where a metric's key becomes words."""
+"""Titles of metrics and formats of numbers."""
 
 import math
 import re
@@ -19,7 +19,7 @@ class Metric(NamedTuple):
 
 
 _FRECHET = "Fréchet distance between two Gaussians, one fitted to the features of samples, one to those of real images"
-_METRICS = {  # those that are measured in some feature space, by the first part of their key
+_METRICS = {  # metrics that are measured in a feature space, by the first part of their key
     "fid": Metric("FID", "lower", _FRECHET),
     "fd": Metric("FD", "lower", _FRECHET),
     "kid": Metric(
@@ -108,7 +108,7 @@ def in_order(keys: Iterable[str]) -> list[str]:
 
 
 def is_distance(key: str) -> bool:
-    """Return whether a metric is a Fréchet distance, by which runs are compared."""
+    """Return whether a metric is a Fréchet distance; these compare runs."""
     return base_key(key).startswith(("fid", "sfid", "fd_"))
 
 

@@ -1,6 +1,6 @@
 """A live page of the runs in training, rewritten every few seconds; the browser reloads it, without a server.
 
-It lies under work/, which DVC and git do not know.
+It is written into work/, which DVC and git ignore.
 """
 
 import time
@@ -30,7 +30,7 @@ def watch(params: Params, seconds: float, rounds: int | None = None) -> None:
 
 
 def watch_page(params: Params, seconds: float, now: float) -> str:
-    """Return the page: how far every run with work is, and its curves."""
+    """Return the page: progress and curves of every run that has training state."""
     files = sorted(paths.WORK.glob("*/*/curves.csv"), key=lambda path: path.stat().st_mtime)
     newest = {path.parent.parent.name: path for path in files}
     records, facts, per_epoch = [], [], 1
@@ -54,7 +54,7 @@ def watch_page(params: Params, seconds: float, now: float) -> str:
 
 
 def _progress(params: Params, path: Path, epoch: float, now: float) -> tuple[str, str]:
-    """Return how far a run is, and whether it moves; an automatic schedule may stop it before its last epoch."""
+    """Return a run's progress and state; an automatic schedule may end it before its last epoch."""
     until = params.models[path.parent.parent.name].phases[-1].until_epoch
     events, _ = scan_events(path.parent / FILE)
     age = now - path.stat().st_mtime

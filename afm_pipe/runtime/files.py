@@ -100,6 +100,17 @@ def read_json(path: Path) -> Any:
         raise UserError(f"Found {path}, which is not JSON ({error}): delete it and run its stage again.") from None
 
 
+def json_value(path: Path, *keys: str, max_bytes: int = 1 << 24) -> Any:
+    """Return the value under nested keys of a JSON file; None if the key is missing or the file cannot be read."""
+    try:
+        value = json.loads(read_text(path, max_bytes))
+    except (OSError, ValueError, RecursionError):  # a UserError is a ValueError
+        return None
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
 def read_model(model: "type[Model]", path: Path, remedy: str) -> "Model":
     """Read a JSON file into a pydantic model. Raises UserError naming the file, the wrong field and the remedy."""
     from pydantic import ValidationError

@@ -1,6 +1,6 @@
-"""Files of samples, written batch by batch: a grid, numbered PNG files, or one npz.
+"""Write samples batch by batch: as a grid, as numbered PNG files, or as one npz.
 
-Each takes batches (B, C, H, W) uint8 on the CPU in the order of their indices, and is finished after the last one.
+A writer takes batches (B, C, H, W) uint8 on the CPU in index order; `finish` follows the last one.
 """
 
 import math
@@ -29,17 +29,17 @@ def grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
 
 
 class ImageWriter(Protocol):
-    """A destination of images."""
+    """Writes images to files."""
 
     def add(self, images: Tensor) -> None:
-        """Take the next images."""
+        """Add the next images."""
 
     def finish(self) -> None:
-        """Write what is left, after the last images."""
+        """Write everything that is not written yet."""
 
 
 class GridWriter:
-    """One picture, row by row; all images stay in memory until it is finished."""
+    """One picture, row by row; keeps all images in memory until it is written."""
 
     def __init__(self, path: Path, columns: int) -> None:
         self.path, self.columns, self.batches = path, columns, list[Tensor]()
@@ -70,9 +70,9 @@ class PngWriter:
 class NpzWriter:
     """One npz file: arr_0 (N, H, W, C) uint8 and labels (N,) int64. The same images give the same bytes.
 
-    With a `shuffle_seed` the file suits ADM's evaluator: in random order, since its Inception Score is an average over
-    consecutive parts; always RGB; and with the labels as arr_1. The images go to a temporary file beside `path` first,
-    so that they are never all in memory.
+    With a `shuffle_seed` the file suits ADM's evaluator: RGB, labels as arr_1, and in random order, because the
+    evaluator averages its Inception Score over consecutive parts. A temporary file beside `path` holds the images, so
+    that they are never all in memory.
     """
 
     def __init__(self, path: Path, labels: Tensor, shuffle_seed: int | None = None) -> None:
@@ -89,10 +89,10 @@ class NpzWriter:
             pixels = pixels.repeat(3, axis=-1)
         if self.images is None:
             shape = len(self.rows), *pixels.shape[1:]
-            with tempfile.TemporaryFile(dir=self.path.parent) as file:  # the map keeps it alive, without a name
-                os.posix_fallocate(
-                    file.fileno(), 0, math.prod(shape)
-                )  # on a full disk an error here, not a signal later
+            with tempfile.TemporaryFile(dir=self.path.parent) as file:  # the memory map keeps it alive
+                file.truncate(math.prod(shape))
+                if hasattr(os, "posix_fallocate"):  # not on macOS; a full disk is an error here instead of SIGBUS later
+                    os.posix_fallocate(file.fileno(), 0, math.prod(shape))
                 self.images = np.memmap(file, np.uint8, "r+", shape=shape)
         self.images[self.rows[self.added : self.added + len(pixels)]] = pixels
         self.added += len(pixels)

@@ -1,4 +1,4 @@
-"""Samples on request: chosen classes, a count, a grid, files by index, and interpolations between seeds."""
+"""Draw requested samples: chosen classes or a count, as a grid, numbered files or an npz; and seed interpolations."""
 
 import difflib
 import time
@@ -21,7 +21,7 @@ from afm_pipe.sampling.sampler import Sampler, balanced_labels, labels_in_shares
 
 @dataclass(frozen=True)
 class Request:
-    """Which samples to draw, and where to write them. At most one of `per_class` and `count` is given."""
+    """The samples to draw, and the files to write. `per_class` and `count` exclude each other."""
 
     classes: str | None = None
     """Numbers or names, separated by commas; default: all classes for `count`, else the first few."""
@@ -29,23 +29,23 @@ class Request:
     per_class: int | None = None
     """Samples of each class, a class per row of the grid."""
     count: int | None = None
-    """Samples in total, classes in turn or in the shares of `class_counts`."""
+    """Samples in total, cycling through the classes or in the shares of `class_counts`."""
     class_counts: Sequence[int] | None = None
     """Of all classes, in order."""
     rows: int | None = None
-    """Upper bound of the number of classes, where `classes` names none."""
+    """At most this many classes, if `classes` is None."""
     steps: int | None = None
     grid: Path | None = None
     images: Path | None = None
     npz: Path | None = None
     adm_npz: Path | None = None
-    """The same for ADM's evaluator: RGB, shuffled."""
+    """An npz for ADM's evaluator: RGB, shuffled."""
     interpolate: str | None = None
     """Seeds, separated by commas: frames from each to the next, a class per row."""
     frames: int = 8
 
     def __bool__(self) -> bool:
-        """Return whether the request names anything."""
+        """Return whether any field but `frames` is set."""
         return self != Request(frames=self.frames)
 
     @property
@@ -57,8 +57,8 @@ class Request:
         return [int(part) for part in parts]
 
 
-class Drawn(NamedTuple):
-    """What was drawn, and how fast: seconds for one latent; images per second in micro-batches, with decoding."""
+class SamplingResult(NamedTuple):
+    """Labels and speed: `latency` in seconds for one latent, `throughput` in images/s in micro-batches, decoded."""
 
     labels: Tensor
     steps: int
@@ -75,13 +75,13 @@ class Drawn(NamedTuple):
         )
 
 
-def draw(sampler: Sampler, request: Request, defaults: Sample) -> Generator[Progress, None, Drawn | None]:
+def draw(sampler: Sampler, request: Request, defaults: Sample) -> Generator[Progress, None, SamplingResult | None]:
     """Draw the requested samples and write their files, each file whole or not at all.
 
-    `defaults` give the seed, the samples per class and the number of classes that the request leaves out. Image i
-    depends on seed + i and its class alone, whatever else is drawn. Memory does not grow with the number of images,
-    except for a grid. Every process of the sampler's group calls it; the main process writes, and the others return
-    None. Raises UserError, before any sampling, for unknown classes and for steps the generator was not trained for.
+    `defaults` supply the seed, the samples per class and the number of classes where the request has none. Image i
+    depends only on seed + i and its class. Memory does not grow with the number of images, except for a grid. Every
+    process of the sampler's group calls this; the main process writes, and the others return None. Raises UserError,
+    before any sampling, for unknown classes and for steps that the generator was not trained for.
     """
     steps = sampler.generator.num_steps(request.steps)
     seed = defaults.seed if request.seed is None else request.seed
@@ -99,7 +99,7 @@ def draw(sampler: Sampler, request: Request, defaults: Sample) -> Generator[Prog
         for writer in writers:
             writer.finish()
         seconds = time.monotonic() - started
-    return Drawn(labels, steps, latency, computed / seconds) if is_main else None
+    return SamplingResult(labels, steps, latency, computed / seconds) if is_main else None
 
 
 def _resolve(sampler: Sampler, request: Request, seed: int, defaults: Sample) -> tuple[Tensor, int | Tensor, int]:
@@ -123,7 +123,7 @@ def _resolve(sampler: Sampler, request: Request, seed: int, defaults: Sample) ->
 
 
 def check_request(request: Request) -> None:
-    """Raise UserError for a request that contradicts itself, names no output, or would overwrite other files."""
+    """Raise UserError for a request that is contradictory, has no output, or would overwrite other files."""
     for option, number, least in (
         ("--per-class", request.per_class, 1),
         ("--count", request.count, 1),
@@ -136,10 +136,10 @@ def check_request(request: Request) -> None:
         raise UserError("Found both --per-class and --count, expected one: samples per class or samples in total.")
     if request.interpolate is not None and (request.per_class or request.count or request.seed is not None):
         raise UserError(
-            "Found --interpolate with --seed, --per-class or --count, expected it to name the seeds itself."
+            "Found --interpolate with --seed, --per-class or --count, expected it alone: its value lists the seeds."
         )
     if not any((request.grid, request.images, request.npz, request.adm_npz)):
-        raise UserError("Found no place for the samples, expected --grid FILE.png, --images FOLDER or --npz FILE.npz.")
+        raise UserError("Found no output for the samples, expected --grid FILE.png, --images FOLDER or --npz FILE.npz.")
     files = ("--grid", request.grid, ".png"), ("--npz", request.npz, ".npz"), ("--out", request.adm_npz, ".npz")
     for option, path, suffix in files:
         if path is not None and (path.suffix != suffix or path.is_dir()):
@@ -149,15 +149,15 @@ def check_request(request: Request) -> None:
         other = [path.name for path in folder.iterdir() if not _is_numbered(path)] if folder.is_dir() else ["no folder"]
         if other:
             raise UserError(
-                f"Found --images {folder} with {other[0]}, expected a new folder or one of numbered PNG files, which "
-                "are replaced: name another."
+                f"Found --images {folder} with {other[0]}, expected a new folder, or one that holds only numbered "
+                "PNG files, which are then replaced: choose another folder."
             )
 
 
 def choose_classes(text: str, names: Sequence[str]) -> list[int]:
-    """Return the classes of numbers or names separated by commas; a name takes precedence over a number.
+    """Return the labels of classes given by number or name, separated by commas; names take precedence.
 
-    Raises UserError with similar names for an unknown name, and with the classes that share an ambiguous one.
+    Raises UserError for an unknown name, with similar ones, and for an ambiguous name, with the labels that share it.
     """
     return [_class(part.strip(), names) for part in text.split(",")]
 
@@ -169,7 +169,7 @@ def _class(text: str, names: Sequence[str]) -> int:
             return found[0]
         if found:
             raise UserError(
-                f"Found {len(found)} classes named {text!r}, expected one: say {' or '.join(map(str, found))}."
+                f"Found {len(found)} classes named {text!r}, expected one: use number {' or '.join(map(str, found))}."
             )
     if text.isdecimal():
         if int(text) < len(names):
@@ -187,7 +187,7 @@ def _class(text: str, names: Sequence[str]) -> int:
 
 
 def _open_writers(request: Request, labels: Tensor, columns: int, seed: int, stack: ExitStack) -> list[ImageWriter]:
-    """Open the requested files; each replaces its target when the stack is left without an error."""
+    """Open the requested files; each replaces its target if the stack exits without an error."""
     writers: list[ImageWriter] = []
     if request.grid is not None:
         writers.append(GridWriter(stack.enter_context(atomic_path(request.grid)), columns))

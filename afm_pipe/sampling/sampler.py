@@ -1,4 +1,4 @@
-"""Samples by index: noise to latents to images.
+"""Draw samples by index: noise to latents to images.
 
 Legend: N samples, c latent channels, h = w latent side, C image channels, H = W image side.
 """
@@ -18,21 +18,21 @@ from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from afm_pipe.models.flow import Flow
 from afm_pipe.runtime.errors import UserError
 
-LATENCY_RUNS, LATENCY_SECONDS = 5, 10.0  # timed passes: five, or fewer where they take longer than this
+LATENCY_RUNS, LATENCY_SECONDS = 5, 10.0  # timed passes: five, or fewer if they take longer than ten seconds
 CPU = torch.device("cpu")
 
 
 def seeded_noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:
     """Draw noise by index: sample i has its own generator, seeded with seed + i (paper section 5).
 
-    Returns (N, *shape) float32 on the CPU, where a seed means the same on every machine.
+    Returns (N, *shape) float32 on the CPU, whose random numbers are the same on every machine.
     """
     drawn = [torch.randn(*shape, generator=torch.Generator().manual_seed(seed + i)) for i in indices]
     return torch.stack(drawn) if drawn else torch.empty(0, *shape)
 
 
 def balanced_labels(indices: Sequence[int], num_classes: int) -> Tensor:
-    """Return the class of each index, classes in turn: (N,) int64. Equal shares improve FID by about 0.1."""
+    """Return the class of each index, cycling through the classes: (N,) int64. Equal shares lower FID by about 0.1."""
     return torch.tensor([i % num_classes for i in indices], dtype=torch.int64)
 
 
@@ -54,7 +54,7 @@ def labels_in_shares(count: int, class_counts: Sequence[int]) -> Tensor:
 
 
 def slerp(first: Tensor, second: Tensor, fraction: float) -> Tensor:
-    """Interpolate between two noises of one shape along the great arc."""
+    """Interpolate spherically between two noise tensors of one shape."""
     a, b = first.flatten().double(), second.flatten().double()
     angle = torch.arccos((a @ b / (a.norm() * b.norm())).clamp(-1, 1))
     if angle < 1e-6:
@@ -67,12 +67,12 @@ def slerp(first: Tensor, second: Tensor, fraction: float) -> Tensor:
 class Sampler:
     """A generator and an autoencoder that draw samples by index.
 
-    Convolutions and matrix products round differently in batches of another size and at other positions. So every
-    forward pass has the size `micro_batch`, and sample i sits in slot i % micro_batch; unused slots hold zeros. Image i
-    therefore depends on the weights, its noise and its class alone.
+    Convolutions and matrix products round differently at other batch sizes and positions. Every forward pass therefore
+    has the size `micro_batch`, and sample i takes slot i % micro_batch; unused slots hold zeros. So image i depends
+    only on the weights, its noise and its class.
 
-    `noise` below is a seed (see `seeded_noise`), or latents (F, c, h, w), of which sample i starts from i % F.
-    `steps` are those of `Flow.sample`.
+    `noise` below is a seed (see `seeded_noise`) or a tensor (F, c, h, w), where sample i starts from noise[i % F].
+    `steps` is that of `Flow.sample`.
     """
 
     generator: Flow
@@ -101,14 +101,14 @@ class Sampler:
         order, images = [], []
         for positions, slots, batch in self._generate(indices, labels, noise, steps):
             order += positions
-            images.append(self._decode(batch)[slots].cpu())  # of all slots: decoding rounds by batch size, too
+            images.append(self._decode(batch)[slots].cpu())  # decodes all slots: rounding depends on the batch size
         return torch.cat(images)[torch.tensor(order).argsort()]
 
     def stream(self, labels: Tensor, noise: int | Tensor, steps: int | None = None) -> Iterator[Tensor]:
         """Yield samples 0, 1, ... of classes `labels` (N,), a micro-batch (B, C, H, W) uint8 at a time.
 
-        Every process of the group calls it and computes a share; the main process gets all images, in order, the others
-        none. Memory does not grow with N.
+        Every process of the group calls this and computes a share; the main process gets all images, in order, the
+        others none. Memory does not grow with N.
         """
 
         def compute(indices: range) -> list[Tensor]:
@@ -118,7 +118,7 @@ class Sampler:
             yield images
 
     def micro_batches(self, indices: range) -> list[range]:
-        """Split indices, the first of which is in slot 0, into micro-batches."""
+        """Split indices into micro-batches; the first index must belong to slot 0."""
         return [indices[start : start + self.micro_batch] for start in range(0, len(indices), self.micro_batch)]
 
     @torch.inference_mode()
@@ -142,7 +142,7 @@ class Sampler:
     ) -> Iterator[tuple[list[int], list[int], Tensor]]:
         """Yield positions in `indices`, their slots, and the latents of all slots, one micro-batch at a time.
 
-        A repeated index (with another class, say) goes into another micro-batch.
+        A repeated index, for example with another class, goes into another micro-batch.
         """
         batches: dict[tuple[int, int], list[int]] = {}
         repeats: dict[int, int] = {}
@@ -164,7 +164,7 @@ class Sampler:
             if not finite.all():
                 raise UserError(
                     f"Found a non-finite latent (sample {chosen[int(finite.int().argmin())]}), expected finite values: "
-                    "the generator has diverged; train it again with a lower lr or another transport weight."
+                    "the generator has diverged; train it again with a lower lr or a higher transport weight."
                 )
             yield positions, slots, latents
 

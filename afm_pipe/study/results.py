@@ -1,7 +1,7 @@
 """Results of tables, read from files and checked. Free of torch.
 
-A table has up to two files of one form: results/tables/NAME.json, this profile's own run, and results/study/NAME.json,
-the larger study that git keeps. Each holds the declaration it was made from, and its scale.
+A table has up to two files of the same format: results/tables/NAME.json, trained with the active params, and
+results/study/NAME.json, the larger study. Each holds the table's declaration at that time, and its scale.
 """
 
 from collections import Counter
@@ -24,7 +24,7 @@ Intervals = dict[str, tuple[FiniteFloat, FiniteFloat]]
 
 
 class Probe(BaseModel, frozen=True):
-    """One measurement of a trial; `phase` (from 1) is the one that ended there, if any."""
+    """One measurement of a trial; `phase` (from 1) is the phase that ends there, if any."""
 
     update: int
     epoch: float
@@ -34,7 +34,7 @@ class Probe(BaseModel, frozen=True):
 
 
 class TrialCost(BaseModel, frozen=True):
-    """The cost of a trial; `units` are forward passes of G per update, `seconds` None after a non-finite loss."""
+    """The cost of a trial; `units` are forward passes of G per update, `seconds` is None after a non-finite loss."""
 
     seconds: float | None
     updates: int
@@ -43,7 +43,7 @@ class TrialCost(BaseModel, frozen=True):
 
 
 class TrialResult(BaseModel, frozen=True):
-    """A trial and its measurements; the last of them, `metrics`, is empty after a non-finite loss."""
+    """A trial and its measurements; `metrics`, the last measurement, is empty after a non-finite loss."""
 
     row: str
     column: str
@@ -54,11 +54,11 @@ class TrialResult(BaseModel, frozen=True):
     intervals: Intervals
     cost: TrialCost
     events: tuple[Event, ...] | None = None
-    """None in files from before there was a monitor."""
+    """None in files older than the monitor."""
     training: str | None = None
-    """Identity of its training; trials that use it differently share it."""
+    """Identity of its training run, which trials that only measure differently share."""
     continues: str | None = None
-    """Identity of the training that it continues, whose cost is not in `cost`."""
+    """Identity of the training run that it continues, whose cost is not in `cost`."""
 
     @property
     def place(self) -> Place:
@@ -67,12 +67,12 @@ class TrialResult(BaseModel, frozen=True):
 
     @property
     def alarms(self) -> tuple[str, ...]:
-        """The kinds of alarms raised, in order."""
+        """The kinds of alarms that it raised, in order."""
         return tuple(dict.fromkeys(event.kind for event in self.events or () if event.kind in ALARMS))
 
 
 class TableResults(BaseModel, frozen=True):
-    """The results of a table; trials may be missing, but none may be undeclared or occur twice."""
+    """The results of a table; trials may be missing, but not undeclared or repeated."""
 
     table: StudyTable
     scale: str
@@ -95,12 +95,12 @@ class TableResults(BaseModel, frozen=True):
 
     @cached_property
     def rows(self) -> tuple[str, ...]:
-        """Labels of its rows in declared order, which is that of its trials: JSON sorts the settings."""
+        """Labels of its rows in declared order, taken from its trials because JSON sorts the settings."""
         return tuple(dict.fromkeys([*(trial.row for trial in self.trials), *self.table.rows.settings]))
 
     @cached_property
     def columns(self) -> tuple[str, ...]:
-        """Labels of its columns in declared order; a single empty one where it has none."""
+        """Labels of its columns in declared order; a single empty label if it has no columns."""
         return tuple(dict.fromkeys([*(trial.column for trial in self.trials), *self.table.column_settings]))
 
     @property
@@ -114,13 +114,13 @@ class TableResults(BaseModel, frozen=True):
         return {trial.place: trial for trial in self.trials}
 
     def at(self, row: str, column: str) -> list[TrialResult]:
-        """Return the trials of a row and column, seed by seed."""
+        """Return the trials of a row and column, in the order of seeds."""
         places = (Place(row, column, seed) for seed in self.table.seeds)
         return [self.by_place[place] for place in places if place in self.by_place]
 
     @cached_property
     def distance_key(self) -> str:
-        """The Fréchet distance that its trials are compared by, Inception's first; empty where there is none."""
+        """Key of the Fréchet distance that compares its trials, Inception's first; empty if there is none."""
         measured = [probe.metrics for trial in self.trials for probe in trial.probes]
         keys = {key for metrics in (*measured, *(trial.metrics for trial in self.trials)) for key in metrics}
         distances = [key for key in keys if key.startswith(("fid", "sfid", "fd_"))]
@@ -128,7 +128,7 @@ class TableResults(BaseModel, frozen=True):
 
 
 class TableFiles(NamedTuple):
-    """The results there are of one table in params."""
+    """The declaration of one table in params, and its results, if any."""
 
     name: str
     declared: StudyTable
@@ -137,12 +137,12 @@ class TableFiles(NamedTuple):
 
     @property
     def found(self) -> tuple[TableResults, ...]:
-        """This profile's own run first."""
+        """All results, those of the active params first."""
         return tuple(results for results in (self.own, self.study) if results is not None)
 
 
 def read_tables(params: Params) -> list[TableFiles]:
-    """Read the results there are of the tables in params. Raises UserError when a file is damaged."""
+    """Read the results of the tables in params, where present. Raises UserError if a file is damaged."""
     tables = params.tables.items()
     return [TableFiles(name, declared, _read(name, "table"), _read(name, "study")) for name, declared in tables]
 

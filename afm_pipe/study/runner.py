@@ -21,7 +21,7 @@ from afm_pipe.data.latents import Latents
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.evaluation.evaluator import Evaluator
 from afm_pipe.evaluation.measures import sample_suffix
-from afm_pipe.evaluation.networks import NAMES
+from afm_pipe.evaluation.networks import METRIC_NAMES
 from afm_pipe.models.classifier import load_latent_classifier
 from afm_pipe.models.flow import Flow
 from afm_pipe.models.model_files import (
@@ -49,17 +49,17 @@ from afm_pipe.training.state import Start
 from afm_pipe.training.store import RunStore
 from afm_pipe.training.trainer import Runtime, Task, Trainer
 
-TRAINED = "trained.json"  # in the folder of a trial whose training is over
+TRAINED = "trained.json"  # in the folder of a trained trial
 Units = Callable[[Params, Run, Run, ModelConfig], float]
-"""Counts the forward passes of G that an update costs: of params, the run whose D and G these are, run and model."""
+"""Counts the cost of an update in forward passes of G: (params, base run, run, model) -> units."""
 
 
 def run_trials(
     params: Params, trials: Sequence[Trial], launch: Launch, units: Units
 ) -> Generator[Progress, None, None]:
-    """Train and measure the missing trials: bases before the trials that continue them, seed by seed.
+    """Train and measure the missing trials, seed by seed; bases come before the trials that continue them.
 
-    Raises UserError as a trial does.
+    Raises UserError if a trial does.
     """
     missing = sorted((trial for trial in trials if not trial.result.is_file()), key=lambda trial: trial.spec.place.seed)
     bases = [trial.base for trial in missing if trial.base and not (trial.base.folder / TRAINED).is_file()]
@@ -76,7 +76,7 @@ def run_trials(
 
 
 class Worker:
-    """Trains and measures trials, one after the other; data and networks are loaded once."""
+    """Trains and measures trials one by one; loads data and networks once."""
 
     def __init__(self, params: Params, launch: Launch, units: Units) -> None:
         self.params, self.launch, self.units = params, launch, units
@@ -103,7 +103,7 @@ class Worker:
         return load_autoencoder(self.params, paths.AUTOENCODER, self.device)
 
     def run(self, group: Sequence[Trial]) -> None:
-        """Train the run that a group of trials shares, and measure each of them."""
+        """Train the run that a group of trials shares, and measure each trial."""
         if any(trial.measurement is not None for trial in group):
             self.evaluator.require_classes(self.latents.classes, paths.LATENTS)  # before anything is trained
         trained = self.train(group[0])
@@ -112,7 +112,7 @@ class Worker:
                 write_json(trial.result, self.measure(trial, trained))
 
     def train(self, trial: Trial) -> dict[str, Any]:
-        """Train a trial, unless that was done; keep its moving averages at the probes, and its last D."""
+        """Train a trial if it is not trained yet; keep its EMA at the probes, and its last D."""
         record, run = trial.folder / TRAINED, trial.run
         with hold_lease(trial.folder if trial.owner is None else trial.folder.parent) as lease:
             if record.is_file():
@@ -145,7 +145,7 @@ class Worker:
         protocol: dict[str, Any] = {}
         for update, phase in trial.probes(self.latents.num_images).items():
             if not RunStore(trial.folder).kept(update).is_file():
-                break  # it diverged before
+                break  # it diverged before this probe
             metrics = self._metrics(trial, update)
             protocol, intervals = metrics.pop("protocol"), metrics.pop("intervals")
             epoch = update * trial.run.batch_size / self.latents.num_images
@@ -180,14 +180,17 @@ class Worker:
         return metrics
 
     def _origin(self, trial: Trial) -> tuple[Start | None, nn.Module | None]:
-        """Return what a trial continues, and what guides it, if anything. Raises UserError when its base diverged."""
+        """Return the state that a trial continues and its guide, if any. Raises UserError if its base diverged."""
         base = trial.base
         classes = self.latents.classes
         guide = load_latent_classifier(paths.CLASSIFIER, self.device, classes) if trial.run.guided else None
         if base is None:
             return None, guide
         if read_json(base.folder / TRAINED)["not_finite"] is not None:
-            raise UserError(f"Found that the base of trial {trial.spec.place} diverged, expected one to continue.")
+            raise UserError(
+                f"Found that the base of trial {trial.spec.place} diverged, expected weights to continue from: change "
+                "study.base, or remove the table."
+            )
         update = max(base.probes(self.latents.num_images))
         generator = RunStore(base.folder).load_kept(update)
         discriminator = load_tensors(base.folder / "discriminator.safetensors")
@@ -198,11 +201,11 @@ class Worker:
 
     @property
     def _distance_key(self) -> str:
-        return f"{NAMES[self.params.evaluate.features[0]].distance}{sample_suffix(self.params.study.samples)}"
+        return f"{METRIC_NAMES[self.params.evaluate.features[0]].distance}{sample_suffix(self.params.study.samples)}"
 
 
 def _by_training(trials: Sequence[Trial]) -> list[list[Trial]]:
-    """Group trials that share a training; a base is left out where a trial that is measured trains the same."""
+    """Group trials that share a training run; a base is dropped if a measured trial trains the same run."""
     groups: dict[str, dict[str | None, Trial]] = {}
     for trial in trials:
         groups.setdefault(trial.training, {}).setdefault(trial.measurement, trial)
@@ -213,7 +216,7 @@ def _by_training(trials: Sequence[Trial]) -> list[list[Trial]]:
 
 
 def _run_groups(groups: Sequence[Sequence[Trial]], worker: Worker) -> Iterator[Sequence[Trial]]:
-    """Run groups of trials in a pool of workers, or here where one suffices; yield each when it is done."""
+    """Run groups of trials in a pool of workers, or in this process if one suffices; yield each completed group."""
     num_workers = min(worker.launch.num_workers(worker.device), len(groups))
     if num_workers <= 1:
         for group in groups:
@@ -222,14 +225,14 @@ def _run_groups(groups: Sequence[Sequence[Trial]], worker: Worker) -> Iterator[S
         return
     spawn = multiprocessing.get_context("spawn")
     stopping = spawn.Event()
-    pool = ProcessPoolExecutor(num_workers, spawn, _begin, (worker, stopping))
+    pool = ProcessPoolExecutor(num_workers, spawn, _start_worker, (worker, stopping))
     try:
         futures = {pool.submit(_run_group, group): group for group in groups}
         for future in as_completed(futures):
             future.result()
             yield futures[future]
     except (signals.Stopped, GeneratorExit):
-        stopping.set()  # for workers between two groups
+        stopping.set()  # stops workers that are between two groups
         for process in multiprocessing.active_children():
             process.terminate()
         raise
@@ -237,11 +240,11 @@ def _run_groups(groups: Sequence[Sequence[Trial]], worker: Worker) -> Iterator[S
         pool.shutdown(cancel_futures=True)
 
 
-_worker: Worker  # of a process of the pool
-_stopping: Any  # the pool's event: no more groups are wanted
+_worker: Worker  # set in every process of the pool
+_stopping: Any  # the pool's event: start no more groups
 
 
-def _begin(worker: Worker, stopping: Any) -> None:
+def _start_worker(worker: Worker, stopping: Any) -> None:
     global _worker, _stopping
     signals.ignore_signals()
     parent = multiprocessing.parent_process()

@@ -13,15 +13,15 @@ class Spread(NamedTuple):
 
     key: str
     values: tuple[float, ...]
-    """Of the trials that have a number."""
+    """Values of the trials that have one."""
     trials: int
     diverged: int
     interval: tuple[float, float] | None
-    """95 % interval of the measurement, where there is a single value."""
+    """95 % interval of the measurement, if there is a single value."""
 
     @property
     def mean(self) -> float | None:
-        """The mean of the values; None without any."""
+        """The mean of the values; None without values."""
         return statistics.fmean(self.values) if self.values else None
 
     @property
@@ -31,7 +31,7 @@ class Spread(NamedTuple):
 
 
 def spread(trials: Sequence[TrialResult], key: str) -> Spread:
-    """Return a metric over trials that differ in their seed."""
+    """Return a metric over trials that differ only in their seed."""
     measured = [(value, trial.intervals.get(key)) for trial in trials if (value := trial.metrics.get(key)) is not None]
     return Spread(
         key,

@@ -1,7 +1,7 @@
-"""Trials of the study: what identifies them, where they are trained, when they are measured. Free of torch.
+"""Trials of the study: their identities, folders and probes. Free of torch.
 
-The identity of its training names the folder of a trial's weights, the identity of its measurement its result: a killed
-study resumes, a changed trial runs alone, and tables share trials.
+The identity of a trial's training names the folder of its weights, the identity of its measurement names its result: a
+killed study resumes, only changed trials are retrained, and tables share trials.
 """
 
 from collections.abc import Iterable
@@ -28,11 +28,11 @@ class Trial:
     training: str
     """Identity of its run."""
     measurement: str | None
-    """Identity of its result; None for a base, which is trained for its weights alone."""
+    """Identity of its result; None for a base, which is trained only for its weights."""
     base: "Trial | None" = None
     """The trial it continues, if any."""
     owner: str | None = None
-    """The run of params that is the same, if any; the two share a folder, and whichever comes first trains."""
+    """The equal run of params, if any; both share a folder, and the first to start trains."""
 
     @property
     def run(self) -> Run:
@@ -41,23 +41,23 @@ class Trial:
 
     @property
     def folder(self) -> Path:
-        """Where it is trained and its weights are kept."""
+        """The folder of its training state and weights."""
         return (paths.TRIALS if self.owner is None else paths.WORK / self.owner) / self.training
 
     @property
     def result(self) -> Path:
-        """Where its result is written."""
+        """The file of its result."""
         return paths.TRIALS / "results" / f"{self.measurement}.json"
 
     def probes(self, num_images: int) -> dict[int, int | None]:
-        """Return when it is measured, as `probes` does."""
+        """Return its probes, as the function `probes` does."""
         return probes(self.run, num_images, self.base is not None)
 
 
 class Trials:
-    """The trials of some tables, or of all, on the present data, reference and classifier.
+    """The trials of some tables, by default all, for the current data, reference and classifier.
 
-    Raises UserError for an unknown table, and when an input is missing.
+    Raises UserError for an unknown table and for a missing input.
     """
 
     def __init__(self, params: Params, names: Iterable[str] = ()) -> None:
@@ -117,8 +117,8 @@ class Trials:
 def probes(run: Run, num_images: int, continues: bool) -> dict[int, int | None]:
     """Return the updates after which a run is measured, each with the phase (from 1) that ends there, if any.
 
-    The probe at a third of the updates distinguishes a run that got worse from one that is not done. A run that
-    `continues` another is measured at its end.
+    The probe at a third of the updates distinguishes a run that got worse from one that is not trained enough. A run
+    that `continues` another is measured only at its end.
     """
     ends = {update_at(run, phase.until_epoch, num_images): index + 1 for index, phase in enumerate(run.phases)}
     total = num_updates(run, num_images)
@@ -129,7 +129,7 @@ def probes(run: Run, num_images: int, continues: bool) -> dict[int, int | None]:
 
 
 def write_tables(trials: Trials, out: Path | None = None) -> list[Path]:
-    """Write each table from the results of its trials, all of which must exist; return the files."""
+    """Write each table from the results of its trials, which must all exist; return the files."""
     written = []
     for name, of_table in trials.by_table.items():
         results = [read_json(trial.result) for trial in of_table]

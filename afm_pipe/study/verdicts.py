@@ -1,16 +1,16 @@
 """Verdicts on the claims of tables, computed from their trials.
 
-A claim says that one group of trials is below another in a measure. Per seed, the means of the measure over both groups
-are subtracted; the differences have a 95 % t-interval over seeds. It decides if it excludes zero:
+A claim says that one group of trials is below another in a measure. For each seed, the means of the measure over both
+groups are subtracted. The 95 % t-interval of the differences over seeds decides if it excludes zero:
 
     supported       in the claimed direction
     not supported   in the other direction
     undecided       otherwise, and always with one seed
 
-A trial without a number, whose loss was not finite, is worse than every trial with one: its distance is taken as twice
-the worst of its table, enough that seeds which all lost it decide, little enough that one does not drown the
-differences of the others. No verdict is given that this would favor. Its class accuracy is 0, and it did not train.
-Units are counted, not sampled: they are compared exactly.
+A trial with a non-finite loss has no distance and counts as worse than every other trial, with twice the worst distance
+of its table: enough to decide if it happens for every seed, too little to outweigh the differences of the other seeds.
+No verdict is given that this would favor. Its class accuracy is 0, and it did not train. Units are counted exactly and
+compared as they are.
 """
 
 import math
@@ -25,7 +25,7 @@ from afm_pipe.study.statistics import t_interval
 
 Outcome = Literal["supported", "not supported", "undecided", "not run"]
 Measurement = Callable[[TrialResult], float]
-WORSE = 2.0  # times the worst distance of the table: the distance of a trial without a number
+WORSE = 2.0  # times the worst distance of the table: the distance assigned to a trial that has none
 
 
 class Side(NamedTuple):
@@ -35,8 +35,8 @@ class Side(NamedTuple):
     total: float = 0.0
     """The sum of the measure."""
     diverged: int = 0
-    no_number: int = 0
-    """Trials without a distance, where distances are compared."""
+    without_distance: int = 0
+    """Trials without a distance, if the measure is the distance."""
 
 
 class Verdict(NamedTuple):
@@ -54,7 +54,7 @@ class Verdict(NamedTuple):
 
 
 def decide(files: TableFiles, trained: float) -> list[Verdict]:
-    """Return the verdict on each claim of a table: from the larger study if it has the trials, else from our own run.
+    """Return the verdict on each claim of a table, from the larger study if it has the trials, else from our own run.
 
     `trained` is the class accuracy from which a trial counts as trained.
     """
@@ -86,22 +86,22 @@ def _verdict(results: TableResults, check: Check, trained: float) -> Verdict:
         return Verdict(results.name, check, outcome, len(pairs), difference, None, less, than, results)
     means = [[statistics.fmean(map(measure, group)) for group in pair] for pair in pairs]
     differences = [of_less - of_than for of_less, of_than in means]
-    difference = round(statistics.fmean(differences), 12)  # equal fractions differ by the rounding of their sums
-    # Fractions of a few trials come in steps: seeds that agree are still uncertain by the rounding to a step.
+    difference = round(statistics.fmean(differences), 12)  # sums of equal fractions may differ by rounding
+    # Fractions of a few trials change in steps: even if all seeds agree, they are uncertain by the rounding to a step.
     steps = 0 if check.measure in ("distance", "accuracy") else 1 / min(map(len, pairs[0])) / math.sqrt(12)
     interval = t_interval(differences, steps)
     if interval is not None and check.measure not in ("distance", "alarms"):
         interval = max(interval[0], -1.0), min(interval[1], 1.0)  # of fractions
     outcome = "undecided"
-    if interval is not None and interval[1] < 0 and not less.no_number:
+    if interval is not None and interval[1] < 0 and not less.without_distance:
         outcome = "supported"
-    elif interval is not None and interval[0] > 0 and not than.no_number:
+    elif interval is not None and interval[0] > 0 and not than.without_distance:
         outcome = "not supported"
     return Verdict(results.name, check, outcome, len(pairs), difference, interval, less, than, results)
 
 
 def _pairs(results: TableResults, check: Check) -> list[tuple[list[TrialResult], ...]]:
-    """Return both groups, for every seed with all of their trials; of alarms, all of them monitored."""
+    """Return both groups for every seed that has all their trials; for alarms, all trials must be monitored."""
     pairs = []
     groups = [[cell for cell in results.cells if group.selects(*cell)] for group in (check.less, check.than)]
     for seed in results.table.seeds:
@@ -126,7 +126,7 @@ def _side(results: TableResults, check: Check, trials: Sequence[TrialResult], me
 
 
 def _measure(results: TableResults, check: Check, trained: float) -> Measurement:
-    """Return the measure of a trial: of a distance the logarithm, of yes and no 1 and 0."""
+    """Return the function that measures a trial: the logarithm of a distance; 1 and 0 for yes and no."""
     key = results.distance_key
     distances = [value for trial in results.trials if (value := trial.metrics.get(key)) is not None]
     worst = WORSE * max(distances, default=1.0)

@@ -57,7 +57,7 @@ def real_distance(evaluator: Evaluator, digits: tuple[np.ndarray, np.ndarray], l
         rows.append(members[taken.setdefault(label, 0) % len(members)])
         taken[label] += 1
     features = evaluator.networks[0](torch.from_numpy(images[rows])).numpy()
-    found = evaluator.references[0].measured(Statistics.of(features), features, labels, evaluator.settings)
+    found = evaluator.references[0].distances(Statistics.of(features), features, labels, evaluator.settings)
     return found["fd_classifier"][0]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from afm_pipe.evaluation.classifier import WEIGHTS, Classifier, load_classifier, save_classifier, train_classifier
 from afm_pipe.evaluation.features import INCEPTION_FILE, dinov2_path, inception_path, load_networks
 from afm_pipe.evaluation.inception import _resized
-from afm_pipe.evaluation.networks import NAMES, FeatureNetwork
+from afm_pipe.evaluation.networks import METRIC_NAMES, FeatureNetwork
 from afm_pipe.params import FeatureClassifier
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.progress import track
@@ -104,7 +104,7 @@ def test_missing_or_truncated_classifier_is_a_clear_error(tmp_path: Path) -> Non
 
 
 def test_only_inception_distances_are_called_fid() -> None:
-    for name, names in NAMES.items():
+    for name, names in METRIC_NAMES.items():
         assert ("fid" in names.distance) == name.startswith("inception")
 
 
@@ -227,7 +227,7 @@ def test_one_pass_of_inception_gives_features_spatial_features_and_probabilities
 
 def test_an_inception_with_other_layers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_inception(StandIn(offset=5.0), tmp_path, monkeypatch)
-    with pytest.raises(UserError, match="whose layers are not as expected .features .* off its own"):
+    with pytest.raises(UserError, match="with other layers .features .* off its own"):
         load_inception("legacy_tensorflow")
 
 

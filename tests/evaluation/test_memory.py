@@ -88,7 +88,7 @@ def test_metrics_do_not_copy_the_features(measure: str, monkeypatch: pytest.Monk
         labels = np.arange(len(features)) % 40
         return {
             "distances": lambda: (
-                held_against.measured(statistics, features, labels, settings),
+                held_against.distances(statistics, features, labels, settings),
                 within_class_variance(features, labels),
             ),
             "precision and recall": lambda: precision_recall(their, features),

@@ -33,7 +33,7 @@ from afm_pipe.models.model_files import load_config, load_tensors
 from afm_pipe.models.released import WeightsFile, infer_config, read_tensors
 from afm_pipe.params import Imported, Params
 from afm_pipe.params.file import load_params
-from afm_pipe.reporting.inputs import Cost, Measured, typed
+from afm_pipe.reporting.inputs import Cost, Measured, read_output
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import read_json
 from afm_pipe.training.curves import scan_curves
@@ -194,8 +194,8 @@ LOADERS: list[tuple[str, bytes, Callable[[Path], Any]]] = [
     ("x.json", COST, read_json),
     ("manifest.json", MANIFEST, read_manifest),
     ("config.json", CONFIG, lambda path: load_config(path.parent)),
-    ("cost.json", COST, lambda path: typed(Cost, path, "train@x")),
-    ("metrics.json", METRICS, lambda path: typed(Measured, path, "evaluate@x")),
+    ("cost.json", COST, lambda path: read_output(Cost, path, "train@x")),
+    ("metrics.json", METRICS, lambda path: read_output(Measured, path, "evaluate@x")),
     ("curves.csv", CURVES, scan_curves),
     ("events.jsonl", EVENTS, scan_events),
     ("x.tar", archive(), lambda path: list(index_tar(path))),

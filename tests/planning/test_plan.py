@@ -14,7 +14,7 @@ from afm_pipe.params import Params
 from afm_pipe.params.file import load_params
 from afm_pipe.planning.budget import budget
 from afm_pipe.planning.counting import measure
-from afm_pipe.planning.plan import GPUS, Machine, latents_bytes, machine, plan_run, plan_text
+from afm_pipe.planning.plan import GPUS, Machine, latents_bytes, plan_run, plan_text
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.progress import track
 from tests.conftest import ROOT, SMOKE
@@ -139,7 +139,7 @@ def test_what_cannot_be_planned_is_said(params: Params) -> None:
         ("--precision fp8", ("h100", 1, 0.4, "fp8")),
     ):
         with pytest.raises(UserError, match=words):
-            machine(*wrong)
+            track("plan", plan_text(params, [], Machine(*wrong), 100, 10))
     with pytest.raises(UserError, match="7 GPUs for the batch of 256 of b2"):
         plan_run(params, "b2", 100, 10, EIGHT._replace(gpus=7))
     with pytest.raises(UserError, match="no run 'b3'"):

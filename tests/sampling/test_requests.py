@@ -145,7 +145,7 @@ def test_any_step_generator_takes_the_requested_steps(run: Run, tmp_path: Path) 
             ["two", "--steps", "1", "--count", "1", "--grid", "OUT/a.png"],
             "Found 1 steps, expected 2, for which the generator is trained",
         ),
-        (["one", "--classes", "1"], "Found no place for the samples"),
+        (["one", "--classes", "1"], "Found no output for the samples"),
         (["one", "--classes", "10", "--grid", "OUT/a.png"], "Found class 10, expected a number below 10"),
         (["one", "--classes", "digt 3", "--grid", "OUT/a.png"], "Found no class 'digt 3', expected a number below 10"),
         (["one", "--count", "0", "--grid", "OUT/a.png"], "Found --count 0, expected at least 1"),
@@ -154,7 +154,7 @@ def test_any_step_generator_takes_the_requested_steps(run: Run, tmp_path: Path) 
         (["one", "--interpolate", "1,2", "--seed", "1", "--grid", "OUT/a.png"], "Found --interpolate with --seed"),
         (["one", "--interpolate", "1,2", "--frames", "1", "--grid", "OUT/a.png"], "Found --frames 1, expected"),
         (["one", "--count", "1", "--grid", "OUT/a.jpg"], "ends in .png"),
-        (["one", "--count", "1", "--images", "models"], "expected a new folder or one of numbered PNG files"),
+        (["one", "--count", "1", "--images", "models"], "expected a new folder, or one that holds only"),
     ],
 )
 def test_wrong_request_is_explained_and_draws_nothing(
@@ -172,7 +172,7 @@ def test_classes_are_found_by_name_or_number() -> None:
     assert choose_classes("7", FLOWERS) == [6]  # a name comes before a number
     with pytest.raises(UserError, match="did you mean red rose, white rose"):
         choose_classes("rose", FLOWERS)
-    with pytest.raises(UserError, match=r"Found 2 classes named 'crane', expected one: say 4 or 5\."):
+    with pytest.raises(UserError, match=r"Found 2 classes named 'crane', expected one: use number 4 or 5\."):
         choose_classes("crane", FLOWERS)
 
 

@@ -18,7 +18,7 @@ from afm_pipe.study.toy.results import GuidanceResults, MapResults, OwnScale, To
 from afm_pipe.study.toy.training import Setting, train_adversarially, train_flow
 
 T = TypeVar("T")
-FLOW_COST = 5  # updates of flow matching that cost as much as a pair of adversarial ones
+FLOW_COST = 5  # updates of flow matching that cost as much as one update of D and one of G
 
 
 class LearnedMap(NamedTuple):

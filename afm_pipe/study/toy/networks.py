@@ -29,8 +29,8 @@ def embed(*values: Tensor, labels: Tensor | None = None) -> Tensor:
 class Mlps(nn.Module):
     """One MLP with four hidden layers per seed: (S, N, F) -> (S, N).
 
-    Weights start with variance 1 / fan-in, three times that of torch's default, with which a small generator starts at
-    nearly one point for all noise, and most small GANs never leave it.
+    Weights start with variance 1 / fan-in, three times torch's default. With the default, a small generator maps all
+    noise to nearly one point at first, from which most small GANs do not recover.
     """
 
     def __init__(self, seeds: int, features: int, width: int, generator: torch.Generator) -> None:
@@ -76,7 +76,7 @@ class Velocity(nn.Module):
 
 
 class Posterior(nn.Module):
-    """The guiding classifier, exact here; the paper trains one."""
+    """The guiding classifier: the exact posterior, where the paper trains a network."""
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         return mixture.log_posterior(x_t, t)
@@ -84,7 +84,7 @@ class Posterior(nn.Module):
 
 @torch.no_grad()
 def transport(flow: nn.Module, noise: Tensor, steps: int, labels: Tensor) -> Tensor:
-    """Take noise (S, N) of classes (S, N) to data in equal steps."""
+    """Map noise (S, N) of classes (S, N) to data in equal steps."""
     x, times = noise, torch.linspace(1, 0, steps + 1, device=noise.device)
     for s, t in zip(times[:-1], times[1:], strict=True):
         x = flow(x, s.expand_as(x), t.expand_as(x), labels)

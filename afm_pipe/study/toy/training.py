@@ -1,7 +1,7 @@
 """Training of the toy experiment: the pipeline's losses, and flow matching for comparison, for all seeds at once.
 
-Shapes: S seeds, N batch, n its penalized part. Seeds share neither weights nor draws, and a seed draws the same numbers
-in every setting, so that settings differ only in what they set.
+Shapes: S seeds, N batch, n its penalized part. Seeds share neither weights nor random draws. A seed draws the same
+numbers in every setting, so that runs differ only by their settings.
 """
 
 import copy
@@ -192,7 +192,7 @@ def _generator_loss(
         return loss
     labels = batch.labels.flatten()
     guide = one_step_guidance(Posterior(), setting.guidance, labels, tuple(labels.shape), generator)
-    return loss + len(fake) * guide(fake.flatten())  # a mean over the samples of all seeds, times the seeds
+    return loss + len(fake) * guide(fake.flatten())  # `guide` is a mean over the samples of all seeds
 
 
 def _normalized(gradient: Tensor, mean_square: Tensor) -> Tensor:
@@ -202,7 +202,7 @@ def _normalized(gradient: Tensor, mean_square: Tensor) -> Tensor:
 
 
 def _judge(g: Map, d: Mlps, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-    """Return D's logits (S, N); D is told the time and class that G is told."""
+    """Return D's logits (S, N); D sees the target time and the class if G does."""
     times = () if g.steps == 1 else (t,)
     return d(embed(x, *times, labels=labels if g.conditional else None))
 

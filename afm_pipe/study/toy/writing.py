@@ -10,7 +10,7 @@ from afm_pipe.study.toy.experiment import Experiment, measure
 from afm_pipe.study.toy.figures import draw_guidance, draw_maps, draw_sweep
 from afm_pipe.study.toy.results import Strong, ToyResults
 
-ROWS_PER_MAP = 512  # of the CSV files; all points are measured and drawn
+ROWS_PER_MAP = 512  # of the CSV files; measurements and figures use all points
 
 
 def write_experiment(experiment: Experiment, strong: Strong | None, toy: Toy, folder: Path) -> None:
@@ -42,7 +42,7 @@ def write_experiment(experiment: Experiment, strong: Strong | None, toy: Toy, fo
 
 
 def headline(results: ToyResults) -> dict[str, Any]:
-    """Return the few numbers that DVC compares; all of them would crowd out those of runs."""
+    """Return the few numbers that DVC compares; more would crowd out the metrics of runs."""
     numbers = {name: results.maps[name].model_dump() for name in ("gan", "afm_1")}
     compared = {name: {key: each[f"{key}_mean"] for key in ("w1", "rms", "spread")} for name, each in numbers.items()}
     return compared | {"spread_ratio": results.spread_ratio}
