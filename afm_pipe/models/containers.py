@@ -22,7 +22,7 @@ ANCHOR = "x_embedder.proj.weight"
 OTHERS = ("dis_embed", "cls_embed")  # tensors of a discriminator and of a classifier, which have the anchor too
 PREFIXES = re.compile(r"^(?:(?:module|_orig_mod|_fsdp_wrapped_module)\.)+")
 EMA = re.compile(r"(?:^|[._])(?:ema|shadow|averaged)(?:[._\d]|$)", re.IGNORECASE)
-MAX_DEPTH, SHOWN = 4, 6
+MAX_DEPTH, MAX_STATE_DICTS, SHOWN = 4, 100, 6
 
 
 class Found(NamedTuple):
@@ -47,7 +47,7 @@ def find_weights(held: Any, path: Path, key: str | None) -> Found:
 
     Raises UserError naming what was found where, if there are none or several.
     """
-    state_dicts = list(_state_dicts(held))
+    state_dicts = list(islice(_state_dicts(held), MAX_STATE_DICTS))
     found = [each for entry, tensors in state_dicts for each in _generators(entry, tensors)]
     if key is not None:
         chosen = [each for each in found if each.name == key] or [
@@ -78,14 +78,14 @@ def find_weights(held: Any, path: Path, key: str | None) -> Found:
 def _state_dicts(
     held: Any, entry: str = "", depth: int = 0, seen: set[int] | None = None
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield every dict of named tensors and the entry that holds it; each dict once, as a pickle can hold itself."""
+    """Yield every dict of named tensors and the entry that holds it; others are searched once, as a dict can hold itself."""
     seen = set() if seen is None else seen
-    if not isinstance(held, dict) or not held or id(held) in seen:
+    if not isinstance(held, dict) or not held:
         return
-    seen.add(id(held))
     if all(isinstance(name, str) and torch.is_tensor(value) for name, value in held.items()):
         yield entry, held
-    elif depth < MAX_DEPTH:
+    elif depth < MAX_DEPTH and id(held) not in seen:
+        seen.add(id(held))
         for name, value in held.items():
             if isinstance(name, str):
                 yield from _state_dicts(value, f"{entry}.{name}" if entry else name, depth + 1, seen)
