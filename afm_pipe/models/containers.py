@@ -78,7 +78,7 @@ def find_weights(held: Any, path: Path, key: str | None) -> Found:
 def _state_dicts(
     held: Any, entry: str = "", depth: int = 0, seen: set[int] | None = None
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield every dict of named tensors and the entry that holds it; others are searched once, as a dict can hold itself."""
+    """Yield every dict of named tensors and its entry; other dicts are searched once, as one can hold itself."""
     seen = set() if seen is None else seen
     if not isinstance(held, dict) or not held:
         return
