@@ -152,7 +152,13 @@ def measured_scaling_factor(autoencoder: KLAutoencoder, images: NDArray[np.uint8
         total += latent.sum().item()
         squares += latent.square().sum().item()
         count += latent.numel()
-    return 1 / math.sqrt(squares / count - (total / count) ** 2)
+    variance = squares / count - (total / count) ** 2
+    if not 0 < variance < math.inf:
+        raise UserError(
+            f"Found latents of variance {variance:g}, expected more than 0: use images that differ, or set "
+            "autoencoder.scaling_factor to a number."
+        )
+    return 1 / math.sqrt(variance)
 
 
 def reconstruction_mse(autoencoder: KLAutoencoder, images: NDArray[np.uint8], seed: int) -> float:

@@ -15,12 +15,18 @@ ASSUMED = " (assuming 1,000 classes; `afm-pipe prepare` counts them)"
 
 
 def dry_run_text(params: Params, name: str, launch: Launch) -> str:
-    """Return a run's resolved params, its number of parameters and updates, and the memory of one process."""
+    """Return a run's resolved params, its number of parameters and updates, and the memory of one process.
+
+    Raises UserError for images that a later stage cannot work with.
+    """
     from afm_pipe.objectives.schedules import num_updates
     from afm_pipe.params.yaml import dump_yaml
+    from afm_pipe.planning.measurable import require_measurable
 
     run, needs, manifest = named_run(params, name), run_budget(params, name, launch), count_images(params)
+    lines: list[str] = []
     if manifest is not None:
+        lines = require_measurable(params, manifest)
         count = num_updates(run, manifest.num_images)
         updates = f"{count} of G and of D, {run.batch_size} images each, on {manifest.num_images} images"
     else:
@@ -33,6 +39,7 @@ def dry_run_text(params: Params, name: str, launch: Launch) -> str:
         + f"\nmemory         about {needs.memory_bytes / 2**30:.1f} GiB: {needs.state_bytes / 2**30:.2f} weights and "
         + f"optimizers, {needs.activation_bytes / 2**30:.2f} activations, the rest PyTorch itself{_settings(launch)}"
         + f"\ncheckpoint     {needs.checkpoint_bytes / 2**30:.2f} GiB on disk, {launch.keep_checkpoints} are kept"
+        + "".join(f"\n{line}" for line in lines)
     )
 
 

@@ -70,7 +70,10 @@ def _headline(status: RunStatus) -> str:
 
 
 def _event_text(event: Event) -> str:
-    evidence = ", ".join(f"{name} {value:.4g}" for name, value in event.evidence.items() if value is not None)
+    values = {name: value for name, value in event.evidence.items() if value is not None}
+    errors = {name: f" ± {values[f'{name}_error']:.2g}" for name in values if f"{name}_error" in values}
+    shown = (name for name in values if not (name.endswith("_error") and name.removesuffix("_error") in errors))
+    evidence = ", ".join(f"{name} {values[name]:.4g}{errors.get(name, '')}" for name in shown)
     action = f"; {event.action}" if event.action else ""
     return f"update {event.update:,}: {event.kind}: {event.text}" + (f" [{evidence}]" if evidence else "") + action
 

@@ -25,6 +25,7 @@ from afm_pipe.data.sources import BUILT_IN, materialize
 from afm_pipe.data.tars import Span, index_tar, read_span
 from afm_pipe.params import Data
 from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.machine import usable_cores
 from afm_pipe.runtime.progress import Progress
 
 READ_AHEAD = 4  # batches
@@ -230,5 +231,4 @@ def _pool() -> ThreadPoolExecutor:
 
 def _num_threads() -> int:
     """Return the number of decoding threads: one per available core, divided by the processes on this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
-    return max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+    return max(usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from afm_pipe.runtime.errors import UserError, describe_mistake
+from afm_pipe.runtime.machine import usable_cores
 
 if TYPE_CHECKING:
     import torch
@@ -90,7 +91,7 @@ class Launch(BaseSettings):
 
     def num_workers(self, device: "torch.device") -> int:
         """Return the number of worker processes that train trials."""
-        return self.workers or (1 if device.type == "cuda" else os.cpu_count() or 1)
+        return self.workers or (1 if device.type == "cuda" else usable_cores())
 
     def torch_device(self) -> "torch.device":
         """Return the device. Raises UserError if it is not usable on this machine."""

@@ -11,11 +11,11 @@ from afm_pipe.data.classes import require_same_classes
 from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from afm_pipe.evaluation.features import load_networks
 from afm_pipe.evaluation.frechet import Statistics, frechet_distance
-from afm_pipe.evaluation.reference import SUMMARY
+from afm_pipe.evaluation.reference import SUMMARY, class_counts
 from afm_pipe.evaluation.statistics import Reference
 from afm_pipe.params import Params
 from afm_pipe.runtime.files import read_json
-from afm_pipe.sampling.sampler import Sampler, balanced_labels
+from afm_pipe.sampling.sampler import Sampler, labels_in_shares
 
 APART = 1 << 32  # between the seeds of these samples and of the evaluation's
 
@@ -37,11 +37,11 @@ class SampleDistance:
         group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         """Load network and statistics. Raises UserError when they are missing, another's, or of other classes."""
-        settings, summary = params.evaluate, reference_dir / SUMMARY
-        require_same_classes(class_names, "the latents", read_json(summary)["classes"], summary)
+        settings, summary = params.evaluate, read_json(reference_dir / SUMMARY)
+        require_same_classes(class_names, "the latents", summary["classes"], reference_dir / SUMMARY)
         self.network = load_networks(settings, reference_dir, device, settings.features[:1])[0]
         self.reference = Reference.load(reference_dir, self.network)
-        self.labels = balanced_labels(range(samples), len(class_names))
+        self.labels = labels_in_shares(samples, class_counts(params, summary, self.reference, reference_dir))
         self.seed = settings.seed + APART
         self.common: dict[str, Any] = {
             "autoencoder": autoencoder,

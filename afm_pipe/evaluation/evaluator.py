@@ -29,7 +29,7 @@ from afm_pipe.evaluation.measures import (
 )
 from afm_pipe.evaluation.networks import LEGACY, NAMES, SPATIAL
 from afm_pipe.evaluation.precision_recall import MAX_REAL, NEIGHBORS, precision_recall
-from afm_pipe.evaluation.reference import SUMMARY, THUMBNAILS
+from afm_pipe.evaluation.reference import SUMMARY, THUMBNAILS, class_counts
 from afm_pipe.evaluation.statistics import Reference
 from afm_pipe.evaluation.thumbnails import Neighbors, Thumbnails, thumbnail
 from afm_pipe.params import Params
@@ -37,9 +37,11 @@ from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import read_json
 from afm_pipe.runtime.progress import Progress
 from afm_pipe.sampling.image_writers import grid
-from afm_pipe.sampling.sampler import Sampler, balanced_labels
+from afm_pipe.sampling.sampler import Sampler, labels_in_shares
 
 PICTURED, NEIGHBORS_MEASURED = 10, 3  # samples of the picture of nearest training images; neighbors of a sample
+IN_TURN = "balanced: sample i is of class i modulo the number of classes"
+IN_SHARES = "in the reference's class shares: the next sample is of the class that lags most behind its share"
 CPU = torch.device("cpu")
 
 
@@ -59,6 +61,8 @@ class Evaluator:
         for reference in self.references:
             if reference.name in (LEGACY, SPATIAL):
                 require_reference(self.settings.adm_reference, reference, reference_dir)
+        self.class_counts = class_counts(params, self.summary, self.references[0], reference_dir)
+        self.labels = labels_in_shares(self.settings.samples, self.class_counts)
         self.thumbnails = Thumbnails.load(reference_dir / THUMBNAILS)
         self.neighbors = Neighbors(self.thumbnails.images)
         self.real_spread = ClassSpread(self.num_classes)
@@ -80,11 +84,11 @@ class Evaluator:
         For each network of evaluate.features: the Frechet and kernel distances to the real images, precision and
         recall, with keys as in `networks.NAMES`, followed by the sample count below 50,000 (fd_classifier_5k, fid,
         kid_clean_1234). Inception with TensorFlow's resizing adds sfid and inception_score. The KID of a perfect
-        generator is slightly below zero: with equal class shares its samples are not quite independent.
+        generator is slightly below zero: with fixed class shares its samples are not quite independent.
 
         class_accuracy         fraction of samples that the reference's classifier assigns to their class
         within_class_variance  pixel variance of thumbnails within a class, averaged over classes, relative to the real
-                               images; _features: the same in the first network of evaluate.features
+                               images, null where those have none; _features: the same in the first network
         copies                 fraction of samples counted as copies (`Thumbnails.copied`); 0.001 for new real images
         nearest_distance_ratio median distance of samples to the nearest training image, relative to that of training
                                images to their nearest other; null when most training images have exact duplicates
@@ -114,7 +118,7 @@ class Evaluator:
 
         pieces = sampler.micro_batches(range(done, count))
         for indices, (small, distances, *features) in map_across_ranks(pieces, measure, sampler.group):
-            seen.add(features, small, distances, balanced_labels(indices, self.num_classes))
+            seen.add(features, small, distances, self.labels[indices.start : indices.stop])
             if work_dir is not None and time.monotonic() - saved >= checkpoint_seconds:
                 seen.save(work_dir)
                 saved = time.monotonic()
@@ -130,7 +134,7 @@ class Evaluator:
 
     def _images(self, sampler: Sampler, indices: range) -> Tensor:
         """Generate samples (N, C, H, W) uint8."""
-        images = sampler.images(indices, balanced_labels(indices, self.num_classes), self.settings.seed)
+        images = sampler.images(indices, self.labels[indices.start : indices.stop], self.settings.seed)
         if list(images.shape[1:]) != self.summary["image_shape"]:
             raise UserError(
                 f"Found samples of shape {list(images.shape[1:])}, expected {self.summary['image_shape']} as the real "
@@ -140,7 +144,7 @@ class Evaluator:
 
     def _metrics(self, seen: MetricAccumulator) -> dict[str, Any]:
         count = self.settings.samples
-        suffix, labels = sample_suffix(count), balanced_labels(range(count), self.num_classes).numpy()
+        suffix, labels = sample_suffix(count), self.labels.numpy()
         metrics: dict[str, Any] = {}
         intervals: dict[str, list[float]] = {}
         for stream, reference in zip(seen.streams, self.references, strict=True):
@@ -159,12 +163,12 @@ class Evaluator:
             if stream.network.head is not None:
                 correct = int((_in_parts(stream.network.predict)(features) == labels).sum())
                 metrics["class_accuracy"], intervals["class_accuracy"] = fraction(correct, count)
-        metrics["within_class_variance"] = seen.spread.variance() / self.real_spread.variance()
+        metrics["within_class_variance"] = _ratio(seen.spread.variance(), self.real_spread.variance())
         of_features = within_class_variance(seen.streams[0].features, labels)
-        metrics["within_class_variance_features"] = of_features / self.references[0].within_class_variance
+        metrics["within_class_variance_features"] = _ratio(of_features, self.references[0].within_class_variance)
         distances, usual = torch.cat(seen.distances), float(np.median(self.thumbnails.nearest_other))
         metrics["copies"] = float(self.thumbnails.copied(distances).mean())
-        metrics["nearest_distance_ratio"] = float(distances[:, 0].median()) / usual if usual > 0 else None
+        metrics["nearest_distance_ratio"] = _ratio(float(distances[:, 0].median()), usual)
         return metrics | {"intervals": intervals}
 
     def _protocol(self, micro_batch: int) -> dict[str, Any]:
@@ -173,7 +177,9 @@ class Evaluator:
             "samples": settings.samples,
             "seed": settings.seed,
             "noise": "sample i from its own generator seeded with seed + i",
-            "label_mode": "balanced: sample i is of class i modulo the number of classes",
+            "label_mode": IN_SHARES if len(set(self.class_counts)) > 1 else IN_TURN,
+            "class_shares": "the data's" if len(set(self.class_counts)) > 1 else "equal",
+            "images_per_class": [min(self.class_counts), max(self.class_counts)],
             "micro_batch": micro_batch,
             "uint8_rule": "round",
             "decode_precision": "fp32",
@@ -199,6 +205,11 @@ class Evaluator:
             "thumbnails": len(self.thumbnails.images),
             "copy_ratio": self.thumbnails.copy_ratio,
         }
+
+
+def _ratio(value: float, real: float) -> float | None:
+    """Return a value relative to the real images', or None where that is 0 or unknown."""
+    return value / real if real > 0 else None
 
 
 def _in_parts(network: Callable[[Tensor], Tensor]) -> Callable[[np.ndarray], np.ndarray]:

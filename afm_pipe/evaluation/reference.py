@@ -50,8 +50,9 @@ def build_reference(
     Writes the classifier, if evaluate.features names it; NAME.npz for each feature network; thumbnails.npz;
     summary.json; real.png and reconstructed.png (a row per class, the same images in both). The reconstructions are
     spread evenly over the images, at most evaluate.samples of them: their distance is the lower bound for a generator
-    that matches the latents exactly. Raises UserError for images of another shape than params say, and for a missing
-    feature network.
+    that matches the latents exactly. Statistics and reconstructions are of images in the shares of
+    reference.class_shares; where those are unequal, the summary holds `class_counts`. Raises UserError for images of
+    another shape than params say, and for a missing feature network.
     """
     _check(params, manifest, images)
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,9 +75,13 @@ def build_reference(
         save_classifier(classifier, folder)
     networks = load_networks(settings, folder, device)
 
-    kept = spread_evenly(len(images), MAX_FEATURES)
-    passes = _passes(networks, np.arange(len(images)), kept, bool(adm))
-    visited, chosen = max(passes, key=len), spread_evenly(len(images), settings.samples)
+    population = _in_shares(labels, len(manifest.classes), params.reference.class_shares)
+    counts = np.bincount(labels[population], minlength=len(manifest.classes))
+    if counts.min() != counts.max():
+        summary["class_counts"] = counts.tolist()
+    kept = population[spread_evenly(len(population), MAX_FEATURES)]
+    passes = _passes(networks, population, kept, bool(adm))
+    visited, chosen = max(passes, key=len), population[spread_evenly(len(population), settings.samples)]
     total = len(visited) + len(chosen)
     streams = [FeatureStream(network, len(kept)) for network in networks]
     for start in range(0, len(visited), size):
@@ -88,7 +93,7 @@ def build_reference(
             elif np.isin(rows, own).any():
                 stream.add(stream.network(batch[torch.from_numpy(np.isin(rows, own))]))
         yield Progress(start + len(rows), total, "images", "features of real images")
-    references = [_reference(stream, manifest, labels[kept]) for stream in streams]
+    references = [_reference(stream, manifest, len(population), labels[kept]) for stream in streams]
     if adm:
         references = list(adm_references(adm, networks, references, size))
     for reference in references:
@@ -126,15 +131,18 @@ def _passes(networks: Sequence[FeatureNetwork], every: np.ndarray, kept: np.ndar
     return [(every[:0] if place else kept) if given else every for place, given in enumerate(replaced)]
 
 
-def _reference(stream: FeatureStream, manifest: Manifest, labels: np.ndarray) -> Reference:
-    """Return the reference of a stream; `labels` are of its features. ADM's statistics replace those of no images."""
+def _reference(stream: FeatureStream, manifest: Manifest, count: int, labels: np.ndarray) -> Reference:
+    """Return the reference of a stream of `count` images; `labels` are of its features.
+
+    ADM's statistics replace those of no images.
+    """
     statistics, network = stream.statistics, stream.network
     empty = statistics.count == 0
     return Reference(
         name=network.name,
         sha256=network.sha256,
         manifest_digest=manifest.digest,
-        count=len(manifest.labels),
+        count=count,
         mu=statistics.mu,
         sigma=statistics.scatter if empty else statistics.sigma,
         features=stream.features,
@@ -181,6 +189,37 @@ def _draw(params: Params, autoencoder: Autoencoder, images: np.ndarray, labels: 
         rebuilt.append(torch.cat([_reconstructed(params, autoencoder, images, rows), blank]))
     grid(torch.cat(real), columns).save(folder / "real.png")
     grid(torch.cat(rebuilt), columns).save(folder / "reconstructed.png")
+
+
+def class_counts(params: Params, summary: dict[str, Any], reference: Reference, folder: Path) -> list[int]:
+    """Return the number of images of each class in the statistics: samples compared with them are in these shares.
+
+    Raises UserError where they are not what reference.class_shares says.
+    """
+    classes, rule, found = len(summary["classes"]), params.reference.class_shares, summary.get("class_counts")
+    if found is None:
+        of_class = np.bincount(reference.labels, minlength=classes)
+        counts = [reference.count // classes] * classes
+        sound = bool(np.ptp(of_class) <= (len(reference.labels) >= MAX_FEATURES))  # one more where not all are kept
+    else:
+        counts = found
+        sound = rule == "data" and isinstance(found, list) and len(found) == classes
+        sound = sound and all(type(count) is int and count >= 0 for count in found)
+    if not sound or (rule == "data" and sum(counts) != summary["images"]):
+        raise UserError(
+            f"Found {folder / SUMMARY} of images in other class shares, expected {rule} as reference.class_shares "
+            "says: build the reference again."
+        )
+    return counts
+
+
+def _in_shares(labels: np.ndarray, num_classes: int, shares: str) -> np.ndarray:
+    """Return the indices of the images in the statistics: all, or as many of each class as the smallest has."""
+    members = [np.flatnonzero(labels == label) for label in range(num_classes)]
+    least = min(map(len, members))
+    if shares == "data" or least == max(map(len, members)):
+        return np.arange(len(labels))
+    return np.sort(np.concatenate([each[spread_evenly(len(each), least)] for each in members]))
 
 
 def _spread_over_classes(labels: np.ndarray, num_classes: int, maximum: int) -> np.ndarray:

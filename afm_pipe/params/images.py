@@ -58,6 +58,9 @@ class Reference(Section):
     classifier: FeatureClassifier
     thumbnails: Count
     """Number of training images kept, at up to 32x32 pixels, to find copies of them among samples."""
+    class_shares: Literal["data", "equal"]
+    """Of the real images in the statistics, and of the samples compared with them. data: as the images are; equal: as
+    many of each class as the smallest has, as published numbers have it."""
 
 
 class Sample(Section):
@@ -87,7 +90,7 @@ class Evaluate(Section):
     """Distances between samples and real images."""
 
     samples: Annotated[int, Field(ge=10, le=10**9)]
-    """Number of samples, balanced over the classes."""
+    """Number of samples, in the class shares of the reference."""
     seed: Seed
     features: Annotated[tuple[Features, ...], Field(strict=False, min_length=1)]
     """Feature networks whose features distances are measured with."""

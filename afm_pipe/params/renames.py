@@ -25,6 +25,7 @@ ADDED = {  # path of a required key that version 0.1 did not have: the implied o
     ("train", "monitor", "probe", "width"): "24",
     ("train", "monitor", "collapse", "drop"): "0.3",
     ("train", "monitor", "auto", "transport"): "0.001",
+    ("reference", "class_shares"): "data",
     ("toy", "strong_discriminator"): "null",
 }
 USER_NAMED = {"runs", "guided", "imported", "tables", "settings"}  # their keys are names, not fields

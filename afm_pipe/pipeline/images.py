@@ -17,17 +17,22 @@ IN_MEMORY = 4 << 30  # bytes; larger data sets are read on access
 
 
 def prepare(params: Params) -> None:
-    """Check, count and hash the images, and write their manifest; a built-in data set is first written to disk."""
+    """Check, count and hash the images, and write their manifest; a built-in data set is first written to disk.
+
+    Raises UserError for images that a later stage cannot work with.
+    """
     from afm_pipe.data.manifest import write_manifest
     from afm_pipe.data.reading import build_manifest
     from afm_pipe.data.sources import BUILT_IN, materialize
+    from afm_pipe.planning.measurable import require_measurable
 
     root = Path(params.data.root)
     if params.data.source in BUILT_IN:
         track("materialize", materialize(params.data.source, root))
     manifest = track("prepare", build_manifest(params.data))
+    lines = require_measurable(params, manifest)
     write_manifest(paths.MANIFEST, manifest)
-    print(manifest.describe())
+    print("\n".join([manifest.describe(), *lines]))
 
 
 def autoencoder(params: Params, launch: Launch) -> None:
@@ -61,8 +66,10 @@ def reference(params: Params, launch: Launch) -> None:
     from afm_pipe.data.manifest import read_manifest
     from afm_pipe.data.reading import LazyImages, load_images, require_images
     from afm_pipe.evaluation.reference import build_reference
+    from afm_pipe.planning.measurable import require_measurable
 
     device, manifest = launch.torch_device(), read_manifest(paths.MANIFEST)
+    require_measurable(params, manifest)  # params may have changed since `prepare`
     vae = load_autoencoder(params, paths.AUTOENCODER, device)
     images: Any = LazyImages(manifest, params.data)
     if images.nbytes < IN_MEMORY:

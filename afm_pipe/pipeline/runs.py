@@ -12,6 +12,7 @@ from afm_pipe.params.base import NAME, NAME_RULE
 from afm_pipe.pipeline.find import find_model, load_sampler
 from afm_pipe.pipeline.notices import begin_work
 from afm_pipe.runtime import paths
+from afm_pipe.runtime.environment import env_rank
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import atomic_path, read_json, sha256_file, write_json
 from afm_pipe.runtime.lease import hold_lease
@@ -52,11 +53,8 @@ def export(name: str, kind: str, out: Path) -> None:
 
 def export_samples(params: Params, name: str, launch: Launch, out: Path) -> None:
     """Write the samples that evaluation measures as one npz in random order, for ADM's evaluator."""
-    from afm_pipe.sampling.requests import Request
-
-    settings = params.evaluate
-    if _draw(params, name, launch, [Request(count=settings.samples, seed=settings.seed, adm_npz=out)]):
-        print(f"{out}: {settings.samples} samples of {name}, shuffled, for ADM's evaluator.")
+    if _draw(params, name, launch, [_measured(params, name, adm_npz=out)]):
+        print(f"{out}: {params.evaluate.samples} samples of {name}, shuffled, for ADM's evaluator.")
 
 
 def sample(params: Params, name: str, launch: Launch, request: "Request | None" = None) -> None:
@@ -71,15 +69,35 @@ def sample(params: Params, name: str, launch: Launch, request: "Request | None" 
         if drawn := _draw(params, name, launch, [request]):
             print(drawn.describe())
         return
-    settings, evaluate, folder = params.sample, params.evaluate, paths.samples(name)
+    settings, folder = params.sample, paths.samples(name)
     seeds = ",".join(str(settings.seed + i) for i in range(3))
     requests = [
         Request(grid=folder / "grid.png"),
         Request(interpolate=seeds, rows=STRIP_ROWS, frames=STRIP_FRAMES, grid=folder / "interpolation.png"),
     ]
     if settings.keep_images:
-        requests.append(Request(count=evaluate.samples, seed=evaluate.seed, images=folder / "images"))
+        requests.append(_measured(params, name, images=folder / "images"))
     _draw(params, name, launch, requests)
+
+
+def _measured(params: Params, name: str, adm_npz: Path | None = None, images: Path | None = None) -> "Request":
+    """Request the samples that evaluation measures, in the class shares of the reference.
+
+    Raises UserError for a reference of other classes.
+    """
+    from afm_pipe.data.classes import require_same_classes
+    from afm_pipe.evaluation.reference import SUMMARY
+    from afm_pipe.sampling.requests import Request
+
+    path, model, counts = paths.REFERENCE / SUMMARY, find_model(name), None
+    if path.is_file():
+        summary = read_json(path)
+        require_same_classes(read_json(model / "config.json").get("classes"), model, summary["classes"], path)
+        counts = summary.get("class_counts")
+    elif env_rank() == 0:
+        print(f"Not checked: whether the real images have equal class shares, as these samples; there is no {path}.")
+    settings = params.evaluate
+    return Request(count=settings.samples, seed=settings.seed, class_counts=counts, adm_npz=adm_npz, images=images)
 
 
 def _draw(params: Params, name: str, launch: Launch, requests: "list[Request]") -> "Drawn | None":

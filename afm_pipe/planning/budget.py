@@ -1,10 +1,8 @@
 """Memory of a run on one device, counted before anything is allocated."""
 
 import os
-from pathlib import Path
 from typing import NamedTuple
 
-import psutil
 import torch
 
 from afm_pipe.models.model_files import ModelConfig, count_parameters
@@ -13,6 +11,7 @@ from afm_pipe.objectives.base import num_micro_batches
 from afm_pipe.params import Run
 from afm_pipe.planning.counting import FLOAT, measure
 from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.machine import available_memory
 
 COPIES = 4  # weights, gradients, two moments of AdamW; the sampled network has an EMA as well
 AUTOCAST = 0.7  # of float32's activations are kept under bf16 autocast: a block with qk_norm; 0.6 without
@@ -83,7 +82,7 @@ def require_memory(needs: Budget, run_name: str, device: torch.device) -> None:
         free = torch.cuda.mem_get_info(device)[0]
     else:
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        free = min(psutil.virtual_memory().available, _cgroup_limit()) // local_processes
+        free = available_memory() // local_processes
     if needs.memory_bytes > free:
         raise UserError(
             f"Found {free / 2**30:.1f} GiB of memory free on {device}, expected {needs.memory_bytes / 2**30:.1f} GiB "
@@ -92,13 +91,3 @@ def require_memory(needs: Budget, run_name: str, device: torch.device) -> None:
             "train.batch_size, AFM_MICRO_BATCH or AFM_CHECKPOINT_ACTIVATIONS=true to keep fewer activations, or "
             "several processes with AFM_SHARD=true."
         )
-
-
-def _cgroup_limit() -> int:
-    """Return the bytes that the container may still allocate; a huge number outside a container."""
-    root = Path("/sys/fs/cgroup")
-    try:
-        limit = (root / "memory.max").read_text().strip()
-        return int(limit) - int((root / "memory.current").read_text()) if limit != "max" else 1 << 62
-    except (OSError, ValueError):
-        return 1 << 62  # no such control group

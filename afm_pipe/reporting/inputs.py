@@ -38,6 +38,15 @@ class Cost(BaseModel):
     peak_memory_gib: float | None
 
 
+class Selected(BaseModel):
+    """How the weights of a run were chosen: the best of so many measured ones, by a distance over some samples."""
+
+    model_config = ConfigDict(frozen=True)
+
+    of: int
+    samples: int
+
+
 class Config(BaseModel):
     """The sizes of a model and its settings; an imported model has no discriminator."""
 
@@ -47,6 +56,8 @@ class Config(BaseModel):
     discriminator_parameters: int | None = None
     model: dict[str, Any] = {}
     classes: list[str] | None = None
+    selection: Selected | None = None
+    """None where the weights are those of the run's end."""
 
 
 class Measured(BaseModel):

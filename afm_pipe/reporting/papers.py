@@ -159,7 +159,10 @@ def _own_caption(runs: Sequence[RunRecord], others: Sequence[str]) -> str:
     samples = sorted({int(run.protocol["samples"]) for run in runs if run.protocol.get("samples")})
     counts = " or ".join(map(titles.number, samples)) or "an unrecorded number of"
     spaces = sorted({space for run in runs for space in run.protocol.get("features", {})})
-    text = f"Ours: {counts} samples, {' and '.join(spaces) or 'unrecorded'} features, from {paths.metrics('RUN')}."
+    shares = titles.class_shares([run.protocol for run in runs])
+    text = (
+        f"Ours: {counts} samples{shares}, {' and '.join(spaces) or 'unrecorded'} features, from {paths.metrics('RUN')}."
+    )
     return text + (" Columns without numbers of the paper are in another feature space." if others else "")
 
 

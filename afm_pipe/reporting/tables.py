@@ -47,6 +47,7 @@ def run_table(inputs: Inputs) -> Table:
     metrics = titles.in_order(key for record in inputs.runs for key in record.metrics)
     columns = (
         Column("run", "Run", numeric=False),
+        Column("weights", "Weights", "EMA weights: those of the run's end, or the best measured in training", False),
         *(Column(key, titles.metric(key).title, _meaning(key)) for key in metrics),
         *(COSTS[key][0] for key in ("seconds", "images_per_second")),
         *(_setting_column(key, values) for key, values in settings.items()),
@@ -54,6 +55,7 @@ def run_table(inputs: Inputs) -> Table:
     rows = [
         (
             Cell(record.name, record.name, run=record.name),
+            plain(weights_text(record)),
             *(metric_cell(record, key) for key in metrics),
             *_cost_cells(record, "seconds", "images_per_second"),
             *(_setting_cell(key, values[index]) for key, values in settings.items()),
@@ -62,15 +64,26 @@ def run_table(inputs: Inputs) -> Table:
     ]
     footer = (
         Cell("Floor: reconstructions", None),
+        EMPTY,
         *(_floor_cell(inputs, key) for key in metrics),
         *[EMPTY] * (2 + len(settings)),
     )
+    shares = titles.class_shares(run.protocol for run in inputs.runs)
     caption = (
-        f"Runs of this repository, {titles.number(inputs.params.evaluate.samples)} samples each. Metrics from "
+        f"Runs of this repository, {titles.number(inputs.params.evaluate.samples)} samples each{shares}. Metrics from "
         f"{paths.metrics('RUN')}, cost from {paths.costs('RUN')}; of a run that continues another, its own phase alone."
     )
-    marked = ranked(rows, columns, range(1, 1 + len(metrics)))
+    marked = ranked(rows, columns, range(2, 2 + len(metrics)))
     return Table("runs", caption, columns, tuple(marked), footer, note=interval_note(rows))
+
+
+def weights_text(record: RunRecord) -> str:
+    """Return which weights of a run are measured: its last ones, or the best ones and what chose them."""
+    chosen = record.config.selection
+    if chosen is None:
+        return "end"
+    distance = next(iter(titles.in_order(map(titles.base_key, record.metrics))), "fd")
+    return f"best of {chosen.of}, chosen on {titles.metric(distance).title} of {chosen.samples:,} samples"
 
 
 def measured_table(inputs: Inputs, record: RunRecord) -> Table:
@@ -91,7 +104,8 @@ def measured_table(inputs: Inputs, record: RunRecord) -> Table:
         for key in titles.in_order(record.metrics)
     )
     samples = titles.number(record.protocol.get("samples"))
-    caption = f"{record.name}: all metrics, over {samples} samples, from {paths.metrics(record.name)}."
+    shares = titles.class_shares([record.protocol])
+    caption = f"{record.name}: all metrics, over {samples} samples{shares}, from {paths.metrics(record.name)}."
     note = "In brackets: 95 % intervals of the measurement." if record.intervals else "No interval was recorded."
     return Table(f"run-{record.name}", caption, columns, rows, note=note)
 

@@ -2,8 +2,8 @@
 
 import math
 import re
-from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple
 
 MISSING = "–"
 Better = Literal["lower", "higher", "near 1", ""]
@@ -137,6 +137,12 @@ def percent(value: float | None) -> str:
 def metric_text(key: str, value: float | None) -> str:
     """Format a metric's value."""
     return percent(value) if metric(key).share else number(value)
+
+
+def class_shares(protocols: Iterable[Mapping[str, Any]]) -> str:
+    """Return how the classes of samples, and of the real images, were shared, or nothing where that is not recorded."""
+    found = sorted({str(shares) for protocol in protocols if (shares := protocol.get("class_shares"))})
+    return f" in {' or '.join(found)} class shares" if found else ""
 
 
 def duration(seconds: float) -> str:

@@ -16,7 +16,7 @@ from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import atomic_path
 from afm_pipe.runtime.progress import Progress
 from afm_pipe.sampling.image_writers import GridWriter, ImageWriter, NpzWriter, PngWriter
-from afm_pipe.sampling.sampler import Sampler, balanced_labels, seeded_noise, slerp
+from afm_pipe.sampling.sampler import Sampler, balanced_labels, labels_in_shares, seeded_noise, slerp
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,9 @@ class Request:
     per_class: int | None = None
     """Samples of each class, a class per row of the grid."""
     count: int | None = None
-    """Samples in total, classes in turn."""
+    """Samples in total, classes in turn or in the shares of `class_counts`."""
+    class_counts: Sequence[int] | None = None
+    """Of all classes, in order."""
     rows: int | None = None
     """Upper bound of the number of classes, where `classes` names none."""
     steps: int | None = None
@@ -104,6 +106,8 @@ def _resolve(sampler: Sampler, request: Request, seed: int, defaults: Sample) ->
     """Return the labels of all samples, their noise (see `Sampler`), and the number of columns of a grid."""
     num_classes = len(sampler.class_names)
     chosen = None if request.classes is None else torch.tensor(choose_classes(request.classes, sampler.class_names))
+    if request.count is not None and request.class_counts is not None:
+        return labels_in_shares(request.count, request.class_counts), seed, min(request.count, num_classes, 16)
     if request.count is not None:
         every = torch.arange(num_classes) if chosen is None else chosen
         return every[balanced_labels(range(request.count), len(every))], seed, min(request.count, len(every), 16)

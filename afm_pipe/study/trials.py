@@ -158,10 +158,12 @@ def _scale(params: Params, trials: list[Trial], results: list[dict[str, Any]]) -
     span = f"{updates[0]:,}" if len(updates) == 1 else f"{updates[0]:,} to {updates[-1]:,}"
     seeds = len({trial.spec.place.seed for trial in trials})
     channels, side, _ = params.latent_shape
+    shares = results[0]["protocol"].get("class_shares")
+    measured = f"{params.study.samples:,} samples of each trial" + (f" in {shares} class shares" if shares else "")
     return (
         f"Size {sizes} on {channels} x {side} x {side} latents of {params.data.source} ({params.data.image_size} "
         f"pixels); {span} updates of batch {trials[0].run.batch_size}, {seeds} seed{'s' * (seeds != 1)}, "
-        f"{params.study.samples:,} samples of each trial: not the paper's scale."
+        f"{measured}: not the paper's scale."
     )
 
 

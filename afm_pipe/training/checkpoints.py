@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
-
 from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from afm_pipe.models.model_files import load_tensors, save_tensors
 from afm_pipe.runtime.errors import UnwritableError, UserError
 from afm_pipe.runtime.files import atomic_path, read_json, remove_leftovers, sha256_file, write_json
+from afm_pipe.runtime.machine import available_memory
 from afm_pipe.training.curves import Row, scan_curves, write_curves
 from afm_pipe.training.sharding import Parts, read_shards, tensor_names, write_shards
 from afm_pipe.training.state import TrainingState
@@ -126,7 +125,7 @@ class CheckpointWriter:
         if not self.active:
             return
         in_background = self.retention.in_background and not self.state.is_sharded
-        if in_background and _num_bytes(self.state) < 0.8 * psutil.virtual_memory().available:
+        if in_background and _num_bytes(self.state) < 0.8 * available_memory():
             self._thread = threading.Thread(target=self._write, args=(Snapshot.of(self.state),), daemon=True)
             self._thread.start()
         else:

@@ -70,6 +70,8 @@ def kid_with_error(real: np.ndarray, features: np.ndarray) -> tuple[float, float
     """
     x, y = _with_one(features, 1.0), _with_one(real, 1.0)
     n, m = len(x), len(y)
+    if min(n, m) < 2:
+        return 0.0, math.inf  # of one, no kernel between different ones is known
     influence, within, square = np.empty(n), np.empty(n), 0.0
     for start in range(0, n, TILE):
         rows = x[start : start + TILE]

@@ -127,9 +127,9 @@ class TrainingMonitor(Callback):
 
     def _take_probe(self) -> None:
         row, memory = self.state.rows[-1], self.memory
-        found = self._measure()
-        memory.probes.append({"update": row["update"], "epoch": row["epoch"]} | found)
-        if self.auto and found["kid"] <= min(probe["kid"] for probe in memory.probes):
+        result = self._measure()
+        memory.probes.append({"update": row["update"], "epoch": row["epoch"]} | result)
+        if self.auto and result["kid"] <= min(probe["kid"] for probe in memory.probes):
             memory.best = self.state.update
             assert self.state.best is not None, "an auto schedule keeps its best"
             self.state.best.load_state_dict(self.state.ema.state_dict())
@@ -143,7 +143,8 @@ class TrainingMonitor(Callback):
         memory, update, total = self.memory, self.state.update, self.trainer.total
         plateau = stopped_improving(self.run, memory.probes, memory.phase_since)
         best = next(probe for probe in memory.probes if probe["update"] == memory.best)
-        evidence = {"kid": memory.probes[-1]["kid"], "best_kid": best["kid"], "best_update": best["update"]}
+        evidence = {name: memory.probes[-1][name] for name in ("kid", "kid_error")}
+        evidence |= {f"best_{name}": best[name] for name in ("kid", "kid_error", "update")}
         if update < total and not plateau:
             return
         if update == total or memory.phase == PHASES - 1:

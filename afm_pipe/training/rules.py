@@ -54,8 +54,8 @@ def alarms_of_probes(
     run: Run, monitored: MonitoredColumns, rows: Sequence[Row], probes: Sequence[ProbeResult]
 ) -> list[Alarm]:
     """Return the alarms of the rules that read probes, after a new probe."""
-    found = (spread_lost(run, probes), stagnation(run, monitored, rows, probes), collapse(run, probes))
-    return [alarm for alarm in found if alarm is not None]
+    alarms = (spread_lost(run, probes), stagnation(run, monitored, rows, probes), collapse(run, probes))
+    return [alarm for alarm in alarms if alarm is not None]
 
 
 def divergence(run: Run, monitored: MonitoredColumns, rows: Sequence[Row]) -> Alarm | None:
@@ -132,16 +132,16 @@ def collapse(run: Run, probes: Sequence[ProbeResult]) -> Alarm | None:
         ("class_accuracy", limits.class_accuracy, "samples are classified right {} times as often as data"),
     ):
         if all(_below(run, probe, name, limit) for probe in last):
-            found = text.format(_figure(last[-1], name))
-            return Alarm("collapse", f"{found}, below {limit:g}", _evidence(last[-1], name))
+            finding = text.format(_figure(last[-1], name))
+            return Alarm("collapse", f"{finding}, below {limit:g}", _evidence(last[-1], name))
         usual = [probe for probe in before if _settled(run, probe)][-REFERENCE:]
         if len(usual) < REFERENCE:
             continue
         mean, error = _mean(usual, name)
         if all(_below(run, probe, name, (1 - limits.drop) * mean, error) for probe in last):
-            found = text.format(_figure(last[-1], name))
+            finding = text.format(_figure(last[-1], name))
             evidence = {**_evidence(last[-1], name), f"{name}_before": mean, f"{name}_before_error": error}
-            return Alarm("collapse", f"{found}, {limits.drop:.0%} below {mean:.3g} before", evidence)
+            return Alarm("collapse", f"{finding}, {limits.drop:.0%} below {mean:.3g} before", evidence)
     return None
 
 

@@ -92,15 +92,15 @@ class RunStore:
 
     def remembered(self, owner: str, *folders: Path) -> list[Any]:
         """Return the state of a callback in all checkpoints of some folders."""
-        found = []
+        states = []
         for checkpoint in (each for folder in folders for each in checkpoints(folder)):
             try:
                 extra = read_json(checkpoint / "extra.json")
             except UserError:  # damaged, or being removed: nothing resumes from it
                 continue
             if owner in extra:
-                found.append(extra[owner])
-        return found
+                states.append(extra[owner])
+        return states
 
     def prune_adversaries(self, updates: Collection[int]) -> None:
         """Remove the adversaries saved for the monitor, except those of `updates`."""

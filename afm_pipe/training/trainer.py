@@ -245,9 +245,9 @@ class Trainer:
 
 def _require_same_update(group: ProcessGroup, update: int) -> None:
     """Raise UserError if processes loaded checkpoints of different updates."""
-    found = group.all_gather(update)
-    if len(set(found)) > 1:
+    updates = group.all_gather(update)
+    if len(set(updates)) > 1:
         raise UserError(
-            f"Found the processes at updates {', '.join(map(str, found))}, expected the same on all: put work/ on a "
+            f"Found the processes at updates {', '.join(map(str, updates))}, expected the same on all: put work/ on a "
             "disk that all machines share."
         )

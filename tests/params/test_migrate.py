@@ -16,7 +16,10 @@ from tests.conftest import ROOT, SMOKE
 
 OLD = sorted((Path(__file__).parent / "v0_1").glob("*.yaml"))
 PROSE = ("title", "question", "claim")
-SINCE = ("monitor", "gradient_clip", "keep_discriminators", "selection", "reload_discriminator", "strong_discriminator")
+SINCE = (
+    *("monitor", "gradient_clip", "keep_discriminators", "selection", "reload_discriminator", "strong_discriminator"),
+    "class_shares",
+)
 """What the committed files have set otherwise since 0.1."""
 
 

@@ -99,6 +99,24 @@ def test_npz_for_adms_evaluator_holds_what_evaluation_measures(
     assert [path.name for path in tmp_path.iterdir()] == ["one.npz"]
 
 
+def test_images_for_other_evaluators_are_in_the_class_shares_of_the_reference(
+    project: Path,  # noqa: F811
+    measured: np.ndarray,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copytree(project, tmp_path / "project")
+    monkeypatch.chdir(tmp_path / "project")
+    summary = read_json(paths.REFERENCE / "summary.json")
+    write_json(paths.REFERENCE / "summary.json", summary | {"class_counts": [14, *[1] * 9]})
+    assert afm("export", "one", "--format", "adm-npz", "--out", "one.npz").exit_code == 0
+    with np.load("one.npz", allow_pickle=False) as file:
+        assert np.bincount(file["arr_1"]).tolist() == [14, *[1] * 9]
+    write_json(paths.REFERENCE / "summary.json", summary | {"classes": list("abcdefghij")})
+    done = afm("export", "one", "--format", "adm-npz", "--out", "one.npz")
+    assert "Found 'digit 0' as class 0 of 10 in models/one, expected 'a' of 10" in done.output
+
+
 def test_imported_weights_without_class_names_are_measured_only_where_numbers_name_the_classes(
     project: Path,  # noqa: F811
     measured: np.ndarray,

@@ -49,7 +49,8 @@ def write_inputs(params: Params, rows: int = 40) -> None:
                 "within_class_variance": 0.85,
                 "copies": 0.0,
                 "nearest_distance_ratio": 1.1,
-                "protocol": {"samples": 5000, "seed": 1000, "features": {"classifier": "ab" * 32}, "device": "cpu"},
+                "protocol": {"samples": 5000, "seed": 1000, "features": {"classifier": "ab" * 32}, "device": "cpu"}
+                | {"class_shares": "the data's"},
             },
         )
         write(

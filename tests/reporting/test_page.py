@@ -44,7 +44,17 @@ def test_numbers_are_printed_short_and_stored_in_full(project: Path) -> None:
     with (paths.RENDERED / "runs.csv").open(newline="") as file:
         assert float(next(csv.DictReader(file))["fd_classifier_5k"]) == 8.1234
     markdown = (paths.RENDERED / "runs.md").read_text()
-    assert "| t4 | 8.12 |" in markdown
+    assert "| t4 | end | 8.12 |" in markdown
+
+
+def test_rows_say_which_weights_were_measured(project: Path) -> None:
+    params = make_params(a={}, b={})
+    write_inputs(params)
+    sizes = {"generator_parameters": 1, "discriminator_parameters": 1}
+    selection = {"of": 8, "samples": 1000, "update": 70, "epoch": 7.0, "distance": 9.5}
+    write(paths.model("b") / "config.json", sizes | {"selection": selection})
+    shown = {row[0]: row[1] for row in built(params).rows["table-runs tbody"]}
+    assert shown == {"a": "end", "b": "best of 8, chosen on FD (classifier) of 1,000 samples"}
 
 
 def test_settings_in_which_runs_differ_stand_under_their_titles(project: Path) -> None:
@@ -107,6 +117,7 @@ def test_summary_names_the_best_run_the_floor_and_the_scale(project: Path) -> No
     write(paths.metrics("better"), json.loads(paths.metrics("better").read_text()) | {"fd_classifier_5k": 7.7})
     text = built(params).text
     assert "7.70" in text
+    assert "5,000 samples each in the data's class shares." in text
     assert "run better, the lowest (without intervals: no ranking); reconstructed real images have 3.14" in text
     assert "not comparable with the paper's ImageNet numbers: 5,000 training images instead of 1,281,167" in text
 
@@ -221,7 +232,7 @@ def test_curve_breaks_where_a_run_diverged_and_missing_metrics_are_dashes(projec
     stored = json.loads(paths.metrics("t4").read_text())
     write(paths.metrics("t4"), stored | {"fd_classifier_5k": None})
     page = built(params)
-    assert page.rows["table-runs tbody"][0][1] == titles.MISSING
+    assert page.rows["table-runs tbody"][0][2] == titles.MISSING
     gap = next(svg for svg in page.all("path") if "--run-0" in str(svg["style"]) and len(str(svg["d"])) > 100)
     assert str(gap["d"]).count("M") == 2
     assert "nan" not in str(gap["d"])

@@ -113,13 +113,14 @@ def test_a_run_that_went_back_by_itself_has_not_failed(project: Path, change: Ca
     log = work() / "events.jsonl"
     log.write_text(
         event(20, "divergence", evidence={"loss": 1e4, "rolled_back_to": 10}, action="back to update 10")
-        + event(30, "identity", evidence={"move": 0.01}, action="transport weight over 2")
+        + event(30, "identity", evidence={"move": 0.01, "move_error": 0.002}, action="transport weight over 2")
     )
     each = status.run_status(params, "t4")
     assert (each.state, each.health) == ("finished", "identity at 30")
     text, code = why(params, "t4")
     assert code == 0 and "with 2 alarms." in text
     assert "update 20: divergence: a divergence [loss 1e+04, rolled_back_to 10]; back to update 10" in text
+    assert "a identity [move 0.01 ± 0.002]" in text
     assert "Lower transport.start" in text and "monitor.policy: act" in text
 
     shutil.rmtree(paths.model("t4"))

@@ -29,7 +29,7 @@ def test_intervals_are_shown_and_overlapping_rows_are_indistinguishable(project:
         stored = json.loads(paths.metrics(name).read_text()) | {"fd_classifier_5k": value}
         write(paths.metrics(name), stored | ({"intervals": {"fd_classifier_5k": interval}} if interval else {}))
     page = built(params)
-    cells = [row[1] for row in page.rows["table-runs tbody"]]
+    cells = [row[2] for row in page.rows["table-runs tbody"]]
     assert cells == ["8.00 [7.00, 9.00]indistinguishable", "7.00 [6.60, 7.40]best", "20.0 [19.0, 21.0]", "6.00"]
     assert "rows whose interval overlaps the best's are indistinguishable from it" in page.text
     with (paths.RENDERED / "runs.csv").open(newline="") as file:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -12,7 +13,7 @@ from afm_pipe.models.flow import Flow
 from afm_pipe.models.generator import Generator
 from afm_pipe.params.sizes import ModelSize
 from afm_pipe.runtime.errors import UserError
-from afm_pipe.sampling.sampler import Sampler, balanced_labels, seeded_noise
+from afm_pipe.sampling.sampler import Sampler, balanced_labels, labels_in_shares, seeded_noise
 
 SHAPE = (4, 8, 8)
 MICRO_BATCH = 6
@@ -66,6 +67,17 @@ def test_noise_leaves_the_global_random_state_alone() -> None:
 def test_labels_take_classes_in_turn() -> None:
     assert balanced_labels(range(7), 3).tolist() == [0, 1, 2, 0, 1, 2, 0]
     assert balanced_labels([5], 3).dtype == torch.int64
+
+
+def test_the_first_samples_are_in_the_shares_of_the_classes_however_many_they_are() -> None:
+    assert labels_in_shares(7, [5, 5, 5]).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    counts = np.array([500, *[20] * 9])
+    labels = labels_in_shares(680, counts.tolist())
+    assert labels.dtype == torch.int64 and np.bincount(labels).tolist() == counts.tolist()
+    for first in (1, 2, 9, 100, 333):
+        found = np.bincount(labels[:first], minlength=10)
+        assert np.abs(found - first * counts / 680).max() < 1
+    assert labels_in_shares(3, [1, 0, 2]).tolist() == [2, 0, 2]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The kernel distance and its standard error."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -23,3 +25,9 @@ def test_the_distance_is_kids() -> None:
     random = np.random.default_rng(1)
     real, features = draw(random, 400, 0.0), draw(random, 400, 0.3)
     assert kid_with_error(real, features)[0] == pytest.approx(kid(real, features, 1, 400, 0), rel=1e-9)
+
+
+def test_the_distance_to_one_real_image_is_unknown_and_no_division_by_zero() -> None:
+    features = np.random.default_rng(0).standard_normal((2, 8)).astype(np.float32)
+    for real, samples in ((features[:1], features), (features, features[:1]), (features[:1], features[:1])):
+        assert kid_with_error(real, samples) == (0.0, math.inf)
