@@ -180,7 +180,7 @@ def _read_pickled(path: Path) -> Any:
         raise UserError(f"Found {path}, expected a file ending in {', '.join((*PICKLED, SAFE, INDEX))}.")
     check_pickled(path)
     try:
-        with torch.serialization.safe_globals(inert_classes(path)):
+        with torch.serialization.safe_globals([*inert_classes(path)]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise UserError(
