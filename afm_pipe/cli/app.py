@@ -263,12 +263,13 @@ def summary(params: ParamsFile = paths.PARAMS) -> None:
 
 @_command(MODELS, "import")
 def import_weights(
-    file: Annotated[str, typer.Argument(help="Weights: .pth, .pt or .safetensors.")],
+    file: Annotated[str, typer.Argument(help="Weights: .pth, .pt, .bin, .ckpt, .safetensors or .index.json.")],
     name: Annotated[str, typer.Option(help="Name of the new model: models/NAME.")],
     nfe: Annotated[str | None, typer.Option(help="Steps it was trained for, if its tensors do not show them.")] = None,
     repeats: Annotated[int | None, typer.Option(help="How often its blocks run: 1, 2 or 4.")] = None,
     form: Annotated[str | None, typer.Option(help="direct or residual, if not as released.")] = None,
     classes: Annotated[str | None, typer.Option(help="Text file of class names, one per line.")] = None,
+    key: Annotated[str | None, typer.Option(help="Entry that holds them, such as ema; default: its EMA.")] = None,
     params: ParamsFile = paths.PARAMS,
     overrides: Overrides = None,
 ) -> None:
@@ -277,7 +278,7 @@ def import_weights(
     from afm_pipe.params.file import imported
 
     steps = int(nfe) if nfe is not None and nfe.isdecimal() else nfe
-    options = {"file": file, "nfe": steps, "repeats": repeats, "form": form, "classes": classes}
+    options = {"file": file, "nfe": steps, "repeats": repeats, "form": form, "classes": classes, "key": key}
     pipeline.import_weights(_params(params, overrides), name, imported(options))
 
 

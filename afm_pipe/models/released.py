@@ -5,6 +5,7 @@ two or four steps from one whose blocks run two or four times (paper section 3);
 only serves as a hint. No code in the file runs: only plain tensors are read.
 """
 
+import hashlib
 import json
 import math
 import pickle
@@ -18,16 +19,24 @@ from safetensors import safe_open
 from torch import Tensor
 
 from afm_pipe.data.classes import imagenet_names
+from afm_pipe.models.containers import find_weights
 from afm_pipe.models.model_files import ModelConfig, build_generator, count_parameters, mismatches, save_tensors
-from afm_pipe.models.tensor_files import ADVICE, check_file, check_pickled, check_plain, check_safetensors
+from afm_pipe.models.tensor_files import (
+    ADVICE,
+    check_file,
+    check_pickled,
+    check_plain,
+    check_safetensors,
+    inert_classes,
+)
 from afm_pipe.params import Imported
 from afm_pipe.params.sizes import SIZES
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import atomic_path, read_text, sha256_file, write_json
 
-PICKLED, SAFE = (".pth", ".pt", ".bin", ".ckpt"), ".safetensors"
-MAX_NAMES_BYTES = 16 << 20  # of a file of class names
+PICKLED, SAFE, INDEX = (".pth", ".pt", ".bin", ".ckpt"), ".safetensors", ".json"
+MAX_NAMES_BYTES = 16 << 20  # of a file of class names, or of an index
 METADATA = "afm_pipe"  # key in the metadata of an exported safetensors file
 SD_VAE_LATENT, SD_VAE_FACTOR = (4, 32, 32), 0.18215  # the latents of all released generators
 KEY_TENSORS = {"x_embedder.proj.weight": 4, "pos_embed": 3, "y_embedder.embedding_table.weight": 2}  # name: dimensions
@@ -60,10 +69,10 @@ def import_generator(settings: Imported, folder: Path) -> ModelConfig:
     if not path.is_file():
         raise UserError(f"Found no file {path}, expected weights ({', '.join((*PICKLED, SAFE))}): check the path.")
     check_file(path)
-    sha256 = sha256_file(path)
+    sha256 = _hash(path)
     if settings.sha256 not in (None, sha256):
         raise UserError(f"Found {path} with sha256 {sha256}, expected {settings.sha256}: use the right file.")
-    contents = read_tensors(path)
+    contents = read_tensors(path, settings.key)
     config = infer_config(contents, path, settings)
     _check_values(contents.tensors, path)
     factor = SD_VAE_FACTOR if config.latent_shape == SD_VAE_LATENT else contents.metadata.get("scaling_factor")
@@ -90,28 +99,23 @@ def import_generator(settings: Imported, folder: Path) -> ModelConfig:
     return config
 
 
-def read_tensors(path: Path) -> WeightsFile:
-    """Read a file of named tensors without running code in it.
+def read_tensors(path: Path, key: str | None = None) -> WeightsFile:
+    """Read the generator's tensors in a file without running code in it.
 
-    A pickled file may hold them at the top level or one level below ({"ema": ...}); of several entries, `ema` is used.
-    Raises UserError if the file holds anything else than tensors or is damaged.
+    Those under `key`, else the EMA, else the only ones (see `containers`). The path of a sharded file is its index.
+    Raises UserError if the file is damaged, or holds something that could run or no single generator.
     """
     if path.suffix == SAFE:
-        return _read_safetensors(path)
-    if path.suffix not in PICKLED:
-        raise UserError(f"Found {path}, expected a file ending in {', '.join((*PICKLED, SAFE))}.")
-    check_pickled(path)
-    try:
-        held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"Found {path} holding more than tensors ({_reason(error)}), expected only named tensors. {ADVICE}"
-        ) from None
-    except Exception as error:  # the unpickler raises almost anything for damaged or hostile bytes
-        raise UserError(f"Found {path} unreadable as a tensor file ({_reason(error)}): download it again.") from None
-    tensors, entry = _unwrap(held, path)
-    check_plain(tensors, path)
-    return WeightsFile(tensors, entry, metadata={})
+        held, metadata = _read_safetensors(path)
+    elif path.suffix == INDEX:
+        metadata, held = {}, {}
+        for shard in shards(path):
+            held |= _read_safetensors(shard)[0] if shard.suffix == SAFE else _read_pickled(shard)
+    else:
+        metadata, held = {}, _read_pickled(path)
+    found = find_weights(held, path, key)
+    check_plain(found.tensors, path)
+    return WeightsFile(found.tensors, str(found), metadata)
 
 
 def infer_config(contents: WeightsFile, path: Path, settings: Imported) -> ModelConfig:
@@ -158,38 +162,45 @@ def describe(config: ModelConfig) -> str:
     return f"{config.size}, {steps}, {config.form} form{runs}, {config.num_classes:,} classes, latents {latent}"
 
 
-def _read_safetensors(path: Path) -> WeightsFile:
+def shards(path: Path) -> list[Path]:
+    """Return the files of an index, sorted. Raises UserError for an index that names none, or files elsewhere."""
+    try:
+        names = sorted(set(json.loads(read_text(path, MAX_NAMES_BYTES))["weight_map"].values()))
+        sound = bool(names) and all(re.fullmatch(r"\w[\w.-]*\.(safetensors|bin)", name) for name in names)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        names, sound = [], False
+    missing = [name for name in names if sound and not (path.parent / name).is_file()]
+    if missing or not sound:
+        what = f"without its file {missing[0]}" if missing else "which is not an index of weights"
+        raise UserError(f"Found {path} {what}, expected a weight_map to .safetensors or .bin files beside it.")
+    return [path.parent / name for name in names]
+
+
+def _read_pickled(path: Path) -> Any:
+    if path.suffix not in PICKLED:
+        raise UserError(f"Found {path}, expected a file ending in {', '.join((*PICKLED, SAFE, INDEX))}.")
+    check_pickled(path)
+    try:
+        with torch.serialization.safe_globals([*inert_classes(path)]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"Found {path} holding more than tensors and settings ({_reason(error)}), expected only these. {ADVICE}"
+        ) from None
+    except Exception as error:  # the unpickler raises almost anything for damaged or hostile bytes
+        raise UserError(f"Found {path} unreadable as a tensor file ({_reason(error)}): download it again.") from None
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and this package's metadata."""
     check_safetensors(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get(METADATA, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
-            return WeightsFile(tensors, "the file itself", metadata if isinstance(metadata, dict) else {})
+            return tensors, metadata if isinstance(metadata, dict) else {}
     except Exception as error:  # an unknown dtype is a KeyError, deep metadata a RecursionError
         raise UserError(f"Found {path} unreadable as safetensors ({_reason(error)}): download it again.") from None
-
-
-def _unwrap(held: Any, path: Path) -> tuple[dict[str, Tensor], str]:
-    """Return the named tensors of an unpickled file, and the entry they come from."""
-    if _is_state_dict(held):
-        return dict(held), "the file itself"
-    inner = {name: value for name, value in held.items() if _is_state_dict(value)} if isinstance(held, dict) else {}
-    name = "ema" if "ema" in inner else next(iter(inner), None)
-    if name is None or (len(inner) > 1 and name != "ema"):
-        shown = type(held).__name__
-        if isinstance(held, dict):
-            shown = ", ".join(f"{str(k)[:40]}: {type(v).__name__}" for k, v in list(held.items())[:6]) or "nothing"
-        raise UserError(
-            f"Found {path} holding {shown}, expected one dict of named tensors, or an entry `ema` with one: save only "
-            "the generator's state dict."
-        )
-    return dict(inner[name]), f"its entry {name}"
-
-
-def _is_state_dict(value: Any) -> bool:
-    return (
-        isinstance(value, dict) and bool(value) and all(isinstance(k, str) and torch.is_tensor(value[k]) for k in value)
-    )
 
 
 def _key_shapes(tensors: dict[str, Tensor], path: Path) -> dict[str, tuple[int, ...]]:
@@ -304,8 +315,17 @@ def _class_names(settings: Imported, contents: WeightsFile, config: ModelConfig)
     return [str(label) for label in range(config.num_classes)], "numbers"
 
 
+def _hash(path: Path) -> str:
+    """Return the sha256 of a file; of an index, that over its own and those of its files."""
+    if path.suffix != INDEX:
+        return sha256_file(path)
+    for shard in shards(path):
+        check_file(shard)
+    return hashlib.sha256("".join(map(sha256_file, [path, *shards(path)])).encode()).hexdigest()
+
+
 def _reason(error: BaseException) -> str:
     """Return the informative part of an error; PyTorch's message is long where a pickle tries to load code."""
     text = " ".join(str(error).split())
-    found = re.search(r"Unsupported (?:global|operand|class)[^.]*?\s[\w.]+|GLOBAL [\w.]+", text)
+    found = re.search(r"GLOBAL [\w.]+|Unsupported (?:operand|class)[^.]*?\s[\w.]+", text)
     return (found[0] if found else text.split(". ")[0])[:200] or type(error).__name__

@@ -6,9 +6,14 @@ torch.save writes are opened, memory-mapped.
 """
 
 import pickletools
+import re
 import struct
+import sys
 import zipfile
+from _compat_pickle import IMPORT_MAPPING
+from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +23,14 @@ from afm_pipe.runtime.errors import UserError
 MAX_FILE = 32 << 30  # bytes; the fp32 optimizer state of the largest size has 6 << 30
 MAX_HEADER = 16 << 20  # bytes; the largest size needs 0.1 << 20
 MAX_PICKLE = 16 << 20
+LARGEST_REUSED = 64  # values in a tuple that occurs again; parameter groups share the two betas of Adam
+MAX_SKIPPED = 100  # kinds of objects
+SKIPPED = re.compile(  # of the standard library: what describes settings and runs nothing
+    r"argparse\.Namespace|types\.SimpleNamespace|collections\.(defaultdict|deque)|pathlib\.\w*Path|typing\.\w+|"
+    r"datetime\.\w+|decimal\.Decimal|fractions\.Fraction|uuid\.UUID|"
+    r"builtins\.(dict|list|tuple|str|int|float|bool|bytes|bytearray|complex|object|range|slice)"
+)
+STANDARD_LIBRARY = sys.stdlib_module_names | {name.partition(".")[0] for name in IMPORT_MAPPING}  # of Python 2 too
 ADVICE = "Nothing in it was run. If you trust its origin, save only its state dict, preferably as safetensors."
 
 
@@ -44,7 +57,7 @@ def check_safetensors(path: Path) -> None:
 
 
 def check_pickled(path: Path) -> None:
-    """Raise UserError for files that torch.save does not write: other formats, compressed entries, reused tuples."""
+    """Raise UserError for what torch.save does not write: other formats, compressed entries, large reused tuples."""
     check_file(path)
     if not _is_archive(path):
         with path.open("rb") as file:
@@ -72,7 +85,7 @@ def check_pickled(path: Path) -> None:
             elif any(order != b"little" for order in byteorders):
                 wrong = "big-endian numbers"
             elif _reuses_tuple(archive.read(pickles[0])):
-                wrong = "a tuple used again"
+                wrong = f"a tuple used again that holds more than {LARGEST_REUSED} values"
     except Exception as error:  # zipfile raises almost anything for damaged or hostile bytes
         raise UserError(f"Found {path} unreadable as a tensor file ({error}): download it again.") from None
     if wrong:
@@ -110,14 +123,77 @@ def _is_byteorder(entry: zipfile.ZipInfo) -> bool:
 
 
 def _reuses_tuple(content: bytes) -> bool:
-    """Return whether a pickle reuses a tuple: forty nested ones take 2^40 steps to hash."""
-    is_tuple: dict[int | None, bool] = {}
-    before = ""
+    """Return whether a pickle reuses a tuple of many values: forty nested ones take 2^40 steps to hash.
+
+    The values are those of each tuple as the unpickler builds it; any other object counts as one.
+    """
+    stack: list[int | None] = []  # None is a mark
+    memo: dict[Any, int] = {}
     for opcode, argument, _ in pickletools.genops(content):
         name = opcode.name
-        if name.endswith("PUT"):
-            is_tuple[argument] = before.startswith("TUPLE")
-        elif name.endswith("GET") and is_tuple.get(argument) or name in ("DUP", "MEMOIZE"):
+        if name in ("DUP", "MEMOIZE"):  # torch.save writes neither
             return True
-        before = name if not name.endswith("PUT") else before
+        if name.endswith("PUT"):
+            memo[argument] = stack[-1] or 1
+        elif name.endswith("GET"):
+            if memo[argument] > LARGEST_REUSED:
+                return True
+            stack.append(memo[argument])
+        else:
+            taken = _pop(stack, opcode)
+            built = 1 + sum(taken) if name.startswith("TUPLE") or name in ("REDUCE", "NEWOBJ") else 1
+            stack += [None if each is pickletools.markobject else built for each in opcode.stack_after]
     return False
+
+
+def _pop(stack: list[int | None], opcode: pickletools.OpcodeInfo) -> list[int]:
+    """Remove what an opcode takes from the stack and return it without the mark."""
+    number = len(opcode.stack_before)
+    if pickletools.markobject in opcode.stack_before:
+        mark = len(stack) - 1
+        while stack[mark] is not None:
+            mark -= 1
+        number = len(stack) - mark + opcode.stack_before.index(pickletools.markobject)
+    if number > len(stack):
+        raise ValueError("a pickle that takes more than it holds")
+    taken = [each for each in stack[len(stack) - number :] if each is not None]
+    del stack[len(stack) - number :]
+    return taken
+
+
+def inert_classes(path: Path) -> list[tuple[type, str]]:
+    """Return classes that do nothing for the unknown objects of a checked pickle, such as argparse.Namespace.
+
+    They replace the real ones, which are never imported. Whatever else is of the standard library gets none, so that
+    torch.load refuses it.
+    """
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+    inert = [name for name in names if SKIPPED.fullmatch(name) or name.partition(".")[0] not in STANDARD_LIBRARY]
+    return [(_inert_class(name), name) for name in inert] if len(inert) <= MAX_SKIPPED else []
+
+
+class Skipped:
+    """An object in a pickle that is not read."""
+
+    def __new__(cls, *_: Any) -> Any:
+        """Ignore the arguments."""
+        return object.__new__(cls)
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+class SkippedDict(Skipped):
+    """A subclass of dict in a pickle, of which only the items are read."""
+
+    def __new__(cls, *_: Any) -> Any:
+        """Return what the unpickler adds items to."""
+        return OrderedDict()
+
+
+def _inert_class(name: str) -> type:
+    kind = SkippedDict if re.search(r"dict$|munch$|box$", name.lower()) else Skipped
+    return type(name.rpartition(".")[2][:80] or "object", (kind,), {})

@@ -109,7 +109,10 @@ class Imported(Section):
     """
 
     file: str
-    """Weights with the released key names, in a .pth or .pt file of only tensors, or a .safetensors file."""
+    """Weights with the released key names: a .pth, .pt, .bin, .ckpt or .safetensors file, or the .index.json of
+    several."""
+    key: str | None = None
+    """Entry of the file that holds them, such as ema or state_dict.net. Default: its EMA, else the only weights."""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     """Expected hash of the file."""
     nfe: Annotated[int, Field(ge=1, le=1024)] | Literal["any"] | None = None

@@ -39,7 +39,8 @@ def import_weights(params: Params, name: str, settings: Imported | None = None) 
     if paths.model(name).exists() and not isinstance(imported, dict):
         raise UserError(f"Found {paths.model(name)}, which was not imported: choose another name, or move it away.")
     config = import_generator(settings, paths.model(name))
-    print(f"{paths.model(name)}: {describe(config)}.")
+    entry = read_json(described)["provenance"]["imported"]["entry"]
+    print(f"{paths.model(name)}: {describe(config)}, from {entry}.")
 
 
 def export(name: str, kind: str, out: Path) -> None:
