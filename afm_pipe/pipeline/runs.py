@@ -39,7 +39,7 @@ def import_weights(params: Params, name: str, settings: Imported | None = None) 
     if paths.model(name).exists() and not isinstance(imported, dict):
         raise UserError(f"Found {paths.model(name)}, which was not imported: choose another name, or move it away.")
     config = import_generator(settings, paths.model(name))
-    entry = read_json(described)["provenance"]["imported"]["entry"]
+    entry = json_value(paths.model(name) / "config.json", "provenance", "imported", "entry")
     print(f"{paths.model(name)}: {describe(config)}, from {entry}.")
 
 

@@ -30,9 +30,9 @@ class Mark(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A run in a panel: its index among the runs, its points and marks."""
+    """A run in a panel: its place among the runs, its points and marks."""
 
-    index: int
+    place: int
     name: str
     x: np.ndarray
     y: np.ndarray
@@ -140,7 +140,7 @@ def _panel(term: Term, lines: list[Line]) -> str:
     images = Axis(0.0, max(float(line.x[-1]) for line in lines) or 1.0)
     width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
     paths = "".join(
-        f'<path class="line" {_stroke(line.index)} d="{path}"><title>{escape(line.name)}</title></path>'
+        f'<path class="line" {_stroke(line.place)} d="{path}"><title>{escape(line.name)}</title></path>'
         for line in lines
         for path in (_path(images.place(line.x) * width, _up(axis, line.y, height)),)
     )
@@ -175,7 +175,7 @@ def _mark(line: Line, mark: Mark, x: float, axis: Axis, height: int, alone: bool
         if not math.isfinite(y):
             return ""
         shape = f"M{x - 4:.1f} {y:.1f}l4 -4l4 4l-4 4z" if mark.intervention else f"M{x:.1f} {y - 4:.1f}v8"
-        color = f"var(--run-{line.index % len(LIGHT)})"
+        color = f"var(--run-{line.place % len(LIGHT)})"
     kind = "mark" + " intervention" * mark.intervention
     return f'<path class="{kind}" style="stroke:{color}" d="{shape}">{title}</path>'
 
