@@ -5,12 +5,16 @@ sum over the batch is computed on each rank's shard and reduced over the group, 
 speed.
 """
 
+import os
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from afm_pipe.runtime.environment import env_rank, env_world_size
+from afm_pipe.runtime.environment import ADDRESS, VARIABLES, env_rank, env_world_size, under_launcher
 from afm_pipe.runtime.errors import RankLostError, UnwritableError, UserError
 
 if TYPE_CHECKING:
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+JOIN_SECONDS, SAY_SECONDS = 600.0, 10.0  # to wait for the other processes; between lines that say so
 
 
 @dataclass(frozen=True)
@@ -126,14 +131,51 @@ def init_distributed(device: "torch.device") -> Iterator[ProcessGroup]:
     if dist.is_initialized():  # by the caller, which also destroys it
         yield ProcessGroup(dist.get_rank(), dist.get_world_size(), device)
         return
+    under_launcher()  # raises for an incomplete group
     with report_lost_rank():
         if device.type == "cuda":
             torch.cuda.set_device(device)  # FSDP2 and collectives of objects use the current device
-            dist.init_process_group("nccl", device_id=device)
+            _join(lambda: dist.init_process_group("nccl", device_id=device))
         else:
-            dist.init_process_group("gloo")
+            _join(lambda: dist.init_process_group("gloo"))
     yield ProcessGroup(rank, world_size, device)
     dist.destroy_process_group()
+
+
+def _join(init: Callable[[], None]) -> None:
+    """Initialize the process group in a thread, so that this one can say what it waits for, and obey signals.
+
+    Raises UserError when the others have not come in `JOIN_SECONDS`.
+    """
+    failures: list[BaseException] = []
+
+    def join() -> None:
+        try:
+            init()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=join, daemon=True)
+    thread.start()
+    began = said = time.monotonic()
+    others = f"{env_world_size() - 1} other processes at {':'.join(os.environ.get(name, '?') for name in ADDRESS)}"
+    while thread.is_alive():
+        thread.join(0.1)
+        now = time.monotonic()
+        if now - began > JOIN_SECONDS:
+            raise UserError(
+                f"Found no {others} in {JOIN_SECONDS:.0f} s, as WORLD_SIZE={env_world_size()} says: start them all, or "
+                f"unset {', '.join(VARIABLES)}."
+            )
+        if now - said > SAY_SECONDS:
+            said = now
+            print(
+                f"rank {env_rank()} waits for {others}: {now - began:.0f} of at most {JOIN_SECONDS:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+    if failures:
+        raise failures[0]
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 MISSING = "–"
+ROUNDING = 1e-12  # smaller values are what rounding leaves of zero
 Better = Literal["lower", "higher", "near 1", ""]
 
 
@@ -120,7 +121,7 @@ def number(value: float | int | None, digits: int = 3) -> str:
         return f"{value:,}"
     if not math.isfinite(value):
         return "not finite"
-    rounded = float(f"{value:.{digits}g}")
+    rounded = float(f"{value:.{digits}g}") if abs(value) > ROUNDING else 0.0
     if rounded == 0:
         return "0"
     exponent = math.floor(math.log10(abs(rounded)))

@@ -1,6 +1,7 @@
 """How a command ends: a user error or a signal becomes one line on stderr, printed once for all processes."""
 
 import functools
+import io
 import os
 import sys
 import time
@@ -23,6 +24,9 @@ def user_command(command: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")  # a console of another encoding shows ? for what it lacks
         try:
             with graceful_shutdown():
                 stop_with_dvc()

@@ -4,6 +4,7 @@ Long-running library functions are generators of `Progress`; `track` runs one, s
 """
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from afm_pipe.runtime.environment import env_rank
 
 T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 5.0
+SECONDS_OF_SILENCE = 9.0
 
 
 class Progress(NamedTuple):
@@ -65,10 +67,12 @@ def _live(title: str) -> Iterator[Callable[[Progress], None]]:
 def _plain(title: str) -> Iterator[Callable[[Progress], None]]:
     started = last = time.monotonic()
     first_done: int | None = None
+    shown, ended = "working", threading.Event()
 
     def render(progress: Progress) -> None:
-        nonlocal last, first_done
+        nonlocal last, first_done, shown
         done, total, unit, facts = progress
+        shown = f"{done}/{total} {unit}"
         now = time.monotonic()
         first_done = done if first_done is None else first_done
         if now - last < SECONDS_BETWEEN_LINES and done < total:
@@ -76,6 +80,19 @@ def _plain(title: str) -> Iterator[Callable[[Progress], None]]:
         last = now
         rate = (done - first_done) / max(now - started, 1e-9)  # since the start or the resume
         left = f"ETA {(total - done) / rate:.0f} s" if rate > 0 else "ETA unknown"
-        print(f"{title}: {done}/{total} {unit}, {left}  {facts}".rstrip(), file=sys.stderr, flush=True)
+        print(f"{title}: {shown}, {left}  {facts}".rstrip(), file=sys.stderr, flush=True)
 
-    yield render
+    def say_so() -> None:
+        """Print a line where the work reports nothing for long, as while a trial of a table trains."""
+        nonlocal last
+        while not ended.wait(1):
+            now = time.monotonic()
+            if now - last >= SECONDS_OF_SILENCE:
+                last = now
+                print(f"{title}: {shown}, for {now - started:.0f} s", file=sys.stderr, flush=True)
+
+    threading.Thread(target=say_so, daemon=True).start()
+    try:
+        yield render
+    finally:
+        ended.set()
