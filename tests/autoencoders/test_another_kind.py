@@ -144,7 +144,7 @@ def test_an_autoencoder_of_another_latent_space_is_refused(project: Path, params
     pixels = load_autoencoder(params, paths.AUTOENCODER)
     pixels.check(params)
     larger = params.model_copy(update={"data": params.data.model_copy(update={"image_size": 32})})
-    with pytest.raises(UserError, match=r"shape \(1, 16, 16\), expected \(1, 32, 32\)"):
+    with pytest.raises(UserError, match=r"shape \(1, 16, 16\) of latents, expected \(1, 32, 32\)"):
         pixels.check(larger)
 
 

@@ -109,17 +109,17 @@ def test_encoding_killed_at_any_step_ends_in_the_same_bytes(
     whole: Path, params: Params, manifest: Manifest, vae: KLAutoencoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, work = tmp_path / "latents.h5", tmp_path / "work"
-    real_mark = encoding._mark
+    real_mark = encoding._RowWriter.mark
 
     def encode(moment: str) -> None:
-        def mark(*arguments: object) -> None:
+        def mark(self: encoding._RowWriter) -> None:
             if moment == "before marking":
                 os.kill(os.getpid(), signal.SIGKILL)
-            real_mark(*arguments)
+            real_mark(self)
             if moment == "after marking":
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        monkeypatch.setattr(encoding, "_mark", mark)
+        monkeypatch.setattr(encoding._RowWriter, "mark", mark)
         for tick in encode_dataset(params, manifest, vae, SHA256, path, work):
             if moment == "at once" or (moment == "after a batch" and tick.done and not tick.facts):
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -198,7 +198,7 @@ def test_full_disk_is_a_user_error_and_encoding_goes_on_when_there_is_room(
         for _ in range(ticks_before):
             next(ticks)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        with pytest.raises(UserError, match="it continues where it stopped"):
+        with pytest.raises(UserError, match="run the same command again to resume"):
             list(ticks)
 
     assert in_child(encode) == 0

@@ -155,8 +155,8 @@ def test_bad_folders_are_refused_by_name(folder: Path, smoke_params: Params, tmp
 @pytest.mark.parametrize(
     ("section", "fields", "message"),
     [
-        ("autoencoder", {"latent_channels": 16}, r"shape \(4, 8, 8\), expected \(16, 8, 8\)"),
-        ("autoencoder", {"downsample": 8}, r"shape \(4, 8, 8\), expected \(4, 4, 4\)"),
+        ("autoencoder", {"latent_channels": 16}, r"shape \(4, 8, 8\) of latents, expected \(16, 8, 8\)"),
+        ("autoencoder", {"downsample": 8}, r"shape \(4, 8, 8\) of latents, expected \(4, 4, 4\)"),
         ("data", {"channels": 3}, r"1 image channels, expected 3"),
     ],
 )

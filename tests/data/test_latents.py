@@ -109,7 +109,7 @@ def test_moments_of_another_file_are_refused(whole: Path, copy: Path) -> None:
 
 def test_latents_of_another_autoencoder_or_other_params_are_refused(whole: Path, discs_params: Params) -> None:
     params = discs_params
-    with pytest.raises(UserError, match=f"sha256 [0-9a-f]{{64}}, expected the one of {'b' * 64}"):
+    with pytest.raises(UserError, match=f"sha256 [0-9a-f]{{64}}, expected {'b' * 64}"):
         Latents.open(whole, params, "b" * 64)
     for other, message in [
         (changed(params, "data", image_size=64), "with image_size 32, expected 64"),

@@ -182,7 +182,7 @@ def test_a_checkpoint_with_a_damaged_shard_is_passed_over(
 def test_sharding_is_a_launch_setting_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Engine.of(Launch(shard=True)) == SHARDED
     for other in ("compile", "ema_on_cpu"):
-        with pytest.raises(ValidationError, match=f"expected shard or {other}, not both"):
+        with pytest.raises(ValidationError, match=f"expected either shard or {other}, found both"):
             Launch.model_validate({"shard": True, other: True})
 
 

@@ -263,7 +263,7 @@ def test_an_import_never_replaces_a_trained_model(project: Path) -> None:
     torch.save(state(FORMS["1nfe"]), "x.pth")
     trained("precious", FORMS["1nfe"])
     for name, words in [
-        ("t4", "expected lowercase letters"),
+        ("t4", "which is taken"),
         ("../x", "lowercase letters"),
         ("precious", "not imported"),
     ]:

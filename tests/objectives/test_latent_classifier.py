@@ -63,4 +63,4 @@ def test_a_classifier_killed_and_resumed_ends_with_the_same_weights(settings: Cl
 def test_a_folder_without_a_classifier_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"classifier": null}')
     with pytest.raises(UserError, match="dvc repro classifier"):
-        load_latent_classifier(tmp_path, CPU)
+        load_latent_classifier(tmp_path, CPU, [])

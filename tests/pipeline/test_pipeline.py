@@ -140,6 +140,7 @@ def test_dvc_shows_metrics_and_plots(clone: Path) -> None:
     assert "grid.png" in text
 
 
+@pytest.mark.slow  # four stages import torch again
 def test_two_settings_are_compared_by_experiments(clone: Path) -> None:
     shell(clone, "git", "add", "-A")
     shell(clone, "git", "commit", "-qm", "results")

@@ -90,7 +90,7 @@ def test_a_plan_follows_from_images_peak_and_utilization(params: Params) -> None
 
 
 def test_a_plan_counts_what_the_engine_saves(params: Params) -> None:
-    run = params.runs["xl2-112l"].model_copy(update={"size": "b2"})  # 48 layers, counted sooner
+    run = params.runs["xl2-112l"].model_copy(update={"size": "b2", "repeats": 2})  # counted sooner
     deep = params.model_copy(update={"runs": params.runs | {"deep": run}})
 
     def memory(**engine: Any) -> float:

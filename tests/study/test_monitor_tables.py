@@ -16,4 +16,4 @@ def test_automatic_schedule_is_given_a_bound_and_no_other_epoch() -> None:
     trials = load_params(ROOT / "params.yaml").trials["auto_schedule"]
     (run,) = {trial.run for trial in trials if trial.place.row == "automatic"}
     assert run.schedule == "auto"
-    assert [phase.until_epoch for phase in run.phases] == [16]
+    assert [phase.until_epoch for phase in run.phases] == [32]

@@ -264,7 +264,7 @@ def test_the_papers_numbers_stand_as_grid_or_rows() -> None:
     ("damage", "words"),
     [
         (lambda file: "[", "not JSON"),
-        (lambda file: "[]", "valid dictionary"),
+        (lambda file: "[]", "expected a section of fields"),
         (lambda file: json.dumps(file | {"scale": None}), "wrong scale"),
         (lambda file: json.dumps(file | {"trials": file["trials"][:1] * 2}), "trial 0, seed 0 occurs 2 times"),
         (lambda file: json.dumps(file | {"trials": [file["trials"][0] | {"row": "7"}]}), "declares no trial 7, seed 0"),
