@@ -23,7 +23,7 @@ from afm_pipe.study.verdicts import Verdict, decide
 
 ONLY = "°"  # marks what only the study has
 DIVERGED = (
-    "Diverged: a loss was not finite, which leaves no number; or the distance to the data grew from a third of the "
+    "Diverged: a loss was not finite, so there is no distance; or the distance to the data grew from a third of the "
     "updates to the end, with disjoint intervals; or the class accuracy at the end is near chance (study.collapsed in "
     "params). A trial that is merely short has not diverged."
 )
