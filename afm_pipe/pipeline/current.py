@@ -5,9 +5,9 @@ stages then find their outs current. In a copy of the workspace (`dvc exp run --
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from afm_pipe.data.latents_format import provenance_fingerprint, read_provenance
 from afm_pipe.params import Params
@@ -60,7 +60,7 @@ class Step(NamedTuple):
 def train_step(params: Params, name: str) -> Step:
     """Return the step that trains a run or guided run."""
     outs = [paths.model(name), paths.curves(name), paths.events(name), paths.costs(name)]
-    return Step("train", name, outs, lambda: _run_identity(params, name))
+    return Step("train", name, outs, partial(_run_identity, params, name))
 
 
 def sample_step(params: Params, name: str) -> Step:
@@ -68,7 +68,7 @@ def sample_step(params: Params, name: str) -> Step:
     settings = [params.sample.model_dump(mode="json"), params.evaluate.samples, params.evaluate.seed]
     folder, inputs = paths.samples(name), [paths.model(name), paths.AUTOENCODER]
     outs = [folder / "grid.png", folder / "interpolation.png"]
-    return Step("sample", name, outs, lambda: fingerprint(settings, _hashes(inputs), versions("sample")))
+    return Step("sample", name, outs, partial(_identity, "sample", settings, inputs))
 
 
 def evaluate_step(params: Params, name: str) -> Step:
@@ -76,7 +76,7 @@ def evaluate_step(params: Params, name: str) -> Step:
     settings = [params.evaluate.model_dump(mode="json"), params.sample.micro_batch]
     inputs = [paths.model(name), paths.AUTOENCODER, paths.REFERENCE]
     outs = [paths.metrics(name), paths.samples(name) / "nearest.png"]
-    return Step("evaluate", name, outs, lambda: fingerprint(settings, _hashes(inputs), versions("evaluate")))
+    return Step("evaluate", name, outs, partial(_identity, "evaluate", settings, inputs))
 
 
 def classifier_step(params: Params) -> Step:
@@ -86,25 +86,37 @@ def classifier_step(params: Params) -> Step:
         "classifier",
         "",
         [paths.CLASSIFIER],
-        lambda: fingerprint(settings, {"latents": _latents()}, versions("classifier")),
+        partial(_latents_identity, "classifier", settings),
     )
 
 
 def toy_step(params: Params) -> Step:
     """Return the step of the 1-D toy experiment."""
     settings = [params.seed, params.toy.model_dump(mode="json")]
-    return Step("toy", "", [paths.TOY], lambda: fingerprint(settings, {}, versions("toy")))
+    return Step("toy", "", [paths.TOY], partial(_identity, "toy", settings, ()))
 
 
 def table_step(params: Params, name: str) -> Step:
     """Return the step that trains and measures the trials of a table."""
+    return Step("table", name, [paths.table(name)], partial(_table_identity, params, name))
+
+
+def _table_identity(params: Params, name: str) -> str:
     from afm_pipe.study.trials import Trials
 
-    def identity() -> str:
-        trials = [trial.measurement for trial in Trials(params, [name]).all]
-        return fingerprint([params.tables[name].model_dump(mode="json"), trials], {}, versions("table"))
+    settings = [
+        params.tables[name].model_dump(mode="json"),
+        [trial.measurement for trial in Trials(params, [name]).all],
+    ]
+    return _identity("table", settings, ())
 
-    return Step("table", name, [paths.table(name)], identity)
+
+def _identity(stage: str, settings: Any, inputs: Iterable[Path]) -> str:
+    return fingerprint(settings, _hashes(inputs), versions(stage))
+
+
+def _latents_identity(stage: str, settings: Any) -> str:
+    return fingerprint(settings, {"latents": _latents()}, versions(stage))
 
 
 def _run_identity(params: Params, name: str) -> str:
