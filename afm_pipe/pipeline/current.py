@@ -121,7 +121,9 @@ def _latents_identity(stage: str, settings: Any) -> str:
 
 def _run_identity(params: Params, name: str) -> str:
     origins = {part: sha256_file(file) for part, file in origin_files(params, name).items()}
-    return run_identity(params.model(name), params.latent_shape, _latents(), origins)
+    identity = run_identity(params.model(name), params.latent_shape, _latents(), origins)
+    needed = {file.parent / "config.json" for part, file in origin_files(params, name).items() if part != "reference"}
+    return fingerprint(identity, _hashes(sorted(needed)), {})  # their classes are checked, too
 
 
 def _latents() -> str:
