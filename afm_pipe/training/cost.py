@@ -1,6 +1,7 @@
 """The cost of training, in the form that runs and trials record."""
 
 import resource
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +25,7 @@ def run_cost(
     updates: int, batch_size: int, seconds: Mapping[str, float], device: torch.device, num_processes: int
 ) -> dict[str, Any]:
     """Return the cost of a run with rates, time shares and peak memory; `seconds` as in TrainingState."""
-    total = seconds["training"]
+    total, unit = seconds["training"], 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux KiB
     return training_cost(updates, batch_size, total, device) | {
         "device": str(device),
         "ranks": num_processes,
@@ -32,5 +33,5 @@ def run_cost(
         "images_per_second": updates * batch_size / total,
         "data_wait_share": seconds["data_wait"] / total,
         "checkpoint_share": seconds["saving"] / total,
-        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,  # Linux counts in KiB
+        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit,
     }
