@@ -1,6 +1,5 @@
 """Count the memory of a run on one device before anything is allocated."""
 
-import os
 from typing import NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ from afm_pipe.objectives import build_objective
 from afm_pipe.objectives.base import num_micro_batches
 from afm_pipe.params import Run
 from afm_pipe.planning.counting import FLOAT, measure
+from afm_pipe.runtime.environment import local_world_size
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.machine import available_memory
 
@@ -78,11 +78,8 @@ def budget(
 
 def require_memory(needs: Budget, run_name: str, device: torch.device) -> None:
     """Raise UserError when the device's free memory cannot hold the run."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        free = available_memory() // local_processes
+    on_gpu = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else available_memory() // local_world_size()
     if needs.memory_bytes > free:
         raise UserError(
             f"Found {free / 2**30:.1f} GiB of memory free on {device}, expected {needs.memory_bytes / 2**30:.1f} GiB "
