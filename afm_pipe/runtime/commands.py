@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NoReturn, ParamSpec
 
 from afm_pipe.runtime.environment import env_rank, env_world_size
-from afm_pipe.runtime.errors import RankLostError, UserError, describe_denied
+from afm_pipe.runtime.errors import RankLostError, UnwritableError, UserError, describe_denied
 from afm_pipe.runtime.signals import Stopped, graceful_shutdown, stop_with_dvc
 
 P = ParamSpec("P")
@@ -34,11 +34,19 @@ def user_command(command: Callable[P, None]) -> Callable[P, None]:
         except Stopped as stopped:
             end(str(stopped), stopped.code, agreed=True)
         except UserError as error:
-            end(f"error: {error}", 1, lost=isinstance(error, RankLostError))
+            denied = None if isinstance(error, UnwritableError) else _denied(error)
+            end(f"error: {describe_denied(denied) if denied else error}", 1, lost=isinstance(error, RankLostError))
         except PermissionError as error:
             end(f"error: {describe_denied(error)}", 1)
 
     return run
+
+
+def _denied(error: BaseException | None) -> PermissionError | None:
+    """Return the denied permission that a loader took for a damaged file."""
+    while error is not None and not isinstance(error, PermissionError):
+        error = error.__context__
+    return error
 
 
 def end(message: str, code: int, agreed: bool = False, lost: bool = False) -> NoReturn:

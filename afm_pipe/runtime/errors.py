@@ -2,6 +2,7 @@
 
 import os
 import pwd
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,9 @@ class RankLostError(UserError):
 
 def describe_denied(error: PermissionError) -> str:
     """Return one line that names the path, the operation and the user of a denied permission."""
-    path = Path(error.filename) if error.filename else None
-    if path is None:
+    named = re.search(r"name = '([^']+)'", str(error))  # h5py sets no filename
+    path = Path(error.filename or (named[1] if named else ""))
+    if not path.name:
         return f"Found a file without the permission to use it ({error}), as {_user()}: fix its permissions."
     if not os.path.lexists(path):
         denied = next(parent for parent in path.parents if os.path.lexists(parent))
