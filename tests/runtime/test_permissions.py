@@ -117,9 +117,9 @@ def test_a_denied_read_is_no_denied_write_and_no_traceback_of_a_library(run: Cal
     with pytest.raises(PermissionError), atomic_path(Path("made/x")):
         Path("secret").read_text()
     Path("made").chmod(0o555)
-    with pytest.raises(UnwritableError, match=r"made/x not writable \(Permission denied\)"):
-        with atomic_path(Path("made/x")) as temp:
-            save_file({"a": torch.ones(1)}, temp)
+    denied = pytest.raises(UnwritableError, match=r"made/x not writable \(Permission denied\)")
+    with denied, atomic_path(Path("made/x")) as temp:
+        save_file({"a": torch.ones(1)}, temp)
     with pytest.raises(UnwritableError, match=r"x not writable \(No space left on device\)"), atomic_path(Path("x")):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
