@@ -1,5 +1,6 @@
 """How a command ends: a user error or a signal becomes one line on stderr, printed once for all processes."""
 
+import errno
 import functools
 import io
 import os
@@ -24,13 +25,17 @@ def user_command(command: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):
+        for name in ("stdout", "stderr"):
+            stream = getattr(sys, name)
+            if stream is None:  # closed by the caller, as `2>&-` does
+                setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # as long as the process
+            elif isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="replace")  # a console of another encoding shows ? for what it lacks
         try:
             with graceful_shutdown():
                 stop_with_dvc()
                 command(*args, **kwargs)
+                sys.stdout.flush()
         except Stopped as stopped:
             end(str(stopped), stopped.code, agreed=True)
         except UserError as error:
@@ -38,6 +43,14 @@ def user_command(command: Callable[P, None]) -> Callable[P, None]:
             end(f"error: {describe_denied(denied) if denied else error}", 1, lost=isinstance(error, RankLostError))
         except PermissionError as error:
             end(f"error: {describe_denied(error)}", 1)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                raise
+            where = error.filename or "the output or a file"
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in its buffer
+            end(
+                f"error: Found {where} not writable ({error.strerror}): free disk space, run the same command again.", 1
+            )
 
     return run
 

@@ -56,9 +56,11 @@ def _why_unwritable(error: BaseException, path: Path, temp: Path) -> str | None:
         code = int(found[1])  # safetensors raises an exception of its own
     if code not in UNWRITABLE or code is None:
         return None
-    denied = code in (errno.EACCES, errno.EPERM) and isinstance(name, str)
-    elsewhere = denied and not (Path(name) in (path, path.parent) or Path(name).is_relative_to(temp))
-    return None if elsewhere else os.strerror(code)
+    if code in (errno.EACCES, errno.EPERM) and isinstance(name, str):
+        named = Path(name)
+        if named not in (path, path.parent) and not named.is_relative_to(temp):
+            return None
+    return os.strerror(code)
 
 
 def try_append(path: Path, text: str) -> None:

@@ -32,13 +32,8 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
     text = SMOKE.read_text().replace("source: mnist5k", "source: folder").replace("root: data/images", "root: images")
     Path("params.yaml").write_text(text.replace("min_images: 1000", "min_images: 1"))
     Path("data").mkdir()
-    for words in (
-        ["prepare"],
-        ["train", "t4", "--dry-run"],
-        ["train", "t4"],
-        EXPORT,
-    ):  # import what needs the rights of this process
-        CliRunner().invoke(app, [*words])
+    for words in (["prepare"], ["train", "t4", "--dry-run"], ["train", "t4"], EXPORT):
+        CliRunner().invoke(app, [*words])  # import what needs the rights of this process
 
     def command(*words: str) -> str:
         result = CliRunner().invoke(app, [*words])
