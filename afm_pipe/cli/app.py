@@ -278,7 +278,14 @@ def import_weights(
     from afm_pipe.params.file import imported
 
     steps = int(nfe) if nfe is not None and nfe.isdecimal() else nfe
-    options = {"file": file, "nfe": steps, "repeats": repeats, "form": form, "classes": classes, "key": key}
+    options = {
+        "file": paths.expanded(file),
+        "nfe": steps,
+        "repeats": repeats,
+        "form": form,
+        "classes": classes,
+        "key": key,
+    }
     pipeline.import_weights(_params(params, overrides), name, imported(options))
 
 

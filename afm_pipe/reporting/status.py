@@ -5,14 +5,10 @@ checkpoints. Any file may be partial, damaged, or of other params; an unreadable
 """
 
 import math
-import socket
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
-
-import psutil
 
 from afm_pipe.data.latents_format import provenance_fingerprint, read_provenance
 from afm_pipe.objectives.schedules import num_updates, phase_at
@@ -21,11 +17,11 @@ from afm_pipe.params.versions import code_notice, origin_files, run_identity
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import json_value, sha256_file
+from afm_pipe.runtime.lease import holder_of
 from afm_pipe.training.curves import Row, scan_curves
 from afm_pipe.training.events import FATAL, FILE, Event, scan_events
 
 MAX_NUMBER = 1e300
-FRESH = 30.0  # seconds after its last renewal during which a lease counts as held
 ACTIONS = ("phase", "stop")  # kinds of events that are not alarms
 
 
@@ -118,7 +114,8 @@ def run_status(params: Params, name: str, known: dict[str, RunStatus] | None = N
         num_images=num_images,
     )
     if holder := holder_of(paths.WORK / name):
-        left = _seconds_left(work, status, base)
+        begun = None if base is None or params.guided[name].begins_anew else base
+        left = _seconds_left(work, status, begun)
         return replace(status, state="training", note=f"by {holder}", seconds_left=left)
     if work is not None and events and _is_end(events[-1]) and (made is None or made != identity):
         return replace(status, state="failed", note=status.events[-1].text)
@@ -179,22 +176,6 @@ def _recorded_code(params: Params) -> Iterator[tuple[str, Any]]:
             trials = json_value(path, "trials")
             for trial in trials if isinstance(trials, list) else ():
                 yield f"table {name}", trial.get("code") if isinstance(trial, dict) else None
-
-
-def holder_of(folder: Path) -> str | None:
-    """Return the process that holds a run's folder, if any, without trying its lock, which a trainer may need now."""
-    lease = max(folder.glob("lease-*"), default=None)
-    if lease is None:
-        return None
-    try:
-        fresh = time.time() - lease.stat().st_mtime < FRESH
-    except OSError:
-        return None  # released meanwhile
-    pid, host = json_value(lease, "pid"), json_value(lease, "host")
-    here = host == socket.gethostname() and isinstance(pid, int)
-    if not fresh or (here and not (0 < pid < 1 << 31 and psutil.pid_exists(pid))):
-        return None
-    return f"process {pid} on {host}"
 
 
 def _is_end(event: Event) -> bool:
