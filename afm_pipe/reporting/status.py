@@ -114,7 +114,8 @@ def run_status(params: Params, name: str, known: dict[str, RunStatus] | None = N
         num_images=num_images,
     )
     if holder := holder_of(paths.WORK / name):
-        left = _seconds_left(work, status, base)
+        begun = None if base is None or params.guided[name].begins_anew else base
+        left = _seconds_left(work, status, begun)
         return replace(status, state="training", note=f"by {holder}", seconds_left=left)
     if work is not None and events and _is_end(events[-1]) and (made is None or made != identity):
         return replace(status, state="failed", note=status.events[-1].text)

@@ -32,5 +32,12 @@ def run_cost(
         "images_per_second": updates * batch_size / total,
         "data_wait_share": seconds["data_wait"] / total,
         "checkpoint_share": seconds["saving"] / total,
-        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,  # Linux counts in KiB
+        "peak_memory_gib": peak_memory(device) / 2**30,
     }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that this process held: on its GPU, or in host memory if it computes on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10  # Linux counts in KiB
