@@ -156,13 +156,12 @@ def _disk(params: Params, launch: Launch) -> Finding:
 
 
 def _memory(params: Params, launch: Launch) -> Finding:
-    from afm_pipe.pipeline import run_budget
-    from afm_pipe.planning.budget import require_memory
+    from afm_pipe.pipeline import require_memory, run_budget
 
     needs = {name: run_budget(params, name, launch) for name in params.runs}
     largest = max(needs, key=lambda name: needs[name].memory_bytes)
     try:
-        require_memory(needs[largest], largest, launch.torch_device())
+        require_memory(params, largest, launch, launch.torch_device())
     except UserError as error:
         return Finding("memory", f"too little for the run {largest}", False, str(error))
     return Finding("memory", f"enough for the largest run, {largest}: {needs[largest].memory_bytes / 2**30:.1f} GiB")

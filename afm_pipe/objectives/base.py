@@ -108,7 +108,10 @@ class Batches(Protocol):
     """Draws the micro-batches of updates."""
 
     def draw(self, update: int, hyperparameters: Hyperparameters) -> Any:
-        """Return this process's input to `Objective.update`, for an update counted from 0."""
+        """Return this process's input to `Objective.update`, for an update counted from 0.
+
+        It depends on the update and on `hyperparameters.phase` only: a thread may draw it ahead.
+        """
 
 
 class Objective(ABC):

@@ -158,7 +158,8 @@ def evaluate(params: Params, name: str, launch: Launch) -> None:
         with hold_lease(work_dir) if group.is_main_process else nullcontext() as lease:
             if lease is not None:
                 provenance["code"] = begin_work(work_dir / identity, "evaluate")
-            run = evaluator.evaluate(sampler, provenance, work_dir / identity, launch.checkpoint_seconds)
+            seconds = 60.0 if launch.checkpoint_seconds is None else launch.checkpoint_seconds
+            run = evaluator.evaluate(sampler, provenance, work_dir / identity, seconds)
             metrics = track(f"evaluate {name}", run)
     if metrics is None:
         return

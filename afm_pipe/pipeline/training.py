@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.params import Params, Run
-from afm_pipe.pipeline.find import model_config, open_latents, run_budget
+from afm_pipe.pipeline.find import model_config, open_latents, require_memory
 from afm_pipe.pipeline.notices import begin_work, notice_model
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import NotFiniteError, UserError
@@ -35,7 +35,6 @@ def train(params: Params, name: str, launch: Launch) -> None:
     from afm_pipe.distributed.process_group import init_distributed
     from afm_pipe.objectives import build_objective
     from afm_pipe.params.versions import run_identity
-    from afm_pipe.planning.budget import require_memory
     from afm_pipe.study.trials import probes
     from afm_pipe.training.cost import run_cost
     from afm_pipe.training.curves import write_curves
@@ -55,7 +54,7 @@ def train(params: Params, name: str, launch: Launch) -> None:
     keep_at = probes(run, latents.num_images, continues=start is not None)  # as a trial of a table would
     work_dir = paths.WORK / name
     with init_distributed(device) as group, hold_lease(work_dir) if group.is_main_process else nullcontext() as lease:
-        require_memory(run_budget(params, name, launch, group.world_size), name, device)
+        require_memory(params, name, launch, device, group.world_size)
         group.barrier()  # every process checks its memory before any allocates
         retention = _retention(launch, run, latents.num_images, lease)
         measure = _measure(params, run, list(latents.classes), device, group)

@@ -49,6 +49,7 @@ from afm_pipe.study.statistics import divergence
 from afm_pipe.study.trials import Trial
 from afm_pipe.training.checkpoints import RetentionPolicy
 from afm_pipe.training.cost import training_cost
+from afm_pipe.training.engine import Engine
 from afm_pipe.training.state import Start
 from afm_pipe.training.store import RunStore
 from afm_pipe.training.trainer import Runtime, Task, Trainer
@@ -146,7 +147,8 @@ class Worker:
             objective = build_objective(run, config, guide)
             task = Task(objective, self.latents, trial.training, start, trial.probes(self.latents.num_images))
             retention, seconds = RetentionPolicy(check_lease=lease.check), self.launch.checkpoint_seconds
-            trainer = Trainer(task, Runtime(trial.folder, self.device, seconds, retention=retention))
+            engine = Engine.of(self.launch)._replace(shard=False)  # a trial has one process
+            trainer = Trainer(task, Runtime(trial.folder, self.device, seconds, retention=retention, engine=engine))
             try:
                 state = finish(trainer.train()).state
                 update, elapsed, not_finite = state.update, state.seconds["training"], None

@@ -25,7 +25,7 @@ def run_cost(
     updates: int, batch_size: int, seconds: Mapping[str, float], device: torch.device, num_processes: int
 ) -> dict[str, Any]:
     """Return the cost of a run with rates, time shares and peak memory; `seconds` as in TrainingState."""
-    total, unit = seconds["training"], 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux KiB
+    total = seconds["training"]
     return training_cost(updates, batch_size, total, device) | {
         "device": str(device),
         "ranks": num_processes,
@@ -33,5 +33,13 @@ def run_cost(
         "images_per_second": updates * batch_size / total,
         "data_wait_share": seconds["data_wait"] / total,
         "checkpoint_share": seconds["saving"] / total,
-        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit,
+        "peak_memory_gib": peak_memory(device) / 2**30,
     }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that this process held: on its GPU, or in host memory if it computes on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10  # macOS counts bytes, Linux KiB

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,10 @@ import pytest
 from typer.testing import CliRunner
 
 from afm_pipe.cli.app import app
+from afm_pipe.params.file import load_params
+from afm_pipe.params.profiles import undeclared_note
 from afm_pipe.runtime.files import write_json
-from tests.conftest import SMOKE
+from tests.conftest import ROOT, SMOKE
 
 COMMANDS = ["prepare", "autoencoder", "encode", "reference", "train", "sample", "evaluate", "report", "doctor", "toy"]
 HEAVY = {"torch", "diffusers", "dvc", "matplotlib", "h5py", "numpy", "scipy", "PIL", "cleanfid"}
@@ -78,11 +81,33 @@ def test_dry_run_counts_the_memory_of_one_process_under_launch_settings(run, mon
     assert memory()[0] < whole[0] and "activations recomputed" in memory()[1]
 
 
+def test_a_size_without_a_run_is_trained_listed_and_sampled_like_a_run(discs: Path, tmp_path: Path, run) -> None:
+    shutil.copytree(discs, tmp_path, dirs_exist_ok=True)
+    short = ["--size", "t2", "--set", "train.phases=[{until_epoch: 1}]", "--set", "train.batch_size=16"]
+    dry = run("train", *short, "--dry-run")
+    assert "size: t2" in dry.output and "patch" not in dry.stderr
+    assert not Path("work/t2").exists()
+    assert "  t2" not in run("status").output
+    done = run("train", *short)
+    assert done.exit_code == 0, done.output
+    assert "t2: not declared in params, a run with the settings of `train`." in done.stderr
+    assert re.search(r"^ *t2 +outdated .* trained with other params", run("status").output, re.MULTILINE)
+    assert run("sample", "t2", "--count", "2", "--grid", "grid.png").exit_code == 0 and Path("grid.png").is_file()
+
+
+def test_a_size_without_a_run_names_runs_of_that_size_and_the_profile_of_the_papers() -> None:
+    params = load_params(SMOKE, ["runs.large={size: b2}"])
+    assert undeclared_note(params, "b2", ROOT / "profiles").endswith(
+        "(declared runs of that size: large). The paper's run of that size is b2 of "
+        f"{ROOT / 'profiles' / 'imagenet256.yaml'}: afm-pipe profile imagenet256."
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train", "--size", "xl2"], "Found no run of size 'xl2', expected one of t4"),
-        (["train", "--size", "t2", "--set", "train.size=t2", "--set", "runs.t2={size: t4}"], "runs of that size: t4, "),
+        (["train", "--size", "xl3"], "runs.xl3.size: found 'xl3', expected 't4', 's4', 't2', 'b2'"),
+        (["train", "--size", "t2", "--set", "runs.t2={size: t4}"], "Found the run t2 of size t4: name it as RUN"),
         (["train"], "neither RUN nor --size"),
         (["train", "t4", "--size", "t4"], "both RUN and --size"),
         (["train", "t5", "--dry-run"], "Found no run 't5' in params, expected one of t4, t4-no-transport"),

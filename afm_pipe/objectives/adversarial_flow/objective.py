@@ -165,6 +165,10 @@ class AdversarialFlow(Objective):
         """Return G's output (N, C, H, W) for a batch."""
         return transport_map(generator, self.config.form, batch.source, batch.labels, batch.s, batch.t)
 
+    def _seen_source(self, batch: Batch) -> Tensor | None:
+        """Return G's input (N, C, H, W) if D sees it."""
+        return batch.source if self.config.condition_on_source else None
+
     def _update_discriminator(
         self, learner: Learner, parts: Sequence[DiscriminatorPart], hp: Hyperparameters, output: Tensor | None
     ) -> Tensor:
@@ -184,13 +188,14 @@ class AdversarialFlow(Objective):
         bf16 run with fp32 penalties it is over 2 N latents, and a second one, in float32, over 4 n latents.
         """
         batch, run = part.batch, self.run
-        real, source = batch.real, batch.source
+        real, source = batch.real, self._seen_source(batch)
         if output is None:
             with torch.no_grad():
                 output = self._generate(learner.networks["generator"], batch)  # (N, C, H, W)
         fake = output.detach()
         if part.augment is not None:
-            real, fake, source = part.augment(real), part.augment(fake), part.augment(source)
+            real, fake = part.augment(real), part.augment(fake)
+            source = None if source is None else part.augment(source)
         n = 0 if part.noise is None else len(part.noise.real)
         logits = self._logits(learner, batch, real, fake, source, part.noise)
         weighting = batch.weighting if isinstance(batch.weighting, float) else batch.weighting[:n]
@@ -205,7 +210,13 @@ class AdversarialFlow(Objective):
         return torch.stack([total.detach(), *(value.detach() for value in values), *gap_and_accuracy])
 
     def _logits(
-        self, learner: Learner, batch: Batch, real: Tensor, fake: Tensor, source: Tensor, noise: PenaltyNoise | None
+        self,
+        learner: Learner,
+        batch: Batch,
+        real: Tensor,
+        fake: Tensor,
+        source: Tensor | None,
+        noise: PenaltyNoise | None,
     ) -> Logits:
         """Return D's logits of real and generated latents (N, C, H, W), and of those that the penalties need."""
         discriminator, count, n = learner.module("discriminator"), len(real), 0
@@ -266,9 +277,10 @@ class AdversarialFlow(Objective):
         """Return the gradients of G's loss on a micro-batch at G's output `generated` (N, C, H, W)."""
         batch, augment, share = part.batch, part.augment, part.share
         output = generated.detach().requires_grad_()
-        real, d_input, source = batch.real, output, batch.source
+        real, d_input, source = batch.real, output, self._seen_source(batch)
         if augment is not None:
-            real, d_input, source = augment(real), augment(output), augment(source)
+            real, d_input = augment(real), augment(output)
+            source = None if source is None else augment(source)
         d_leaf = d_input.detach().requires_grad_()
         with torch.no_grad():
             real_logits = discriminator(real, batch.labels, batch.t, source)
@@ -318,8 +330,7 @@ def _weighted(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _conditions(batch: Batch, source: Tensor, rows: Sequence[slice]) -> tuple[Tensor, Tensor | None, Tensor]:
+def _conditions(batch: Batch, source: Tensor | None, rows: Sequence[slice]) -> list[Tensor | None]:
     """Return D's inputs other than latents for some rows of a batch: labels, target times, G's input."""
-    labels, source = (torch.cat([value[each] for each in rows]) for value in (batch.labels, source))
-    times = None if batch.t is None else torch.cat([batch.t[each] for each in rows])
-    return labels, times, source
+    inputs = batch.labels, batch.t, source
+    return [None if value is None else torch.cat([value[each] for each in rows]) for value in inputs]
