@@ -34,10 +34,11 @@ def trainer_of(
     latents: Latents,
     group: ProcessGroup = SINGLE_PROCESS,
     engine: Engine = Engine(),  # noqa: B008  # an immutable value
+    **how: Any,
 ) -> Trainer:
     """Return a trainer at its first update; it writes nothing unless its `train` runs."""
     objective = build_objective(run, run_config(run, latents.latent_shape, latents.num_classes))
-    runtime = Runtime(latents.path.parent / "work", group=group, engine=engine)
+    runtime = Runtime(latents.path.parent / "work", group=group, engine=engine, **how)
     return Trainer(Task(objective, latents, "benchmark"), runtime)
 
 

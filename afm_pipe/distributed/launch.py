@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from afm_pipe.runtime import paths
+from afm_pipe.runtime.environment import env_world_size
 from afm_pipe.runtime.errors import UserError, describe_mistake
 from afm_pipe.runtime.machine import usable_cores
 
@@ -31,8 +32,8 @@ class Launch(BaseSettings):
 
     device: str = "auto"
     """A torch device such as cpu, cuda or cuda:1; auto: cuda if available."""
-    checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0
-    """Seconds between checkpoints: the most that a killed run loses."""
+    checkpoint_seconds: Annotated[float, Field(ge=0)] | None = None
+    """Seconds between checkpoints: the most that a killed run loses. None: 60, or more if they cost 1 % of the time."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 2
     """Number of checkpoints to keep per run; an older one is used if the newest is damaged."""
     keep_every_epochs: Annotated[float, Field(gt=0)] | None = None
@@ -110,10 +111,12 @@ class Launch(BaseSettings):
         import torch
 
         name = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
-        if name == "cuda" and "LOCAL_RANK" in os.environ:
+        if name == "cuda" and env_world_size() > 1 and "LOCAL_RANK" in os.environ:
             name = f"cuda:{os.environ['LOCAL_RANK']}"  # one GPU per process
         try:
             device = torch.device(name)
+            if device.index is not None and device.type == "cuda":
+                torch.cuda.set_device(device)  # before anything else touches a GPU: this process uses no other
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from afm_pipe.runtime.environment import ADDRESS, VARIABLES, env_rank, env_world_size, under_launcher
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 JOIN_SECONDS, SAY_SECONDS = 600.0, 10.0  # to wait for the other processes; between lines that say so
+TIMEOUT = timedelta(hours=1)  # of a collective: the others wait while the main process checks images or merges latents
 
 
 @dataclass(frozen=True)
@@ -32,12 +34,19 @@ class ProcessGroup:
 
     rank: int = 0
     world_size: int = 1
-    device: Any = "cpu"  # of communicated tensors
+    device: Any = "cpu"  # of networks and batches
+    forced: bool = False
+    """Communicate even alone, so that one device can test what several need."""
 
     @property
     def is_main_process(self) -> bool:
         """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
+
+    @property
+    def communicates(self) -> bool:
+        """Whether there are other ranks to communicate with."""
+        return self.world_size > 1 or self.forced
 
     @property
     def shard(self) -> slice:
@@ -46,7 +55,7 @@ class ProcessGroup:
 
     def all_reduce(self, tensor: "Tensor") -> "Tensor":
         """Sum a tensor over all ranks in place and return it; the result has the same bits on every rank."""
-        if self.world_size > 1:
+        if self.communicates:
             with report_lost_rank():
                 _dist().all_reduce(tensor)
         return tensor
@@ -57,27 +66,25 @@ class ProcessGroup:
 
     def all_gather(self, value: int) -> list[int]:
         """Return the values of all ranks, on every rank."""
-        if self.world_size == 1:
+        if not self.communicates:
             return [value]
         import torch
 
-        values = torch.zeros(self.world_size, dtype=torch.int64, device=self.device)
+        values = torch.zeros(self.world_size, dtype=torch.int64)  # on the CPU: waits for the ranks, not for a GPU
         values[self.rank] = value
-        self.all_reduce(values)
-        with report_lost_rank():
-            return values.tolist()
+        return self.all_reduce(values).tolist()
 
     def broadcast(self, value: T) -> T:
         """Return the main process's value on every rank."""
         values = [value]
-        if self.world_size > 1:
+        if self.communicates:
             with report_lost_rank():
                 _dist().broadcast_object_list(values)
         return values[0]
 
     def gather_to_main(self, value: T) -> list[T]:
         """Return the values of all ranks on the main process, and an empty list on the others."""
-        if self.world_size == 1:
+        if not self.communicates:
             return [value]
         values: list[Any] | None = [None] * self.world_size if self.is_main_process else None
         with report_lost_rank():
@@ -118,11 +125,10 @@ SINGLE_PROCESS = ProcessGroup()
 def init_distributed(device: "torch.device") -> Iterator[ProcessGroup]:
     """Join the process group that `torchrun` describes in the environment; without one, yield SINGLE_PROCESS.
 
-    CPUs communicate with gloo, GPUs with NCCL. If the block fails, the group is not destroyed: the other ranks notice
-    when this process ends.
+    Tensors on a CPU are communicated with gloo, those on a GPU with NCCL. If the block fails, the group is not
+    destroyed: the other ranks notice when this process ends.
     """
-    rank, world_size = env_rank(), env_world_size()
-    if world_size == 1:
+    if not under_launcher() or env_world_size() == 1:
         yield SINGLE_PROCESS
         return
     import torch
@@ -131,14 +137,13 @@ def init_distributed(device: "torch.device") -> Iterator[ProcessGroup]:
     if dist.is_initialized():  # by the caller, which also destroys it
         yield ProcessGroup(dist.get_rank(), dist.get_world_size(), device)
         return
-    under_launcher()  # raises for an incomplete group
     with report_lost_rank():
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # FSDP2 and collectives of objects use the current device
-            _join(lambda: dist.init_process_group("nccl", device_id=device))
+            torch.cuda.set_device(device)  # FSDP2 uses the current device
+            _join(lambda: dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT, device_id=device))
         else:
-            _join(lambda: dist.init_process_group("gloo"))
-    yield ProcessGroup(rank, world_size, device)
+            _join(lambda: dist.init_process_group("gloo", timeout=TIMEOUT))
+    yield ProcessGroup(env_rank(), env_world_size(), device)
     dist.destroy_process_group()
 
 
@@ -174,6 +179,12 @@ def _join(init: Callable[[], None]) -> None:
                 file=sys.stderr,
                 flush=True,
             )
+    if failures and "EADDRINUSE" in str(failures[0]):
+        address = ":".join(os.environ[name] for name in ADDRESS)
+        raise UserError(
+            f"Found {address} in use by another program, expected it free for rank 0: set another MASTER_PORT for all "
+            f"processes, or unset {', '.join(VARIABLES)}."
+        ) from None
     if failures:
         raise failures[0]
 

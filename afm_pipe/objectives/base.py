@@ -108,7 +108,10 @@ class Batches(Protocol):
     """Draws the micro-batches of updates."""
 
     def draw(self, update: int, hyperparameters: Hyperparameters) -> Any:
-        """Return this process's input to `Objective.update`, for an update counted from 0."""
+        """Return this process's input to `Objective.update`, for an update counted from 0.
+
+        It depends on the update and on `hyperparameters.phase` only: a thread may draw it ahead.
+        """
 
 
 class Objective(ABC):
@@ -135,6 +138,10 @@ class Objective(ABC):
     def build_buffers(self, device: torch.device) -> dict[str, Tensor]:
         """Return tensors besides weights that updates modify; checkpoints contain them."""
         return {}
+
+    def continued(self, weights: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """Return weights by network to begin with, given those of the base run, perhaps of another objective."""
+        return weights
 
     @abstractmethod
     def optimizer(self, network: nn.Module) -> torch.optim.AdamW:
@@ -179,6 +186,10 @@ class Objective(ABC):
 
         `penalized`: number of penalized images; default: the run's fraction.
         """
+
+    def example_updates(self, count: int, penalized: int | None = None) -> list[tuple[Any, float]]:
+        """Return inputs of `update` as `example_batch` does, one of each kind, with their shares of the updates."""
+        return [(self.example_batch(count, penalized), 1.0)]
 
     @abstractmethod
     def example_forward(self, networks: Mapping[str, nn.Module], count: int) -> Tensor:

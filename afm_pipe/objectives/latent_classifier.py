@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from afm_pipe.data.latents import Latents
+from afm_pipe.data.move import to_device
 from afm_pipe.data.order import Order, stream_generator
 from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from afm_pipe.models.classifier import LatentClassifier
@@ -70,12 +71,13 @@ class ClassifierBatches:
         count, shard, affine = self.settings.batch_size, self.shard, self.settings.classifier.affine
         indices = self.order.indices(update * count, count)
         generator = stream_generator(self.settings.seed, "classifier", "noise", update)
-        x = self.latents.draw(indices, generator, shard).to(self.device)
-        if affine is not None:
-            x = draw_affine(affine, count, generator, shard)(x)
-        t = torch.rand(count, generator=generator)[shard].to(self.device)
-        z = torch.randn(count, *self.latents.latent_shape, generator=generator)[shard].to(self.device)
-        labels = self.labels[indices[shard]].to(self.device)
+        x = self.latents.draw(indices, generator, shard)
+        maps = None if affine is None else draw_affine(affine, count, generator, shard)
+        t = torch.rand(count, generator=generator)[shard]
+        z = torch.randn(count, *self.latents.latent_shape, generator=generator)[shard]
+        x, t, z, labels = to_device((x, t, z, self.labels[indices[shard]]), self.device)
+        if maps is not None:
+            x = to_device(maps, self.device)(x)
         noisy, parts = interpolate(x, z, t), self.num_micro_batches
         shards = [slice(index, None, parts) for index in range(parts)]
         return [NoisyLatents(noisy[at], t[at], labels[at], len(t[at]) / count) for at in shards]

@@ -95,6 +95,7 @@ def classifier(params: Params, launch: Launch) -> None:
     from afm_pipe.runtime.environment import env_rank
     from afm_pipe.runtime.identity import fingerprint
     from afm_pipe.training.checkpoints import RetentionPolicy
+    from afm_pipe.training.engine import Engine
     from afm_pipe.training.trainer import Runtime, Task, Trainer
 
     settings, step = params.classifier, classifier_step(params)
@@ -118,7 +119,8 @@ def classifier(params: Params, launch: Launch) -> None:
     with init_distributed(device) as group, hold_lease(work_dir) if group.is_main_process else nullcontext() as lease:
         retention = RetentionPolicy(launch.keep_checkpoints, check_lease=lease.check) if lease else RetentionPolicy()
         code = begin_work(work_dir / identity, "classifier") if lease else {}
-        runtime = Runtime(work_dir / identity, device, seconds, group, launch.micro_batch, retention)
+        engine = Engine.of(launch)._replace(shard=False, ema_on_cpu=False)  # a small network
+        runtime = Runtime(work_dir / identity, device, seconds, group, launch.micro_batch, retention, engine)
         trained = track("classifier", Trainer(Task(objective, latents, identity), runtime).train())
         if lease is None:
             return

@@ -17,7 +17,7 @@ from afm_pipe.runtime.environment import env_rank
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import atomic_path, json_value, read_json, sha256_file, write_json
 from afm_pipe.runtime.lease import hold_lease
-from afm_pipe.runtime.progress import track
+from afm_pipe.runtime.progress import alive, track
 
 if TYPE_CHECKING:
     from afm_pipe.sampling.requests import Request, SamplingResult
@@ -39,7 +39,8 @@ def import_weights(params: Params, name: str, settings: Imported | None = None) 
     imported = json_value(paths.model(name) / "config.json", "provenance", "imported")
     if paths.model(name).exists() and not isinstance(imported, dict):
         raise UserError(f"Found {paths.model(name)}, which was not imported: choose another name, or move it away.")
-    config = import_generator(settings, paths.model(name))
+    with alive(f"import {name}"):
+        config = import_generator(settings, paths.model(name))
     entry = json_value(paths.model(name) / "config.json", "provenance", "imported", "entry")
     print(f"{paths.model(name)}: {describe(config)}, from {entry}.")
 
@@ -167,7 +168,8 @@ def evaluate(params: Params, name: str, launch: Launch) -> None:
         with hold_lease(work_dir) if group.is_main_process else nullcontext() as lease:
             if lease is not None:
                 provenance["code"] = begin_work(work_dir / identity, "evaluate")
-            run = evaluator.evaluate(sampler, provenance, work_dir / identity, launch.checkpoint_seconds)
+            seconds = 60.0 if launch.checkpoint_seconds is None else launch.checkpoint_seconds
+            run = evaluator.evaluate(sampler, provenance, work_dir / identity, seconds)
             metrics = track(f"evaluate {name}", run)
     if metrics is None:
         return

@@ -23,10 +23,10 @@ from afm_pipe.evaluation.evaluator import Evaluator
 from afm_pipe.evaluation.measures import sample_suffix
 from afm_pipe.evaluation.networks import METRIC_NAMES
 from afm_pipe.models.classifier import load_latent_classifier
-from afm_pipe.models.flow import Flow
 from afm_pipe.models.model_files import (
     ModelConfig,
     build_generator,
+    build_sampler,
     load_exactly,
     load_tensors,
     run_config,
@@ -45,11 +45,12 @@ from afm_pipe.study.statistics import divergence
 from afm_pipe.study.trials import Trial, run_weight
 from afm_pipe.training.checkpoints import RetentionPolicy
 from afm_pipe.training.cost import training_cost
+from afm_pipe.training.engine import Engine
 from afm_pipe.training.state import Start
 from afm_pipe.training.store import RunStore
 from afm_pipe.training.trainer import Runtime, Task, Trainer
 
-TRAINED = "trained.json"  # in the folder of a trained trial
+TRAINED, DISCRIMINATOR = "trained.json", "discriminator.safetensors"  # in the folder of a trained trial
 Units = Callable[[Params, Run, Run, ModelConfig], float]
 """Counts the cost of an update in forward passes of G: (params, base run, run, model) -> units."""
 
@@ -167,16 +168,19 @@ class Worker:
             objective = build_objective(run, config, guide)
             task = Task(objective, self.latents, trial.training, start, trial.probes(self.latents.num_images))
             retention, seconds = RetentionPolicy(check_lease=lease.check), self.launch.checkpoint_seconds
-            trainer = Trainer(task, Runtime(trial.folder, self.device, seconds, retention=retention))
+            engine = Engine.of(self.launch)._replace(shard=False)  # a trial has one process
+            trainer = Trainer(task, Runtime(trial.folder, self.device, seconds, retention=retention, engine=engine))
             try:
                 state = track(f"trial {trial.spec.place}", trainer.train()).state
                 update, elapsed, not_finite = state.update, state.seconds["training"], None
-                save_tensors(trial.folder / "discriminator.safetensors", state.networks["discriminator"].state_dict())
+                if "discriminator" in state.networks:
+                    save_tensors(trial.folder / DISCRIMINATOR, state.networks["discriminator"].state_dict())
             except NotFiniteError as error:
                 update, elapsed, not_finite = error.update, None, error.update
             lease.check()
             cost = training_cost(update - (start.update if start else 0), run.batch_size, elapsed, self.device)
             cost["units"] = self.units(self.params, trial.spec.base, run, config)
+            cost["total_units"] = cost["units"] * cost["updates"] + self._base_units(trial)
             events = [asdict(event) for event in trainer.store.read_events()]
             trained = {"cost": cost, "code": begun, "not_finite": not_finite, "events": events}
             write_json(record, trained)
@@ -202,6 +206,7 @@ class Worker:
             "fingerprint": trial.measurement,
             "settings": trial.run.model_dump(mode="json"),
             "diverged": divergence(trained["not_finite"], measured, self._distance_key, self.params.study.collapsed),
+            "nfe": self._measured_config(trial).nfe,
             "probes": measured,
             "metrics": end["metrics"],
             "intervals": end["intervals"],
@@ -212,11 +217,11 @@ class Worker:
         }
 
     def _metrics(self, trial: Trial, update: int) -> dict[str, Any]:
-        config, weights = self._config(trial), RunStore(trial.folder).kept(update)
-        generator = build_generator(config)
+        weights = RunStore(trial.folder).kept(update)
+        generator = build_generator(self._config(trial))
         load_exactly(generator, load_tensors(weights), weights)
         generator = generator.to(self.device).eval().requires_grad_(False)
-        flow = Flow(generator, config.form, trial.spec.steps or config.nfe)
+        flow = build_sampler(generator, self._measured_config(trial))
         shape, size = self.params.latent_shape, self.params.sample.micro_batch
         sampler = Sampler(flow, self.autoencoder, shape, self.latents.classes, size, self.device)
         provenance = {"weights": "EMA", "autoencoder_sha256": sha256_file(paths.AUTOENCODER_WEIGHTS)}
@@ -237,12 +242,30 @@ class Worker:
                 "study.base, or remove the table."
             )
         update = max(base.probes(self.latents.num_images))
-        generator = RunStore(base.folder).load_kept(update)
-        discriminator = load_tensors(base.folder / "discriminator.safetensors")
-        return Start({"generator": generator, "discriminator": discriminator}, update), guide
+        networks = {"generator": RunStore(base.folder).load_kept(update)}
+        if (base.folder / DISCRIMINATOR).is_file():
+            networks["discriminator"] = load_tensors(base.folder / DISCRIMINATOR)
+        return Start(networks, update if trial.run.objective == base.run.objective else 0), guide
+
+    def _base_units(self, trial: Trial) -> float:
+        """Return what training the base of a trial cost, in forward passes of G; 0 without a base."""
+        if trial.base is None:
+            return 0.0
+        cost = read_json(trial.base.folder / TRAINED)["cost"]
+        return float(cost["units"] * cost["updates"])
 
     def _config(self, trial: Trial) -> ModelConfig:
         return run_config(trial.run, self.params.latent_shape, self.latents.num_classes)
+
+    def _measured_config(self, trial: Trial) -> ModelConfig:
+        """Return the config of a trial's model with the steps and the sampling with which it is measured."""
+        config, spec = self._config(trial), trial.spec
+        if config.velocity is None:
+            return config.model_copy(update={"nfe": spec.steps or config.nfe})
+        if spec.sampling is None:
+            return config
+        velocity = config.velocity.model_copy(update=spec.sampling.model_dump())
+        return config.model_copy(update={"velocity": velocity, "nfe": spec.sampling.passes()})
 
     @property
     def _distance_key(self) -> str:

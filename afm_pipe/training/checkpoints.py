@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from afm_pipe.models.model_files import load_tensors, save_tensors
 from afm_pipe.runtime.errors import UnwritableError, UserError
@@ -23,6 +25,7 @@ from afm_pipe.training.curves import Row, scan_curves, write_curves
 from afm_pipe.training.sharding import Parts, read_shards, tensor_names, write_shards
 from afm_pipe.training.state import TrainingState
 
+SECONDS, SHARE = 60.0, 0.01  # between checkpoints by default, unless they take more than this share of the time
 OTHER_FILES = ("curves.csv", "extra.json")  # besides tensors
 SHARDS = "shards"
 
@@ -49,20 +52,43 @@ class Snapshot:
     rows: list[Row]
     extra: dict[str, Any]
     parts: Parts
+    wait: Callable[[], float]
+    """Waits for the copy from a GPU; returns the seconds for which the GPU copied instead of training."""
     shard_group: ProcessGroup = SINGLE_PROCESS
 
     @classmethod
     def of(cls, state: TrainingState) -> "Snapshot":
-        """Copy a state."""
+        """Copy a state; from a GPU into pinned memory, without waiting: `wait` before the copy is read."""
+        copying = _copying(state.sums.device)
         parts = {
-            part: {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+            part: {name: tensor.detach().to("cpu", non_blocking=True, copy=True) for name, tensor in tensors.items()}
             for part, tensors in state.tensors().items()
         }
-        return cls(state.update, dict(state.seconds), list(state.rows), dict(state.extra), parts)
+        return cls(state.update, dict(state.seconds), list(state.rows), dict(state.extra), parts, copying())
 
     def tensors(self) -> Parts:
         """Return all tensors by part and name."""
         return self.parts
+
+
+def _copying(device: torch.device) -> Callable[[], Callable[[], float]]:
+    """Begin to copy from a device; the result is called when all copies are queued, and returns `Snapshot.wait`."""
+    if device.type != "cuda":
+        return lambda: lambda: 0.0
+    # Copies and updates are in the order of one stream, so that no update changes what is still to be copied.
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    stream = torch.cuda.current_stream(device)
+    begin.record(stream)
+
+    def queued() -> Callable[[], float]:
+        end.record(stream)
+        return waited
+
+    def waited() -> float:
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000
+
+    return queued
 
 
 Saveable = TrainingState | Snapshot
@@ -86,16 +112,17 @@ class CheckpointWriter:
         folder: Path,
         state: TrainingState,
         identity: str,
-        seconds: float,
+        seconds: float | None,
         retention: RetentionPolicy,
         active: bool,
     ) -> None:
-        """Write checkpoints of `state` under `folder`, due every `seconds`."""
+        """Write checkpoints of `state` under `folder`, due every `seconds`; None: by what they cost."""
         self.folder, self.state, self.identity, self.seconds = folder, state, identity, seconds
         self.retention, self.active = retention, active
         self.notes: list[str] = []
         self.trouble = ""  # short message while checkpoints cannot be written
         self._saved_at, self._saved_update = time.monotonic(), -1
+        self._cost = 0.0  # seconds for which the last checkpoint held up training
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._cancelled = False
@@ -114,24 +141,32 @@ class CheckpointWriter:
     def due(self) -> bool:
         """Return whether a checkpoint is due and none is being written. Raises the error of the previous one."""
         writing = self._thread is not None and self._thread.is_alive()
-        if not self.active or writing or time.monotonic() - self._saved_at < self.seconds:
+        if not self.active or writing or time.monotonic() - self._saved_at < self.interval:
             return False
         self._collect()
         return True
+
+    @property
+    def interval(self) -> float:
+        """Seconds between checkpoints."""
+        return max(SECONDS, self._cost / SHARE) if self.seconds is None else self.seconds
 
     def save(self) -> None:
         """Write a checkpoint of the current state, in the background if there is memory for a copy."""
         self._collect()
         if not self.active:
             return
+        began = time.monotonic()
         in_background = self.retention.in_background and not self.state.is_sharded
-        if in_background and _num_bytes(self.state) < 0.8 * available_memory():
+        pinned = 2 if self.state.sums.device.type == "cuda" else 1  # torch rounds pinned memory up to powers of two
+        if in_background and pinned * _num_bytes(self.state) < 0.8 * available_memory():
             self._thread = threading.Thread(target=self._write, args=(Snapshot.of(self.state),), daemon=True)
             self._thread.start()
         else:
             self._write(self.state)
             self._collect()
         self._saved_at = time.monotonic()
+        self._cost = self._saved_at - began
 
     def finish(self) -> None:
         """Write a checkpoint of the state unless there is one, and wait for it. Raises UserError on failure."""
@@ -142,6 +177,8 @@ class CheckpointWriter:
 
     def _write(self, state: Saveable, last: bool = False) -> None:
         try:
+            if isinstance(state, Snapshot):
+                self._cost += state.wait()
             keep, count = self._retained(state), self.retention.last
             save_checkpoint(self.folder, state, self.identity, count, keep, self._check)
             self._saved_update, self.trouble = state.update, ""
@@ -190,7 +227,7 @@ def save_checkpoint(
     full, older checkpoints except the newest are removed first. For a sharded state all processes must call this, and
     all raise if one fails.
     """
-    if state.shard_group.world_size > 1:
+    if state.shard_group.communicates:
         _save_sharded(folder, state, identity, lambda: _remove_old(folder, state.update, last, keep), check)
         return
     _make_room(folder, _num_bytes(state))
@@ -323,6 +360,8 @@ def _damage(checkpoint: Path, parts: list[str]) -> str | None:
             path, file = checkpoint / name, manifest["files"][name]
             if path.stat().st_size != file["bytes"] or sha256_file(path) != file["sha256"]:
                 return f"{name} does not match the manifest"
+    except PermissionError:
+        raise
     except (UserError, OSError, KeyError, TypeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return None

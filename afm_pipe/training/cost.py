@@ -1,6 +1,7 @@
 """The cost of training, in the form that runs and trials record."""
 
 import resource
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,5 +33,13 @@ def run_cost(
         "images_per_second": updates * batch_size / total,
         "data_wait_share": seconds["data_wait"] / total,
         "checkpoint_share": seconds["saving"] / total,
-        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,  # Linux counts in KiB
+        "peak_memory_gib": peak_memory(device) / 2**30,
     }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that this process held: on its GPU, or in host memory if it computes on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10  # macOS counts bytes, Linux KiB

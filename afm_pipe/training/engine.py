@@ -44,6 +44,8 @@ class Engine(NamedTuple):
             network.bf16 = precision == "bf16"
             network.checkpointing = self.checkpoint_activations
             if self.compile:
+                # Static shapes: one graph for each size of batch and mode, of which unequal micro-batches have many.
+                torch._dynamo.config.recompile_limit = 64
                 for block in network.blocks:  # of equal shape, so that one compilation serves all
                     block.compile(fullgraph=True, dynamic=False)
 

@@ -32,8 +32,9 @@ class Learner:
     def __init__(self, state: TrainingState, ema: Ema, group: ProcessGroup) -> None:
         self.state, self.ema, self.group = state, ema, group
         self.modules: dict[str, nn.Module] = dict(state.networks)
-        if group.world_size > 1 and not state.is_sharded:
+        if group.communicates and not state.is_sharded:
             self.modules = {name: _data_parallel(network) for name, network in state.networks.items()}
+        self._moved = False  # the sampled network, in this update
         device = state.sums.device
         # First update with a non-finite loss, on the device; from then on optimizers do not step.
         self._diverged_at = torch.full((), NEVER, device=device)
@@ -83,14 +84,21 @@ class Learner:
             group["lr"] = hyperparameters.lr[name]
         optimizer.step()
         optimizer.zero_grad()
+        self._moved |= name == self.state.sampled
         return full_tensor(norm)
 
     @torch.no_grad()
     def update_ema(self) -> None:
-        """Update the EMA of the sampled network's weights."""
+        """Update the EMA of the sampled network's weights, if the update stepped them."""
+        moved, self._moved = self._moved, False
+        if not moved:
+            return
         averages: list[Tensor] = [local_shard(average) for average in self.state.ema.parameters()]
         sampled = self.networks[self.state.sampled]
-        weights = [local_shard(weight).to(averages[0].device) for weight in sampled.parameters()]
+        device = averages[0].device
+        weights = [local_shard(weight).to(device, non_blocking=True) for weight in sampled.parameters()]
+        if device.type == "cpu" and self.state.sums.device.type == "cuda":  # one wait for all copies, with ema_on_cpu
+            torch.cuda.current_stream(self.state.sums.device).synchronize()
         torch._foreach_lerp_(averages, weights, 1 - ema_decay_at(self.ema, self.state.update))
 
     def require_finite(self) -> None:
@@ -102,6 +110,7 @@ class Learner:
     def abandon(self) -> None:
         """Clear the gradients and flags that an aborted update left."""
         self._diverged_at.fill_(NEVER)
+        self._moved = False
         for network in self.networks.values():
             network.requires_grad_(True).zero_grad()
 

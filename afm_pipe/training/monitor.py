@@ -217,7 +217,7 @@ class TrainingMonitor(Callback):
 
     def _try_adversary(self, update: int) -> float:
         """Return the distance after a few updates with the D of an earlier update; the state is restored afterwards."""
-        before = Snapshot.of(self.state).tensors()  # in host memory, since a second state may not fit on the device
+        before = Snapshot.of(self.state)  # in host memory, since a second state may not fit on the device
         at = self.state.update
         updates = max(update_at(self.run, self.run.monitor.act.trial_epochs, self.trainer.latents.num_images), 1)
         self._load_adversary(update)
@@ -228,7 +228,8 @@ class TrainingMonitor(Callback):
         except NotFiniteError:
             return WORST
         finally:
-            self.state.load_tensors(before, self.store.folder)
+            before.wait()
+            self.state.load_tensors(before.tensors(), self.store.folder)
             self.state.update = at
 
     def _reduce_transport(self) -> str:

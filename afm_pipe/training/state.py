@@ -63,7 +63,7 @@ class TrainingState:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(objective.settings.seed)
             networks = objective.build_networks()
-        sharded = engine.shard and group.world_size > 1
+        sharded = engine.shard and group.communicates
         if not sharded:
             networks = {name: network.to(device) for name, network in networks.items()}
         ema = copy.deepcopy(networks[objective.sampled]).requires_grad_(False)
@@ -88,7 +88,7 @@ class TrainingState:
     @property
     def is_sharded(self) -> bool:
         """Whether each process holds only a shard of the state."""
-        return self.shard_group.world_size > 1
+        return self.shard_group.communicates
 
     @property
     def modules(self) -> dict[str, nn.Module]:

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from afm_pipe.data.latents import Latents
 from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup, report_lost_rank
-from afm_pipe.objectives.base import Hyperparameters, Objective
-from afm_pipe.params import Run
+from afm_pipe.objectives.base import Batches, Hyperparameters, Objective
+from afm_pipe.params import Phase, Run
 from afm_pipe.runtime.errors import NotFiniteError, UserError
 from afm_pipe.runtime.progress import Progress
 from afm_pipe.runtime.signals import ShutdownRequest, Stopped, shutdown_requested
 from afm_pipe.training.callback import Action, Callback
 from afm_pipe.training.checkpoints import CheckpointWriter, RetentionPolicy, load_latest
+from afm_pipe.training.drawing import DrawnAhead
 from afm_pipe.training.engine import Engine
 from afm_pipe.training.interventions import Interventions
 from afm_pipe.training.learner import Learner
@@ -33,6 +34,7 @@ from afm_pipe.training.store import RunStore
 
 MAX_ROWS = 1000  # in the curves of a run, unless rows would be closer than MIN_UPDATES_PER_ROW
 MIN_UPDATES_PER_ROW = 10
+SECONDS_PER_REPORT = 5.0  # of progress, between rows
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,15 @@ class Runtime:
 
     work_dir: Path
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    checkpoint_seconds: float = 60.0
+    checkpoint_seconds: float | None = None
+    """Seconds between checkpoints; None: by what they cost (see `Launch`)."""
     group: ProcessGroup = SINGLE_PROCESS
     micro_batch: int | None = None
     """Largest number of images in a micro-batch; None: the whole shard of the process."""
     retention: RetentionPolicy = RetentionPolicy()  # immutable
     engine: Engine = Engine()
+    draw_ahead: bool | None = None
+    """Draw the next batch in a thread while the device computes; None: on a GPU. On a CPU it has no core to itself."""
 
 
 class Trained(NamedTuple):
@@ -87,10 +92,12 @@ class Trainer:
         self.total = self.objective.num_updates(self.latents.num_images)
         self.row_every = max(MIN_UPDATES_PER_ROW, self.total // MAX_ROWS)
         self.store = RunStore(runtime.work_dir, self.group)
-        self.batches = self.objective.batches(self.latents, runtime.device, self.group, runtime.micro_batch)
+        batches = self.objective.batches(self.latents, runtime.device, self.group, runtime.micro_batch)
+        ahead = runtime.device.type == "cuda" if runtime.draw_ahead is None else runtime.draw_ahead
+        self.batches: Batches = DrawnAhead(batches, self._phase_at) if ahead else batches
         self.state = TrainingState.fresh(self.objective, runtime.device, runtime.engine, self.group, keep_best=auto)
         if task.start is not None:
-            self.state.begin_from(task.start)
+            self.state.begin_from(Start(self.objective.continued(task.start.networks), task.start.update))
         self.notes = load_latest(self.store.checkpoints, self.state, task.identity)
         _require_same_update(self.group, self.state.update)
         self.learner = Learner(self.state, settings.ema, self.group)
@@ -120,7 +127,7 @@ class Trainer:
         active = group.is_main_process or state.is_sharded
         seconds, retention = self.runtime.checkpoint_seconds, self.runtime.retention
         writing = CheckpointWriter(store.checkpoints, state, self.task.identity, seconds, retention, active)
-        self._lap = time.monotonic()
+        self._lap = reported = time.monotonic()
         with report_lost_rank(), shutdown_requested() as request, writing as writer:
             while state.update < self.total and not self._stopped:
                 next_update = state.update + 1
@@ -145,7 +152,8 @@ class Trainer:
                 ended = state.update == self.total or self._stopped
                 if saving or ended:
                     self._save(writer, request, ended)
-                if row_due:
+                if row_due or time.monotonic() - reported > SECONDS_PER_REPORT:
+                    reported = time.monotonic()
                     yield self._progress(writer.trouble)
             self.notes += writer.notes
         for callback in self.callbacks:
@@ -167,6 +175,9 @@ class Trainer:
     def draw(self) -> Any:
         """Return the micro-batches of the next update."""
         return self.batches.draw(self.state.update, self.hyperparameters())
+
+    def _phase_at(self, update: int) -> Phase | None:
+        return self.objective.hyperparameters(update, self.latents.num_images).phase
 
     def update(self, batch: Any) -> Tensor:
         """Run one update; return its terms. On a CPU, raises NotFiniteError before the weights change."""

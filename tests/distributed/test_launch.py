@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from afm_pipe.distributed.launch import load_launch
 from afm_pipe.runtime.errors import UserError
@@ -46,3 +47,14 @@ def test_variables_of_other_programs_are_no_settings(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("AFM_WEIGHTS", "/weights")
     monkeypatch.setenv("DEVICE", "warp")
     assert load_launch().device == "auto"
+
+
+def test_a_process_takes_its_own_gpu_before_it_uses_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP2 and NCCL use the current device, which is the first GPU otherwise; no GPU is needed to see the order."""
+    calls = []
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(("set", device)))
+    monkeypatch.setattr(torch, "empty", lambda *_, device: calls.append(("use", device)))
+    device = load_launch(device="cuda").torch_device()
+    assert calls == [("set", device), ("use", device)]
+    assert device == torch.device("cuda", 3)

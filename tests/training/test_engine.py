@@ -12,6 +12,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from afm_pipe.distributed.launch import load_launch
 from afm_pipe.models.discriminator import Discriminator
@@ -208,6 +209,36 @@ def test_compiled_updates_agree_with_eager_ones(make: Callable[..., Trainer], ch
     assert (vector(compiled) - vector(eager)).norm() < 0.02 * (vector(eager) - first).norm()
     assert list(weights(compiled.state)) == list(weights(eager.state))
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("micro_batch", [6, 3])
+def test_compiled_blocks_take_micro_batches_of_any_size(
+    make: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch, micro_batch: int
+) -> None:
+    """16 images as 6, 5, 5 and as 3, 3, 3, 3, 2, 2; the graphs alone, since code for a CPU takes a minute."""
+    torch._dynamo.reset()
+    whole = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: whole(self, backend="eager", **how))
+    run = RUN.model_copy(update={"batch_size": 16})
+    eager, compiled = (make(run, micro_batch=micro_batch, engine=Engine(compile=c)) for c in (False, True))
+    update(eager, compiled)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    update(eager, compiled)
+    assert torch.equal(vector(eager), vector(compiled))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs > 0, "all graphs come in the first update"
+    torch._dynamo.reset()
+
+
+def test_batches_drawn_ahead_are_those_drawn_in_place(make: Callable[..., Trainer]) -> None:
+    phases = [phase.model_copy(update={"until_epoch": 0.4}) for phase in RUN.phases[:1]]
+    run = RUN.model_copy(update={"phases": [*phases, RUN.phases[-1].model_copy(update={"gradient_clip": 1.0})]})
+    here, ahead = make(run), make(run, draw_ahead=True)
+    for at in (0, 1, 2, 3, 4, 9, 10, 2, 3):  # across phases, and back as after a rollback
+        here.state.update = ahead.state.update = at
+        one, other = (tree_leaves(trainer.draw()) for trainer in (here, ahead))
+        assert len(one) == len(other)
+        assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(one, other, strict=True))
+    assert ahead.batches._next is not None and ahead.batches._next[0] == 4  # type: ignore[attr-defined]
 
 
 def test_launch_settings_reach_the_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

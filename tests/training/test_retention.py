@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from afm_pipe.data.latents import Latents
 from afm_pipe.distributed.launch import load_launch
@@ -16,7 +17,7 @@ from afm_pipe.objectives import build_objective
 from afm_pipe.params import Params, Run, deep_merge
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import try_append
-from afm_pipe.training.checkpoints import RetentionPolicy, retained
+from afm_pipe.training.checkpoints import CheckpointWriter, RetentionPolicy, retained
 from afm_pipe.training.events import FILE
 from afm_pipe.training.state import TrainingState
 from afm_pipe.training.store import RunStore
@@ -77,6 +78,23 @@ def test_a_run_keeps_every_n_updates_and_its_best_probe(trained: Callable[..., T
     state = trained(tmp_path, RetentionPolicy(last=1, in_background=False, every=15, best=True), 0.0)
     best = min(state.extra["monitor"]["probes"], key=lambda probe: probe["kid"])["update"]
     assert updates_of(RunStore(tmp_path).checkpoints) == sorted({15, 30, state.update, int(best)})
+
+
+@pytest.mark.parametrize(("seconds", "cost", "interval"), [(None, 0.001, 60), (None, 6.0, 600), (5.0, 6.0, 5)])
+def test_checkpoints_cost_at_most_a_hundredth_of_the_time(
+    smoke_run: Run, tmp_path: Path, seconds: float | None, cost: float, interval: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_config(smoke_run, (4, 8, 8), 10)
+    state = TrainingState.fresh(build_objective(smoke_run, config), torch.device("cpu"))
+    now = [1000.0]
+    monkeypatch.setattr("afm_pipe.training.checkpoints.time.monotonic", lambda: now[0])
+    policy = RetentionPolicy(in_background=False, check_lease=lambda: now.__setitem__(0, 1000 + cost))
+    with CheckpointWriter(tmp_path, state, "identity", seconds, policy, active=True) as writer:
+        writer.save()  # during which the clock moves by its cost
+        now[0] = 1000 + cost + interval - 0.01
+        assert not writer.due()
+        now[0] += 0.02
+        assert writer.due()
 
 
 def test_retention_is_a_launch_setting(monkeypatch: pytest.MonkeyPatch) -> None:

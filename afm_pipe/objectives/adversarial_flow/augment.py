@@ -32,8 +32,8 @@ class TranslateAndErase(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         """Return augmented latents x (N, C, H, W)."""
         n, channels = x.shape[:2]
-        index = self.sources.to(x.device).view(n, 1, -1).expand(n, channels, -1)
-        return x.flatten(2).gather(2, index).view_as(x) * self.keep.to(x.device)[:, None]
+        index = self.sources.view(n, 1, -1).expand(n, channels, -1)
+        return x.flatten(2).gather(2, index).view_as(x) * self.keep[:, None]
 
 
 class Affines(NamedTuple):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from afm_pipe.data.latents import Latents
+from afm_pipe.data.move import to_device
 from afm_pipe.data.order import Order, stream_generator
 from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from afm_pipe.objectives.adversarial_flow.augment import Augment, TranslateAndErase, draw_translate_and_erase
@@ -38,10 +39,6 @@ class Batch(NamedTuple):
     labels: Tensor  # (N,)
     s: Tensor | None = None  # (N,)
     t: Tensor | None = None  # (N,)
-
-    def to(self, device: torch.device) -> "Batch":
-        """Return the batch on a device."""
-        return Batch(*(None if part is None else part.to(device, non_blocking=True) for part in self))  # type: ignore[arg-type]
 
     @property
     def weighting(self) -> Tensor | float:
@@ -158,7 +155,7 @@ class AdversarialBatches:
             s, t = (times[shard] for times in draw_times(self.run.nfe, count, generator))
             z_target = torch.randn(shape, generator=generator)[shard]  # independent of z, as released
             batch = Batch(interpolate(x, z_target, t), interpolate(x, z, s), labels, s, t)
-        return batch.to(self.device)
+        return to_device(batch, self.device)
 
     def _noisy(self, labels: Tensor, stream: Stream, images_seen: int) -> Tensor:
         """Return labels (N,), a fraction (`label_noise`) of which is replaced by random ones."""
@@ -174,16 +171,16 @@ class AdversarialBatches:
             return None
         generator = stream_generator(self.run.seed, "penalty", images_seen)
         noises = torch.randn(2, self._penalized, *self.latents.latent_shape, generator=generator)[:, self.shard]
-        return PenaltyNoise(*noises.to(self.device, non_blocking=True))
+        return to_device(PenaltyNoise(*noises), self.device)
 
     def augmentation(self, augment: Augmentation | None, stream: Stream, images_seen: int) -> TranslateAndErase | None:
         """Return the augmentation of D's inputs in a stream's batch, if the phase has one."""
         if augment is None:
             return None
         generator = stream_generator(self.run.seed, "augment", stream, images_seen)
-        return draw_translate_and_erase(
-            augment, self.run.batch_size, self.latents.latent_shape[1], generator, self.shard
-        )
+        side = self.latents.latent_shape[1]
+        drawn = draw_translate_and_erase(augment, self.run.batch_size, side, generator, self.shard)
+        return to_device(drawn, self.device)
 
     def guidance(
         self, guidance: Guidance | None, batch: Batch, images_seen: int

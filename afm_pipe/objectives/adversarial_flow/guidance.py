@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from afm_pipe.data.move import to_device
 from afm_pipe.data.order import ALL
 from afm_pipe.objectives.adversarial_flow.losses import interpolate
 from afm_pipe.params import Guidance
@@ -65,14 +66,13 @@ def one_step_guidance(
     """
     assert guidance.t is not None
     low, high = guidance.t
-    z = torch.randn(shape, generator=generator)[shard].to(labels.device)
-    t = (low + (high - low) * torch.rand(shape[0], generator=generator))[shard].to(labels.device)
-    return OneStepGuidance(classifier, guidance.scale, labels, z, t)
+    z = torch.randn(shape, generator=generator)[shard]
+    t = (low + (high - low) * torch.rand(shape[0], generator=generator))[shard]
+    return to_device(OneStepGuidance(classifier, guidance.scale, labels, z, t), labels.device)
 
 
 def multi_step_guidance(classifier: nn.Module, guidance: Guidance, labels: Tensor, t: Tensor) -> MultiStepGuidance:
     """Return multi-step guidance of samples with target times t (N,)."""
     assert guidance.at is not None
-    times = torch.tensor(guidance.at, device=t.device)
-    chosen = ((t[:, None] - times).abs() < 1e-6).any(dim=1)  # (N,)
+    chosen = torch.stack([(t - time).abs() < 1e-6 for time in guidance.at]).any(dim=0)  # (N,)
     return MultiStepGuidance(classifier, guidance.scale, labels, t, chosen)

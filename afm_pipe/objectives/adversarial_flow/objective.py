@@ -9,7 +9,7 @@ Shapes: N images of a micro-batch, n penalized ones, C, H, W of latents.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from afm_pipe.data.latents import Latents
 from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from afm_pipe.models.dit import in_float32
-from afm_pipe.models.flow import Flow, transport_map
-from afm_pipe.models.generator import Generator
-from afm_pipe.models.model_files import ModelConfig, build_discriminator, build_generator
+from afm_pipe.models.flow import transport_map
+from afm_pipe.models.model_files import ModelConfig, build_discriminator, build_generator, build_sampler
 from afm_pipe.objectives import register
 from afm_pipe.objectives.adversarial_flow.batches import (
     AdversarialBatches,
@@ -32,7 +31,7 @@ from afm_pipe.objectives.adversarial_flow.batches import (
 from afm_pipe.objectives.adversarial_flow.losses import Logits, perturb, relativistic
 from afm_pipe.objectives.adversarial_flow.normalizer import divisor
 from afm_pipe.objectives.adversarial_flow.terms import D_TERMS, G_ADVERSARIAL, G_TERMS, DLossInputs, GLossInputs
-from afm_pipe.objectives.base import Hyperparameters, Learner, Objective, Term
+from afm_pipe.objectives.base import Hyperparameters, Learner, Objective, Sampler, Term
 from afm_pipe.objectives.schedules import cosine, num_updates, phase_at, update_at
 from afm_pipe.params import Run
 
@@ -123,8 +122,8 @@ class AdversarialFlow(Objective):
     ) -> AdversarialBatches:
         return AdversarialBatches(latents, self.run, self.classifier, device, group, micro_batch)
 
-    def sampler(self, network: nn.Module) -> Flow:
-        return Flow(cast(Generator, network), self.config.form, self.config.nfe)
+    def sampler(self, network: nn.Module) -> Sampler:
+        return build_sampler(network, self.config)
 
     def describe(self) -> dict[str, Any]:
         return self.config.model_dump()
@@ -154,12 +153,21 @@ class AdversarialFlow(Objective):
         part = DiscriminatorPart(batch, noise if penalized else None)
         return Draw([[part]] * self.run.discriminator_updates, [GeneratorPart(batch)])
 
+    def example_updates(self, count: int, penalized: int | None = None) -> list[tuple[Any, float]]:
+        every = self.run.penalty.every  # lazy penalties
+        unpenalized = [(self.example_batch(count, 0), 1 - 1 / every)] if every > 1 else []
+        return [(self.example_batch(count, penalized), 1 / every), *unpenalized]
+
     def example_forward(self, networks: Mapping[str, nn.Module], count: int) -> Tensor:
         return self._generate(networks["generator"], self.example_batch(count).generator[0].batch)
 
     def _generate(self, generator: nn.Module, batch: Batch) -> Tensor:
         """Return G's output (N, C, H, W) for a batch."""
         return transport_map(generator, self.config.form, batch.source, batch.labels, batch.s, batch.t)
+
+    def _seen_source(self, batch: Batch) -> Tensor | None:
+        """Return G's input (N, C, H, W) if D sees it."""
+        return batch.source if self.config.condition_on_source else None
 
     def _update_discriminator(
         self, learner: Learner, parts: Sequence[DiscriminatorPart], hp: Hyperparameters, output: Tensor | None
@@ -180,13 +188,14 @@ class AdversarialFlow(Objective):
         bf16 run with fp32 penalties it is over 2 N latents, and a second one, in float32, over 4 n latents.
         """
         batch, run = part.batch, self.run
-        real, source = batch.real, batch.source
+        real, source = batch.real, self._seen_source(batch)
         if output is None:
             with torch.no_grad():
                 output = self._generate(learner.networks["generator"], batch)  # (N, C, H, W)
         fake = output.detach()
         if part.augment is not None:
-            real, fake, source = part.augment(real), part.augment(fake), part.augment(source)
+            real, fake = part.augment(real), part.augment(fake)
+            source = None if source is None else part.augment(source)
         n = 0 if part.noise is None else len(part.noise.real)
         logits = self._logits(learner, batch, real, fake, source, part.noise)
         weighting = batch.weighting if isinstance(batch.weighting, float) else batch.weighting[:n]
@@ -201,7 +210,13 @@ class AdversarialFlow(Objective):
         return torch.stack([total.detach(), *(value.detach() for value in values), *gap_and_accuracy])
 
     def _logits(
-        self, learner: Learner, batch: Batch, real: Tensor, fake: Tensor, source: Tensor, noise: PenaltyNoise | None
+        self,
+        learner: Learner,
+        batch: Batch,
+        real: Tensor,
+        fake: Tensor,
+        source: Tensor | None,
+        noise: PenaltyNoise | None,
     ) -> Logits:
         """Return D's logits of real and generated latents (N, C, H, W), and of those that the penalties need."""
         discriminator, count, n = learner.module("discriminator"), len(real), 0
@@ -262,9 +277,10 @@ class AdversarialFlow(Objective):
         """Return the gradients of G's loss on a micro-batch at G's output `generated` (N, C, H, W)."""
         batch, augment, share = part.batch, part.augment, part.share
         output = generated.detach().requires_grad_()
-        real, d_input, source = batch.real, output, batch.source
+        real, d_input, source = batch.real, output, self._seen_source(batch)
         if augment is not None:
-            real, d_input, source = augment(real), augment(output), augment(source)
+            real, d_input = augment(real), augment(output)
+            source = None if source is None else augment(source)
         d_leaf = d_input.detach().requires_grad_()
         with torch.no_grad():
             real_logits = discriminator(real, batch.labels, batch.t, source)
@@ -314,8 +330,7 @@ def _weighted(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def _conditions(batch: Batch, source: Tensor, rows: Sequence[slice]) -> tuple[Tensor, Tensor | None, Tensor]:
+def _conditions(batch: Batch, source: Tensor | None, rows: Sequence[slice]) -> list[Tensor | None]:
     """Return D's inputs other than latents for some rows of a batch: labels, target times, G's input."""
-    labels, source = (torch.cat([value[each] for each in rows]) for value in (batch.labels, source))
-    times = None if batch.t is None else torch.cat([batch.t[each] for each in rows])
-    return labels, times, source
+    inputs = batch.labels, batch.t, source
+    return [None if value is None else torch.cat([value[each] for each in rows]) for value in inputs]
