@@ -68,6 +68,7 @@ def run_jobs(jobs: Sequence[Job], context: Any, num_workers: int, unit: str) -> 
                 if len(running) < num_workers and number not in running.values() and job.is_ready:
                     running[executor.submit(_run, number, job)] = number
             if not running and (errors or not left):
+                yield progress()
                 break
             ended, _ = wait(running, POLL, FIRST_COMPLETED)
             while reports is not None and not reports.empty():
