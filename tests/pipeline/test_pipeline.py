@@ -218,6 +218,8 @@ def test_500_classes_of_two_images_go_through_with_what_prepare_names(tmp_path: 
     enough = {"evaluate.samples": 1000, "study.samples": 1000, "reference.thumbnails": 501}
     for place, value in (SMALLER | enough).items():
         edit(folder, place, value)
+    shell(folder, "git", "add", "-A")
+    shell(folder, "git", "commit", "-qm", "clone")
     assert set(repro(folder)) == set(shell(folder, "dvc", "stage", "list", "--name-only").split())
     metrics = json.loads((folder / "results" / "metrics" / "t4.json").read_text())
     assert metrics["protocol"]["samples"] == 1000 and metrics["fd_classifier_1k"] > 0
