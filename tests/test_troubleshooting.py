@@ -122,7 +122,7 @@ def _(request: pytest.FixtureRequest) -> str:
     return prepare()
 
 
-@provokes("Found extra beside DIR/train, expected the class folders in train and at most dev, eval, ...")
+@provokes("Found extra next to DIR/train, expected the class folders in train and at most dev, eval, ...")
 def _(request: pytest.FixtureRequest) -> str:
     images("data/images/train")
     Path("data/images/extra").mkdir()
@@ -135,7 +135,7 @@ def _(request: pytest.FixtureRequest) -> str:
     return prepare()
 
 
-@provokes("passed over N: 2 'Thumbs.db', 1 'val'")
+@provokes("skipped N: 2 'Thumbs.db', 1 'val'")
 def _(request: pytest.FixtureRequest) -> str:
     root = images("data/images/train")
     for folder in (root / "class0", root / "class1", root.parent / "val"):
@@ -352,7 +352,6 @@ def _(request: pytest.FixtureRequest) -> str:
     patch = request.getfixturevalue("monkeypatch")
     patch.setenv("RANK", "0")
     patch.setenv("WORLD_SIZE", "2")
-    patch.setattr("afm_pipe.runtime.commands.env_world_size", lambda: 1)  # so that it raises instead of os._exit
     return afm("train", "t4")
 
 
@@ -368,7 +367,7 @@ def _(request: pytest.FixtureRequest) -> str:
 @provokes("rank 0 waits for 1 other processes at HOST:PORT")
 def _(request: pytest.FixtureRequest) -> str:
     """Join a group of two in a forked process, which nobody else joins."""
-    place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "no.such.host", "MASTER_PORT": "29500"}
     child = os.fork()
     if child == 0:
         sys.stderr = Path("said.txt").open("w", buffering=1)  # noqa: SIM115  # the process ends

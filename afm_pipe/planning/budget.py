@@ -1,6 +1,5 @@
 """Count the memory of a run on one device before anything is allocated."""
 
-import os
 from typing import NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ from afm_pipe.objectives import build_objective
 from afm_pipe.objectives.base import num_micro_batches
 from afm_pipe.params import Run
 from afm_pipe.planning.counting import FLOAT, measure
+from afm_pipe.runtime.environment import local_world_size
 from afm_pipe.runtime.machine import available_memory
 
 COPIES = 4  # weights, gradients, two AdamW moments; the sampled network also has an EMA
@@ -80,7 +80,7 @@ def free_memory(device: torch.device) -> int:
     """Return the free bytes of a device; processes of one machine share those of its CPU."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return available_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return available_memory() // local_world_size()
 
 
 def what_fits(run: Run, config: ModelConfig, world_size: int, free: int) -> list[str]:

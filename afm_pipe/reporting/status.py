@@ -5,7 +5,8 @@ checkpoints. Any file may be partial, damaged, or of other params; an unreadable
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -195,6 +196,15 @@ def _printable(event: Event) -> Event:
     return replace(event, kind=clean(event.kind), text=clean(event.text), evidence=evidence, action=action)
 
 
+def by_age(files: Iterable[Path]) -> list[tuple[float, Path]]:
+    """Return the times at which files last changed, and the files, the newest last; not those removed meanwhile."""
+    found = []
+    for path in files:
+        with suppress(OSError):
+            found.append((path.stat().st_mtime, path))
+    return sorted(found)
+
+
 def _identity(params: Params, name: str, provenance: dict[str, str]) -> str:
     """Return the identity of a run trained with the current params and inputs."""
     origins = {part: sha256_file(file) for part, file in origin_files(params, name).items()}
@@ -205,8 +215,8 @@ def _work_dir(folder: Path, identity: str | None) -> Path | None:
     """Return the folder of a run's identity, if it exists; if the identity is unknown, that with the newest curves."""
     if identity is not None:
         return folder / identity if (folder / identity).is_dir() else None
-    found = [path for path in folder.glob("*/curves.csv") if path.is_file()]
-    return max(found, key=lambda path: path.stat().st_mtime).parent if found else None
+    found = by_age(folder.glob("*/curves.csv"))
+    return found[-1][1].parent if found else None
 
 
 def _seconds_left(work: Path | None, status: RunStatus, base: str | None) -> float | None:

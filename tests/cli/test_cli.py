@@ -1,18 +1,21 @@
 """The command line as a person meets it."""
 
 import hashlib
+import json
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import h5py
 import pytest
 from typer.testing import CliRunner
 
 from afm_pipe.cli.app import app
 from afm_pipe.params.file import load_params
 from afm_pipe.params.profiles import undeclared_note
+from afm_pipe.runtime.files import write_json
 from tests.conftest import ROOT, SMOKE
 
 COMMANDS = ["prepare", "autoencoder", "encode", "reference", "train", "sample", "evaluate", "report", "doctor", "toy"]
@@ -154,11 +157,31 @@ def test_doctor_compares_the_manifest_with_the_disk(run, discs: Path) -> None:
     shutil.copy(discs / "data" / "manifest.json", "data/manifest.json")
     shutil.copy(discs / "params.yaml", "params.yaml")
     assert "ok   data: data/manifest.json lists the 60 images" in run("doctor").output
+    Path("data/manifest.json").rename("data/whole.json")
+    Path("data/manifest.json").write_text("{")
+    assert "FIX  data: data/manifest.json does not fit params or the images" in run("doctor").output
+    Path("data/whole.json").rename("data/manifest.json")
     shutil.rmtree("data/images")
     result = run("doctor")
     assert result.exit_code == 1
     assert "FIX  data: data/manifest.json does not fit params or the images" in result.output
     assert "60 of 60 images missing under data/images" in " ".join(result.output.split())
+
+
+def test_doctor_compares_latents_and_reference_with_the_images_and_params(run, discs: Path) -> None:
+    shutil.copytree(discs, ".", dirs_exist_ok=True)
+    digest = json.loads(Path("data/manifest.json").read_text())["digest"]
+    for other, verdict in ((digest, "ok   reference: reference is of the images in"), ("other", "FIX  reference: ")):
+        write_json(Path("reference/summary.json"), {"manifest": other})
+        assert verdict in run("doctor").output
+    assert "ok   latents: data/latents.h5 is of the images in data/manifest.json" in run("doctor").output
+    with h5py.File("data/latents.h5", "r+") as file:
+        file.attrs["manifest_digest"] = "other"
+    assert "FIX  latents: data/latents.h5 is of other images than those in data/manifest.json" in run("doctor").output
+    Path("data/latents.h5").write_bytes(b"cut")
+    assert "FIX  latents: data/latents.h5 does not fit params" in run("doctor").output
+    shutil.rmtree("models")
+    assert "Found no models/autoencoder" in run("doctor").output
 
 
 def test_doctor_tells_which_weights_of_the_evaluation_are_there(run, monkeypatch: pytest.MonkeyPatch) -> None:
