@@ -49,10 +49,9 @@ class FileJob(NamedTuple):
 def test_jobs_run_once_they_are_ready_and_a_failure_stops_only_what_needs_it(project: Path, workers: int) -> None:
     jobs = [FileJob("last", ("b", "c")), FileJob("b", ("a",)), FileJob("bad", fails=True), FileJob("after", ("bad",))]
     jobs += [FileJob("a", weight=5), FileJob("c")]
-    shown = []
+    shown: list[Progress] = []
     with pytest.raises(UserError, match="bad failed"):
-        for progress in run_jobs(jobs, "context", workers, "jobs"):
-            shown.append(progress)
+        shown.extend(run_jobs(jobs, "context", workers, "jobs"))
     assert {path.name for path in project.iterdir()} == {"a", "b", "c", "last"}
     pids = {Path(name).read_text().split()[0] for name in ("a", "b", "c", "last")}
     assert (str(os.getpid()) in pids) == (workers == 1) and Path("a").read_text().endswith(" context")

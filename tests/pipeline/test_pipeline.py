@@ -104,10 +104,7 @@ def test_the_stages_find_what_the_pool_made_current(clone: Path) -> None:
     code = json.loads((clone / "results" / "costs" / "t4.json").read_text())
     assert code["threads"] == 1
     for stage, names in (("train", ["t4"]), ("evaluate", ["t4"]), ("table", ["transport"]), ("toy", [])):
-        script = (
-            f"import sys, runpy; sys.argv = ['', *{names}]; runpy.run_path('stages/{stage}.py', run_name='__main__')"
-        )
-        said = shell(clone, sys.executable, "-c", f"import sys; sys.path[0] = 'stages'; {script}")
+        said = shell(clone, "python", f"stages/{stage}.py", *names)
         assert said.endswith("current.\n"), said
 
 
