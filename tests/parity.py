@@ -31,7 +31,6 @@ from afm_pipe.objectives.adversarial_flow.objective import AdversarialFlow
 from afm_pipe.objectives.base import Hyperparameters
 from afm_pipe.objectives.schedules import cosine
 from afm_pipe.params import Run
-from afm_pipe.params.file import load_params
 from afm_pipe.params.sizes import SIZES, ModelSize
 from afm_pipe.training.learner import Learner
 from afm_pipe.training.state import TrainingState
@@ -94,6 +93,13 @@ class RolledAndErased:
         return x.roll(self.shift, -1) * self.keep.to(x)
 
 
+def base_run() -> Run:
+    """Return the run whose settings the vectors do not decide."""
+    from afm_pipe.params.file import load_params
+
+    return load_params(PROFILE).runs["t4"]
+
+
 class Released:
     """One file's networks and settings."""
 
@@ -132,7 +138,7 @@ class Released:
 
     def run(self, **changes: Any) -> Run:
         """Return the settings of the vectors (shared by all of them) as a run's."""
-        base = load_params(PROFILE).runs["t4"]
+        base = base_run()
         weights = {"weight": 0.25, "batch_fraction": 0.25, "epsilon": 0.01, "every": 1, "precision": "fp32"}
         penalty = base.penalty.model_copy(update=weights)
         ema = base.ema.model_copy(update={"decay": 0.99, "warmup": False})
