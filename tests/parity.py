@@ -2,9 +2,10 @@
 
     python -m tests.parity FOLDER
 
-Every `step_*.npz` and `traj_*.npz` in the folder is checked: sizes are read from the tensors, the form and the number
-of steps from the networks and times, the depth repeats from the name (`deep2`, `deep4`). It prints a line a file; the
-exit code is 1 on a miss and 2 where there is no file. The updates are those of `AdversarialFlow.update`, stepped by the
+Every `step_*.npz`, `traj_*.npz` and `cafm*.npz` in the folder is checked: sizes are read from the tensors, the form and
+the number of steps from the networks and times, the depth repeats from the name (`deep2`, `deep4`); of continuous
+adversarial flows, the order of steps and the weight of the transport loss, too. It prints a line a file; the exit code
+is 1 on a miss and 2 where there is no file. The updates are those of the objective's own `update`, stepped by the
 trainer's own `Learner`, in float64.
 """
 
@@ -23,14 +24,18 @@ from torch import Tensor, nn
 from afm_pipe.distributed.process_group import SINGLE_PROCESS
 from afm_pipe.models import dit
 from afm_pipe.models.classifier import LatentClassifier
-from afm_pipe.models.model_files import ModelConfig
+from afm_pipe.models.model_files import ModelConfig, VelocityConfig
 from afm_pipe.objectives.adversarial_flow.batches import Batch, DiscriminatorPart, Draw, GeneratorPart, PenaltyNoise
 from afm_pipe.objectives.adversarial_flow.guidance import OneStepGuidance
 from afm_pipe.objectives.adversarial_flow.losses import interpolate
 from afm_pipe.objectives.adversarial_flow.objective import AdversarialFlow
 from afm_pipe.objectives.base import Hyperparameters
+from afm_pipe.objectives.continuous_adversarial_flow import ContinuousAdversarialFlow, is_discriminator_turn
+from afm_pipe.objectives.continuous_adversarial_flow import Draw as Turn
+from afm_pipe.objectives.flow_matching import Path as Points
 from afm_pipe.objectives.schedules import cosine
 from afm_pipe.params import Run
+from afm_pipe.params.flow import FlowSettings, OdeSampling
 from afm_pipe.params.sizes import SIZES, ModelSize
 from afm_pipe.training.learner import Learner
 from afm_pipe.training.state import TrainingState
@@ -41,6 +46,9 @@ PENALIZED = 2  # of the batch
 STEP, TRAJECTORY, TRAJECTORY_WITH_TIMES = 1e-9, 1e-6, 5e-5
 """Tolerances: of a step's losses and gradients, relative; of the end of a trajectory, over the distance moved (more
 where there are times: the released time code is float32, whose last bits differ between processors)."""
+
+CONTINUOUS = 1e-8
+"""Of losses, terms and gradients of the first steps of continuous adversarial flows, whose time code is float64."""
 
 Vectors = Mapping[str, Tensor]
 
@@ -227,22 +235,106 @@ def check_trajectory(name: str, vectors: Vectors) -> Finding:
         objective.update(learner, Draw([[of_d]], [of_g]), Hyperparameters(rates, {"transport": weight}))
         learner.update_ema()
         state.update += 1
-    differences = {}
-    for prefix, initial, network in (
-        ("final_gen/", "generator", state.networks["generator"]),
-        ("final_dis/", "discriminator", state.networks["discriminator"]),
-        ("final_ema/", "generator", state.ema),
-    ):
-        expected = under(vectors, prefix)
-        start = released.weights[initial]
-        moved = norm({key: value.double() - start[key].double() for key, value in expected.items()})
-        away = norm({key: value - expected[key].double() for key, value in network.state_dict().items()})
-        differences[prefix] = away / moved
+    networks = {"gen": state.networks["generator"], "dis": state.networks["discriminator"], "ema": state.ema}
+    differences = dict(_ends(vectors, networks, released.weights))
     square = vectors["square_avg"].double()
     differences["square_avg"] = relative(state.buffers["mean_square"], square, square)
     losses = torch.tensor(learner.losses, dtype=torch.float64)
     differences["losses"] = relative(losses, vectors["losses"].double(), vectors["losses"].double())
     return finding(name, differences, TRAJECTORY_WITH_TIMES if released.timed else TRAJECTORY)
+
+
+def check_continuous(name: str, vectors: Vectors) -> Finding:
+    """Compare a training of continuous adversarial flows: its end, every loss, and terms and gradients where stored."""
+    weights = {"generator": under(vectors, "init_gen/"), "discriminator": under(vectors, "init_dis/")}
+    width, channels, patch, _ = weights["generator"]["x_embedder.proj.weight"].shape
+    depth = 1 + max(int(key.split(".")[1]) for key in weights["generator"] if key.startswith("blocks."))
+    SIZES["released"] = ModelSize(depth=depth, width=width, heads=width // HEAD_WIDTH, patch=patch)
+    ot = 0.0
+    sampling = OdeSampling(solver="euler", steps=1, guidance_scale=1.0, guidance_interval=(0.0, 1.0))
+    base = load_params(PROFILE).runs["t4"]
+    settings = {
+        "objective": "continuous_adversarial_flow",
+        "flow": FlowSettings(times="uniform", label_dropout=0.1, warmup=0, sampling=sampling),
+        "batch_size": len(vectors["0/labels"]),
+        "lr": 1e-3,
+        "betas": (0.0, 0.95),
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "ema": base.ema.model_copy(update={"decay": 0.99, "warmup": False}),
+        "logit_centering": 0.001,
+    }
+    run = base.model_copy(update=settings)
+    labels = len(weights["generator"]["y_embedder.embedding_table.weight"])
+    config = ModelConfig(
+        size="released",
+        channels=channels,
+        latent_size=patch * round(weights["generator"]["pos_embed"].shape[-2] ** 0.5),
+        num_classes=labels - 1,
+        velocity=VelocityConfig(**sampling.model_dump(), unconditional=True),
+    )
+    objective = ContinuousAdversarialFlow(run, config)
+    state = TrainingState.fresh(objective, torch.device("cpu"))
+    for network, tensors in weights.items():
+        state.networks[network].load_state_dict(tensors)
+    state.ema.load_state_dict(weights["generator"])
+    learner = Recorder(state, run)
+    rates = dict.fromkeys(weights, run.lr)
+    differences: dict[str, float] = {}
+    for update, turn in enumerate(_turns(vectors)):
+        x, z, t = (vectors[f"{update}/{key}"].double() for key in ("latents", "noises", "timesteps"))
+        points = Points(interpolate(x, z, t), z - x, vectors[f"{update}/labels"], t)
+        if not turn and f"{update}/loss/ot" in vectors:  # the weight times the mean square of G's output
+            with torch.no_grad():
+                square = state.networks["generator"](points.x, points.labels, t).square().mean()
+            ot = float(vectors[f"{update}/loss/ot"] / square)
+        drawn = Turn("discriminator" if turn else "generator", [points])
+        figures = objective.update(learner, drawn, Hyperparameters(rates, {"transport": ot}))
+        learner.update_ema()
+        state.update += 1
+        logged = dict(zip((term.name for term in objective.terms), figures, strict=True))
+        found = {f"grad/{key}": value for key, value in learner.gradients[drawn.network].items()}
+        found |= {"loss/total": torch.tensor(learner.losses[-1])}
+        if turn:
+            found |= {"loss/dis": logged["d_adversarial"], "loss/cp": 0.001 * logged["logit_centering"]}
+            found |= {"logits/real": logged["slope_real"], "logits/fake": logged["slope_fake"]}
+        else:
+            found |= {"loss/gen": logged["g_adversarial"], "loss/ot": ot * logged["g_transport"]}
+        stored = under(vectors, f"{update}/")
+        missing = [key for key in stored if key.startswith("grad/") and key not in found]
+        assert not missing, f"{name}: no gradient of {missing[0]}"
+        for key in found.keys() & stored.keys():
+            differences[f"{update}/{key}"] = relative(found[key], stored[key], stored[key])
+    losses = vectors["losses"].double()
+    differences["losses"] = relative(torch.tensor(learner.losses, dtype=torch.float64), losses, losses)
+    first = finding(name, differences, CONTINUOUS)
+    networks = {"gen": state.networks["generator"], "dis": state.networks["discriminator"], "ema": state.ema}
+    last = finding(name, dict(_ends(vectors, networks, weights)), TRAJECTORY)
+    return first if not first.passed else last
+
+
+def _turns(vectors: Vectors) -> list[bool]:
+    """Return whose turn each step is, by production's rule: its warm-up and n are those that fit the stored order."""
+    stored = [bool(turn) for turn in vectors["is_discriminator_step"]]
+    g_steps = [step for step, turn in enumerate(stored) if not turn]
+    warmup = g_steps[0] - 1 if g_steps else len(stored)
+    candidates = [g_steps[1] - g_steps[0] - 1] if len(g_steps) > 1 else range(1, len(stored) + 1)
+    for steps in candidates:
+        if [is_discriminator_turn(step, warmup, steps) for step in range(len(stored))] == stored:
+            return stored
+    raise AssertionError("no warm-up and number of steps of D gives the stored order of steps")
+
+
+def _ends(
+    vectors: Vectors, networks: Mapping[str, nn.Module], weights: Mapping[str, Vectors]
+) -> Iterator[tuple[str, float]]:
+    """Yield how far the final weights of each network are off, over the distance that training moved them."""
+    for short, network in networks.items():
+        expected = under(vectors, f"final_{short}/")
+        start = weights["discriminator" if short == "dis" else "generator"]
+        moved = norm({key: value.double() - start[key].double() for key, value in expected.items()})
+        away = norm({key: value - expected[key].double() for key, value in network.state_dict().items()})
+        yield f"final_{short}/", away / moved
 
 
 def _classifier(released: Released) -> nn.Module | None:
@@ -324,7 +416,7 @@ def read(path: Path) -> dict[str, Tensor]:
 def check(path: Path) -> Finding:
     """Check one file."""
     with released_arithmetic():
-        checked = check_step if path.stem.startswith("step_") else check_trajectory
+        checked = {"step": check_step, "traj": check_trajectory, "cafm": check_continuous}[path.stem[:4]]
         return checked(path.stem, read(path))
 
 
@@ -333,13 +425,13 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1 or not Path(arguments[0]).is_dir():
         print(__doc__, file=sys.stderr)
         return 2
-    paths = sorted(path for kind in ("step_*", "traj_*") for path in Path(arguments[0]).glob(f"{kind}.npz"))
+    paths = sorted(path for kind in ("step_*", "traj_*", "cafm*") for path in Path(arguments[0]).glob(f"{kind}.npz"))
     findings = []
     for path in paths:
         findings.append(check(path))
         print(findings[-1], flush=True)
     if not findings:
-        print(f"Found no step_*.npz or traj_*.npz in {arguments[0]}.", file=sys.stderr)
+        print(f"Found no step_*.npz, traj_*.npz or cafm*.npz in {arguments[0]}.", file=sys.stderr)
         return 2
     return 0 if all(each.passed for each in findings) else 1
 

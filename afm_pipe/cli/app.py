@@ -8,6 +8,7 @@ import typer
 
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.commands import user_command
+from afm_pipe.runtime.environment import env_rank
 from afm_pipe.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,6 +53,21 @@ def _params(path: Path, overrides: list[str] | None = None) -> "Params":
     from afm_pipe.params.file import load_params
 
     return load_params(path, overrides or ())
+
+
+def _with_sizes(path: Path, overrides: list[str] | None = None) -> "Params":
+    """Load params with the undeclared runs that `train --size` has begun."""
+    from afm_pipe.params.sizes import SIZES
+    from afm_pipe.runtime.files import json_value
+
+    params = _params(path, overrides)
+    begun = [
+        size
+        for size in SIZES
+        if size not in params.names
+        and (any(paths.WORK.glob(f"{size}/*/curves.csv")) or json_value(paths.model(size) / "config.json", "run"))
+    ]
+    return _params(path, [*(overrides or ()), *(f"runs.{size}.size={size}" for size in begun)]) if begun else params
 
 
 def _launch(nproc: int | None = None, micro_batch: int | None = None) -> "Launch":
@@ -112,7 +128,10 @@ def classifier(
 @_command(RUNS)
 def train(
     run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run in params.")] = None,
-    size: Annotated[str | None, typer.Option(help="Train the run named like this model size.")] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(help="Train the run named like this model size; undeclared, with the settings of train."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print params, parameters, updates and memory.")] = False,
     nproc: Nproc = None,
     micro_batch: MicroBatch = None,
@@ -124,7 +143,19 @@ def train(
     from afm_pipe.cli.plan import dry_run_text
 
     loaded = _params(params, overrides)
-    name = _run_name(loaded, run, size)
+    name = run or size
+    if name is None or (run and size):
+        raise UserError("Found " + ("both RUN and --size" if run else "neither RUN nor --size") + ", expected one.")
+    if size is not None and size not in loaded.runs:
+        from afm_pipe.params.profiles import undeclared_note
+
+        loaded = _params(params, [*(overrides or ()), f"runs.{size}.size={size}"])
+        if env_rank() == 0:
+            typer.echo(undeclared_note(loaded, size), err=True)
+    elif size is not None and loaded.runs[size].size != size:
+        raise UserError(
+            f"Found the run {size} of size {loaded.runs[size].size}: name it as RUN, or rename it in params."
+        )
     if dry_run:
         typer.echo(dry_run_text(loaded, name, _launch(nproc, micro_batch)))
     else:
@@ -230,7 +261,7 @@ def report(
     from afm_pipe.cli.status import watch as show_live
 
     if watch:
-        show_live(_params(params, overrides), every)
+        show_live(_with_sizes(params, overrides), every)
     else:
         pipeline.report(_params(params, overrides))
 
@@ -240,7 +271,7 @@ def status(params: ParamsFile = paths.PARAMS) -> None:
     """Show all runs: state, phase, progress, time left, health.  Example: afm-pipe status"""
     from afm_pipe.cli.status import status_text
 
-    typer.echo(status_text(_params(params)))
+    typer.echo(status_text(_with_sizes(params)))
 
 
 @_command(INSPECT)
@@ -248,7 +279,7 @@ def why(run: RunName, params: ParamsFile = paths.PARAMS) -> None:
     """Explain the state of a run and what to try; exit code 3 if it failed.  Example: afm-pipe why t4"""
     from afm_pipe.cli.why import why as explain
 
-    text, code = explain(_params(params), run)
+    text, code = explain(_with_sizes(params), run)
     typer.echo(text)
     raise typer.Exit(code)
 
@@ -258,7 +289,7 @@ def summary(params: ParamsFile = paths.PARAMS) -> None:
     """Print the metrics of all measured runs.  Example: afm-pipe summary"""
     from afm_pipe.cli.status import summary_text
 
-    typer.echo(summary_text(_params(params)))
+    typer.echo(summary_text(_with_sizes(params)))
 
 
 @_command(MODELS, "import")
@@ -278,7 +309,14 @@ def import_weights(
     from afm_pipe.params.file import imported
 
     steps = int(nfe) if nfe is not None and nfe.isdecimal() else nfe
-    options = {"file": file, "nfe": steps, "repeats": repeats, "form": form, "classes": classes, "key": key}
+    options = {
+        "file": paths.expanded(file),
+        "nfe": steps,
+        "repeats": repeats,
+        "form": form,
+        "classes": classes,
+        "key": key,
+    }
     pipeline.import_weights(_params(params, overrides), name, imported(options))
 
 
@@ -391,21 +429,3 @@ def sbatch(
     from afm_pipe.distributed.sbatch import batch_script
 
     typer.echo(batch_script(command, nodes, gpus, time), nl=False)
-
-
-def _run_name(params: "Params", run: str | None, size: str | None) -> str:
-    """Return the run given by its name or by its size."""
-    if (run is None) == (size is None):
-        raise UserError("Found " + ("both RUN and --size" if run else "neither RUN nor --size") + ", expected one.")
-    if run is not None:
-        return run
-    assert size is not None
-    if size in params.runs and params.runs[size].size == size:
-        return size
-    of_size = [name for name, each in params.runs.items() if each.size == size]
-    if of_size:
-        raise UserError(f"Found no run named {size}, but runs of that size: {', '.join(of_size)}. Name one as RUN.")
-    sizes = sorted({each.size for each in params.runs.values()})
-    raise UserError(
-        f"Found no run of size {size!r}, expected one of {', '.join(sizes)}: add a run with `size: {size}` to params."
-    )

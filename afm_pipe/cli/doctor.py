@@ -6,13 +6,14 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from afm_pipe.distributed.launch import Launch, load_launch, machine_name
 from afm_pipe.params import Params
 from afm_pipe.params.file import load_params
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.files import read_json
 
 PACKAGES = ("torch", "torchvision", "diffusers", "dvc", "clean-fid", "h5py", "scipy", "safetensors")
 
@@ -34,7 +35,11 @@ def examine(params_path: Path) -> list[Finding]:
         params = load_params(params_path)
     except UserError as error:
         return [*findings, Finding("params", str(error), False, f"Fix {params_path}.")]
-    findings += [Finding("params", f"{params_path}, {len(params.runs)} runs"), _data(params), *_weights(params)]
+    data = _data(params)
+    findings += [Finding("params", f"{params_path}, {len(params.runs)} runs"), data, *_weights(params)]
+    if paths.MANIFEST.exists() and not data.ok:
+        return findings  # what follows depends on the images
+    findings += _made(params)
     return findings if launch is None else [*findings, _disk(params, launch), _memory(params, launch)]
 
 
@@ -87,6 +92,29 @@ def _data(params: Params) -> Finding:
     return Finding("data", f"{root} {'exists' if exists else 'is missing'}", exists, remedy)
 
 
+def _made(params: Params) -> list[Finding]:
+    """Compare what was made of the images with params and with the manifest."""
+    from afm_pipe.pipeline.find import count_images, open_latents
+
+    manifest = count_images(params)
+    digests: dict[str, tuple[Path, Callable[[], Any]]] = {
+        "encode": (paths.LATENTS, lambda: open_latents(params).provenance.get("manifest_digest")),
+        "reference": (paths.REFERENCE, lambda: read_json(paths.REFERENCE / "summary.json").get("manifest")),
+    }
+    findings = []
+    for stage, (path, digest) in digests.items():
+        if manifest is None or not path.exists():
+            continue
+        try:
+            fits = digest() == manifest.digest
+        except UserError as error:
+            findings.append(Finding(path.stem, f"{path} does not fit params", False, str(error)))
+            continue
+        found = f"{path} is of {'the' if fits else 'other'} images {'' if fits else 'than those '}in {paths.MANIFEST}"
+        findings.append(Finding(path.stem, found, fits, f"Run `dvc repro {stage}`."))
+    return findings
+
+
 def _weights(params: Params) -> list[Finding]:
     from afm_pipe.evaluation.adm import adm_path
     from afm_pipe.evaluation.features import dinov2_path, inception_path
@@ -128,13 +156,12 @@ def _disk(params: Params, launch: Launch) -> Finding:
 
 
 def _memory(params: Params, launch: Launch) -> Finding:
-    from afm_pipe.pipeline import run_budget
-    from afm_pipe.planning.budget import require_memory
+    from afm_pipe.pipeline import require_memory, run_budget
 
     needs = {name: run_budget(params, name, launch) for name in params.runs}
     largest = max(needs, key=lambda name: needs[name].memory_bytes)
     try:
-        require_memory(needs[largest], largest, launch.torch_device())
+        require_memory(params, largest, launch, launch.torch_device())
     except UserError as error:
         return Finding("memory", f"too little for the run {largest}", False, str(error))
     return Finding("memory", f"enough for the largest run, {largest}: {needs[largest].memory_bytes / 2**30:.1f} GiB")

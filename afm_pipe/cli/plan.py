@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.params import Params
-from afm_pipe.pipeline import count_images, run_budget
+from afm_pipe.pipeline import count_images, require_memory, run_budget
+from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.progress import track
 
 if TYPE_CHECKING:
@@ -30,6 +31,10 @@ def dry_run_text(params: Params, name: str, launch: Launch) -> str:
         updates = f"{count} of G and of D, {run.batch_size} images each, on {manifest.num_images} images"
     else:
         updates = f"{run.phases[-1].until_epoch:g} epochs; `afm-pipe prepare` counts the images of an epoch"
+    try:
+        require_memory(params, name, launch, launch.torch_device())
+    except UserError as error:
+        lines.append(f"! {error}")
     return (
         dump_yaml({name: run.model_dump(mode="json")})
         + "".join(f"\n{network:13}  {count:,} parameters" for network, count in needs.parameters.items())

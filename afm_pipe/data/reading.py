@@ -24,6 +24,7 @@ from afm_pipe.data.metadata import read_orientation
 from afm_pipe.data.sources import BUILT_IN, materialize
 from afm_pipe.data.tars import Span, index_tar, read_span
 from afm_pipe.params import Data
+from afm_pipe.runtime.environment import local_world_size
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.machine import usable_cores
 from afm_pipe.runtime.paths import local
@@ -277,4 +278,4 @@ def _pool() -> ThreadPoolExecutor:
 
 def _num_threads() -> int:
     """Return the number of decoding threads: one per available core, divided by the processes on this machine."""
-    return max(usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+    return max(usable_cores() // local_world_size(), 1)

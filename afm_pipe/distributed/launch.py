@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from afm_pipe.runtime import paths
+from afm_pipe.runtime.environment import env_world_size
 from afm_pipe.runtime.errors import UserError, describe_mistake
 from afm_pipe.runtime.machine import usable_cores
 
@@ -99,7 +100,7 @@ class Launch(BaseSettings):
         import torch
 
         name = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
-        if name == "cuda" and "LOCAL_RANK" in os.environ:
+        if name == "cuda" and env_world_size() > 1 and "LOCAL_RANK" in os.environ:
             name = f"cuda:{os.environ['LOCAL_RANK']}"  # one GPU per process
         try:
             device = torch.device(name)

@@ -128,8 +128,7 @@ def init_distributed(device: "torch.device") -> Iterator[ProcessGroup]:
     Tensors on a CPU are communicated with gloo, those on a GPU with NCCL. If the block fails, the group is not
     destroyed: the other ranks notice when this process ends.
     """
-    rank, world_size = env_rank(), env_world_size()
-    if world_size == 1:
+    if not under_launcher() or env_world_size() == 1:
         yield SINGLE_PROCESS
         return
     import torch
@@ -138,14 +137,13 @@ def init_distributed(device: "torch.device") -> Iterator[ProcessGroup]:
     if dist.is_initialized():  # by the caller, which also destroys it
         yield ProcessGroup(dist.get_rank(), dist.get_world_size(), device)
         return
-    under_launcher()  # raises for an incomplete group
     with report_lost_rank():
         if device.type == "cuda":
             torch.cuda.set_device(device)  # FSDP2 uses the current device
             _join(lambda: dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT, device_id=device))
         else:
             _join(lambda: dist.init_process_group("gloo", timeout=TIMEOUT))
-    yield ProcessGroup(rank, world_size, device)
+    yield ProcessGroup(env_rank(), env_world_size(), device)
     dist.destroy_process_group()
 
 
@@ -181,6 +179,12 @@ def _join(init: Callable[[], None]) -> None:
                 file=sys.stderr,
                 flush=True,
             )
+    if failures and "EADDRINUSE" in str(failures[0]):
+        address = ":".join(os.environ[name] for name in ADDRESS)
+        raise UserError(
+            f"Found {address} in use by another program, expected it free for rank 0: set another MASTER_PORT for all "
+            f"processes, or unset {', '.join(VARIABLES)}."
+        ) from None
     if failures:
         raise failures[0]
 

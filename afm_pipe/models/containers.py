@@ -18,7 +18,7 @@ from torch import Tensor
 from afm_pipe.models.tensor_files import Skipped
 from afm_pipe.runtime.errors import UserError
 
-ANCHOR = "x_embedder.proj.weight"
+ANCHOR, BUFFER = "x_embedder.proj.weight", "pos_embed"
 OTHERS = ("dis_embed", "cls_embed")  # tensors of a discriminator and of a classifier, which have the anchor too
 PREFIXES = re.compile(r"^(?:(?:module|_orig_mod|_fsdp_wrapped_module)\.)+")
 EMA = re.compile(r"(?:^|[._])(?:ema|shadow|averaged)(?:[._\d]|$)", re.IGNORECASE)
@@ -31,6 +31,8 @@ class Found(NamedTuple):
     entry: str
     prefix: str
     tensors: dict[str, Tensor]
+    completed_by: str = ""
+    """The weights whose buffer, which no training changes, an EMA of parameters alone lacks."""
 
     @property
     def name(self) -> str:
@@ -39,7 +41,8 @@ class Found(NamedTuple):
 
     def __str__(self) -> str:
         place = f"its entry {self.entry}" if self.entry else "the file itself"
-        return place + (f", without the prefix {self.prefix}" if self.prefix else "")
+        place += f", without the prefix {self.prefix}" if self.prefix else ""
+        return place + (f", with {BUFFER} of {self.completed_by}" if self.completed_by else "")
 
 
 def find_weights(held: Any, path: Path, key: str | None) -> Found:
@@ -55,7 +58,7 @@ def find_weights(held: Any, path: Path, key: str | None) -> Found:
         ]
         if len(chosen) != 1:
             raise UserError(f"Found {path} with {_named(found, held)}, expected one under the key {key}: name another.")
-        return chosen[0]
+        return _completed(chosen[0], found)
     averages = [each for each in found if EMA.search(each.name)]
     unread = _averages(held) if found and not averages else []
     if unread:
@@ -72,7 +75,20 @@ def find_weights(held: Any, path: Path, key: str | None) -> Found:
             f"Found {path} holding {_shown(held)}, expected one dict of named tensors, or an EMA of one; found "
             f"{_named(left, held)}.{choice}"
         )
-    return left[0]
+    return _completed(left[0], found)
+
+
+def _completed(chosen: Found, found: list[Found]) -> Found:
+    """Return weights with the buffer of the other weights of the same width in the file, if they lack it."""
+    if BUFFER in chosen.tensors or ANCHOR not in chosen.tensors:
+        return chosen
+    shape = chosen.tensors[ANCHOR].shape
+    others = [each for each in found if BUFFER in each.tensors and each.tensors[ANCHOR].shape == shape]
+    if not others:
+        return chosen
+    return chosen._replace(
+        tensors=chosen.tensors | {BUFFER: others[0].tensors[BUFFER]}, completed_by=others[0].name or "the file itself"
+    )
 
 
 def _state_dicts(

@@ -148,6 +148,7 @@ class DiT(nn.Module):
     """The shared trunk: patch embedding, position embedding, blocks."""
 
     pos_embed: Tensor
+    block: type[Block] = Block
     bf16 = False  # autocast the blocks to bfloat16; the tokens between them stay in float32
     checkpointing = False  # recompute the blocks in the backward pass
 
@@ -156,7 +157,7 @@ class DiT(nn.Module):
         self.size, self.channels, self.latent_size = size, channels, latent_size
         self.x_embedder = PatchEmbed(channels, size)
         self.register_buffer("pos_embed", sincos_positions(size.width, latent_size // size.patch))
-        self.blocks = nn.ModuleList(Block(size, qk_norm) for _ in range(size.depth))
+        self.blocks = nn.ModuleList(self.block(size, qk_norm) for _ in range(size.depth))
 
     def embed(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, T, D)
         return self.x_embedder(x) + self.pos_embed

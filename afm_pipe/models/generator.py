@@ -32,6 +32,8 @@ class Generator(DiT):
     1 - k / r, but the final layer is not.
     """
 
+    time_embedder: type[TimestepEmbedder] = TimestepEmbedder
+
     def __init__(
         self,
         size: ModelSize,
@@ -46,7 +48,7 @@ class Generator(DiT):
         self.times, self.repeats = times, repeats
         self.y_embedder = LabelEmbedder(num_classes, size.width)
         if times != "none" or repeats > 1:
-            self.t_embedder = TimestepEmbedder(size.width)
+            self.t_embedder = self.time_embedder(size.width)
         if times == "both":
             self.t_tgt_embedder = TimestepEmbedder(size.width, bias="torch")  # as released
         self.final_layer = FinalLayer(size, channels)

@@ -4,9 +4,9 @@ Sampling needs this folder only. Weights have the released key names.
 """
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,13 +17,22 @@ from torch import Tensor, nn
 from afm_pipe.models.discriminator import Discriminator
 from afm_pipe.models.flow import Flow
 from afm_pipe.models.generator import Generator, Times
+from afm_pipe.models.path_discriminator import PathDiscriminator
 from afm_pipe.models.tensor_files import check_safetensors
+from afm_pipe.models.velocity import VelocityFlow, VelocityNetwork
 from afm_pipe.params import Run
-from afm_pipe.params.sizes import SIZES
+from afm_pipe.params.flow import OdeSampling
+from afm_pipe.params.sizes import SIZES, ModelSize
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import read_json, write_json
 
 M = TypeVar("M", bound=nn.Module)
+
+
+class VelocityConfig(OdeSampling):
+    """The "velocity" entry of a model: how its ODE is solved, and whether it has a label of no class."""
+
+    unconditional: bool
 
 
 class ModelConfig(BaseModel):
@@ -40,10 +49,14 @@ class ModelConfig(BaseModel):
     repeats: Literal[1, 2, 4] = 1
     qk_norm: bool = False
     condition_on_source: bool = False
+    velocity: VelocityConfig | None = Field(None, exclude_if=lambda value: value is None)
+    """Of a network that is the velocity of an ODE; `nfe` is then that of the default sampling."""
 
     @property
     def times(self) -> Times:
         """The times on which the generator is conditioned."""
+        if self.velocity is not None:
+            return "source"
         return "none" if self.nfe == 1 else "both" if self.nfe == "any" else "source"
 
     @property
@@ -54,12 +67,16 @@ class ModelConfig(BaseModel):
 
 def build_generator(config: ModelConfig) -> Generator:
     """Build the generator of a config, freshly initialized on the default device."""
+    if config.velocity is not None:
+        return VelocityNetwork(*_velocity_shape(config), qk_norm=config.qk_norm)
     shape = SIZES[config.size], config.channels, config.latent_size, config.num_classes
     return Generator(*shape, times=config.times, repeats=config.repeats, qk_norm=config.qk_norm)
 
 
-def build_discriminator(config: ModelConfig) -> Discriminator:
+def build_discriminator(config: ModelConfig) -> Discriminator | PathDiscriminator:
     """Build the discriminator of a config, freshly initialized on the default device."""
+    if config.velocity is not None:
+        return PathDiscriminator(*_velocity_shape(config), qk_norm=config.qk_norm)
     shape = SIZES[config.size], config.channels, config.latent_size, config.num_classes
     return Discriminator(
         *shape,
@@ -69,31 +86,44 @@ def build_discriminator(config: ModelConfig) -> Discriminator:
     )
 
 
+def _velocity_shape(config: ModelConfig) -> tuple[ModelSize, int, int, int]:
+    assert config.velocity is not None
+    return SIZES[config.size], config.channels, config.latent_size, config.num_classes + config.velocity.unconditional
+
+
+def build_sampler(network: nn.Module, config: ModelConfig) -> Flow | VelocityFlow:
+    """Return what draws samples with the generator of a config."""
+    if config.velocity is not None:
+        return VelocityFlow(cast(VelocityNetwork, network), config.velocity)
+    return Flow(cast(Generator, network), config.form, config.nfe)
+
+
 def run_config(run: Run, latent_shape: tuple[int, int, int], num_classes: int) -> ModelConfig:
     """Return the config of the model that a run trains on latents of `latent_shape`."""
     channels, latent_size, _ = latent_shape
     names = ("size", "nfe", "form", "repeats", "qk_norm", "condition_on_source")
     fields = {name: getattr(run, name) for name in names}
+    if run.velocity is not None:
+        sampling = run.velocity.sampling.model_dump()
+        velocity = VelocityConfig(**sampling, unconditional=run.velocity.label_dropout > 0)
+        fields |= {"velocity": velocity, "nfe": run.passes, "form": "direct"}
     return ModelConfig(channels=channels, latent_size=latent_size, num_classes=num_classes, **fields)
 
 
-def save_model(folder: Path, generator: nn.Module, discriminator: nn.Module, config: dict[str, Any]) -> None:
-    """Write a model folder; `config` holds a ModelConfig under "model", and the provenance."""
+def save_model(folder: Path, networks: Mapping[str, nn.Module], config: dict[str, Any]) -> None:
+    """Write a model folder with networks by name; `config` holds a ModelConfig under "model", and the provenance."""
     folder.mkdir(parents=True)
-    save_tensors(folder / "generator.safetensors", generator.state_dict())
-    save_tensors(folder / "discriminator.safetensors", discriminator.state_dict())
-    counts = {
-        "generator_parameters": count_parameters(generator),
-        "discriminator_parameters": count_parameters(discriminator),
-    }
+    for name, network in networks.items():
+        save_tensors(folder / f"{name}.safetensors", network.state_dict())
+    counts = {f"{name}_parameters": count_parameters(network) for name, network in networks.items()}
     write_json(folder / "config.json", config | counts)
 
 
-def load_generator(folder: Path, device: torch.device) -> Flow:
+def load_generator(folder: Path, device: torch.device) -> Flow | VelocityFlow:
     """Load the generator of a model folder, in eval mode. Raises UserError if the weights do not match the config."""
     config = load_config(folder)
     network = load_network(lambda: build_generator(config), folder / "generator.safetensors", device)
-    return Flow(network, config.form, config.nfe)
+    return build_sampler(network, config)
 
 
 def load_network(build: Callable[[], M], path: Path, device: torch.device) -> M:

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from afm_pipe.data.classes import imagenet_names
+from afm_pipe.data.listing import first_of
 from afm_pipe.models.containers import find_weights
 from afm_pipe.models.model_files import ModelConfig, build_generator, count_parameters, mismatches, save_tensors
 from afm_pipe.models.tensor_files import (
@@ -66,6 +67,13 @@ def import_generator(settings: Imported, folder: Path) -> ModelConfig:
     ambiguous and `settings` do not resolve that.
     """
     path = paths.local(settings.file)
+    if path.is_dir():
+        inside = sorted(each.name for each in path.iterdir() if each.suffix in (*PICKLED, SAFE))
+        raise UserError(
+            f"Found the folder {path}, expected a file of weights: name one of those in it, {first_of(inside)}."
+            if inside
+            else f"Found the folder {path} without weights ({', '.join((*PICKLED, SAFE))}), expected a file of them."
+        )
     if not path.is_file():
         raise UserError(f"Found no file {path}, expected weights ({', '.join((*PICKLED, SAFE))}): check the path.")
     check_file(path)

@@ -139,6 +139,10 @@ class Objective(ABC):
         """Return tensors besides weights that updates modify; checkpoints contain them."""
         return {}
 
+    def continued(self, weights: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+        """Return weights by network to begin with, given those of the base run, perhaps of another objective."""
+        return weights
+
     @abstractmethod
     def optimizer(self, network: nn.Module) -> torch.optim.AdamW:
         """Return a new optimizer of a network."""
@@ -182,6 +186,10 @@ class Objective(ABC):
 
         `penalized`: number of penalized images; default: the run's fraction.
         """
+
+    def example_updates(self, count: int, penalized: int | None = None) -> list[tuple[Any, float]]:
+        """Return inputs of `update` as `example_batch` does, one of each kind, with their shares of the updates."""
+        return [(self.example_batch(count, penalized), 1.0)]
 
     @abstractmethod
     def example_forward(self, networks: Mapping[str, nn.Module], count: int) -> Tensor:

@@ -97,13 +97,10 @@ class Params(Section):
 
     def _continued(self, guided: Guided) -> Run:
         base = self.runs[guided.base]
-        phase = Phase(**{name: getattr(guided, name) for name in Phase.model_fields})
-        if isinstance(
-            phase.reload_discriminator, float | int
-        ):  # the run starts with that D, so there is nothing to reload
-            phase = phase.model_copy(update={"reload_discriminator": None})
+        if isinstance(guided.reload_discriminator, float | int):  # the run starts with that D: nothing to reload
+            guided = guided.model_copy(update={"reload_discriminator": None})
         seed = base.seed if guided.seed is None else guided.seed
-        return base.model_copy(update={"phases": (*base.phases, phase), "seed": seed})
+        return guided.continued(base).model_copy(update={"seed": seed})
 
     @model_validator(mode="after")
     def _check(self) -> "Params":
@@ -115,7 +112,7 @@ class Params(Section):
             if guided.base not in self.runs:
                 raise ValueError(f"guided.{name}.from: expected a run ({', '.join(self.runs)}), found {guided.base}")
             end = self.runs[guided.base].phases[-1].until_epoch
-            if guided.until_epoch <= end:
+            if guided.until_epoch <= end and not guided.begins_anew:
                 raise ValueError(
                     f"guided.{name}.until_epoch: expected more than {end:g}, where {guided.base} ends, "
                     f"found {guided.until_epoch:g}"
@@ -132,6 +129,10 @@ class Params(Section):
                     f"guided.{name}.reload_discriminator: expected one of runs.{guided.base}.keep_discriminators "
                     f"({known}), found {reload:g}"
                 )
+            try:
+                guided.continued(self.runs[guided.base])
+            except ValidationError as error:
+                raise ValueError(f"guided.{name}.run: {_mistake(error)}") from None
         for name, run in self.runs.items():
             if run.guided:
                 raise ValueError(
@@ -168,11 +169,7 @@ class Params(Section):
                     for phase in run.phases:
                         self._check_guidance(where, run, phase)
                 except ValidationError as error:
-                    problem = error.errors()[0]
-                    field = ".".join(map(str, problem["loc"]))
-                    unknown = problem["type"] == "extra_forbidden"
-                    mistake = "found an unknown field" if unknown else describe_mistake(problem)
-                    raise ValueError(f"{where}: {field}: {mistake}") from None
+                    raise ValueError(f"{where}: {_mistake(error)}") from None
                 except ValueError as error:
                     raise error if str(error).startswith(where) else ValueError(f"{where}: {error}") from None
         return self
@@ -194,3 +191,11 @@ class Params(Section):
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of a latent."""
         return self.latent_spec.shape
+
+
+def _mistake(error: ValidationError) -> str:
+    """Return the first mistake in a run."""
+    problem = error.errors()[0]
+    field = ".".join(map(str, problem["loc"]))
+    mistake = "found an unknown field" if problem["type"] == "extra_forbidden" else describe_mistake(problem)
+    return f"{field}: {mistake}" if field else mistake

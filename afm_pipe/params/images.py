@@ -2,11 +2,21 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from afm_pipe.params.base import Count, Positive, Section, Seed
+from afm_pipe.runtime.paths import expanded
 
 Features = Literal["classifier", "efficientnet", "dinov2", "inception_clean", "inception_legacy_tensorflow"]
+
+
+def _found_by_dvc(file: str) -> str:
+    if expanded(file) != file:
+        raise ValueError(
+            f"found {file!r}, expected a path that DVC finds, which expands neither ~ nor $HOME: write "
+            f"{expanded(file)!r}, or link the file into the project"
+        )
+    return file
 
 
 class Data(Section):
@@ -108,9 +118,9 @@ class Imported(Section):
     nfe or repeats is required where the tensors are ambiguous: several steps and repeated blocks have the same tensors.
     """
 
-    file: str
+    file: Annotated[str, AfterValidator(_found_by_dvc)]
     """Weights with the released key names: a .pth, .pt, .bin, .ckpt or .safetensors file, or the .index.json of
-    several."""
+    several. A dependency of DVC, which expands neither `~` nor `$HOME`."""
     key: str | None = None
     """Entry of the file that holds them, such as ema or state_dict.net. Default: its EMA, else the only weights."""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+from afm_pipe.params import Params
 from afm_pipe.params.file import load_params
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
@@ -31,6 +32,18 @@ class Switch(NamedTuple):
 def list_profiles(folder: Path = paths.PROFILES) -> list[Profile]:
     """Return the profiles, sorted by name."""
     return [Profile(path.stem, path, _first_comment(path)) for path in sorted(folder.glob("*.yaml"))]
+
+
+def undeclared_note(params: Params, size: str, folder: Path = paths.PROFILES) -> str:
+    """Say what an undeclared run of a size is: which declared runs have that size, and which profile has its run."""
+    same = [name for name, run in params.runs.items() if run.size == size and name != size]
+    note = f"{size}: not declared in params, a run with the settings of `train`"
+    note += f" (declared runs of that size: {', '.join(same)})." if same else "."
+    for profile in list_profiles(folder):
+        run = load_params(profile.path).runs.get(size)
+        if run is not None and run.size == size:
+            note += f" The paper's run of that size is {size} of {profile.path}: afm-pipe profile {profile.name}."
+    return note
 
 
 def activate(name: str, folder: Path = paths.PROFILES, active: Path = paths.PARAMS) -> Switch:

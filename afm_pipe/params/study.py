@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field, model_validator
 
 from afm_pipe.params.base import EMPTY, NAME, Fraction, Section, Seed, deep_merge
-from afm_pipe.params.training import Phase, Run
+from afm_pipe.params.flow import OdeSampling
+from afm_pipe.params.training import Phase, Run, continued
 
 Overrides = Annotated[dict[str, Any], EMPTY]  # fields of a run that override `train`, and `then` and `steps`
 Label = Annotated[str, Field(min_length=1, max_length=60)]
@@ -35,7 +36,9 @@ class TrialSpec(NamedTuple):
     """The run to train first: `run` itself, unless `then` continues it by one more phase."""
     run: Run
     steps: int | None
-    """Sampling steps of an any-step model."""
+    """Sampling steps of an any-step model or a velocity."""
+    sampling: OdeSampling | None = None
+    """How samples of a velocity are drawn; None: as its run says."""
 
 
 class Axis(Section):
@@ -43,8 +46,9 @@ class Axis(Section):
 
     title: str
     settings: Annotated[dict[Label, Overrides], Field(min_length=1)]
-    """Fields of a run, by label. `then` is a phase that continues the trained trial, like a guided run; `steps` is the
-    number of sampling steps with which an any-step model is measured."""
+    """Fields of a run, by label. `then` is a phase that continues the trained trial, like a guided run, with its
+    `run` if given; `steps` is the number of sampling steps with which an any-step model or a velocity is measured, and
+    `sampling` overrides flow.sampling where it is measured."""
 
 
 class Group(Section):
@@ -127,13 +131,21 @@ class StudyTable(Section):
         for overrides in (self.base, self.rows.settings[place.row], self.column_settings[place.column]):
             fields = deep_merge(fields, overrides)
         fields = fields | {"seed": place.seed}
-        then, steps = fields.pop("then", None), fields.pop("steps", None)
+        then, steps, sampling = (fields.pop(name, None) for name in ("then", "steps", "sampling"))
         if steps is not None and (type(steps) is not int or not 1 <= steps <= MAX_STEPS):
             raise ValueError(f"steps: expected a number from 1 to {MAX_STEPS}, found {steps!r:.40}")
         run = base = Run.model_validate(deep_merge(train, fields))
         if then is not None:
-            run = base.model_copy(update={"phases": (*base.phases, Phase.model_validate(then))})
-        return TrialSpec(place, base, run, steps)
+            overrides = then.get("run", {})
+            phase = {key: value for key, value in then.items() if key != "run"}
+            run = continued(base, Phase.model_validate(phase), overrides)
+        if sampling is None and (steps is None or run.velocity is None):
+            return TrialSpec(place, base, run, steps)
+        if run.velocity is None:
+            raise ValueError(f"sampling: expected none with objective {run.objective}, which has no ODE to solve")
+        changed = {**(sampling or {}), **({} if steps is None else {"steps": steps})}
+        ode = OdeSampling.model_validate(run.velocity.sampling.model_dump(mode="json") | changed)
+        return TrialSpec(place, base, run, steps, ode)
 
 
 class Study(Section):

@@ -4,9 +4,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from afm_pipe.params.base import Count, Epochs, Fraction, NotNegative, NotNegativeCount, Positive, Section, Seed
+from afm_pipe.params.base import (
+    Count,
+    Epochs,
+    Fraction,
+    NotNegative,
+    NotNegativeCount,
+    Positive,
+    Section,
+    Seed,
+    deep_merge,
+)
+from afm_pipe.params.flow import FlowSettings
 from afm_pipe.params.monitor import Monitor
-from afm_pipe.params.objectives import OBJECTIVES
+from afm_pipe.params.objectives import OBJECTIVES, VELOCITIES
 from afm_pipe.params.sizes import SIZES
 
 BF16_EPSILON = 0.05
@@ -132,6 +143,8 @@ class Run(Section):
     seed: Seed
     objective: Literal[tuple(OBJECTIVES)]  # type: ignore[valid-type]  # pydantic reads the names from the table
     """The method: losses, networks and updates."""
+    flow: FlowSettings | None = Field(None, exclude_if=lambda value: value is None)
+    """Settings of flow_matching and continuous_adversarial_flow; otherwise unused, and no part of a run's identity."""
     size: Literal[tuple(SIZES)]  # type: ignore[valid-type]  # pydantic reads the names from the table
     nfe: Annotated[int, Field(ge=1, le=1024)] | Literal["any"]
     """Number of sampling steps that G is trained for; any: every pair of times."""
@@ -179,6 +192,16 @@ class Run(Section):
     _number = field_validator("transport", mode="before")(lambda value: _constant_transport(value))
 
     @property
+    def passes(self) -> int | Literal["any"]:
+        """Forward passes of the sampled network per sample (NFE)."""
+        return self.nfe if self.velocity is None else self.velocity.sampling.passes()
+
+    @property
+    def velocity(self) -> FlowSettings | None:
+        """The settings of an objective whose network is a velocity; None for the others."""
+        return self.flow if self.objective in VELOCITIES else None
+
+    @property
     def guided(self) -> bool:
         """Whether any phase needs the classifier."""
         return any(phase.guidance is not None for phase in self.phases)
@@ -223,7 +246,25 @@ class Run(Section):
                 f"expected penalty.batch_fraction to leave at least one of {self.batch_size} images, "
                 f"found {self.penalty.batch_fraction}"
             )
+        if self.objective in VELOCITIES:
+            self._check_velocity()
         return self
+
+    def _check_velocity(self) -> None:
+        if self.flow is None:
+            raise ValueError(f"expected a section `flow` with objective {self.objective}; found none")
+        if any(phase.guidance is not None or phase.augment is not None for phase in self.phases):
+            raise ValueError(
+                f"expected no guidance or augment in the phases of objective {self.objective}, whose guidance is "
+                "flow.sampling.guidance_scale"
+            )
+        unused: dict[str, Any] = {"schedule": "fixed", "repeats": 1, "condition_on_source": False}
+        unused |= {"reuse_forward": False, "label_noise": 0.0}
+        for name, value in unused.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"expected {name} {value} with objective {self.objective}, found {getattr(self, name)}"
+                )
 
 
 class Guided(Phase):
@@ -234,8 +275,29 @@ class Guided(Phase):
 
     base: Annotated[str, Field(alias="from")]
     """The run to continue."""
+    run: dict[str, Any] = Field({}, exclude_if=lambda value: not value)
+    """Fields of a run that override the base run's. With another objective, the run begins anew with the base's
+    weights: its epochs, and its schedules, count from 0."""
     seed: Seed | None = None
     """Default: the seed of the base run."""
+
+    @property
+    def begins_anew(self) -> bool:
+        """Whether epochs count from 0 instead of from the end of the base run."""
+        return "objective" in self.run
+
+    def continued(self, base: Run) -> Run:
+        """Return the base run with this phase. Raises pydantic's ValidationError if that run is invalid."""
+        return continued(base, Phase(**{name: getattr(self, name) for name in Phase.model_fields}), self.run)
+
+
+def continued(base: Run, phase: Phase, overrides: dict[str, Any]) -> Run:
+    """Return a run with a further phase, and with fields overridden; a run of another objective has only that phase."""
+    if not overrides:
+        return base.model_copy(update={"phases": (*base.phases, phase)})
+    before = () if "objective" in overrides else base.phases
+    phases = [each.model_dump(mode="json") for each in (*before, phase)]
+    return Run.model_validate(deep_merge(base.model_dump(mode="json"), overrides) | {"phases": phases})
 
 
 class Affine(Section):

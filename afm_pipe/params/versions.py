@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from afm_pipe.params import Params, Run
+from afm_pipe.params.objectives import WITHOUT_DISCRIMINATOR
 from afm_pipe.params.sizes import SIZES
 from afm_pipe.params.yaml import load_yaml
 from afm_pipe.runtime import paths
@@ -63,6 +64,8 @@ def origin_files(params: Params, name: str) -> dict[str, Path]:
         base, reload = paths.model(guided.base), guided.reload_discriminator
         d = "discriminator" if not isinstance(reload, float | int) else paths.kept_discriminator(reload)
         files = {"generator": base / "generator.safetensors", "discriminator": base / f"{d}.safetensors"}
+        if params.runs[guided.base].objective in WITHOUT_DISCRIMINATOR:
+            del files["discriminator"]
     if params.models[name].guided:
         files["classifier"] = paths.CLASSIFIER / "classifier.safetensors"
     if params.models[name].selection is not None:
@@ -72,7 +75,12 @@ def origin_files(params: Params, name: str) -> dict[str, Path]:
 
 def run_identity(run: Run, latent_shape: tuple[int, ...], latents: str, origins: Mapping[str, str]) -> str:
     """Return the identity of a run: a hash of its params, the latents' fingerprint and the hashes of its inputs."""
-    settings = {"run": run.model_dump(mode="json"), "size": SIZES[run.size], "latent_shape": latent_shape}
+    unused = {"flow"} if run.velocity is None else set()
+    settings = {
+        "run": run.model_dump(mode="json", exclude=unused),
+        "size": SIZES[run.size],
+        "latent_shape": latent_shape,
+    }
     measured = {} if run.selection is None else versions("evaluate")  # the selection measures distances
     return fingerprint(settings, {"latents": latents, **origins}, versions("train") | measured)
 

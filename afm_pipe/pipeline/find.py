@@ -58,6 +58,26 @@ def run_budget(params: Params, name: str, launch: Launch, world_size: int | None
     )
 
 
+def require_memory(
+    params: Params, name: str, launch: Launch, device: "torch.device", world_size: int | None = None
+) -> None:
+    """Raise UserError, naming what would fit, when the device's free memory cannot hold a run."""
+    from afm_pipe.planning.budget import free_memory, what_fits
+
+    needs, free = run_budget(params, name, launch, world_size), free_memory(device)
+    if needs.memory_bytes <= free:
+        return
+    manifest = count_images(params)
+    config = model_config(params, name, len(manifest.classes) if manifest else 1000)
+    fitting = what_fits(params.model(name), config, world_size or launch.world_size, free)
+    raise UserError(
+        f"Found {free / 2**30:.1f} GiB of memory free on {device}, expected {needs.memory_bytes / 2**30:.1f} GiB for "
+        f"the run {name} ({needs.state_bytes / 2**30:.1f} for weights and optimizers, "
+        f"{needs.activation_bytes / 2**30:.1f} for activations). Of these settings, estimated, would fit:"
+        + "".join(f"\n  {line}" for line in fitting or ["none: use a device with more memory"])
+    )
+
+
 def model_config(params: Params, name: str, num_classes: int) -> "ModelConfig":
     """Return the config of a run's model."""
     from afm_pipe.models.model_files import run_config

@@ -9,7 +9,7 @@ from afm_pipe.pipeline.notices import notice_code, notice_unused
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import atomic_path, read_json, write_json
-from afm_pipe.runtime.progress import track
+from afm_pipe.runtime.progress import alive, track
 
 
 def tables(params: Params, names: Sequence[str], launch: Launch, out: Path | None = None) -> None:
@@ -57,6 +57,6 @@ def report(params: Params) -> None:
     """Write the page, and the tables as files, from what the other stages measured."""
     from afm_pipe.reporting.page import write_report
 
-    with atomic_path(paths.REPORT) as folder, atomic_path(paths.RENDERED) as rendered:
+    with alive("report"), atomic_path(paths.REPORT) as folder, atomic_path(paths.RENDERED) as rendered:
         write_report(params, folder, rendered)
     print(f"The report is {paths.REPORT / 'index.html'}.")

@@ -16,7 +16,7 @@ from afm_pipe.runtime.environment import env_rank
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import atomic_path, json_value, read_json, sha256_file, write_json
 from afm_pipe.runtime.lease import hold_lease
-from afm_pipe.runtime.progress import track
+from afm_pipe.runtime.progress import alive, track
 
 if TYPE_CHECKING:
     from afm_pipe.sampling.requests import Request, SamplingResult
@@ -38,7 +38,8 @@ def import_weights(params: Params, name: str, settings: Imported | None = None) 
     imported = json_value(paths.model(name) / "config.json", "provenance", "imported")
     if paths.model(name).exists() and not isinstance(imported, dict):
         raise UserError(f"Found {paths.model(name)}, which was not imported: choose another name, or move it away.")
-    config = import_generator(settings, paths.model(name))
+    with alive(f"import {name}"):
+        config = import_generator(settings, paths.model(name))
     entry = json_value(paths.model(name) / "config.json", "provenance", "imported", "entry")
     print(f"{paths.model(name)}: {describe(config)}, from {entry}.")
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.params import Params, Run
-from afm_pipe.pipeline.find import model_config, open_latents, run_budget
+from afm_pipe.pipeline.find import model_config, open_latents, require_memory
 from afm_pipe.pipeline.notices import begin_work, notice_model
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import NotFiniteError, UserError
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
     from afm_pipe.distributed.process_group import ProcessGroup
     from afm_pipe.evaluation.distance import SampleDistance
-    from afm_pipe.models.model_files import ModelConfig
+    from afm_pipe.objectives.base import Objective
     from afm_pipe.training.checkpoints import RetentionPolicy
+    from afm_pipe.training.sharding import Parts
     from afm_pipe.training.state import Start, TrainingState
     from afm_pipe.training.store import RunStore
 
@@ -34,7 +35,6 @@ def train(params: Params, name: str, launch: Launch) -> None:
     from afm_pipe.distributed.process_group import init_distributed
     from afm_pipe.objectives import build_objective
     from afm_pipe.params.versions import run_identity
-    from afm_pipe.planning.budget import require_memory
     from afm_pipe.study.trials import probes
     from afm_pipe.training.cost import run_cost
     from afm_pipe.training.curves import write_curves
@@ -48,13 +48,13 @@ def train(params: Params, name: str, launch: Launch) -> None:
     config = model_config(params, name, len(latents.classes))
     start, guide, origins = _origin(params, name, run, list(latents.classes), device)
     identity = run_identity(run, params.latent_shape, latents.fingerprint(), origins)
-    if start is not None:
-        _require_base(start, config, paths.model(params.guided[name].base))
     objective = build_objective(run, config, guide)
+    if start is not None:
+        _require_base(start, objective, paths.model(params.guided[name].base))
     keep_at = probes(run, latents.num_images, continues=start is not None)  # as a trial of a table would
     work_dir = paths.WORK / name
     with init_distributed(device) as group, hold_lease(work_dir) if group.is_main_process else nullcontext() as lease:
-        require_memory(run_budget(params, name, launch, group.world_size), name, device)
+        require_memory(params, name, launch, device, group.world_size)
         group.barrier()  # every process checks its memory before any allocates
         retention = _retention(launch, run, latents.num_images, lease)
         measure = _measure(params, run, list(latents.classes), device, group)
@@ -164,22 +164,24 @@ def _origin(
             raise UserError(f"Found {base / 'config.json'} without its number of updates: train {base.name} again.")
         require_same_classes(json_value(base / "config.json", "classes"), base / "config.json", classes, paths.LATENTS)
         notice_model(base)
-        start = Start({part: load_tensors(files[part]) for part in ("generator", "discriminator")}, updates)
+        networks: Parts = {part: load_tensors(files[part]) for part in ("generator", "discriminator") if part in files}
+        start = Start(networks, 0 if params.guided[name].begins_anew else updates)
     if run.guided:
         guide = load_latent_classifier(paths.CLASSIFIER, device, classes)
         notice_model(paths.CLASSIFIER)
     return start, guide, {part: sha256_file(file) for part, file in files.items()}
 
 
-def _require_base(start: "Start", config: "ModelConfig", folder: Path) -> None:
-    """Raise UserError if the networks of a run's base differ from the run's own."""
+def _require_base(start: "Start", objective: "Objective", folder: Path) -> None:
+    """Raise UserError if the networks of a run's base differ from the run's own, or one is missing."""
     import torch
 
-    from afm_pipe.models.model_files import build_discriminator, build_generator, require_match
+    from afm_pipe.models.model_files import require_match
 
+    weights = objective.continued(start.networks)
     with torch.device("meta"):
-        for part, build in (("generator", build_generator), ("discriminator", build_discriminator)):
-            require_match(build(config), start.networks[part], folder / f"{part}.safetensors")
+        for part, network in objective.build_networks().items():
+            require_match(network, weights.get(part, {}), folder / f"{part}.safetensors")
 
 
 def _write_model(
@@ -189,7 +191,7 @@ def _write_model(
     from afm_pipe.objectives.schedules import update_at
 
     with atomic_path(paths.model(name)) as folder:
-        save_model(folder, state.ema, state.networks["discriminator"], description)
+        save_model(folder, {**state.networks, state.sampled: state.ema}, description)
         for epoch in run.keep_discriminators:
             kept = store.adversary(update_at(run, epoch, num_images), "epoch")
             shutil.copyfile(kept, folder / f"{paths.kept_discriminator(epoch)}.safetensors")

@@ -1,6 +1,5 @@
 """Count the memory of a run on one device before anything is allocated."""
 
-import os
 from typing import NamedTuple
 
 import torch
@@ -10,11 +9,12 @@ from afm_pipe.objectives import build_objective
 from afm_pipe.objectives.base import num_micro_batches
 from afm_pipe.params import Run
 from afm_pipe.planning.counting import FLOAT, measure
-from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.environment import local_world_size
 from afm_pipe.runtime.machine import available_memory
 
 COPIES = 4  # weights, gradients, two AdamW moments; the sampled network also has an EMA
 AUTOCAST = 0.7  # bf16 autocast keeps this fraction of float32's activations in a block with qk_norm; 0.6 without
+COUNTED = 4  # images for which activations are counted before they are scaled
 RUNTIME = 600 << 20  # bytes of an imported torch, allocator slack and small buffers
 
 
@@ -76,18 +76,46 @@ def budget(
     return Budget(parameters, state, round(activations), whole - FLOAT * sum(parameters.values()))
 
 
-def require_memory(needs: Budget, run_name: str, device: torch.device) -> None:
-    """Raise UserError when the device's free memory cannot hold the run."""
+def free_memory(device: torch.device) -> int:
+    """Return the free bytes of a device; processes of one machine share those of its CPU."""
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        free = available_memory() // local_processes
-    if needs.memory_bytes > free:
-        raise UserError(
-            f"Found {free / 2**30:.1f} GiB of memory free on {device}, expected {needs.memory_bytes / 2**30:.1f} GiB "
-            f"for the run {run_name} ({needs.state_bytes / 2**30:.1f} for weights and optimizers, "
-            f"{needs.activation_bytes / 2**30:.1f} for activations): use a device with more memory, a smaller size or "
-            "train.batch_size, AFM_MICRO_BATCH or AFM_CHECKPOINT_ACTIVATIONS=true to keep fewer activations, or "
-            "several processes with AFM_SHARD=true."
+        return torch.cuda.mem_get_info(device)[0]
+    return available_memory() // local_world_size()
+
+
+def what_fits(run: Run, config: ModelConfig, world_size: int, free: int) -> list[str]:
+    """Return a line for each kind of setting with which a device of `free` bytes holds the run, with its memory.
+
+    Activations are counted for a few images and scaled.
+    """
+    images, share = min(COUNTED, run.batch_size), -(-run.batch_size // world_size)
+    lines = []
+    for words, precision, checkpoint in (
+        ("", run.precision, False),
+        ("AFM_CHECKPOINT_ACTIVATIONS=true ", run.precision, True),
+        ("precision: bf16 ", "bf16", False),
+    ):
+        needs = budget(run.model_copy(update={"precision": precision}), config, 1, images, checkpoint)
+        fixed = (
+            needs.state_bytes + RUNTIME + (FLOAT // 2 * max(needs.parameters.values()) if precision == "bf16" else 0)
         )
+        each = (needs.memory_bytes - fixed) / images
+        fitting = int((free - fixed) / each)
+        if fitting >= 1:
+            micro_batch = min(1 << (fitting.bit_length() - 1), share)
+            memory = f"{(fixed + micro_batch * each) / 2**30:.1f} GiB"
+            lines.append(
+                f"{words}{f'AFM_MICRO_BATCH={micro_batch}' if micro_batch < share else ''}".strip() + f": {memory}"
+            )
+        elif not words:
+            lines.append(
+                f"on one device alone, nothing: weights and optimizers take {needs.state_bytes / 2**30:.1f} GiB"
+            )
+            break
+    for devices in (2**power for power in range(1, run.batch_size.bit_length())):
+        needs = budget(run, config, devices, images, checkpoint_activations=True, shard=True)
+        if devices >= world_size and needs.memory_bytes <= free:
+            settings = f"AFM_SHARD=true AFM_CHECKPOINT_ACTIVATIONS=true AFM_MICRO_BATCH={images}"
+            lines.append(f"{settings} on {devices} such devices: {needs.memory_bytes / 2**30:.1f} GiB on each")
+            break
+    return lines

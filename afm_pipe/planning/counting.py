@@ -22,6 +22,7 @@ from afm_pipe.params import Params, Run
 from afm_pipe.params.sizes import SIZES, ModelSize
 
 FLOAT = 4  # bytes
+WAYS = "forward", "backward"
 
 
 class Work(NamedTuple):
@@ -62,32 +63,30 @@ def measure(
 ) -> Work:
     """Count one update of a run on a batch, without guidance.
 
-    `penalized` is the number of penalized images, by default the run's fraction; lazy penalties count by their mean
-    over updates. All counts are linear in the number of blocks, so networks with one and two blocks suffice.
+    `penalized` is the number of penalized images, by default the run's fraction; updates of several kinds, such as lazy
+    penalties, count by their mean. All counts are linear in the number of blocks: networks with one and two suffice.
     """
     objective, depth = build_objective(run, config), SIZES[config.size].depth
 
     def count(blocks: int) -> list[float]:
         networks = _shallow(objective, depth, blocks)
         calls: list[bool] = []  # forward passes of the sampled network: whether with gradients
+        totals, kept = [0.0] * 4, list[int]()
         with torch.device("meta"):
             with _Counter() as alone:
                 objective.example_forward(networks, batch_size).sum().backward()
             for network in networks.values():
                 network.checkpointing = checkpoint_activations  # type: ignore[assignment]
             networks[objective.sampled].register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-            steps = count_update(objective, objective.example_batch(batch_size, penalized), networks)
-            forwards, backwards = len(calls), sum(calls)
-            updates = [steps]
-            if run.penalty.every > 1:
-                unpenalized = count_update(objective, objective.example_batch(batch_size, 0), networks)
-                updates += [unpenalized] * (run.penalty.every - 1)
-        forward, backward = (
-            sum(getattr(step, field) for update in updates for step in update) / len(updates)
-            for field in ("forward_flops", "backward_flops")
-        )
-        own = forwards * alone.forward_flops, backwards * alone.backward_flops
-        return [alone.forward_flops, *own, forward - own[0], backward - own[1], *(step.kept_bytes for step in steps)]
+            for batch, weight in objective.example_updates(batch_size, penalized):
+                calls.clear()
+                steps = count_update(objective, batch, networks)
+                forward, backward = (sum(getattr(step, f"{way}_flops") for step in steps) for way in WAYS)
+                own = len(calls) * alone.forward_flops, sum(calls) * alone.backward_flops
+                work = *own, forward - own[0], backward - own[1]
+                totals = [total + weight * each for total, each in zip(totals, work, strict=True)]
+                kept += [step.kept_bytes for step in steps]
+        return [alone.forward_flops, *totals, *kept]
 
     forward, *parts = (one + (depth - 1) * (two - one) for one, two in zip(count(1), count(2), strict=True))
     return Work(forward, sum(parts[:4]), max(parts[4:]), Parts(*parts[:4]))
@@ -130,9 +129,11 @@ class _CountingLearner:
                 for block in network.blocks:  # type: ignore[union-attr]
                     block.register_forward_pre_hook(lambda _, inputs, size=network.size: self._recompute(size, *inputs))
 
-    def _recompute(self, size: ModelSize, tokens: Tensor, condition: Tensor) -> None:
+    def _recompute(self, size: ModelSize, tokens: Tensor, *others: Tensor) -> None:
         if torch.is_grad_enabled():
-            self.recomputed.add((len(tokens), size, tokens.shape[1]))
+            tangents = others[1:2]  # of a block with derivatives, which keeps as much for each
+            images = len(tokens) + sum(len(each) * len(tokens) for each in tangents)
+            self.recomputed.add((images, size, tokens.shape[1]))
 
     def module(self, name: str) -> nn.Module:
         return self.networks[name]
@@ -239,7 +240,7 @@ class _Counter(TorchDispatchMode):
 
 def update_units(params: Params, base: Run, run: Run, config: ModelConfig) -> float:
     """Return the cost of an update of a run, in forward passes of G."""
-    work = measure(base, config, run.batch_size)
+    work = measure(base if base.objective == run.objective else run, config, run.batch_size)
     flops = work.flops
     if run.phases[-1].guidance is not None and params.classifier is not None:
         flops += guidance_flops(params.classifier.size, config, run.batch_size)

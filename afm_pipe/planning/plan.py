@@ -132,7 +132,9 @@ def plan_run(params: Params, name: str, num_images: int, num_classes: int, machi
             "choose another --gpus."
         )
     config = run_config(run, params.latent_shape, num_classes)
-    unguided = params.runs[params.guided[name].base] if name in params.guided else run
+    guided = params.guided.get(name)
+    phase_of = params.runs[guided.base] if guided and not guided.begins_anew else None  # the run of a further phase
+    unguided = phase_of or run
     unguided = unguided.model_copy(update={"precision": "bf16" if machine.precision == "bf16" else "fp32"})
     images, penalized = largest_part(unguided, machine.gpus)
     work = measure(unguided, config, images, penalized)
@@ -140,7 +142,7 @@ def plan_run(params: Params, name: str, num_images: int, num_classes: int, machi
     if run.phases[-1].guidance is not None and params.classifier is not None:
         flops += guidance_flops(params.classifier.size, config, images)
     updates = update_at(run, run.phases[-1].until_epoch, num_images)
-    if name in params.guided:
+    if phase_of is not None:
         updates -= update_at(run, run.phases[-2].until_epoch, num_images)
     settings = machine.micro_batch, machine.checkpoint_activations, machine.shard
     return Plan(

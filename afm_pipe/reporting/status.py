@@ -5,14 +5,11 @@ checkpoints. Any file may be partial, damaged, or of other params; an unreadable
 """
 
 import math
-import socket
-import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
-
-import psutil
 
 from afm_pipe.data.latents_format import provenance_fingerprint, read_provenance
 from afm_pipe.objectives.schedules import num_updates, phase_at
@@ -21,11 +18,11 @@ from afm_pipe.params.versions import code_notice, origin_files, run_identity
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import json_value, sha256_file
+from afm_pipe.runtime.lease import holder_of
 from afm_pipe.training.curves import Row, scan_curves
 from afm_pipe.training.events import FATAL, FILE, Event, scan_events
 
 MAX_NUMBER = 1e300
-FRESH = 30.0  # seconds after its last renewal during which a lease counts as held
 ACTIONS = ("phase", "stop")  # kinds of events that are not alarms
 
 
@@ -118,7 +115,8 @@ def run_status(params: Params, name: str, known: dict[str, RunStatus] | None = N
         num_images=num_images,
     )
     if holder := holder_of(paths.WORK / name):
-        left = _seconds_left(work, status, base)
+        begun = None if base is None or params.guided[name].begins_anew else base
+        left = _seconds_left(work, status, begun)
         return replace(status, state="training", note=f"by {holder}", seconds_left=left)
     if work is not None and events and _is_end(events[-1]) and (made is None or made != identity):
         return replace(status, state="failed", note=status.events[-1].text)
@@ -181,22 +179,6 @@ def _recorded_code(params: Params) -> Iterator[tuple[str, Any]]:
                 yield f"table {name}", trial.get("code") if isinstance(trial, dict) else None
 
 
-def holder_of(folder: Path) -> str | None:
-    """Return the process that holds a run's folder, if any, without trying its lock, which a trainer may need now."""
-    lease = max(folder.glob("lease-*"), default=None)
-    if lease is None:
-        return None
-    try:
-        fresh = time.time() - lease.stat().st_mtime < FRESH
-    except OSError:
-        return None  # released meanwhile
-    pid, host = json_value(lease, "pid"), json_value(lease, "host")
-    here = host == socket.gethostname() and isinstance(pid, int)
-    if not fresh or (here and not (0 < pid < 1 << 31 and psutil.pid_exists(pid))):
-        return None
-    return f"process {pid} on {host}"
-
-
 def _is_end(event: Event) -> bool:
     """Return whether an event ended its run: a non-finite loss that no rollback followed."""
     not_finite = event.kind == "not_finite" or "finite" in event.text
@@ -214,6 +196,15 @@ def _printable(event: Event) -> Event:
     return replace(event, kind=clean(event.kind), text=clean(event.text), evidence=evidence, action=action)
 
 
+def by_age(files: Iterable[Path]) -> list[tuple[float, Path]]:
+    """Return the times at which files last changed, and the files, the newest last; not those removed meanwhile."""
+    found = []
+    for path in files:
+        with suppress(OSError):
+            found.append((path.stat().st_mtime, path))
+    return sorted(found)
+
+
 def _identity(params: Params, name: str, provenance: dict[str, str]) -> str:
     """Return the identity of a run trained with the current params and inputs."""
     origins = {part: sha256_file(file) for part, file in origin_files(params, name).items()}
@@ -224,8 +215,8 @@ def _work_dir(folder: Path, identity: str | None) -> Path | None:
     """Return the folder of a run's identity, if it exists; if the identity is unknown, that with the newest curves."""
     if identity is not None:
         return folder / identity if (folder / identity).is_dir() else None
-    found = [path for path in folder.glob("*/curves.csv") if path.is_file()]
-    return max(found, key=lambda path: path.stat().st_mtime).parent if found else None
+    found = by_age(folder.glob("*/curves.csv"))
+    return found[-1][1].parent if found else None
 
 
 def _seconds_left(work: Path | None, status: RunStatus, base: str | None) -> float | None:

@@ -10,6 +10,7 @@ from afm_pipe.params import Params
 from afm_pipe.reporting import curves, titles
 from afm_pipe.reporting.inputs import RunRecord, columns_of
 from afm_pipe.reporting.page import render
+from afm_pipe.reporting.status import by_age
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.files import atomic_path
 from afm_pipe.training.curves import scan_curves
@@ -31,14 +32,13 @@ def watch(params: Params, seconds: float, rounds: int | None = None) -> None:
 
 def watch_page(params: Params, seconds: float, now: float) -> str:
     """Return the page: progress and curves of every run that has training state."""
-    files = sorted(paths.WORK.glob("*/*/curves.csv"), key=lambda path: path.stat().st_mtime)
-    newest = {path.parent.parent.name: path for path in files}
+    newest = {path.parent.parent.name: (changed, path) for changed, path in by_age(paths.WORK.glob("*/*/curves.csv"))}
     records, facts, per_epoch = [], [], 1
-    for name, path in newest.items():
+    for name, (changed, path) in newest.items():
         if name not in params.models:
             continue  # of other params
         rows, _ = scan_curves(path)
-        facts.append((name, *_progress(params, path, rows[-1]["epoch"] if rows else 0.0, now)))
+        facts.append((name, *_progress(params, path, rows[-1]["epoch"] if rows else 0.0, now - changed)))
         if rows:
             per_epoch = round(rows[-1]["images"] / rows[-1]["epoch"])
             records.append(RunRecord(name, params.models[name], columns_of(rows)))
@@ -53,11 +53,13 @@ def watch_page(params: Params, seconds: float, now: float) -> str:
     )
 
 
-def _progress(params: Params, path: Path, epoch: float, now: float) -> tuple[str, str]:
-    """Return a run's progress and state; an automatic schedule may end it before its last epoch."""
+def _progress(params: Params, path: Path, epoch: float, age: float) -> tuple[str, str]:
+    """Return a run's progress and its state `age` seconds after its last row.
+
+    An automatic schedule may end it before its last epoch.
+    """
     until = params.models[path.parent.parent.name].phases[-1].until_epoch
     events, _ = scan_events(path.parent / FILE)
-    age = now - path.stat().st_mtime
     state = "running" if age < ALIVE else f"quiet for {titles.duration(age)}"
     if epoch >= until - 1e-6 or (events and events[-1].kind == "stop"):
         state = "finished"

@@ -16,7 +16,7 @@ def under_launcher() -> bool:
     Clusters leave some of these variables in every process. A group of one that torchrun did not make is ignored, and
     one line says so. Raises UserError for a group of several that is incomplete or inconsistent.
     """
-    found = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    found = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
     if not {"RANK", "WORLD_SIZE"} & set(found):
         return False
     shown = " ".join(f"{name}={value[:60]}" for name, value in found.items())
@@ -25,7 +25,7 @@ def under_launcher() -> bool:
         _say(f"Ignored {shown} in the environment: a group of one process.")
         return False
     missing = [name for name in VARIABLES if name not in found]
-    if missing or _place() is None or not found["MASTER_PORT"].isdecimal():
+    if _place() is None:
         problem = f"without {', '.join(missing)}" if missing else "which do not fit together"
         raise UserError(
             f"Found {shown} in the environment, {problem}, expected {', '.join(VARIABLES)} as torchrun sets them: "
@@ -33,6 +33,7 @@ def under_launcher() -> bool:
         )
     if not by_torchrun and env_rank() == 0:
         _say(f"Obeyed {shown} in the environment.")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch prints stack frames while it waits
     return True
 
 
@@ -54,9 +55,15 @@ def env_world_size() -> int:
     return place[1] if place else 1
 
 
+def local_world_size() -> int:
+    """Return the number of processes of the group on this machine."""
+    value = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(int(value), 1) if env_world_size() > 1 and value.isdecimal() else 1
+
+
 def _place() -> tuple[int, int] | None:
-    """Return rank and world size, None where they are missing or inconsistent."""
-    rank, size = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
-    if not (rank.isdecimal() and size.isdecimal()) or int(rank) >= int(size):
+    """Return rank and world size, None where the group is incomplete or inconsistent."""
+    rank, size, address, port = (os.environ.get(name, "") for name in VARIABLES)
+    if not (address and rank.isdecimal() and size.isdecimal() and port.isdecimal()):
         return None
-    return int(rank), int(size)
+    return (int(rank), int(size)) if int(rank) < int(size) and 0 < int(port) < 1 << 16 else None

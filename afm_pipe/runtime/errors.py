@@ -2,6 +2,7 @@
 
 import os
 import pwd
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ _EXPECTED = {  # pydantic's kind of error: what it expects, in the words of YAML
     "string_type": "text",
     "invalid_key": "a name that is text",
     "missing": "a value",
-    "too_short": "at least {min_length} in this list or section",
-    "too_long": "at most {max_length} in this list",
+    "too_short": "a list or section of at least {min_length}",
+    "too_long": "a list of at most {max_length}",
     "extra_forbidden": "no such field",
 }
 
@@ -48,8 +49,9 @@ class RankLostError(UserError):
 
 def describe_denied(error: PermissionError) -> str:
     """Return one line that names the path, the operation and the user of a denied permission."""
-    path = Path(error.filename) if error.filename else None
-    if path is None:
+    named = re.search(r"name = '([^']+)'", str(error))  # h5py sets no filename
+    path = Path(error.filename or (named[1] if named else ""))
+    if not path.name:
         return f"Found a file without the permission to use it ({error}), as {_user()}: fix its permissions."
     if not os.path.lexists(path):
         denied = next(parent for parent in path.parents if os.path.lexists(parent))
@@ -91,7 +93,7 @@ def show_value(value: Any) -> str:
     if value is None or isinstance(value, bool):
         text = {None: "null", True: "true", False: "false"}[value]
     elif isinstance(value, dict):
-        text = "a section"
+        text = "a section" if value else "an empty section"
     elif isinstance(value, list | tuple):
         text = f"[{', '.join(map(show_value, value[:MAX_SHOWN]))}]"
     elif isinstance(value, int) and value.bit_length() > 4 * MAX_SHOWN:

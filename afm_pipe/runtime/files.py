@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -40,12 +41,26 @@ def atomic_path(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     except BaseException as error:
         _remove(temp)
-        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        if reason := _why_unwritable(error, path, temp):
             raise UnwritableError(
-                f"Found {path} not writable ({error.strerror}): free disk space or fix the permissions, and run the "
-                "same command again. The old content is intact."
+                f"Found {path} not writable ({reason}): free disk space or fix the permissions, and run the same "
+                "command again. The old content is intact."
             ) from None
         raise
+
+
+def _why_unwritable(error: BaseException, path: Path, temp: Path) -> str | None:
+    """Return why a file could not be written; None for any other error, such as a denied read of another file."""
+    code, name = getattr(error, "errno", None), getattr(error, "filename", None)
+    if not isinstance(error, OSError) and (found := re.search(r"\(os error (\d+)\)", str(error))):
+        code = int(found[1])  # safetensors raises an exception of its own
+    if code not in UNWRITABLE or code is None:
+        return None
+    if code in (errno.EACCES, errno.EPERM) and isinstance(name, str):
+        named = Path(name)
+        if named not in (path, path.parent) and not named.is_relative_to(temp):
+            return None
+    return os.strerror(code)
 
 
 def try_append(path: Path, text: str) -> None:

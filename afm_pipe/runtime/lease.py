@@ -1,18 +1,21 @@
 """An exclusive lock on a folder: one process at a time writes it, on one machine or several.
 
 It combines two locks, since neither is enough. `flock` on the file `lock` is released by the kernel however its holder
-ends, but a shared file system may restrict it to one machine or not support it. The lease, `lease-N`, is a file that
-every machine sees: its holder creates it exclusively and touches it every few seconds. When the holder stops touching
-it, another process creates lease N + 1. The highest number holds the lock; a process whose file is gone, for instance
-after a suspend, has lost it.
+ends, but a shared file system may restrict it to one machine, not support it, or keep it for a machine that died. The
+lease, `lease-N`, is a file that every machine sees: its holder creates it exclusively and touches it every few seconds.
+When the holder stops touching it, another process creates lease N + 1 and holds the lock if it then finds no lease but
+its own and the dead one. A process whose file is gone, for instance after a suspend, has lost it.
 
-The age of a lease is measured with the file system's own clock, so the machines' clocks do not matter.
+The age of a lease is measured with the file system's own clock, so the machines' clocks do not matter. Assumed of the
+file system: creating a file exclusively is atomic, and a listing after that shows all files created before (NFS 3 and
+later, Lustre, GPFS, CephFS; not object stores mounted as folders).
 """
 
 import errno
 import fcntl
 import json
 import os
+import random
 import socket
 import threading
 import time
@@ -24,10 +27,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.files import json_value
 
 INTERVAL = 5.0  # seconds from one touch of a lease to the next
 STALE = 6 * INTERVAL
 NO_FLOCK = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}  # the file system does not support flock
+
+
+class HeldError(UserError):
+    """Another process holds the lease."""
 
 
 class LeaseLostError(UserError):
@@ -80,7 +88,7 @@ class _LeaseFile(NamedTuple):
 def hold_lease(folder: Path) -> Iterator[Lease]:
     """Hold the exclusive lock on `folder` while the block runs.
 
-    Waits up to `STALE` seconds for a silent holder on another machine. Raises UserError naming a holder that is alive.
+    Waits up to `STALE` seconds for a silent holder on another machine. Raises HeldError naming a holder that is alive.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("a") as file:
@@ -88,7 +96,10 @@ def hold_lease(folder: Path) -> Iterator[Lease]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             has_flock = True
         except BlockingIOError:
-            raise _held(folder, _newest(folder)) from None
+            newest = _newest(folder)
+            if newest.content.get("machine", _machine()) == _machine():
+                raise _held(folder, newest) from None
+            has_flock = False  # a file server may keep the lock of a machine that died
         except OSError as error:
             if error.errno not in NO_FLOCK:
                 raise
@@ -100,41 +111,58 @@ def hold_lease(folder: Path) -> Iterator[Lease]:
             lease.release()
 
 
+def holder_of(folder: Path) -> str | None:
+    """Return the process that seems to hold a folder, if any, without trying its lock, which another may need now."""
+    import psutil
+
+    lease = max(folder.glob("lease-*"), default=None)
+    if lease is None:
+        return None
+    try:
+        fresh = time.time() - lease.stat().st_mtime < STALE
+    except OSError:
+        return None  # released meanwhile
+    pid, host = json_value(lease, "pid"), json_value(lease, "host")
+    here = host == socket.gethostname() and isinstance(pid, int)
+    if not fresh or (here and not (0 < pid < 1 << 31 and psutil.pid_exists(pid))):
+        return None
+    return f"process {pid} on {host}"
+
+
 def _acquire(folder: Path, has_flock: bool) -> Lease:
     token = uuid.uuid4().hex
     while True:
-        before = _newest(folder)
-        if before.path is not None:
-            _await_end(folder, before, has_flock)
-        number = 1 + (_number(before.path) if before.path else 0)
-        path = folder / f"lease-{number:06d}"
-        if not _create(path, token):
-            continue  # another process was faster
-        if _newest(folder).path != path:  # others acquired and released higher numbers in the meantime
-            path.unlink(missing_ok=True)
-            continue
-        for old in folder.glob("lease-*"):
-            if _number(old) < number:
-                old.unlink(missing_ok=True)
-        return Lease(path, token)
+        known = sorted(folder.glob("lease-*"))
+        if not known or _await_death(folder, _read(known[-1]), has_flock):
+            path = folder / f"lease-{_number(known[-1]) + 1 if known else 1:06d}"
+            if _create(path, token):
+                if {*folder.glob("lease-*")} <= {path, *known}:
+                    for old in known:
+                        old.unlink(missing_ok=True)
+                    return Lease(path, token)
+                path.unlink(missing_ok=True)  # others acquired and released other numbers in the meantime
+        time.sleep(random.uniform(0, INTERVAL / 10))
 
 
-def _await_end(folder: Path, lease: _LeaseFile, has_flock: bool) -> None:
-    """Wait until the holder of `lease` is known to be gone. Raises UserError if it touches the lease."""
-    assert lease.path is not None
-    if has_flock and lease.content.get("machine") == _machine():
-        return  # a holder on this machine would also hold the flock
+def _await_death(folder: Path, lease: _LeaseFile, has_flock: bool) -> bool:
+    """Return True once the holder of `lease` is known to be dead, False if it releases it.
+
+    Raises HeldError if it lives.
+    """
     waiting_since = time.monotonic()
-    while True:
+    while lease.path is not None:
+        if has_flock and lease.content.get("machine") == _machine():
+            return True  # a holder on this machine would also hold the flock
         now = _read(lease.path)
-        if now.path is None:
-            return  # released
-        if now.touched != lease.touched:
+        if now.path is not None and now.touched != lease.touched:
             raise _held(folder, now)
         # Two conditions, since the file system's clock may jump and this process may only just have started to wait.
-        if _file_system_time(folder) - (now.touched or 0) > STALE and time.monotonic() - waiting_since > 2 * INTERVAL:
-            return
+        silent = _file_system_time(folder) - (lease.touched or 0) > STALE
+        if now.path is not None and silent and time.monotonic() - waiting_since > 2 * INTERVAL:
+            return True
+        lease = now
         time.sleep(INTERVAL / 10)
+    return False
 
 
 def _create(path: Path, token: str) -> bool:
@@ -182,8 +210,8 @@ def _file_system_time(folder: Path) -> float:
         probe.unlink()
 
 
-def _held(folder: Path, lease: _LeaseFile) -> UserError:
-    return UserError(
+def _held(folder: Path, lease: _LeaseFile) -> HeldError:
+    return HeldError(
         f"Found {folder} held by {_holder(lease)}, expected a free folder: wait for that process to end, or stop it."
     )
 

@@ -26,17 +26,22 @@ RENDERED = RESULTS / "rendered"  # tables as CSV, Markdown and LaTeX
 BENCHMARKS = Path("benchmarks/results.json")  # speed beside plain implementations, written by `make bench`
 
 
+def expanded(path: str | Path) -> str:
+    """Return a path with `~` and `$HOME` expanded."""
+    return os.path.expanduser(os.path.expandvars(path))
+
+
 def local(path: str | Path) -> Path:
     """Return a path of this machine that params or settings name, with `~` and `$HOME` expanded.
 
     In a copy of the workspace, which `dvc exp run --temp` and `--queue` make without files that git ignores, a relative
     path that the copy lacks is the workspace's.
     """
-    expanded = Path(os.path.expanduser(os.path.expandvars(path)))
+    here = Path(expanded(path))
     copied_from = next((folder.parent for folder in Path.cwd().parents if folder.name == ".dvc"), None)
-    if copied_from and not expanded.exists() and (copied_from / expanded).exists():
-        return copied_from / expanded
-    return expanded
+    if copied_from and not here.exists() and (copied_from / here).exists():
+        return copied_from / here
+    return here
 
 
 def model(run: str) -> Path:

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple, TypeVar
 
 from afm_pipe.runtime.environment import env_rank
@@ -28,10 +28,18 @@ class Progress(NamedTuple):
 
 def track(title: str, work: Generator[Progress, None, T]) -> T:
     """Run a generator to its end, showing progress and time left; return what it returns."""
-    if env_rank() > 0:
-        return finish(work)
-    with (_live if sys.stderr.isatty() else _plain)(title) as render:
+    with alive(title) as render:
         return finish(work, render)
+
+
+@contextmanager
+def alive(title: str) -> Iterator[Callable[[Progress], None]]:
+    """Show that a block is running; yield a function that shows its progress, if it reports any."""
+    if env_rank() > 0:
+        yield lambda progress: None
+        return
+    with (_live if sys.stderr.isatty() else _plain)(title) as render:
+        yield render
 
 
 def finish(work: Generator[Progress, None, T], render: Callable[[Progress], None] = lambda progress: None) -> T:
@@ -41,6 +49,11 @@ def finish(work: Generator[Progress, None, T], render: Callable[[Progress], None
             render(next(work))
         except StopIteration as end:
             return end.value
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):  # a full disk or a closed pipe ends the lines, not the work
+        print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -80,7 +93,7 @@ def _plain(title: str) -> Iterator[Callable[[Progress], None]]:
         last = now
         rate = (done - first_done) / max(now - started, 1e-9)  # since the start or the resume
         left = f"ETA {(total - done) / rate:.0f} s" if rate > 0 else "ETA unknown"
-        print(f"{title}: {shown}, {left}  {facts}".rstrip(), file=sys.stderr, flush=True)
+        _say(f"{title}: {shown}, {left}  {facts}".rstrip())
 
     def say_so() -> None:
         """Print a line where the work reports nothing for long, as while a trial of a table trains."""
@@ -89,7 +102,7 @@ def _plain(title: str) -> Iterator[Callable[[Progress], None]]:
             now = time.monotonic()
             if now - last >= SECONDS_OF_SILENCE:
                 last = now
-                print(f"{title}: {shown}, for {now - started:.0f} s", file=sys.stderr, flush=True)
+                _say(f"{title}: {shown}, for {now - started:.0f} s")
 
     threading.Thread(target=say_so, daemon=True).start()
     try:

@@ -16,6 +16,7 @@ from afm_pipe.autoencoders.base import Autoencoder
 from afm_pipe.distributed.mapping import map_across_ranks
 from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from afm_pipe.models.flow import Flow
+from afm_pipe.models.velocity import VelocityFlow
 from afm_pipe.runtime.errors import UserError
 
 LATENCY_RUNS, LATENCY_SECONDS = 5, 10.0  # timed passes: five, or fewer if they take longer than ten seconds
@@ -72,10 +73,10 @@ class Sampler:
     only on the weights, its noise and its class.
 
     `noise` below is a seed (see `seeded_noise`) or a tensor (F, c, h, w), where sample i starts from noise[i % F].
-    `steps` is that of `Flow.sample`.
+    `steps` is that of the generator's `sample`.
     """
 
-    generator: Flow
+    generator: Flow | VelocityFlow
     autoencoder: Autoencoder
     latent_shape: tuple[int, int, int]
     class_names: Sequence[str]

@@ -1,13 +1,17 @@
 """Train and measure trials, several at a time, each in a process with one thread.
 
-A trial that diverges (`statistics.divergence`) is a result like any other.
+Any number of processes, on any machines that share work/, may run the same study: a trial belongs to the process that
+holds the lease of its folder, and another takes it over if that process ends early. A trial that diverges
+(`statistics.divergence`) is a result like any other.
 """
 
 import multiprocessing
 import shutil
 import signal
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any
@@ -23,10 +27,10 @@ from afm_pipe.evaluation.evaluator import Evaluator
 from afm_pipe.evaluation.measures import sample_suffix
 from afm_pipe.evaluation.networks import METRIC_NAMES
 from afm_pipe.models.classifier import load_latent_classifier
-from afm_pipe.models.flow import Flow
 from afm_pipe.models.model_files import (
     ModelConfig,
     build_generator,
+    build_sampler,
     load_exactly,
     load_tensors,
     run_config,
@@ -38,7 +42,7 @@ from afm_pipe.params.versions import code_record, recorded_code
 from afm_pipe.runtime import paths, signals
 from afm_pipe.runtime.errors import NotFiniteError, UserError
 from afm_pipe.runtime.files import read_json, sha256_file, write_json
-from afm_pipe.runtime.lease import hold_lease
+from afm_pipe.runtime.lease import HeldError, Lease, hold_lease, holder_of
 from afm_pipe.runtime.progress import Progress, finish
 from afm_pipe.sampling.sampler import Sampler
 from afm_pipe.study.statistics import divergence
@@ -50,30 +54,43 @@ from afm_pipe.training.state import Start
 from afm_pipe.training.store import RunStore
 from afm_pipe.training.trainer import Runtime, Task, Trainer
 
-TRAINED = "trained.json"  # in the folder of a trained trial
+TRAINED, DISCRIMINATOR = "trained.json", "discriminator.safetensors"  # in the folder of a trained trial
 Units = Callable[[Params, Run, Run, ModelConfig], float]
 """Counts the cost of an update in forward passes of G: (params, base run, run, model) -> units."""
+
+
+POLL = 2.0  # seconds from one look at the trials of other processes to the next
 
 
 def run_trials(
     params: Params, trials: Sequence[Trial], launch: Launch, units: Units
 ) -> Generator[Progress, None, None]:
-    """Train and measure the missing trials, seed by seed; bases come before the trials that continue them.
+    """Train and measure the missing trials, seed by seed; end when none is missing, whoever has trained it.
 
     Raises UserError if a trial does.
     """
-    missing = sorted((trial for trial in trials if not trial.result.is_file()), key=lambda trial: trial.spec.place.seed)
-    bases = [trial.base for trial in missing if trial.base and not (trial.base.folder / TRAINED).is_file()]
-    rounds = [
-        _by_training([*(trial for trial in missing if trial.base is None), *bases]),
-        _by_training([trial for trial in missing if trial.base is not None]),
-    ]
-    done, total = 0, sum(len(group) for groups in rounds for group in groups)
+    groups = missing_groups(trials)
+    done, total = 0, len(groups)
     yield Progress(done, total, "trials")
-    for groups in rounds:
-        for group in _run_groups(groups, Worker(params, launch, units)):
-            done += len(group)
-            yield Progress(done, total, "trials", str(group[0].spec.place))
+    for left, text in _run_groups(groups, Worker(params, launch, units)):
+        yield Progress(total - left, total, "trials", text)
+
+
+def missing_groups(trials: Sequence[Trial]) -> list[list[Trial]]:
+    """Return the missing trials and bases, grouped by the training run they share; bases come first, then by seed."""
+    missing = sorted((trial for trial in trials if not trial.result.is_file()), key=lambda trial: trial.spec.place.seed)
+    bases = [trial.base for trial in missing if trial.base and not _is_trained(trial.base)]
+    alone = [trial for trial in missing if trial.base is None]
+    return _by_training([*alone, *bases, *(trial for trial in missing if trial.base is not None)])
+
+
+def is_done(group: Sequence[Trial]) -> bool:
+    """Return whether a group's run is trained and its trials are measured."""
+    return all(_is_trained(trial) if trial.measurement is None else trial.result.is_file() for trial in group)
+
+
+def _is_trained(trial: Trial) -> bool:
+    return (trial.folder / TRAINED).is_file()
 
 
 class Worker:
@@ -103,19 +120,26 @@ class Worker:
         """The decoder of samples."""
         return load_autoencoder(self.params, paths.AUTOENCODER, self.device)
 
-    def run(self, group: Sequence[Trial]) -> None:
-        """Train the run that a group of trials shares, and measure each trial."""
+    def run(self, group: Sequence[Trial]) -> bool:
+        """Train the run that a group of trials shares, and measure each trial; return False if another process does."""
         if any(trial.measurement is not None for trial in group):
             self.evaluator.require_classes(self.latents.classes, paths.LATENTS)  # before anything is trained
-        trained = self.train(group[0])
-        for trial in group:
-            if trial.measurement is not None:
-                write_json(trial.result, self.measure(trial, trained))
+        try:
+            with hold_lease(group[0].folder) as lease:
+                trained = self.train(group[0], lease)
+                for trial in group:
+                    if trial.measurement is not None and not trial.result.is_file():
+                        result = self.measure(trial, trained)
+                        lease.check()
+                        write_json(trial.result, result)
+        except HeldError:
+            return False
+        return True
 
-    def train(self, trial: Trial) -> dict[str, Any]:
+    def train(self, trial: Trial, held: Lease) -> dict[str, Any]:
         """Train a trial if it is not trained yet; keep its EMA at the probes, and its last D."""
         record, run = trial.folder / TRAINED, trial.run
-        with hold_lease(trial.folder if trial.owner is None else trial.folder.parent) as lease:
+        with nullcontext(held) if trial.owner is None else hold_lease(trial.folder.parent) as lease:
             if record.is_file():
                 return read_json(record)
             begun = recorded_code(trial.folder, "train")
@@ -128,12 +152,14 @@ class Worker:
             try:
                 state = finish(trainer.train()).state
                 update, elapsed, not_finite = state.update, state.seconds["training"], None
-                save_tensors(trial.folder / "discriminator.safetensors", state.networks["discriminator"].state_dict())
+                if "discriminator" in state.networks:
+                    save_tensors(trial.folder / DISCRIMINATOR, state.networks["discriminator"].state_dict())
             except NotFiniteError as error:
                 update, elapsed, not_finite = error.update, None, error.update
             lease.check()
             cost = training_cost(update - (start.update if start else 0), run.batch_size, elapsed, self.device)
             cost["units"] = self.units(self.params, trial.spec.base, run, config)
+            cost["total_units"] = cost["units"] * cost["updates"] + self._base_units(trial)
             events = [asdict(event) for event in trainer.store.read_events()]
             trained = {"cost": cost, "code": begun, "not_finite": not_finite, "events": events}
             write_json(record, trained)
@@ -159,6 +185,7 @@ class Worker:
             "fingerprint": trial.measurement,
             "settings": trial.run.model_dump(mode="json"),
             "diverged": divergence(trained["not_finite"], measured, self._distance_key, self.params.study.collapsed),
+            "nfe": self._measured_config(trial).nfe,
             "probes": measured,
             "metrics": end["metrics"],
             "intervals": end["intervals"],
@@ -169,11 +196,11 @@ class Worker:
         }
 
     def _metrics(self, trial: Trial, update: int) -> dict[str, Any]:
-        config, weights = self._config(trial), RunStore(trial.folder).kept(update)
-        generator = build_generator(config)
+        weights = RunStore(trial.folder).kept(update)
+        generator = build_generator(self._config(trial))
         load_exactly(generator, load_tensors(weights), weights)
         generator = generator.to(self.device).eval().requires_grad_(False)
-        flow = Flow(generator, config.form, trial.spec.steps or config.nfe)
+        flow = build_sampler(generator, self._measured_config(trial))
         shape, size = self.params.latent_shape, self.params.sample.micro_batch
         sampler = Sampler(flow, self.autoencoder, shape, self.latents.classes, size, self.device)
         provenance = {"weights": "EMA", "autoencoder_sha256": sha256_file(paths.AUTOENCODER_WEIGHTS)}
@@ -194,12 +221,30 @@ class Worker:
                 "study.base, or remove the table."
             )
         update = max(base.probes(self.latents.num_images))
-        generator = RunStore(base.folder).load_kept(update)
-        discriminator = load_tensors(base.folder / "discriminator.safetensors")
-        return Start({"generator": generator, "discriminator": discriminator}, update), guide
+        networks = {"generator": RunStore(base.folder).load_kept(update)}
+        if (base.folder / DISCRIMINATOR).is_file():
+            networks["discriminator"] = load_tensors(base.folder / DISCRIMINATOR)
+        return Start(networks, update if trial.run.objective == base.run.objective else 0), guide
+
+    def _base_units(self, trial: Trial) -> float:
+        """Return what training the base of a trial cost, in forward passes of G; 0 without a base."""
+        if trial.base is None:
+            return 0.0
+        cost = read_json(trial.base.folder / TRAINED)["cost"]
+        return float(cost["units"] * cost["updates"])
 
     def _config(self, trial: Trial) -> ModelConfig:
         return run_config(trial.run, self.params.latent_shape, self.latents.num_classes)
+
+    def _measured_config(self, trial: Trial) -> ModelConfig:
+        """Return the config of a trial's model with the steps and the sampling with which it is measured."""
+        config, spec = self._config(trial), trial.spec
+        if config.velocity is None:
+            return config.model_copy(update={"nfe": spec.steps or config.nfe})
+        if spec.sampling is None:
+            return config
+        velocity = config.velocity.model_copy(update=spec.sampling.model_dump())
+        return config.model_copy(update={"velocity": velocity, "nfe": spec.sampling.passes()})
 
     @property
     def _distance_key(self) -> str:
@@ -217,22 +262,59 @@ def _by_training(trials: Sequence[Trial]) -> list[list[Trial]]:
     return [list(group.values()) for group in groups.values()]
 
 
-def _run_groups(groups: Sequence[Sequence[Trial]], worker: Worker) -> Iterator[Sequence[Trial]]:
-    """Run groups of trials in a pool of workers, or in this process if one suffices; yield each completed group."""
+def _run_groups(groups: Sequence[Sequence[Trial]], worker: Worker) -> Iterator[tuple[int, str]]:
+    """Run groups of trials, each once its base is trained and while no other process holds it.
+
+    Yields the number of groups left, and what is new, until none is left.
+    """
+    waiting, running = [*groups], dict[Future[bool], Sequence[Trial]]()
     num_workers = min(worker.launch.num_workers(worker.device), len(groups))
+    with _pool(num_workers, worker) as pool:
+        while waiting or running:
+            waiting = [group for group in waiting if not is_done(group)]
+            for group in [*waiting]:
+                if len(running) < num_workers and _is_ready(group[0]):
+                    waiting.remove(group)
+                    running[pool.submit(_run_group, group)] = group
+            ended, _ = wait(running, POLL, FIRST_COMPLETED)
+            for future in ended:
+                group = running.pop(future)
+                if not future.result():
+                    waiting.append(group)
+                yield len(waiting) + len(running), str(group[0].spec.place)
+            if not running and waiting and not any(future.result() for future in ended):
+                yield len(waiting), f"waiting for {holder_of(waiting[0][0].folder) or 'another process'}"
+                time.sleep(POLL)
+
+
+def _is_ready(trial: Trial) -> bool:
+    """Return whether a trial can begin: its base is trained, and no other process seems to hold it."""
+    held = [trial.folder] if trial.owner is None else [trial.folder, trial.folder.parent]
+    return not any(map(holder_of, held)) and (trial.base is None or _is_trained(trial.base))
+
+
+class _ThisProcess(Executor):
+    """Runs what is submitted at once."""
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future = Future[Any]()
+        future.set_result(function(*args, **kwargs))
+        return future
+
+
+@contextmanager
+def _pool(num_workers: int, worker: Worker) -> Iterator[Executor]:
+    """Give an executor of workers, in this process if one suffices; on a signal, end the workers' processes."""
+    global _worker
     if num_workers <= 1:
-        for group in groups:
-            worker.run(group)
-            yield group
+        _worker = worker
+        yield _ThisProcess()
         return
     spawn = multiprocessing.get_context("spawn")
     stopping = spawn.Event()
     pool = ProcessPoolExecutor(num_workers, spawn, _start_worker, (worker, stopping))
     try:
-        futures = {pool.submit(_run_group, group): group for group in groups}
-        for future in as_completed(futures):
-            future.result()
-            yield futures[future]
+        yield pool
     except (signals.Stopped, GeneratorExit):
         stopping.set()  # stops workers that are between two groups
         for process in multiprocessing.active_children():
@@ -242,8 +324,8 @@ def _run_groups(groups: Sequence[Sequence[Trial]], worker: Worker) -> Iterator[S
         pool.shutdown(cancel_futures=True)
 
 
-_worker: Worker  # set in every process of the pool
-_stopping: Any  # the pool's event: start no more groups
+_worker: Worker  # of this process
+_stopping: Any = None  # in a process of a pool, the pool's event: start no more groups
 
 
 def _start_worker(worker: Worker, stopping: Any) -> None:
@@ -256,8 +338,8 @@ def _start_worker(worker: Worker, stopping: Any) -> None:
     _worker, _stopping = worker, stopping
 
 
-def _run_group(group: Sequence[Trial]) -> None:
+def _run_group(group: Sequence[Trial]) -> bool:
     with signals.graceful_shutdown():
-        if _stopping.is_set():
+        if _stopping is not None and _stopping.is_set():
             raise signals.Stopped(signal.SIGTERM)
-        _worker.run(group)
+        return _worker.run(group)

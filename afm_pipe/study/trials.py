@@ -101,6 +101,8 @@ class Trials:
             "evaluate": self.params.evaluate.model_dump(mode="json"),
             "micro_batch": self.params.sample.micro_batch,
         }
+        if spec.sampling is not None:
+            settings["sampling"] = spec.sampling.model_dump(mode="json")
         measurement = fingerprint(settings, self._measured_with, versions("table"))
         return Trial(spec, training, measurement, base, self._owner(spec.run))
 

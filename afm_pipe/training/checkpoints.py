@@ -360,6 +360,8 @@ def _damage(checkpoint: Path, parts: list[str]) -> str | None:
             path, file = checkpoint / name, manifest["files"][name]
             if path.stat().st_size != file["bytes"] or sha256_file(path) != file["sha256"]:
                 return f"{name} does not match the manifest"
+    except PermissionError:
+        raise
     except (UserError, OSError, KeyError, TypeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return None

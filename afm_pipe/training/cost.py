@@ -1,6 +1,7 @@
 """The cost of training, in the form that runs and trials record."""
 
 import resource
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,4 +41,5 @@ def peak_memory(device: torch.device) -> int:
     """Return the most bytes that this process held: on its GPU, or in host memory if it computes on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10  # Linux counts in KiB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10  # macOS counts bytes, Linux KiB

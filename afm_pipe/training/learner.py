@@ -34,6 +34,7 @@ class Learner:
         self.modules: dict[str, nn.Module] = dict(state.networks)
         if group.communicates and not state.is_sharded:
             self.modules = {name: _data_parallel(network) for name, network in state.networks.items()}
+        self._moved = False  # the sampled network, in this update
         device = state.sums.device
         # First update with a non-finite loss, on the device; from then on optimizers do not step.
         self._diverged_at = torch.full((), NEVER, device=device)
@@ -83,11 +84,15 @@ class Learner:
             group["lr"] = hyperparameters.lr[name]
         optimizer.step()
         optimizer.zero_grad()
+        self._moved |= name == self.state.sampled
         return full_tensor(norm)
 
     @torch.no_grad()
     def update_ema(self) -> None:
-        """Update the EMA of the sampled network's weights."""
+        """Update the EMA of the sampled network's weights, if the update stepped them."""
+        moved, self._moved = self._moved, False
+        if not moved:
+            return
         averages: list[Tensor] = [local_shard(average) for average in self.state.ema.parameters()]
         sampled = self.networks[self.state.sampled]
         device = averages[0].device
@@ -105,6 +110,7 @@ class Learner:
     def abandon(self) -> None:
         """Clear the gradients and flags that an aborted update left."""
         self._diverged_at.fill_(NEVER)
+        self._moved = False
         for network in self.networks.values():
             network.requires_grad_(True).zero_grad()
 

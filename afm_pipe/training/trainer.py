@@ -97,7 +97,7 @@ class Trainer:
         self.batches: Batches = DrawnAhead(batches, self._phase_at) if ahead else batches
         self.state = TrainingState.fresh(self.objective, runtime.device, runtime.engine, self.group, keep_best=auto)
         if task.start is not None:
-            self.state.begin_from(task.start)
+            self.state.begin_from(Start(self.objective.continued(task.start.networks), task.start.update))
         self.notes = load_latest(self.store.checkpoints, self.state, task.identity)
         _require_same_update(self.group, self.state.update)
         self.learner = Learner(self.state, settings.ema, self.group)

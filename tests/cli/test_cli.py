@@ -1,16 +1,22 @@
 """The command line as a person meets it."""
 
 import hashlib
+import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import h5py
 import pytest
 from typer.testing import CliRunner
 
 from afm_pipe.cli.app import app
-from tests.conftest import SMOKE
+from afm_pipe.params.file import load_params
+from afm_pipe.params.profiles import undeclared_note
+from afm_pipe.runtime.files import write_json
+from tests.conftest import ROOT, SMOKE
 
 COMMANDS = ["prepare", "autoencoder", "encode", "reference", "train", "sample", "evaluate", "report", "doctor", "toy"]
 HEAVY = {"torch", "diffusers", "dvc", "matplotlib", "h5py", "numpy", "scipy", "PIL", "cleanfid"}
@@ -75,11 +81,33 @@ def test_dry_run_counts_the_memory_of_one_process_under_launch_settings(run, mon
     assert memory()[0] < whole[0] and "activations recomputed" in memory()[1]
 
 
+def test_a_size_without_a_run_is_trained_listed_and_sampled_like_a_run(discs: Path, tmp_path: Path, run) -> None:
+    shutil.copytree(discs, tmp_path, dirs_exist_ok=True)
+    short = ["--size", "t2", "--set", "train.phases=[{until_epoch: 1}]", "--set", "train.batch_size=16"]
+    dry = run("train", *short, "--dry-run")
+    assert "size: t2" in dry.output and "patch" not in dry.stderr
+    assert not Path("work/t2").exists()
+    assert "  t2" not in run("status").output
+    done = run("train", *short)
+    assert done.exit_code == 0, done.output
+    assert "t2: not declared in params, a run with the settings of `train`." in done.stderr
+    assert re.search(r"^ *t2 +outdated .* trained with other params", run("status").output, re.MULTILINE)
+    assert run("sample", "t2", "--count", "2", "--grid", "grid.png").exit_code == 0 and Path("grid.png").is_file()
+
+
+def test_a_size_without_a_run_names_runs_of_that_size_and_the_profile_of_the_papers() -> None:
+    params = load_params(SMOKE, ["runs.large={size: b2}"])
+    assert undeclared_note(params, "b2", ROOT / "profiles").endswith(
+        "(declared runs of that size: large). The paper's run of that size is b2 of "
+        f"{ROOT / 'profiles' / 'imagenet256.yaml'}: afm-pipe profile imagenet256."
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train", "--size", "xl2"], "Found no run of size 'xl2', expected one of t4"),
-        (["train", "--size", "t2", "--set", "train.size=t2", "--set", "runs.t2={size: t4}"], "runs of that size: t4, "),
+        (["train", "--size", "xl3"], "runs.xl3.size: found 'xl3', expected 't4', 's4', 't2', 'b2'"),
+        (["train", "--size", "t2", "--set", "runs.t2={size: t4}"], "Found the run t2 of size t4: name it as RUN"),
         (["train"], "neither RUN nor --size"),
         (["train", "t4", "--size", "t4"], "both RUN and --size"),
         (["train", "t5", "--dry-run"], "Found no run 't5' in params, expected one of t4, t4-no-transport"),
@@ -129,11 +157,31 @@ def test_doctor_compares_the_manifest_with_the_disk(run, discs: Path) -> None:
     shutil.copy(discs / "data" / "manifest.json", "data/manifest.json")
     shutil.copy(discs / "params.yaml", "params.yaml")
     assert "ok   data: data/manifest.json lists the 60 images" in run("doctor").output
+    Path("data/manifest.json").rename("data/whole.json")
+    Path("data/manifest.json").write_text("{")
+    assert "FIX  data: data/manifest.json does not fit params or the images" in run("doctor").output
+    Path("data/whole.json").rename("data/manifest.json")
     shutil.rmtree("data/images")
     result = run("doctor")
     assert result.exit_code == 1
     assert "FIX  data: data/manifest.json does not fit params or the images" in result.output
     assert "60 of 60 images missing under data/images" in " ".join(result.output.split())
+
+
+def test_doctor_compares_latents_and_reference_with_the_images_and_params(run, discs: Path) -> None:
+    shutil.copytree(discs, ".", dirs_exist_ok=True)
+    digest = json.loads(Path("data/manifest.json").read_text())["digest"]
+    for other, verdict in ((digest, "ok   reference: reference is of the images in"), ("other", "FIX  reference: ")):
+        write_json(Path("reference/summary.json"), {"manifest": other})
+        assert verdict in run("doctor").output
+    assert "ok   latents: data/latents.h5 is of the images in data/manifest.json" in run("doctor").output
+    with h5py.File("data/latents.h5", "r+") as file:
+        file.attrs["manifest_digest"] = "other"
+    assert "FIX  latents: data/latents.h5 is of other images than those in data/manifest.json" in run("doctor").output
+    Path("data/latents.h5").write_bytes(b"cut")
+    assert "FIX  latents: data/latents.h5 does not fit params" in run("doctor").output
+    shutil.rmtree("models")
+    assert "Found no models/autoencoder" in run("doctor").output
 
 
 def test_doctor_tells_which_weights_of_the_evaluation_are_there(run, monkeypatch: pytest.MonkeyPatch) -> None:

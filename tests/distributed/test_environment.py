@@ -8,10 +8,12 @@ import sys
 import time
 
 import pytest
+import torch
 
 from afm_pipe.distributed.launch import Launch
+from afm_pipe.distributed.process_group import init_distributed
 from afm_pipe.distributed.torchrun import launch_processes
-from afm_pipe.runtime.environment import VARIABLES, env_rank, env_world_size, under_launcher
+from afm_pipe.runtime.environment import VARIABLES, env_rank, env_world_size, local_world_size, under_launcher
 from afm_pipe.runtime.errors import UserError
 from tests.conftest import ROOT
 
@@ -29,8 +31,9 @@ user_command(main)()
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*VARIABLES, "TORCHELASTIC_RUN_ID"):
+    for name in (*VARIABLES, "TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def set_all(monkeypatch: pytest.MonkeyPatch, values: str) -> None:
@@ -64,12 +67,39 @@ def test_a_group_of_one_is_ignored_and_said(
         "RANK=2 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1",
         "RANK=x WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1",
         "RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=x",
+        "RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=70000",
+        "RANK=0 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=0",
+        "RANK=0 WORLD_SIZE=2 MASTER_ADDR= MASTER_PORT=1",
+        "RANK=-1 WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1",
     ],
 )
 def test_an_incomplete_or_inconsistent_group_is_refused(monkeypatch: pytest.MonkeyPatch, values: str) -> None:
     set_all(monkeypatch, values)
     with pytest.raises(UserError, match="in the environment, (without|which do not fit).*expected RANK, WORLD_SIZE"):
         launch_processes(Launch())
+    with pytest.raises(UserError, match="in the environment"), init_distributed(torch.device("cpu")):
+        pass
+    assert (env_rank(), env_world_size()) == (0, 1), "other commands run as one process"
+
+
+@pytest.mark.parametrize("values", ["LOCAL_WORLD_SIZE=0", "LOCAL_WORLD_SIZE=x LOCAL_RANK=7", "LOCAL_WORLD_SIZE=64"])
+def test_variables_of_a_machine_without_a_group_change_nothing(monkeypatch: pytest.MonkeyPatch, values: str) -> None:
+    set_all(monkeypatch, values)
+    assert local_world_size() == 1
+    assert not under_launcher()
+    set_all(monkeypatch, "RANK=0 WORLD_SIZE=64 MASTER_ADDR=a MASTER_PORT=1")
+    assert local_world_size() == (64 if values.endswith("64") else 1)
+
+
+def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        set_all(monkeypatch, f"RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT={port}")
+        message = f"Found 127.0.0.1:{port} in use by another program"
+        with pytest.raises(UserError, match=message), init_distributed(torch.device("cpu")):
+            pass
 
 
 def test_a_complete_group_is_obeyed_and_said(

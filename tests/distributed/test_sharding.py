@@ -47,7 +47,7 @@ def outcome(trained: Trained, group: ProcessGroup, folder: Path) -> dict[str, An
     moments = [local_shard(value) for value in trained.state.tensors()["optimizer_generator"].values()]
     found = {"rows": trained.state.rows, "moments": sum(value.numel() for value in moments)}
     if group.is_main_process:
-        save_model(folder / "model", trained.state.ema, trained.state.networks["discriminator"], {})
+        save_model(folder / "model", trained.state.networks | {"generator": trained.state.ema}, {})
     return found
 
 

@@ -36,6 +36,10 @@ def under(prefix: str, tensors: Tensors) -> Tensors:
     return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
+def without_buffers(tensors: Tensors) -> Tensors:
+    return {name: tensor for name, tensor in tensors.items() if name != "pos_embed"}
+
+
 def optimizer() -> dict[str, Any]:
     """The state of a real AdamW of two parameter groups, which share the tuple of betas."""
     layers = torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)
@@ -72,6 +76,14 @@ CONTAINERS: dict[str, tuple[Callable[[], Any], str]] = {  # what is saved, and w
     "DDP": (lambda: under("module.", EMA), "the file itself, without the prefix module."),
     "compiled": (lambda: {"model": under("_orig_mod.module.", EMA)}, "its entry model, without the prefix _orig_mod."),
     "GAN": (lambda: {"G": EMA, "D": RAW | {"dis_embed": torch.ones(1)}, "opt": optimizer()}, "its entry G"),
+    "EMA of parameters": (
+        lambda: {"model": RAW | {"pos_embed": EMA["pos_embed"]}, "ema": without_buffers(EMA)},
+        "its entry ema, with pos_embed of model",
+    ),
+    "averaged prefix": (
+        lambda: under("module.", RAW | {"pos_embed": EMA["pos_embed"]}) | under("ema.", without_buffers(EMA)),
+        "the file itself, without the prefix ema., with pos_embed of module",
+    ),
     "defaultdict": (lambda: {"ema": EMA, "log": collections.defaultdict(list, loss=[1.0])}, "its entry ema"),
 }
 
@@ -154,6 +166,22 @@ def test_a_refusal_names_what_was_found_where(held: Any, key: str | None, words:
     with pytest.raises(UserError, match=words):
         read_tensors(Path("x.pt"), key)
     assert not os.path.exists("exploded")
+
+
+@pytest.mark.parametrize(
+    ("inside", "words"),
+    [
+        (["x.safetensors", "config.json"], r"Found the folder weights, expected a file .* one of those in it, x\.safe"),
+        (["config.json"], r"Found the folder weights without weights \(\.pth"),
+        ([], "Found the folder weights without weights"),
+    ],
+)
+def test_a_folder_is_named_as_one(inside: list[str], words: str) -> None:
+    Path("weights").mkdir()
+    for name in inside:
+        Path("weights", name).touch()
+    with pytest.raises(UserError, match=words):
+        import_generator(Imported(file="weights"), Path("models/x"))
 
 
 def test_an_unknown_object_is_skipped_without_being_made() -> None:

@@ -96,7 +96,7 @@ def test_parameter_counts_are_the_papers(
 def test_model_folder_gives_back_the_same_generator(tmp_path: Path) -> None:
     generator, discriminator = build_generator(TINY), build_discriminator(TINY)
     torch.nn.init.normal_(generator.final_layer.linear.weight)
-    save_model(tmp_path / "m", generator, discriminator, {"model": TINY.model_dump()})
+    save_model(tmp_path / "m", {"generator": generator, "discriminator": discriminator}, {"model": TINY.model_dump()})
     z, labels = torch.randn(3, 4, 8, 8), torch.tensor([0, 3, 9])
     with torch.no_grad():
         assert torch.equal(load_generator(tmp_path / "m", torch.device("cpu"))(z, labels), generator(z, labels))
@@ -104,7 +104,11 @@ def test_model_folder_gives_back_the_same_generator(tmp_path: Path) -> None:
 
 def test_weights_of_another_shape_are_refused_by_name(tmp_path: Path) -> None:
     generator, discriminator = build_generator(TINY), build_discriminator(TINY)
-    save_model(tmp_path / "m", generator, discriminator, {"model": TINY.model_dump() | {"num_classes": 7}})
+    save_model(
+        tmp_path / "m",
+        {"generator": generator, "discriminator": discriminator},
+        {"model": TINY.model_dump() | {"num_classes": 7}},
+    )
     with pytest.raises(UserError, match=r"y_embedder.embedding_table.weight of shape \(10, 128\), expected \(7, 128\)"):
         load_generator(tmp_path / "m", torch.device("cpu"))
     tensors = generator.state_dict()
@@ -115,7 +119,8 @@ def test_weights_of_another_shape_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_damaged_weights_are_refused(tmp_path: Path) -> None:
-    save_model(tmp_path / "m", build_generator(TINY), build_discriminator(TINY), {"model": TINY.model_dump()})
+    networks = {"generator": build_generator(TINY), "discriminator": build_discriminator(TINY)}
+    save_model(tmp_path / "m", networks, {"model": TINY.model_dump()})
     weights = tmp_path / "m" / "generator.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="missing or damaged"):

@@ -94,7 +94,7 @@ def trained(name: str, config: ModelConfig) -> dict[str, torch.Tensor]:
     generator.load_state_dict(state(config))
     described = {"model": config.model_dump(), "name": name, "classes": [f"digit {i}" for i in range(10)]}
     described |= {"scaling_factor": 0.5, "provenance": {"fingerprint": "0"}, "updates": 3, "images_seen": 24}
-    save_model(paths.model(name), generator, build_discriminator(config), described)
+    save_model(paths.model(name), {"generator": generator, "discriminator": build_discriminator(config)}, described)
     return generator.state_dict()
 
 

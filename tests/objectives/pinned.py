@@ -61,6 +61,9 @@ RUN = {
     "monitor": {"policy": "off"},
     "phases": [{"until_epoch": END}],
 }
+SAMPLING = {"solver": "heun", "steps": 2, "guidance_scale": 1.5, "guidance_interval": [0.0, 0.7]}
+FLOW = {"times": "uniform", "label_dropout": 0.25, "warmup": 1, "sampling": SAMPLING}
+ADVERSARIAL = {"objective": "continuous_adversarial_flow", "discriminator_updates": 1}
 AUGMENT = {"probability": 0.7, "translate": 0.3, "erasings": 1, "area": [0.1, 0.5]}
 CASES: dict[str, dict[str, Any]] = {
     "one_step": {},
@@ -75,6 +78,8 @@ CASES: dict[str, dict[str, Any]] = {
     "lazy_penalty_reused_forward": {"penalty": {"every": 2}, "reuse_forward": True},
     "no_gradient_normalization": {"gradient_normalization": {"enabled": False}},
     "noisy_labels_seen_source": {"label_noise": 0.5, "condition_on_source": True},
+    "flow_matching": {"objective": "flow_matching", "flow": FLOW},
+    "continuous_adversarial_flow": ADVERSARIAL | {"flow": FLOW | {"times": "logit_normal"}},
     "phases": {
         "phases": [
             {"until_epoch": END / 2},
@@ -156,6 +161,8 @@ def measure() -> Pins:
         networks = {"generator": base.ema, "discriminator": base.networks["discriminator"]}
         start = Start({name: network.state_dict() for name, network in networks.items()}, base.update)
         states["continued"] = train_run(CONTINUED, start)
+        start = Start({"generator": states["flow_matching"].ema.state_dict()}, 0)
+        states["continued_flow"] = train_run(ADVERSARIAL | {"flow": FLOW}, start)
         settings = Classifier.model_validate(CLASSIFIER)
         shape, classes = MemoryLatents.latent_shape, MemoryLatents.num_classes
         states["classifier"] = train(ClassifierTraining(settings, 3, shape, classes))

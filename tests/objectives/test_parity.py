@@ -13,7 +13,7 @@ from tests.parity import Released, check, read
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
-@pytest.mark.parametrize("name", ["step_1nfe", "step_2nfe", "traj_1nfe", "traj_augmented"])
+@pytest.mark.parametrize("name", ["step_1nfe", "step_2nfe", "traj_1nfe", "traj_augmented", "cafm"])
 def test_update_equals_the_released_trainers(name: str) -> None:
     found = check(GOLDEN / f"{name}.npz")
     assert found.passed, str(found)

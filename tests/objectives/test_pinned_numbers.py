@@ -20,7 +20,7 @@ def test_pins_belong_to_the_declared_versions() -> None:
     assert pinned.read_pins()["versions"] == versions("train"), REMEDY
 
 
-@pytest.mark.parametrize("case", [*pinned.CASES, "continued", "classifier"])
+@pytest.mark.parametrize("case", [*pinned.CASES, "continued", "continued_flow", "classifier"])
 def test_weights_and_figures_equal_the_pinned_ones(found: pinned.Pins, case: str) -> None:
     off = dict(pinned.differences(pinned.read_pins()["cases"][case], found[case]))
     worst = sorted(off, key=off.__getitem__, reverse=True)[:3]

@@ -210,3 +210,23 @@ def test_no_message_names_a_class_of_python_or_pydantic() -> None:
                 seen.add(str(error))
     assert len(seen) > 200
     assert [said for said in seen if PYTHON.search(said)] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("runs", "", "runs: found an empty section, expected a list or section of at least 1"),
+        ("runs", " {}", "runs: found an empty section, expected a list or section of at least 1"),
+        ("evaluate", "", "evaluate.samples: found nothing, expected a value"),
+        ("autoencoder", "", "autoencoder.kind: found nothing, expected a value"),
+        ("seed", "", "seed: found null, expected a valid integer"),
+    ],
+)
+def test_an_empty_part_of_the_file_is_named_in_its_own_words(name: str, text: str, words: str, tmp_path: Path) -> None:
+    raw = yaml.safe_load(SMOKE.read_text())
+    del raw[name]
+    (tmp_path / "params.yaml").write_text(f"{yaml.safe_dump(raw)}{name}:{text}\n")
+    with pytest.raises(UserError) as error:
+        load_params(tmp_path / "params.yaml")
+    assert words in str(error.value)
+    assert "instance" not in str(error.value) and "dictionary" not in str(error.value)

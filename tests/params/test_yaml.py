@@ -64,6 +64,12 @@ def test_a_value_that_dvc_writes_is_the_value_of_the_run(override: str, field: s
     assert params.train == load_params(SMOKE).train
 
 
+@pytest.mark.parametrize("file", ["~/x.pth", "$HOME/x.pth", "${HOME}/x.pth"])
+def test_a_file_that_dvc_cannot_find_is_refused_with_the_reason(file: str) -> None:
+    with pytest.raises(UserError, match=r"imported\.x\.file: found .* expected a path that DVC finds, .* write '/"):
+        load_params(SMOKE, [f"imported.x={{file: {file!r}}}"])
+
+
 @pytest.mark.parametrize("section", ["runs", "guided", "imported", "tables"])
 @pytest.mark.parametrize("name", ["t4.v2", "t4[0]", "1nfe", "T4", "007", "a b", "-a"])
 def test_a_name_that_dvc_cannot_address_is_refused_with_the_reason(section: str, name: str, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from afm_pipe.cli.app import app
 from afm_pipe.models.model_files import ModelConfig, run_config
 from afm_pipe.params import Params
 from afm_pipe.params.file import load_params
-from afm_pipe.planning.budget import budget
+from afm_pipe.planning.budget import RUNTIME, budget, what_fits
 from afm_pipe.planning.counting import measure
 from afm_pipe.planning.plan import GPUS, Machine, latents_bytes, plan_run, plan_text
 from afm_pipe.runtime.errors import UserError
@@ -49,6 +49,25 @@ def test_work_and_activations_grow_with_the_batch_and_the_repeats() -> None:
     deep = measure(run, config.model_copy(update={"repeats": 4}), 8)
     assert deep.forward_flops == pytest.approx(4 * small.forward_flops, rel=0.15)
     assert deep.activation_bytes > 1.4 * small.activation_bytes  # the G step keeps four passes
+
+
+def test_the_settings_that_would_fit_do_and_larger_ones_would_not() -> None:
+    run = load_params(SMOKE).runs["t4"]
+    config = ModelConfig(size="t4", channels=4, latent_size=8, num_classes=10)
+    whole = budget(run, config)
+    free = whole.memory_bytes - whole.activation_bytes * 2 // 3
+    lines = what_fits(run, config, 1, free)
+    micro_batch = int(lines[0].removeprefix("AFM_MICRO_BATCH=").split(":")[0])
+    assert budget(run, config, 1, micro_batch).memory_bytes - free < 0.02 * whole.activation_bytes
+    assert budget(run, config, 1, 2 * micro_batch).memory_bytes > free
+    assert lines[1].startswith("AFM_CHECKPOINT_ACTIVATIONS=true") and lines[2].startswith("precision: bf16")
+    free = RUNTIME + whole.state_bytes // 2
+    alone, shared = what_fits(run, config, 1, free)
+    assert alone.startswith("on one device alone, nothing: weights and optimizers take 0.0 GiB")
+    devices = int(shared.split(" on ")[1].split()[0])
+    fits = [budget(run, config, n, 4, True, shard=True).memory_bytes <= free for n in (devices // 2, devices)]
+    assert fits == [False, True]
+    assert what_fits(run, config, 1, RUNTIME)[1:] == []
 
 
 def test_activations_are_what_a_step_keeps_and_nothing_more() -> None:

@@ -201,3 +201,11 @@ def test_the_commands_print_the_table_and_exit_with_what_it_means(project: Path)
     quick = "import sys; from afm_pipe.cli.app import app; app(['status'], standalone_mode=False); print(*sys.modules)"
     ran = subprocess.run([sys.executable, "-c", quick], capture_output=True, text=True, check=True)
     assert "torch" not in ran.stdout.splitlines()[-1].split()
+
+
+def test_a_curve_that_is_removed_while_they_are_listed_is_left_out(tmp_path: Path) -> None:
+    for age, name in ((10, "new"), (20, "old")):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (1000 - age, 1000 - age))
+    found = status.by_age(tmp_path / name for name in ("new", "gone", "old"))
+    assert found == [(980.0, tmp_path / "old"), (990.0, tmp_path / "new")]

@@ -1,5 +1,6 @@
 """One run, one owner: on one machine, and on two that share a file system whose flock stays on each."""
 
+import fcntl
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import pytest
 
 from afm_pipe.runtime import lease
 from afm_pipe.runtime.errors import UserError
-from afm_pipe.runtime.lease import LeaseLostError, hold_lease
+from afm_pipe.runtime.lease import HeldError, LeaseLostError, hold_lease
 
 INTERVAL, STALE = 0.1, 1.5
 # A process on a machine of its own: it has another identity, and its flock is not seen elsewhere.
@@ -131,6 +132,41 @@ def test_a_clock_that_jumps_takes_nothing_from_a_holder_that_is_alive(machine: C
             ended.set()
     assert not ended.is_set()
     assert path.exists()
+
+
+def test_a_process_that_was_slow_to_take_over_finds_the_new_holder(
+    machine: Callable[[str], Machine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stale, create, others = Path("run/lease-000007"), lease._create, []
+    stale.parent.mkdir()
+    stale.write_text(json.dumps({"machine": "node-z"}))
+    os.utime(stale, (1, 1))
+
+    def slow(path: Path, token: str) -> bool:
+        if not others:  # meanwhile node-b, which finds no lease, begins a new count
+            stale.unlink()
+            others.append(machine("node-b"))
+            assert others[0].says() == "held"
+        return create(path, token)
+
+    monkeypatch.setattr(lease, "_create", slow)
+    monkeypatch.setattr(lease.fcntl, "flock", lambda *_: None)
+    with pytest.raises(HeldError, match="on node-b"), hold_lease(Path("run")):
+        pass
+    assert others[0].go_on() == "written"
+
+
+def test_a_flock_that_the_file_server_keeps_for_a_dead_machine_is_no_holder(machine: Callable[[str], Machine]) -> None:
+    Path("run").mkdir()
+    stale = Path("run/lease-000002")
+    stale.write_text(json.dumps({"machine": "node-z"}))
+    os.utime(stale, (1, 1))
+    with Path("run/lock").open("a") as kept:
+        fcntl.flock(kept, fcntl.LOCK_EX)
+        with hold_lease(Path("run")) as held:
+            held.check()
+        with pytest.raises(HeldError, match="another process"), hold_lease(Path("run")):
+            pass  # without a lease of another machine, the flock decides
 
 
 def test_on_one_machine_the_kernel_lets_go_at_once(

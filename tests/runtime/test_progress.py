@@ -42,6 +42,32 @@ def test_a_console_that_lacks_a_character_shows_another(encoding: str) -> None:
     assert b"?_ot" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("console", "code", "said"),
+    [
+        ("2>&-", 0, "done\n"),
+        (">&- 2>&-", 0, ""),
+        ("2>/dev/full", 0, "done\n"),
+        (">/dev/full", 1, "error: Found the output or a file not writable (No space left on device)"),
+        ("2>&1 >/dev/full | cat", 0, "error: Found the output or a file not writable (No space left on device)"),
+    ],
+)
+def test_a_console_that_is_closed_or_full_ends_no_work_and_no_traceback_is_shown(
+    console: str, code: int, said: str
+) -> None:
+    work = (
+        "from afm_pipe.runtime.commands import user_command\nfrom afm_pipe.runtime.progress import Progress, track\n"
+        "def work():\n    yield Progress(3, 3, 'images')\n"
+        "def main():\n    track('x', work())\n    print('done')\n"
+        "user_command(main)()"
+    )
+    words = ["sh", "-c", f'"{sys.executable}" -c "$0" {console}', work]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert said in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
 def test_what_rounding_leaves_of_zero_is_shown_as_zero() -> None:
     assert titles.number(2.17e-19) == titles.number(-2.17e-19) == titles.number(0.0)
     assert titles.number(1.2e-5) == "1.20e-5"

@@ -48,7 +48,11 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 weight.normal_(std=0.1)
         described = {"model": config.model_dump(), "scaling_factor": 0.5, "classes": [f"digit {i}" for i in range(10)]}
         described["images_seen"] = 0
-        save_model(folder / paths.model(name), generator, build_discriminator(config), described)
+        save_model(
+            folder / paths.model(name),
+            {"generator": generator, "discriminator": build_discriminator(config)},
+            described,
+        )
     (folder / "params.yaml").write_text(SMOKE.read_text().replace("micro_batch: 50", "micro_batch: 6"))
     return folder
 

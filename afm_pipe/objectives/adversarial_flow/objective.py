@@ -9,7 +9,7 @@ Shapes: N images of a micro-batch, n penalized ones, C, H, W of latents.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from afm_pipe.data.latents import Latents
 from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from afm_pipe.models.dit import in_float32
-from afm_pipe.models.flow import Flow, transport_map
-from afm_pipe.models.generator import Generator
-from afm_pipe.models.model_files import ModelConfig, build_discriminator, build_generator
+from afm_pipe.models.flow import transport_map
+from afm_pipe.models.model_files import ModelConfig, build_discriminator, build_generator, build_sampler
 from afm_pipe.objectives import register
 from afm_pipe.objectives.adversarial_flow.batches import (
     AdversarialBatches,
@@ -32,7 +31,7 @@ from afm_pipe.objectives.adversarial_flow.batches import (
 from afm_pipe.objectives.adversarial_flow.losses import Logits, perturb, relativistic
 from afm_pipe.objectives.adversarial_flow.normalizer import divisor
 from afm_pipe.objectives.adversarial_flow.terms import D_TERMS, G_ADVERSARIAL, G_TERMS, DLossInputs, GLossInputs
-from afm_pipe.objectives.base import Hyperparameters, Learner, Objective, Term
+from afm_pipe.objectives.base import Hyperparameters, Learner, Objective, Sampler, Term
 from afm_pipe.objectives.schedules import cosine, num_updates, phase_at, update_at
 from afm_pipe.params import Run
 
@@ -123,8 +122,8 @@ class AdversarialFlow(Objective):
     ) -> AdversarialBatches:
         return AdversarialBatches(latents, self.run, self.classifier, device, group, micro_batch)
 
-    def sampler(self, network: nn.Module) -> Flow:
-        return Flow(cast(Generator, network), self.config.form, self.config.nfe)
+    def sampler(self, network: nn.Module) -> Sampler:
+        return build_sampler(network, self.config)
 
     def describe(self) -> dict[str, Any]:
         return self.config.model_dump()
@@ -153,6 +152,11 @@ class AdversarialFlow(Objective):
         noise = PenaltyNoise(torch.empty_like(latents[:penalized]), torch.empty_like(latents[:penalized]))
         part = DiscriminatorPart(batch, noise if penalized else None)
         return Draw([[part]] * self.run.discriminator_updates, [GeneratorPart(batch)])
+
+    def example_updates(self, count: int, penalized: int | None = None) -> list[tuple[Any, float]]:
+        every = self.run.penalty.every  # lazy penalties
+        unpenalized = [(self.example_batch(count, 0), 1 - 1 / every)] if every > 1 else []
+        return [(self.example_batch(count, penalized), 1 / every), *unpenalized]
 
     def example_forward(self, networks: Mapping[str, nn.Module], count: int) -> Tensor:
         return self._generate(networks["generator"], self.example_batch(count).generator[0].batch)
