@@ -252,7 +252,7 @@ def check_continuous(name: str, vectors: Vectors) -> Finding:
     SIZES["released"] = ModelSize(depth=depth, width=width, heads=width // HEAD_WIDTH, patch=patch)
     ot = 0.0
     sampling = OdeSampling(solver="euler", steps=1, guidance_scale=1.0, guidance_interval=(0.0, 1.0))
-    base = load_params(PROFILE).runs["t4"]
+    base = base_run()
     settings = {
         "objective": "continuous_adversarial_flow",
         "flow": FlowSettings(times="uniform", label_dropout=0.1, warmup=0, sampling=sampling),
