@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
+from afm_pipe.cli.status import summary_text
 from afm_pipe.reporting.page import write_report
 from afm_pipe.reporting.printing import csv_text
 from afm_pipe.reporting.study_published import published_table
@@ -161,6 +163,34 @@ def test_a_grid_shows_means_over_seeds_and_marks_divergence() -> None:
     assert "† 3/3 at 0" in figure.svg
     assert "one of two seeds diverged" in figure.caption
     assert section.verdict is None
+
+
+def test_rows_may_be_runs_and_the_summary_shows_them_over_seeds_in_80_columns() -> None:
+    table = declared(rows=("a plain GAN", "one step"), checks=())
+    table["rows"]["settings"] = {"a plain GAN": {"run": "t4-no-transport"}, "one step": {"run": "t4"}}
+    params = make_params(runs=table)
+    first, *_ = (spec for spec in params.trials["runs"] if spec.place.row == "one step" and spec.place.seed == 0)
+    assert first.run is first.base and first.run == params.runs["t4"]
+    assert {spec.run.seed for spec in params.trials["runs"]} == {0, 1, 2}
+    write_study("tables/runs.json", table, lambda row, column, seed: (20.0 if row == "one step" else 60.0) + seed)
+    text = summary_text(params)
+    assert all(len(line) <= 80 for line in text.splitlines())
+    (line,) = [line for line in text.splitlines() if line.strip().startswith("t4 ")]
+    assert line.split() == ["t4", "one", "step", "21.0", "±", "1.0", "90.0", "±", "0.0", "%"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"run": "t5"}, "run: expected one of t4, t4-no-transport, found 't5'"),
+        ({"run": "t4", "lr": 0.1}, "expected `run` alone, since the run has all settings; found also lr"),
+    ],
+)
+def test_a_row_that_is_a_run_names_one_and_changes_nothing(fields: dict[str, Any], words: str) -> None:
+    table = declared(rows=("a",), checks=())
+    table["rows"]["settings"] = {"a": fields}
+    with pytest.raises(ValidationError, match=f"tables.runs: row a.*{words}"):
+        make_params(runs=table)
 
 
 def test_one_seed_has_the_interval_of_its_measurement() -> None:
