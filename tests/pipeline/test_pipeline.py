@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from tests.conftest import ROOT, SMOKE, write_images
 
@@ -95,6 +97,17 @@ def test_every_output_is_there_and_git_stays_clean(clone: Path) -> None:
     assert new <= MADE
 
 
+def test_the_stages_find_what_the_pool_made_current(clone: Path) -> None:
+    made = {path.stem for path in (clone / "work" / "current").glob("*.json")}
+    of_runs = {f"{stage}-{name}" for stage in RUN_STAGES for name in ("t4", "t4-no-transport")}
+    assert made == {*of_runs, "classifier-", "toy-", "table-transport"}
+    code = json.loads((clone / "results" / "costs" / "t4.json").read_text())
+    assert code["threads"] == 1
+    for stage, names in (("train", ["t4"]), ("evaluate", ["t4"]), ("table", ["transport"]), ("toy", [])):
+        said = shell(clone, "python", f"stages/{stage}.py", *names)
+        assert said.endswith("current.\n"), said
+
+
 def test_a_table_is_in_the_report_with_a_verdict(clone: Path) -> None:
     cells = json.loads((clone / "results" / "tables" / "transport.json").read_text())["trials"]
     assert [(cell["row"], cell["cost"]["updates"] > 0) for cell in cells] == [("0.2", True), ("0", True)]
@@ -125,8 +138,9 @@ def test_an_inherited_default_changes_all_that_inherit_it_and_one_run_itself(clo
         (clone / "params.yaml").write_text(before)
         return found
 
-    assert changed("train.logit_centering", 0.02) == {"train@t4", "train@t4-no-transport", "table@transport", "report"}
-    assert changed("runs.t4.lr", 0.0011) == {"train@t4", "report"}
+    inherited = {"pool", "train@t4", "train@t4-no-transport", "table@transport", "report"}
+    assert changed("train.logit_centering", 0.02) == inherited
+    assert changed("runs.t4.lr", 0.0011) == {"pool", "train@t4", "report"}
 
 
 def test_dvc_shows_metrics_and_plots(clone: Path) -> None:
@@ -175,3 +189,49 @@ def test_the_smoke_profile_runs_to_its_end_on_digits(tmp_path: Path) -> None:
     shell(folder, "git", "commit", "-qm", "clone")
     assert set(repro(folder)) == set(shell(folder, "dvc", "stage", "list", "--name-only").split())
     assert "200 samples" in (folder / "results" / "report" / "index.html").read_text()
+
+
+def many_classes(folder: Path, classes: int, per_class: int) -> Path:
+    """Make a clone of the smoke profile on images of many classes."""
+    make_clone(folder)
+    for index in range(classes * per_class):
+        path = folder / "data" / "images" / f"{index % classes:04d}" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(index).integers(0, 256, (32, 32), np.uint8)).save(path)
+    for place in ("data.source", "data.min_images"):
+        edit(folder, place, SMALLER[place])
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("classes", "per_class", "missing"),
+    [
+        (1000, 1, ["no class with two different images among 1000 images of 1000 classes", "evaluate.samples 200 for"]),
+        (500, 2, ["evaluate.samples 200 for 500 classes, expected at least 1000", "reference.thumbnails 200 for"]),
+    ],
+)
+def test_many_classes_of_few_images_stop_in_prepare_with_all_that_is_missing(
+    classes: int, per_class: int, missing: list[str], tmp_path: Path
+) -> None:
+    folder = many_classes(tmp_path / "afm-pipe", classes, per_class)
+    done = subprocess.run(
+        ["dvc", "repro"], cwd=folder, env=environment(folder), capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert re.findall(r"Running stage '([^']+)'", done.stdout) == ["prepare"]
+    assert "Found what later stages cannot work with:" in done.stderr and "Traceback" not in done.stderr
+    assert all(f"\n  {each}" in done.stderr for each in missing)
+
+
+@pytest.mark.slow
+def test_500_classes_of_two_images_go_through_with_what_prepare_names(tmp_path: Path) -> None:
+    folder = many_classes(tmp_path / "afm-pipe", 500, 2)
+    enough = {"evaluate.samples": 1000, "study.samples": 1000, "reference.thumbnails": 501}
+    for place, value in (SMALLER | enough).items():
+        edit(folder, place, value)
+    shell(folder, "git", "add", "-A")
+    shell(folder, "git", "commit", "-qm", "clone")
+    assert set(repro(folder)) == set(shell(folder, "dvc", "stage", "list", "--name-only").split())
+    metrics = json.loads((folder / "results" / "metrics" / "t4.json").read_text())
+    assert metrics["protocol"]["samples"] == 1000 and metrics["fd_classifier_1k"] > 0
