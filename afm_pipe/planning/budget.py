@@ -15,7 +15,7 @@ from afm_pipe.runtime.machine import available_memory
 
 COPIES = 4  # weights, gradients, two AdamW moments; the sampled network also has an EMA
 AUTOCAST = 0.7  # bf16 autocast keeps this fraction of float32's activations in a block with qk_norm; 0.6 without
-TEMPORARY = 4.5  # floats per token and channel that the backward pass of a block needs besides what the pass keeps
+TEMPORARY, TEMPORARY_CHECKPOINTED = 4.5, 2.0  # floats per token and channel that a block's backward pass adds
 COUNTED = 4  # images for which activations are counted before they are scaled
 RUNTIME = 600 << 20  # bytes of an imported torch or of a CUDA context, and small buffers
 FRAGMENTATION = 0.05  # of activations: what an allocator rounds up and cannot use
@@ -78,7 +78,7 @@ def budget(
     size = SIZES[config.size]
     passes = max(2 * (images + penalized), (config.repeats + 1) * images)  # of an image through a block, in a step
     tokens = FLOAT * passes * (config.latent_size // size.patch) ** 2 * size.width
-    temporaries = TEMPORARY * tokens
+    temporaries = (TEMPORARY_CHECKPOINTED if checkpoint_activations else TEMPORARY) * tokens
     one_block = activations - tokens * (size.depth - 1) if checkpoint_activations else activations / size.depth
     largest, every = FLOAT * max(parameters.values()), FLOAT * sum(parameters.values())
     if world_size > 1:  # buckets hold the gradients of all networks all the time
