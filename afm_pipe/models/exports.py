@@ -34,7 +34,8 @@ def export(model_dir: Path, autoencoder_dir: Path, kind: str, out: Path) -> None
     """Write the generator of `model_dir` to `out`, atomically.
 
     released: a .pth of plain tensors with the released names (of a velocity: SiT's tensors); safetensors: the model's
-    own tensors, with the config in the metadata; diffusers: a folder for DiffusionPipeline.from_pretrained, with autoencoder and code.
+    own tensors, with the config in the metadata; diffusers: a folder for DiffusionPipeline.from_pretrained, with
+    autoencoder and code.
     Raises UserError if the model does not match its config or `out` does not suit the kind.
     """
     _check_out(kind, out)
