@@ -1,7 +1,9 @@
 # Two commands do everything: `make repro` and `make test`. Both may be run again at any time.
-# VENV=path uses another environment, PYTHON=path another interpreter to create it with.
+# VENV=path uses another environment, PYTHON=path another interpreter to create it with. LOCK= installs the newest
+# versions that pyproject.toml allows instead of those of requirements.lock.
 
 VENV ?= .venv
+LOCK ?= requirements.lock
 FUZZ_EXAMPLES ?= 2000
 PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,$(shell \
 	$(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
@@ -14,7 +16,7 @@ ifneq ($(words $(VENV)),1)
 $(error found VENV=$(VENV), expected a path without spaces)
 endif
 
-.PHONY: scm help repro test test-slow test-browser fuzz bench crash-test lint install clean
+.PHONY: scm help repro test test-slow test-browser fuzz bench crash-test lint lock install clean
 
 help:
 	@echo "make repro         set up, run the pipeline on params.yaml, print the run table"
@@ -24,6 +26,8 @@ help:
 	@echo "make bench         time the package beside plain implementations: benchmarks/results.md (about 10 minutes, idle machine)"
 	@echo "make fuzz          give damaged and hostile files to every loader; some minutes (FUZZ_EXAMPLES=2000 of each)"
 	@echo "make crash-test    kill a training run at 50 random moments; rewrites docs/crash-test.json"
+	@echo "make lock          write the installed versions into requirements.lock, then run the tests"
+	@echo "                   (with LOCK= VENV=.venv-next: the newest versions, in a new environment)"
 	@echo "make clean         remove what the pipeline made; keep environment, images and weights"
 
 repro: $(INSTALLED)
@@ -65,6 +69,12 @@ lint: $(INSTALLED)
 	@$(ON_PATH) ruff format --check .
 	@$(ON_PATH) mypy
 
+lock: $(INSTALLED)
+	@$(ON_PATH) python .ci/lock.py > requirements.lock.new
+	@mv requirements.lock.new requirements.lock
+	@touch "$(INSTALLED)"
+	@$(MAKE) --no-print-directory test
+
 install: $(INSTALLED)
 
 scm:
@@ -75,14 +85,14 @@ scm:
 		echo "or put the lines [core] and no_scm = true into .dvc/config.local, for DVC without git and experiments." >&2; \
 		echo "Then run make again. Nothing was installed." >&2; exit 1; }
 
-$(INSTALLED): pyproject.toml | scm
+$(INSTALLED): pyproject.toml $(LOCK) | scm
 	@test -x "$(BIN)/python" || test -n "$(PYTHON)" || { \
 		echo "error: found no Python 3.11 or later: install one, or name it with PYTHON=path." >&2; exit 1; }
 	@test -x "$(BIN)/python" || "$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
 		echo "error: found $(PYTHON) without venv: install it (Debian, Ubuntu: apt install python3-venv)." >&2; exit 1; }
 	@test -x "$(BIN)/python" || { echo "== creating $(VENV)"; "$(PYTHON)" -m venv "$(VENV)"; }
 	@echo "== installing into $(VENV) (about 6 GB with torch; the first time takes some minutes)"
-	@"$(BIN)/python" -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	@"$(BIN)/python" -m pip install --quiet --disable-pip-version-check $(if $(LOCK),-c "$(LOCK)") -e ".[dev]"
 	@touch "$(INSTALLED)"
 
 clean:

@@ -1,12 +1,16 @@
 """The rooms of the package: what lies where, and that imports go one way."""
 
 import ast
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "afm_pipe"
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "afm_pipe"
 ORDER = (
     *("runtime", "params", "distributed", "data", "autoencoders", "models", "objectives", "training", "sampling"),
     *("evaluation", "study", "planning", "reporting", "pipeline", "cli"),
@@ -72,3 +76,12 @@ def test_no_cycle_between_modules() -> None:
 
     for name in graph:
         visit(name, ())
+
+
+def test_the_lock_file_pins_all_that_is_installed_for_the_package() -> None:
+    script = [sys.executable, ROOT / ".ci" / "lock.py"]
+    found = subprocess.run(script, capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[a-z0-9-]+==[a-z0-9.]+", line) for line in lines), "no paths, URLs or local builds"
+    names = {line.partition("==")[0] for line in found if not line.startswith("#")}
+    assert names - {line.partition("==")[0] for line in lines} == set(), "run `make lock`"

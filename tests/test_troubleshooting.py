@@ -122,7 +122,7 @@ def _(request: pytest.FixtureRequest) -> str:
     return prepare()
 
 
-@provokes("Found extra beside DIR/train, expected the class folders in train and at most dev, eval, ...")
+@provokes("Found extra next to DIR/train, expected the class folders in train and at most dev, eval, ...")
 def _(request: pytest.FixtureRequest) -> str:
     images("data/images/train")
     Path("data/images/extra").mkdir()
@@ -135,7 +135,7 @@ def _(request: pytest.FixtureRequest) -> str:
     return prepare()
 
 
-@provokes("passed over N: 2 'Thumbs.db', 1 'val'")
+@provokes("skipped N: 2 'Thumbs.db', 1 'val'")
 def _(request: pytest.FixtureRequest) -> str:
     root = images("data/images/train")
     for folder in (root / "class0", root / "class1", root.parent / "val"):

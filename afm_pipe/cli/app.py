@@ -292,6 +292,19 @@ def summary(params: ParamsFile = paths.PARAMS) -> None:
     typer.echo(summary_text(_with_sizes(params)))
 
 
+@_command(INSPECT)
+def gate(
+    baseline: Annotated[str, typer.Argument(help="A git revision, or a folder like results/.")],
+    results: Annotated[Path, typer.Option(help="The results to judge.")] = paths.RESULTS,
+) -> None:
+    """Compare results with a baseline; exit code 1: worse, 2: not comparable.  Example: afm-pipe gate HEAD"""
+    from afm_pipe.reporting.gate import gate as compare
+
+    text, code = compare(baseline, results)
+    typer.echo(text)
+    raise typer.Exit(code)
+
+
 @_command(MODELS, "import")
 def import_weights(
     file: Annotated[str, typer.Argument(help="Weights: .pth, .pt, .bin, .ckpt, .safetensors or .index.json.")],

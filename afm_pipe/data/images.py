@@ -1,4 +1,4 @@
-"""Image files to square uint8 arrays: decoding, conversion, the ADM center crop.
+"""Convert image files to square uint8 arrays: decoding, color conversion, the ADM center crop.
 
 Legend: C channels (1 gray, 3 RGB), S side of the square images.
 """
@@ -15,10 +15,10 @@ from PIL import Image, UnidentifiedImageError
 from afm_pipe.data.metadata import read_orientation, without_metadata
 from afm_pipe.runtime.errors import UserError
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # by content: ImageNet has a PNG named .JPEG
-MAX_PIXELS = 80_000_000  # below Pillow's own limit, whose first level only warns
-MAX_BYTES = 1 << 29  # of an image file: more than MAX_PIXELS take uncompressed
-UPRIGHT = {  # EXIF orientation: what turns the stored pixels upright
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # recognized by content: ImageNet has a PNG named .JPEG
+MAX_PIXELS = 80_000_000  # below the size at which Pillow warns
+MAX_BYTES = 1 << 29  # of an image file; MAX_PIXELS uncompressed take less
+UPRIGHT = {  # EXIF orientation: the transpose that makes the stored pixels upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -42,11 +42,11 @@ def read_image_file(path: Path) -> bytes:
 def decode_image(
     data: bytes, name: str, size: int, channels: int, orientation: Literal["ignore", "apply"] = "ignore"
 ) -> NDArray[np.uint8]:
-    """Decode an image file, convert it and crop its center to (C, S, S) uint8; `name` is for errors.
+    """Decode an image file, convert it and crop its center to (C, S, S) uint8; `name` appears in errors.
 
-    16-bit gray is scaled to 8 bits, transparency of any kind is composited on white, anything else becomes gray or RGB
-    according to `channels`. EXIF orientation is ignored, as in ADM, or applied before the crop; other metadata is not
-    read. Raises UserError on truncated, unknown, animated and oversized files.
+    16-bit gray is scaled to 8 bits, transparency is composited on white, and all modes become gray or RGB according to
+    `channels`. EXIF orientation is ignored, as in ADM, or applied before the crop; other metadata is not read. Raises
+    UserError for truncated, unknown, animated and oversized files.
     """
     turn = UPRIGHT.get(read_orientation(data)) if orientation == "apply" else None
     data = without_metadata(data)
@@ -69,19 +69,19 @@ def decode_image(
         ) from None
     except BOMBS:
         raise _oversized(name, "an enormous image") from None
-    except Exception as error:  # whatever Pillow's decoders raise for damaged or hostile bytes
+    except Exception as error:  # Pillow raises almost anything for damaged or hostile bytes
         raise UserError(f"Found {name} damaged ({error}), expected a complete image: replace or remove it.") from None
     width, height = still.size
-    if size * size * max(width, height) > MAX_PIXELS * min(width, height):  # once its short side is scaled up to size
+    if size * size * max(width, height) > MAX_PIXELS * min(width, height):  # after its short side is scaled up to size
         raise _oversized(name, f"a strip of {width}x{height}")
     pixels = np.asarray(center_crop(still, size))  # (S, S) or (S, S, 3)
     return np.ascontiguousarray(pixels[None] if channels == 1 else pixels.transpose(2, 0, 1))  # (C, S, S)
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """Crop to size x size as ADM does: halve by box filter while possible, bicubic to the size, cut the center.
+    """Crop to size x size as ADM does: halve with a box filter, resize with a bicubic filter, cut out the center.
 
-    An image of size x size is returned unchanged. Source: Dhariwal and Nichol 2021, as used by DiT and SiT.
+    An image of size x size is unchanged. Source: Dhariwal and Nichol 2021, as used by DiT and SiT.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -106,9 +106,9 @@ def _converted(image: Image.Image, data: bytes, mode: str) -> Image.Image:
 
 
 def _seen(image: Image.Image, data: bytes) -> NDArray[np.bool_] | None:
-    """Return which pixels of a gray or RGB PNG differ from its transparent color (H, W); None where it has none.
+    """Return the mask (H, W) of pixels that differ from the transparent color of a gray or RGB PNG, None without one.
 
-    The color has the depth of the file, to which Pillow does not bring the pixels it compares.
+    The color has the bit depth of the file, while Pillow compares it with pixels converted to 8 bits.
     """
     color = image.info.pop("transparency", None)
     if color is None:
@@ -118,7 +118,7 @@ def _seen(image: Image.Image, data: bytes) -> NDArray[np.bool_] | None:
     pixels = np.asarray(image.convert("L") if image.mode == "1" else image).astype(np.uint16)
     if depth < 8:
         pixels = pixels // (255 // top)
-    elif depth == 16 and image.mode == "RGB":  # of which Pillow keeps the high bytes; as little-endian, the low ones
+    elif depth == 16 and image.mode == "RGB":  # Pillow keeps the high bytes, and the low ones if read as little-endian
         with Image.open(io.BytesIO(data), formats=["PNG"]) as low:
             low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]
             pixels = pixels << 8 | np.asarray(low)

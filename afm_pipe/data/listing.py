@@ -1,11 +1,11 @@
-"""Listing of a data set: one folder per class, each with image files.
+"""List a data set: one folder per class, each with image files.
 
-Nothing vanishes. Every entry under the root, in a folder as in a tar archive, is one of three:
+No entry disappears silently. In a folder as in a tar archive, every entry under the root is one of:
 
-    an image that counts  CLASS/IMAGE, by its extension; links to files and to folders count as what they lead to
-    passed over           by a name that CLUTTER lists; a text beside the class folders (BESIDE, DOCUMENTS); a split
-                          beside train/ (SPLITS); `prepare` says how many, by name. A dangling link never is
-    an error              everything else, named: dangling links, hidden class folders, archives, folders within a class
+    image    CLASS/IMAGE with a known extension; links are followed
+    skipped  a name in CLUTTER, a document next to the class folders (DOCUMENT_TYPES, DOCUMENTS), or a split next to
+             train/ (SPLITS); `prepare` prints how many there are of each name. A dangling link is never skipped
+    error    everything else, named in the message: dangling links, hidden class folders, archives, nested folders
 """
 
 import os
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from afm_pipe.runtime.errors import UserError
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-CLUTTER = (  # what systems and tools leave behind; patterns in lower case
+CLUTTER = (  # files of operating systems and tools; patterns in lower case
     *("__macosx", ".ds_store", "._*", ".localized", ".spotlight-v100", ".trashes", ".fseventsd"),  # macOS
     *(".temporaryitems", ".appledouble", "icon\r", ".documentrevisions-v100", ".volumeicon.icns"),
     *("thumbs.db", "thumbs.db:encryptable", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini"),  # Windows
@@ -31,33 +31,33 @@ CLUTTER = (  # what systems and tools leave behind; patterns in lower case
     *(".ipynb_checkpoints", ".idea", ".vscode"),
 )
 DOCUMENTS = {"readme", "license", "licence", "copying", "citation", "authors", "notice", "changelog"}
-BESIDE = {".md", ".rst", ".txt", ".csv", ".tsv", ".json", ".yaml", ".yml", ".xml", ".html", ".pdf"}
+DOCUMENT_TYPES = {".md", ".rst", ".txt", ".csv", ".tsv", ".json", ".yaml", ".yml", ".xml", ".html", ".pdf"}
 SPLITS = {"val", "valid", "validation", "test", "dev", "eval"}
 
 
 FILE, SPECIAL, DANGLING = "a file", "a pipe or a device", "a link that leads nowhere"
 CLASS_FOLDERS = "class folders"
 
-Tree = Mapping[str, Any]  # of a folder: its entries by name; a folder is again a Tree, a file anything else
+Tree = Mapping[str, Any]  # the entries of a folder by name: a Tree for a folder, any other value for a file
 
 
 class Listing(NamedTuple):
-    """Classes and images in plain string order, as in torchvision's ImageFolder."""
+    """Classes and images, sorted as strings, as in torchvision's ImageFolder."""
 
     classes: list[str]
     images: list[tuple[str, int]]
     """(CLASS/IMAGE, label)."""
-    passed_over: list[str] = []
-    """Paths of entries that do not count."""
+    skipped: list[str] = []
+    """Paths of skipped entries."""
     base: str = ""
-    """Folder of the class folders under the root: `train` as in ImageNet, or the root itself."""
+    """The folder under the root that holds the class folders: `train` as in ImageNet, or empty for the root itself."""
 
 
 def list_images(root: Path) -> Listing:
-    """List the class folders of `root`, or of its folder `train`, and their images, and what is passed over.
+    """List the class folders of `root` or `root/train`, their images, and skipped entries.
 
-    Raises UserError on a missing or empty root, an empty class folder, and everything that is neither an image nor
-    passed over.
+    Raises UserError for a missing or empty root, an empty class folder, and any entry that is neither an image nor
+    skipped.
     """
     if not root.is_dir():
         raise UserError(f"Found no folder {root}, expected one folder of images per class in it: check data.root.")
@@ -68,28 +68,28 @@ def list_images(root: Path) -> Listing:
 
 
 def list_tree(tree: Tree, root: Path, layout: str = CLASS_FOLDERS) -> Listing:
-    """List the classes of a tree of entries, whether on disk or in an archive; `root` and `layout` are for errors.
+    """List the classes of a tree of entries, on disk or in an archive; `root` and `layout` appear in errors.
 
     Raises UserError as `list_images` does.
     """
-    passed_over: list[str] = []
+    skipped: list[str] = []
     base = ""
     if _holds_classes(tree.get("train"), lambda: tree["train"]):
-        passed_over = _beside_train(tree, root)
+        skipped = _next_to_train(tree, root)
         base, tree, root = "train", tree["train"], root / "train"
     names: dict[str, list[str]] = {}
     strays: dict[str, Any] = {}
     for name, entry in tree.items():
-        if _is_passed_over(name, entry) or (is_beside(name) and _is_file(entry)):
-            passed_over.append(name)
+        if _is_skipped(name, entry) or (is_document(name) and _is_file(entry)):
+            skipped.append(name)
         elif not isinstance(entry, Mapping) or name.startswith("."):
             strays[name] = entry
         else:
             images = names.setdefault(name, [])
             for inner, leaf in entry.items():
                 path = f"{name}/{inner}"
-                if _is_passed_over(inner, leaf):
-                    passed_over.append(path)
+                if _is_skipped(inner, leaf):
+                    skipped.append(path)
                 elif is_image(inner) and _is_file(leaf):
                     images.append(inner)
                 else:
@@ -97,39 +97,40 @@ def list_tree(tree: Tree, root: Path, layout: str = CLASS_FOLDERS) -> Listing:
     _check(names, strays, root, layout)
     classes = sorted(names)
     listed = [(f"{name}/{image}", label) for label, name in enumerate(classes) for image in sorted(names[name])]
-    return Listing(classes, listed, sorted(passed_over), base)
+    return Listing(classes, listed, sorted(skipped), base)
 
 
 def _holds_classes(train: Any, entries: Callable[[], Tree]) -> bool:
-    """Tell whether an entry `train` is the folder of the class folders, as in ImageNet, rather than a class."""
+    """Return whether the entry `train` holds the class folders, as in ImageNet, and is not itself a class."""
     return isinstance(train, Mapping) and any(
         isinstance(entry, Mapping) and not is_clutter(name) for name, entry in entries().items()
     )
 
 
-def _beside_train(tree: Tree, root: Path) -> list[str]:
-    """Return what lies beside root/train and is passed over. Raises UserError on anything but splits and texts."""
+def _next_to_train(tree: Tree, root: Path) -> list[str]:
+    """Return the entries next to root/train, all skipped. Raises UserError for any but splits and documents."""
     others = {name: entry for name, entry in tree.items() if name != "train"}
     strays = {
         name: entry
         for name, entry in others.items()
-        if not _is_passed_over(name, entry)
-        and not (name.lower() in SPLITS if isinstance(entry, Mapping) else is_beside(name) and _is_file(entry))
+        if not _is_skipped(name, entry)
+        and not (name.lower() in SPLITS if isinstance(entry, Mapping) else is_document(name) and _is_file(entry))
     }
     _refuse_dangling(strays, root)
     if strays:
         raise UserError(
-            f"Found {first_of(sorted(strays))} beside {root / 'train'}, expected the class folders in train and at "
-            f"most {', '.join(sorted(SPLITS))} beside it: move the rest away, or name the classes' folder in data.root."
+            f"Found {first_of(sorted(strays))} next to {root / 'train'}, expected the class folders in train and at "
+            f"most {', '.join(sorted(SPLITS))} next to it: move the rest away, or set data.root to the folder of the "
+            "classes."
         )
     return list(others)
 
 
 def _check(names: Mapping[str, Sequence[str]], strays: Tree, root: Path, layout: str) -> None:
-    """Raise UserError where there is no class, a class is empty, or an entry neither counts nor is passed over."""
+    """Raise UserError if there is no class, a class is empty, or an entry is neither an image nor skipped."""
     _refuse_dangling(strays, root)
     stray = sorted(strays)
-    more = f"; {first_of(stray)} is neither an image in a class folder nor passed over" if stray else ""
+    more = f"; {first_of(stray)} is neither an image in a class folder nor skipped" if stray else ""
     if not names:
         raise UserError(f"Found no class under {root}, expected {root}/CLASS/IMAGE: check data.root{more}.")
     inside = {path.partition("/")[0] for path in stray if not path.rpartition("/")[2].startswith(".")}
@@ -156,12 +157,11 @@ def _refuse_dangling(strays: Tree, root: Path) -> None:
     dangling = sorted(name for name, entry in strays.items() if entry == DANGLING)
     if dangling:
         raise UserError(
-            f"Found {first_of(dangling)} under {root}, a link that leads nowhere: restore what it leads to, or "
-            "remove it."
+            f"Found {first_of(dangling)} under {root}, a link that leads nowhere: restore its target, or remove it."
         )
 
 
-def _is_passed_over(name: str, entry: Any) -> bool:
+def _is_skipped(name: str, entry: Any) -> bool:
     return is_clutter(name) and entry != DANGLING
 
 
@@ -170,24 +170,24 @@ def _is_file(entry: Any) -> bool:
 
 
 def is_clutter(name: str) -> bool:
-    """Tell whether a name is on the list of known clutter, in any case of letters."""
+    """Return whether a name matches CLUTTER, ignoring case."""
     return any(fnmatchcase(name.lower(), pattern) for pattern in CLUTTER)
 
 
-def is_beside(name: str) -> bool:
-    """Tell whether a file beside the class folders is passed over: a text that describes the data."""
-    return not name.startswith(".") and (Path(name).suffix.lower() in BESIDE or name.lower() in DOCUMENTS)
+def is_document(name: str) -> bool:
+    """Return whether a file next to the class folders is skipped, as a document that describes the data."""
+    return not name.startswith(".") and (Path(name).suffix.lower() in DOCUMENT_TYPES or name.lower() in DOCUMENTS)
 
 
 def is_image(name: str) -> bool:
-    """Tell whether a file in a class folder counts, by its name."""
+    """Return whether a file in a class folder is an image, by its name."""
     return not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS
 
 
-def count_by_name(passed_over: Iterable[str]) -> dict[str, int]:
-    """Return how many paths there are of each last name, the most frequent first."""
+def count_by_name(skipped: Iterable[str]) -> dict[str, int]:
+    """Return how many paths have each file name, the most frequent first."""
     counts: dict[str, int] = {}
-    for path in passed_over:
+    for path in skipped:
         name = path.rpartition("/")[2]
         name = "._*" if name.startswith("._") else name
         counts[name] = counts.get(name, 0) + 1
@@ -195,18 +195,19 @@ def count_by_name(passed_over: Iterable[str]) -> dict[str, int]:
 
 
 def first_of(names: Sequence[str]) -> str:
-    """Return the first three names, and how many there are besides."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    """Return the first three names and the number of others; names that would control a terminal are escaped."""
+    shown = [name if name.isprintable() else ascii(name) for name in names[:3]]
+    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _scan(folder: Path) -> dict[str, Any]:
-    """Return the entries of a folder; folders within are not read."""
+    """Return the entries of a folder; its subfolders are not read."""
     with scandir(folder) as entries:
         return {entry.name: _kind(entry) for entry in sorted(entries, key=lambda entry: entry.name)}
 
 
 def _scan_classes(folder: Path) -> dict[str, Any]:
-    """Return the entries of a folder of class folders, with those within them."""
+    """Return the entries of a folder of class folders, and the entries of those."""
     return {
         name: _scan(folder / name) if isinstance(entry, Mapping) and not is_clutter(name) else entry
         for name, entry in _scan(folder).items()

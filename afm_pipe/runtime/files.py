@@ -24,7 +24,7 @@ UNWRITABLE = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; the file or folder written there replaces `path` if the block succeeds.
+    """Yield a temporary path next to `path`; the file or folder written there replaces `path` if the block succeeds.
 
     On any error the temporary path is removed and `path` keeps its old content. Both are synced to disk, so a power
     cut leaves either the old content or the new. Raises UnwritableError if the disk is full or not writable.

@@ -23,7 +23,7 @@ TOY = RESULTS / "toy"  # the 1-D toy experiment: results.json, maps as CSV, figu
 STUDY = RESULTS / "study"  # tables of the larger study
 REPORT = RESULTS / "report"  # the page
 RENDERED = RESULTS / "rendered"  # tables as CSV, Markdown and LaTeX
-BENCHMARKS = Path("benchmarks/results.json")  # speed beside plain implementations, written by `make bench`
+BENCHMARKS = Path("benchmarks/results.json")  # speed compared with plain implementations, written by `make bench`
 
 
 def expanded(path: str | Path) -> str:

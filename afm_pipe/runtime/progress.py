@@ -18,7 +18,7 @@ SECONDS_OF_SILENCE = 9.0
 
 
 class Progress(NamedTuple):
-    """`done` of `total` `unit`s, and details to show beside them."""
+    """`done` of `total` `unit`s, and details to show with them."""
 
     done: int
     total: int

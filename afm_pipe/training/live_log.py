@@ -11,13 +11,15 @@ class LiveLog(Callback):
     """Logs every row of the curves to DVCLive under `folder`; the step is the update.
 
     The log is rewritten when a run starts, resumes or rolls back, so that it equals that of an uninterrupted run. Git,
-    dvc.yaml and DVC experiments are not changed.
+    dvc.yaml and DVC experiments are not changed. Where DVCLive cannot write, as in a git repository without a commit,
+    one line says so and the run continues without this log.
     """
 
     def __init__(self, trainer: TrainerView, folder: Path) -> None:
         self.trainer, self.folder = trainer, folder
         self._logged: list[Row] | None = None
         self._live: Any = None
+        self._failed = False
 
     def begin(self) -> None:
         """Log the rows of earlier sessions."""
@@ -25,9 +27,19 @@ class LiveLog(Callback):
 
     def after_row(self) -> Action:
         """Log the new rows."""
+        from scmrepo.exceptions import SCMError
+
+        if not self._failed:
+            try:
+                self._log(self.trainer.state.rows)
+            except (OSError, SCMError) as error:
+                self._failed, self._live = True, None
+                print(f"Not logged with DVCLive: {error}. The run continues; its curves are written as always.")
+        return Action.CONTINUE
+
+    def _log(self, rows: list[Row]) -> None:
         from dvclive import Live
 
-        rows = self.trainer.state.rows
         if self._logged is None or rows[: len(self._logged)] != self._logged:  # the start, or a rollback
             self.end()
             self._live = Live(str(self.folder), save_dvc_exp=False, dvcyaml=None, report=None, monitor_system=False)
@@ -39,7 +51,6 @@ class LiveLog(Callback):
                     self._live.log_metric(name, float(value))
             self._live.make_summary()
             self._logged.append(row)
-        return Action.CONTINUE
 
     def end(self) -> None:
         """Complete the log."""

@@ -1,4 +1,4 @@
-"""Every entry under the root is an image that counts, known clutter that is passed over and counted, or an error."""
+"""Every entry under the root is an image that counts, known clutter that is skipped and counted, or an error."""
 
 import io
 import tarfile
@@ -34,8 +34,8 @@ CLUTTER = {
     "LICENSE": b"MIT",
     "labels.csv": b"a,b",
 }
-PASSED_OVER = (
-    "12 images of 3 classes under {root}; passed over 13: 2 '.DS_Store', 2 '._*', 1 '$RECYCLE.BIN', "
+SKIPPED = (
+    "12 images of 3 classes under {root}; skipped 13: 2 '.DS_Store', 2 '._*', 1 '$RECYCLE.BIN', "
     "1 '.ipynb_checkpoints', 1 '@eaDir', 1 'LICENSE', 1 'Thumbs.db', 1 '__MACOSX', 1 'desktop.ini', 1 'labels.csv', "
     "1 'lost+found'."
 )
@@ -76,7 +76,7 @@ def test_known_clutter_changes_nothing_and_is_counted(root: Path) -> None:
     put(root, CLUTTER)
     found = prepared(root)
     assert found.digest == digest
-    assert found.describe() == PASSED_OVER.format(root=root)
+    assert found.describe() == SKIPPED.format(root=root)
 
 
 def test_a_real_tar_of_a_cluttered_folder_counts_alike(root: Path) -> None:
@@ -84,7 +84,7 @@ def test_a_real_tar_of_a_cluttered_folder_counts_alike(root: Path) -> None:
     put(root, CLUTTER)
     found = prepared(packed(root), "tar")
     assert found.digest == digest
-    assert found.describe() == PASSED_OVER.format(root=packed(root))
+    assert found.describe() == SKIPPED.format(root=packed(root))
 
 
 def test_clutter_among_the_built_in_digits_is_no_mistake(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_clutter_among_the_built_in_digits_is_no_mistake(tmp_path: Path) -> None
     put(root, {"3/Thumbs.db": b"x"})
     track("materialize", materialize("mnist5k", root))
     found = prepared(root, "mnist5k")
-    assert (found.num_images, found.passed_over) == (5000, {".DS_Store": 1, "Thumbs.db": 1, "lost+found": 1})
+    assert (found.num_images, found.skipped) == (5000, {".DS_Store": 1, "Thumbs.db": 1, "lost+found": 1})
 
 
 def test_dangling_links_are_named(root: Path) -> None:
@@ -161,6 +161,14 @@ def test_what_would_vanish_is_named(name: str, words: str, root: Path) -> None:
         list_images(root)
 
 
+@pytest.mark.parametrize("name", ["\x1b[2Jx.txt", "two\nlines.txt", "\udcff.txt"])
+def test_names_that_would_control_a_terminal_are_shown_escaped(name: str, root: Path) -> None:
+    (root / "class0" / name).touch()
+    with pytest.raises(UserError) as error:
+        list_images(root)
+    assert f"Found 'class0/{ascii(name)[1:-1]}' under" in str(error.value)
+
+
 @pytest.mark.parametrize("name", [".cats/000.png", "class0/.hidden.png"])
 def test_what_would_vanish_from_a_tar_is_named(name: str, root: Path) -> None:
     put(root, {name: b"x"})
@@ -175,28 +183,28 @@ def test_an_empty_class_folder_of_a_tar_is_an_error_as_it_is_on_disk(root: Path)
             check()
 
 
-def test_splits_beside_train_are_passed_over_and_other_folders_are_named(root: Path, tmp_path: Path) -> None:
+def test_splits_next_to_train_are_skipped_and_other_folders_are_named(root: Path, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     whole.mkdir()
     root.rename(whole / "train")
     put(whole, {"val/class0/x.png": b"x", "test/y.png": b"y", "README.md": b"z"})
-    assert prepared(whole).passed_over == {"README.md": 1, "test": 1, "val": 1}
+    assert prepared(whole).skipped == {"README.md": 1, "test": 1, "val": 1}
     put(whole, {"extra/000.png": b"x"})
-    with pytest.raises(UserError, match="Found extra beside .*train, expected the class folders in train"):
+    with pytest.raises(UserError, match="Found extra next to .*train, expected the class folders in train"):
         prepared(whole)
 
 
-WHOLE = {  # what lies beside the class folders of train, and in them
+WHOLE = {  # entries next to the class folders of train, and in them
     "counted": (
         {"train/README.md": b"x", "train/labels.csv": b"x", "val/class0/x.png": b"x", "val/.DS_Store": b"x"},
         "",
     ),
     "clutter": ({"train/__MACOSX/x": b"x", "train/class0/Thumbs.db": b"x", "LICENSE": b"x", ".git/x/y": b"x"}, ""),
-    "a class beside": ({"class9/x.png": b"x"}, "Found class9 beside .*train, expected"),
+    "a class beside": ({"class9/x.png": b"x"}, "Found class9 next to .*train, expected"),
     "a hidden class": ({"train/.cats/x.png": b"x"}, r"Found \.cats under .*train, expected"),
     "a text in a class": ({"train/class0/a.txt": b"x"}, r"Found class0/a\.txt under .*train, expected"),
-    "a file named as a split": ({"val": b"x"}, "Found val beside"),
-    "an image beside": ({"x.png": b"x"}, r"Found x\.png beside"),
+    "a file named as a split": ({"val": b"x"}, "Found val next to"),
+    "an image beside": ({"x.png": b"x"}, r"Found x\.png next to"),
     "a folder in a class": ({"train/class0/deep/x.png": b"x"}, "Found class0/deep under"),
 }
 
@@ -216,8 +224,8 @@ def test_a_folder_with_train_and_its_tar_are_judged_alike(case: str, root: Path,
         return
     found, same = prepared(whole), prepared(packed(whole), "tar")
     assert found.digest == same.digest == digest
-    assert found.passed_over == same.passed_over
-    assert len(found.passed_over) == len(files) - (case == "counted")  # val with its clutter is one
+    assert found.skipped == same.skipped
+    assert len(found.skipped) == len(files) - (case == "counted")  # val with its clutter is one
 
 
 def test_a_zip_that_a_mac_made_is_unpacked_into_a_data_set(root: Path, tmp_path: Path) -> None:
@@ -229,4 +237,4 @@ def test_a_zip_that_a_mac_made_is_unpacked_into_a_data_set(root: Path, tmp_path:
             archive.writestr(f"__MACOSX/{name.replace('/', '/._')}", APPLE)
     zipfile.ZipFile(tmp_path / "mac.zip").extractall(tmp_path / "unpacked")
     found = prepared(tmp_path / "unpacked")
-    assert (found.classes, found.passed_over) == (("cat", "dog"), {"__MACOSX": 1})
+    assert (found.classes, found.skipped) == (("cat", "dog"), {"__MACOSX": 1})

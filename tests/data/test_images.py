@@ -151,7 +151,7 @@ def test_listing_is_sorted_and_names_what_it_passes_over(tmp_path: Path) -> None
     touch(tmp_path, "b/2.png", "b/10.JPEG", "a/x.WebP", "a/.DS_Store", ".cache/y.png", "README.md")
     found = list_images(tmp_path)
     assert found[:2] == (["a", "b"], [("a/x.WebP", 0), ("b/10.JPEG", 1), ("b/2.png", 1)])
-    assert found.passed_over == [".cache", "README.md", "a/.DS_Store"]
+    assert found.skipped == [".cache", "README.md", "a/.DS_Store"]
 
 
 @pytest.mark.parametrize(

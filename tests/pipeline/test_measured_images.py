@@ -99,15 +99,15 @@ def test_npz_for_adms_evaluator_holds_what_evaluation_measures(
     assert [path.name for path in tmp_path.iterdir()] == ["one.npz"]
 
 
-def test_images_for_other_evaluators_are_in_the_class_shares_of_the_reference(
-    project: Path,  # noqa: F811
-    measured: np.ndarray,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def summary(project: Path, measured: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:  # noqa: F811
+    """The summary of the reference, in a copy of the measured project as the working directory."""
     shutil.copytree(project, tmp_path / "project")
     monkeypatch.chdir(tmp_path / "project")
-    summary = read_json(paths.REFERENCE / "summary.json")
+    return read_json(paths.REFERENCE / "summary.json")
+
+
+def test_images_for_other_evaluators_are_in_the_class_shares_of_the_reference(summary: dict[str, Any]) -> None:
     write_json(paths.REFERENCE / "summary.json", summary | {"class_counts": [14, *[1] * 9]})
     assert afm("export", "one", "--format", "adm-npz", "--out", "one.npz").exit_code == 0
     with np.load("one.npz", allow_pickle=False) as file:
@@ -118,19 +118,13 @@ def test_images_for_other_evaluators_are_in_the_class_shares_of_the_reference(
 
 
 def test_imported_weights_without_class_names_are_measured_only_where_numbers_name_the_classes(
-    project: Path,  # noqa: F811
-    measured: np.ndarray,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    summary: dict[str, Any],
 ) -> None:
-    shutil.copytree(project, tmp_path / "project")
-    monkeypatch.chdir(tmp_path / "project")
     params = load_params(overrides=OVERRIDES)
     torch.save(load_tensors(paths.model("one") / "generator.safetensors"), "plain.pth")
     pipeline.import_weights(params, "plain", Imported(file="plain.pth"))
     done = afm("evaluate", "plain")
     assert "Found '0' as class 0 of 10 in models/plain, expected 'digit 0' of 10 as in reference" in done.output
-    summary = read_json(paths.REFERENCE / "summary.json")
     write_json(paths.REFERENCE / "summary.json", summary | {"classes": list("0123456789")})
     done = afm("evaluate", "plain")
     assert done.exit_code == 0, done.output

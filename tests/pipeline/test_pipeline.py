@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from tests.conftest import ROOT, SMOKE, write_images
 
@@ -175,3 +177,49 @@ def test_the_smoke_profile_runs_to_its_end_on_digits(tmp_path: Path) -> None:
     shell(folder, "git", "commit", "-qm", "clone")
     assert set(repro(folder)) == set(shell(folder, "dvc", "stage", "list", "--name-only").split())
     assert "200 samples" in (folder / "results" / "report" / "index.html").read_text()
+
+
+def many_classes(folder: Path, classes: int, per_class: int) -> Path:
+    """Make a clone of the smoke profile on images of many classes."""
+    make_clone(folder)
+    for index in range(classes * per_class):
+        path = folder / "data" / "images" / f"{index % classes:04d}" / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(index).integers(0, 256, (32, 32), np.uint8)).save(path)
+    for place in ("data.source", "data.min_images"):
+        edit(folder, place, SMALLER[place])
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("classes", "per_class", "missing"),
+    [
+        (1000, 1, ["no class with two different images among 1000 images of 1000 classes", "evaluate.samples 200 for"]),
+        (500, 2, ["evaluate.samples 200 for 500 classes, expected at least 1000", "reference.thumbnails 200 for"]),
+    ],
+)
+def test_many_classes_of_few_images_stop_in_prepare_with_all_that_is_missing(
+    classes: int, per_class: int, missing: list[str], tmp_path: Path
+) -> None:
+    folder = many_classes(tmp_path / "afm-pipe", classes, per_class)
+    done = subprocess.run(
+        ["dvc", "repro"], cwd=folder, env=environment(folder), capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert re.findall(r"Running stage '([^']+)'", done.stdout) == ["prepare"]
+    assert "Found what later stages cannot work with:" in done.stderr and "Traceback" not in done.stderr
+    assert all(f"\n  {each}" in done.stderr for each in missing)
+
+
+@pytest.mark.slow
+def test_500_classes_of_two_images_go_through_with_what_prepare_names(tmp_path: Path) -> None:
+    folder = many_classes(tmp_path / "afm-pipe", 500, 2)
+    enough = {"evaluate.samples": 1000, "study.samples": 1000, "reference.thumbnails": 501}
+    for place, value in (SMALLER | enough).items():
+        edit(folder, place, value)
+    shell(folder, "git", "add", "-A")
+    shell(folder, "git", "commit", "-qm", "clone")
+    assert set(repro(folder)) == set(shell(folder, "dvc", "stage", "list", "--name-only").split())
+    metrics = json.loads((folder / "results" / "metrics" / "t4.json").read_text())
+    assert metrics["protocol"]["samples"] == 1000 and metrics["fd_classifier_1k"] > 0

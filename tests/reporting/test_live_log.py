@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+import subprocess
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -83,6 +84,17 @@ def test_logging_touches_neither_git_nor_dvc(project: Path, discs_params: Params
     before = {path.name for path in project.iterdir()}
     pipeline.train(discs_params, "t4", OFTEN)
     assert {path.name for path in project.iterdir()} - before == {"results"}
+
+
+def test_a_git_repository_without_a_commit_stops_the_log_and_not_the_training(
+    project: Path, discs_params: Params, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subprocess.run(["git", "init", "-q"], check=True)
+    Path(".dvc").mkdir()
+    Path(".dvc/config").touch()
+    pipeline.train(discs_params, "t4", OFTEN)
+    assert "Not logged with DVCLive: Empty git repo." in capsys.readouterr().out
+    assert paths.model("t4").is_dir()
 
 
 def test_watching_shows_how_far_a_training_is_and_reloads(
