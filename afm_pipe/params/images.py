@@ -20,6 +20,9 @@ def _found_by_dvc(file: str) -> str:
     return file
 
 
+SMALL_IMAGE = 64  # pixels
+
+
 class Data(Section):
     """The images."""
 
@@ -39,6 +42,11 @@ class Data(Section):
     """Also encode each image mirrored left to right; training draws one of the two with equal probability."""
     min_images: Count
     """Minimum number of images; fewer are an error."""
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the networks of the images, autoencoder and features, get one thread each on a CPU."""
+        return self.image_size <= SMALL_IMAGE
 
 
 class Encode(Section):

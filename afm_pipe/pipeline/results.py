@@ -5,6 +5,7 @@ from pathlib import Path
 
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.params import Params
+from afm_pipe.pipeline.current import table_step, toy_step
 from afm_pipe.pipeline.notices import notice_code, notice_unused
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
@@ -17,6 +18,9 @@ def tables(params: Params, names: Sequence[str], launch: Launch, out: Path | Non
     from afm_pipe.study.trials import Trials, write_tables
 
     notice_unused([paths.OLD_TRIALS] if paths.OLD_TRIALS.is_dir() else [])
+    steps = [table_step(params, name) for name in names if name in params.tables] if out is None else []
+    if len(steps) == 1 and steps[0].skip():
+        return
     trials = Trials(params, names)
     done = [trial.result for trial in trials.all if trial.result.is_file()]
     notice_code((f"trials of {', '.join(trials.by_table)}", read_json(result).get("code")) for result in done)
@@ -27,6 +31,8 @@ def tables(params: Params, names: Sequence[str], launch: Launch, out: Path | Non
         track(" ".join(["table", *names]), run_trials(params, trials.all, launch, update_units))
     for path in write_tables(trials, out):
         print(path)
+    for step in steps:
+        step.record()
 
 
 def toy(params: Params, launch: Launch, strong: Path | None) -> None:
@@ -39,6 +45,10 @@ def toy(params: Params, launch: Launch, strong: Path | None) -> None:
     from afm_pipe.study.toy.strong import run_strong
     from afm_pipe.study.toy.writing import write_experiment
 
+    step = toy_step(params)
+    if strong is None and step.skip():
+        return
+    launch.use_threads(small=True)
     device = launch.torch_device()
     if strong is not None:
         found = track("toy, strong discriminator", run_strong(params.toy, params.seed, device))
@@ -51,6 +61,7 @@ def toy(params: Params, launch: Launch, strong: Path | None) -> None:
     found = track("toy, strong discriminator", run_strong(params.toy, params.seed, device))
     with atomic_path(paths.TOY) as folder:
         write_experiment(experiment, found, params.toy, folder)
+    step.record()
 
 
 def report(params: Params) -> None:

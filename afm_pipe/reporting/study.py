@@ -177,7 +177,7 @@ def _at_phase(results: TableResults, trials: Sequence[TrialResult], phase: int, 
 
 def _cell(results: TableResults, found: Spread, where: str, with_diverged: bool = True, new: bool = False) -> Cell:
     """Return a metric over seeds as a table's cell, by default with the number of diverged seeds."""
-    text = _text(found)
+    text = spread_text(found)
     if with_diverged and found.diverged:
         share = f"{found.diverged} of {found.trials} diverged"
         text = f"{text} ({share})" if found.values else share
@@ -185,7 +185,7 @@ def _cell(results: TableResults, found: Spread, where: str, with_diverged: bool 
     return Cell(text + f" {ONLY}" * new, found.mean, source, f"{found.key} of the trials {where}", found.ends)
 
 
-def _text(found: Spread) -> str:
+def spread_text(found: Spread) -> str:
     """Format a metric: 329 ± 12 over seeds, 329 [310, 348] for one seed; a fraction in percent."""
     if found.mean is None:
         return titles.MISSING
