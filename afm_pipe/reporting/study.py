@@ -298,7 +298,8 @@ def _spent(trial: TrialResult, update: int) -> float | None:
 
 def _point(results: TableResults, x: float, trials: Sequence[TrialResult], series: int) -> Point:
     found = spread(trials, results.distance_key)
-    return Point(x, found.mean, *(found.ends or (None, None)), series)
+    low, high = found.ends or (None, None)
+    return Point(x, found.mean, low, high, series)
 
 
 def _bars(results: TableResults) -> str:
