@@ -10,19 +10,23 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,$(
 BIN := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.afm-pipe-installed
 NO_SCM := grep -qs '^ *no_scm *= *true' .dvc/config .dvc/config.local
+# The GPU's checks run in any environment with torch, numpy, pytest, pydantic and safetensors.
+BARE := PYTHONPATH="$(CURDIR)" $(if $(wildcard $(BIN)/python),"$(BIN)/python","$(PYTHON)")
 ON_PATH := PATH="$(BIN):$$PATH"
 
 ifneq ($(words $(VENV)),1)
 $(error found VENV=$(VENV), expected a path without spaces)
 endif
 
-.PHONY: scm help repro test test-slow test-browser fuzz bench crash-test lint lock install clean
+.PHONY: scm help repro test test-slow test-browser test-gpu fuzz bench bench-gpu crash-test lint lock install clean
 
 help:
 	@echo "make repro         set up, run the pipeline on params.yaml, print the run table"
 	@echo "make test          set up, lint, check types, run the tests"
 	@echo "make test-slow     run the slow tests"
 	@echo "make test-browser  test the report in a headless Chromium, installed first where possible"
+	@echo "make test-gpu      check one GPU in about ten minutes: benchmarks/gpu/NAME.md; needs no data and no network"
+	@echo "make bench-gpu     time training, encoding and sampling on one GPU, into the same page"
 	@echo "make bench         time the package beside plain implementations: benchmarks/results.md (about 10 minutes, idle machine)"
 	@echo "make fuzz          give damaged and hostile files to every loader; some minutes (FUZZ_EXAMPLES=2000 of each)"
 	@echo "make crash-test    kill a training run at 50 random moments; rewrites docs/crash-test.json"
@@ -53,6 +57,12 @@ test-browser: $(INSTALLED)
 		echo "google-chrome on PATH), then run make test-browser again." >&2; exit 1; \
 	fi
 	@$(ON_PATH) pytest -m browser -rs
+
+test-gpu:
+	@$(BARE) -m pytest benchmarks/gpu -m gpu
+
+bench-gpu:
+	@$(BARE) -m benchmarks.gpu
 
 bench: $(INSTALLED)
 	@$(ON_PATH) python -m benchmarks

@@ -35,7 +35,6 @@ from afm_pipe.objectives.continuous_adversarial_flow import Draw as Turn
 from afm_pipe.objectives.flow_matching import Path as Points
 from afm_pipe.objectives.schedules import cosine
 from afm_pipe.params import Run
-from afm_pipe.params.file import load_params
 from afm_pipe.params.flow import FlowSettings, OdeSampling
 from afm_pipe.params.sizes import SIZES, ModelSize
 from afm_pipe.training.learner import Learner
@@ -102,6 +101,13 @@ class RolledAndErased:
         return x.roll(self.shift, -1) * self.keep.to(x)
 
 
+def base_run() -> Run:
+    """Return the run whose settings the vectors do not decide."""
+    from afm_pipe.params.file import load_params
+
+    return load_params(PROFILE).runs["t4"]
+
+
 class Released:
     """One file's networks and settings."""
 
@@ -140,7 +146,7 @@ class Released:
 
     def run(self, **changes: Any) -> Run:
         """Return the settings of the vectors (shared by all of them) as a run's."""
-        base = load_params(PROFILE).runs["t4"]
+        base = base_run()
         weights = {"weight": 0.25, "batch_fraction": 0.25, "epsilon": 0.01, "every": 1, "precision": "fp32"}
         penalty = base.penalty.model_copy(update=weights)
         ema = base.ema.model_copy(update={"decay": 0.99, "warmup": False})
@@ -246,7 +252,7 @@ def check_continuous(name: str, vectors: Vectors) -> Finding:
     SIZES["released"] = ModelSize(depth=depth, width=width, heads=width // HEAD_WIDTH, patch=patch)
     ot = 0.0
     sampling = OdeSampling(solver="euler", steps=1, guidance_scale=1.0, guidance_interval=(0.0, 1.0))
-    base = load_params(PROFILE).runs["t4"]
+    base = base_run()
     settings = {
         "objective": "continuous_adversarial_flow",
         "flow": FlowSettings(times="uniform", label_dropout=0.1, warmup=0, sampling=sampling),

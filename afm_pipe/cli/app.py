@@ -419,8 +419,12 @@ def plan(
     gpus: Annotated[int, typer.Option(help="Number of GPUs; they share each batch.")] = 8,
     gpu: Annotated[str, typer.Option(help="a100, h100, h200 or b200.")] = "h100",
     utilization: Annotated[
-        float, typer.Option("--utilization", "--utilisation", help="Fraction of the GPU's peak that training reaches.")
-    ] = 0.4,
+        float | None,
+        typer.Option("--utilization", "--utilisation", help="Fraction of the GPU's peak that training reaches."),
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Run a few updates of the first run here, and plan with their rate.")
+    ] = False,
     precision: Annotated[str, typer.Option(help="fp32, tf32 or bf16.")] = "tf32",
     micro_batch: MicroBatch = None,
     checkpoint: Annotated[
@@ -433,12 +437,15 @@ def plan(
     params: ParamsFile = paths.PARAMS,
     overrides: Overrides = None,
 ) -> None:
-    """Estimate FLOPs, memory, days and disk; trains nothing.  Example: afm-pipe plan xl2 --gpus 8 --gpu h100"""
+    """Estimate FLOPs, memory, days and disk.  Example: afm-pipe plan xl2 --gpus 8 --gpu h100"""
     from afm_pipe.cli.plan import plan_text
-    from afm_pipe.planning.plan import Machine
+    from afm_pipe.distributed.launch import load_launch
+    from afm_pipe.planning.plan import UTILIZATIONS, Machine
 
-    machine = Machine(gpu, gpus, utilization, precision, micro_batch, checkpoint, shard)
-    typer.echo(plan_text(_params(params, overrides), runs or [], machine, images))
+    least, most = UTILIZATIONS.get(precision, (1.0, 1.0)) if utilization is None else (None, utilization)
+    machine = Machine(gpu, gpus, most, precision, micro_batch, checkpoint, shard, least)
+    launch = load_launch() if measure else None
+    typer.echo(plan_text(_params(params, overrides), runs or [], machine, images, launch))
 
 
 @_command(MACHINE, context_settings={"ignore_unknown_options": True})

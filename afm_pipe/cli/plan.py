@@ -61,14 +61,33 @@ def _settings(launch: Launch) -> str:
     return f" ({', '.join(found)})" if found else ""
 
 
-def plan_text(params: Params, names: list[str], machine: "Machine", num_images: int | None) -> str:
-    """Estimate runs on a machine for `num_images`, else for the prepared data set, else for ImageNet."""
+def plan_text(
+    params: Params, names: list[str], machine: "Machine", num_images: int | None, launch: Launch | None = None
+) -> str:
+    """Estimate runs on a machine for `num_images`, else for the prepared data set, else for ImageNet.
+
+    With `launch`, the rate of the first run is measured on this machine, and all are planned with it.
+    """
     from afm_pipe.planning import plan
 
     manifest = count_images(params)
     classes = len(manifest.classes) if manifest and num_images is None else 1000
     count = num_images or (manifest.num_images if manifest else plan.IMAGENET_IMAGES)
-    text = track("plan", plan.plan_text(params, names, machine, count, classes))
+    measured = ""
+    if launch is not None:
+        from afm_pipe.planning.measuring import measured_flops
+        from afm_pipe.training.engine import Engine
+
+        name = (names or list(params.models))[0]
+        share = -(-params.model(name).batch_size // machine.gpus)
+        each, device = min(machine.micro_batch or share, share), launch.torch_device()
+        engine = Engine.of(launch)._replace(checkpoint_activations=machine.checkpoint_activations, shard=False)
+        flops = measured_flops(params, name, classes, each, device, engine)
+        machine = machine._replace(utilization=flops / machine.peak, least_utilization=None)
+        measured = (
+            f"Measured on {device}: {name} with {each} images at {flops / 1e12:.3g} TFLOP/s, here for every run.\n"
+        )
+    text = measured + track("plan", plan.plan_text(params, names, machine, count, classes))
     return text if manifest else f"{text}\nEstimated{ASSUMED}."
 
 

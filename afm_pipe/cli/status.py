@@ -2,9 +2,11 @@
 
 from afm_pipe.params import Params
 from afm_pipe.reporting.status import RunStatus, all_statuses, code_line, trials_line
-from afm_pipe.reporting.titles import duration
+from afm_pipe.reporting.titles import duration, is_distance, metric
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.tables import table_text
+from afm_pipe.study.results import ACCURACY, TableResults
+from afm_pipe.study.statistics import spread
 
 DAY = 86_400  # seconds
 LONGEST_NOTE = 60  # characters
@@ -41,17 +43,35 @@ def progress_text(each: RunStatus) -> str:
 
 
 def summary_text(params: Params) -> str:
-    """Return the metrics of all measured runs as a table."""
+    """Return distance and class accuracy of all measured runs: over seeds, where a table of params has runs as rows."""
     from afm_pipe.reporting.inputs import read_inputs
     from afm_pipe.reporting.tables import run_table
+    from afm_pipe.study.results import read_tables
 
-    inputs = read_inputs(params)
-    table = run_table(inputs)
-    shown = {"run", "seconds"}.union(*(record.metrics for record in inputs.runs))
-    chosen = [index for index, column in enumerate(table.columns) if column.key in shown]
+    for files in read_tables(params):
+        if files.own is not None and files.own.table.runs:
+            return _over_seeds(files.own)
+    table = run_table(read_inputs(params))
+    keys = [column.key for column in table.columns]
+    distance = next(filter(is_distance, keys), "")
+    chosen = [keys.index(key) for key in ("run", distance, ACCURACY) if key in keys]
     rows = [*table.rows, *([table.footer] if table.footer else [])]
     header = [table.columns[index].title for index in chosen]
     return table_text(header, [[row[index].text for index in chosen] for row in rows])
+
+
+def _over_seeds(results: TableResults) -> str:
+    """Return the rows of a table of runs, as mean and standard deviation over seeds."""
+    from afm_pipe.reporting.study import spread_text
+
+    header = ["run", "what it is", metric(results.distance_key).title, metric(ACCURACY).title]
+    rows = []
+    for label in results.rows:
+        trials = results.at(label, "")
+        values = [spread_text(spread(trials, key)) for key in (results.distance_key, ACCURACY)]
+        rows.append([results.table.runs.get(label, ""), label, *values])
+    count = len(results.table.seeds)
+    return f"{table_text(header, rows)}\nMean ± standard deviation over {count} seeds; {results.path} has each."
 
 
 def watch(params: Params, seconds: float) -> None:

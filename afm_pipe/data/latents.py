@@ -11,9 +11,8 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-import h5py
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -38,6 +37,9 @@ from afm_pipe.data.latents_format import (
 from afm_pipe.data.order import ALL
 from afm_pipe.params import LatentSpec, Params
 from afm_pipe.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    import h5py
 
 KINDS = {"f": "float16", "i": "int64", "S": "fixed-length text", "b": "bool"}
 
@@ -187,7 +189,9 @@ class Latents:
             )
 
 
-def _read(file: h5py.File, path: Path) -> Latents:
+def _read(file: "h5py.File", path: Path) -> Latents:
+    import h5py
+
     rows_name = rows_key(file)
     normalized = MEAN in file or STD in file
     kinds = {rows_name: "f", LABELS: "i", CLASSES: "S", DONE: "b"} | ({MEAN: "f", STD: "f"} if normalized else {})
@@ -239,7 +243,7 @@ def _read(file: h5py.File, path: Path) -> Latents:
     )
 
 
-def _check_stored(dataset: h5py.Dataset, kind: str, path: Path, size: int) -> None:
+def _check_stored(dataset: "h5py.Dataset", kind: str, path: Path, size: int) -> None:
     """Raise UserError unless a data set has the expected kind of values and lies within this file of `size` bytes.
 
     A small HDF5 file can declare terabytes, or refer to another file.
@@ -264,7 +268,7 @@ def _scaling_factor(text: str, path: Path) -> float:
     return value
 
 
-def _normalization(file: h5py.File, shape: tuple[int, int, int], path: Path) -> tuple[Tensor, Tensor]:
+def _normalization(file: "h5py.File", shape: tuple[int, int, int], path: Path) -> tuple[Tensor, Tensor]:
     """Return mean and std (c, h, w) of the normalization."""
     if any(file[name].shape != shape or file[name].dtype != "<f4" for name in (MEAN, STD)):
         raise UserError(f"Found mean or deviation of another shape than latents {shape} in {path}: {REMEDY}.")

@@ -19,14 +19,17 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from afm_pipe.params import LatentSpec, Params
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import atomic_path
+
+if TYPE_CHECKING:
+    import h5py
 
 FORMAT_VERSION = "1"
 MOMENTS, LATENTS, MEAN, STD = "moments", "latents", "mean", "deviation"
@@ -46,6 +49,8 @@ def create_latents_file(
 
     Raises OSError if the disk is full.
     """
+    import h5py  # where it is used: training needs no HDF5
+
     early = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     early.set_layout(h5py.h5d.CONTIGUOUS)
     early.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
@@ -65,13 +70,15 @@ def create_latents_file(
         raise OSError(str(error)) from None
 
 
-def rows_key(file: h5py.File) -> str:
+def rows_key(file: "h5py.File") -> str:
     """Return the name of the data set that holds the rows: moments or latents."""
     return LATENTS if LATENTS in file else MOMENTS
 
 
-def row_offset(dataset: h5py.Dataset) -> int:
+def row_offset(dataset: "h5py.Dataset") -> int:
     """Return the byte offset of a contiguous data set in its file. Raises UserError for any other layout."""
+    import h5py
+
     offset = dataset.id.get_offset()  # None for virtual, external, chunked and unallocated data sets
     if dataset.id.get_create_plist().get_layout() != h5py.h5d.CONTIGUOUS or dataset.external or offset is None:
         raise UserError(
@@ -113,10 +120,12 @@ def read_provenance(path: Path) -> dict[str, str]:
 
 
 @contextmanager
-def open_latents_file(path: Path) -> Iterator[h5py.File]:
+def open_latents_file(path: Path) -> Iterator["h5py.File"]:
     """Open a latents file. Any error that HDF5 raises for damaged or malicious content becomes a UserError."""
     if not path.is_file():
         raise UserError(f"Found no {path}, expected the latents of the images: {REMEDY}.")
+    import h5py
+
     try:
         with h5py.File(path, "r", locking=False) as file:  # locks fail on NFS and Lustre
             yield file
@@ -126,8 +135,10 @@ def open_latents_file(path: Path) -> Iterator[h5py.File]:
         raise UserError(f"Found {path} cut short, or not a latents file ({error}): {REMEDY}.") from None
 
 
-def read_attributes(file: h5py.File, path: Path) -> dict[str, str]:
+def read_attributes(file: "h5py.File", path: Path) -> dict[str, str]:
     """Return the attributes of a file. Raises UserError, before reading the value, for a non-string attribute."""
+    import h5py
+
     for name in file.attrs:
         stored = file.attrs.get_id(name)
         if stored.shape != () or h5py.check_string_dtype(stored.dtype) is None:

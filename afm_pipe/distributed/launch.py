@@ -7,6 +7,7 @@ the untracked launch.toml, the default.
 import os
 import platform
 import tomllib
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,7 +41,10 @@ class Launch(BaseSettings):
     keep_best: bool = False
     """Also keep the first checkpoint at or after the best probe of the monitor."""
     workers: Annotated[int, Field(ge=1)] | None = None
-    """Number of one-thread processes that train the trials of a table; None: one per core, or one on a GPU."""
+    """Number of one-thread processes that train runs and trials; None: one per usable core, or one on a GPU."""
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """Threads of each process on a CPU; None: OMP_NUM_THREADS, else one for small networks and images, which more
+    threads hardly speed up and a busy neighbor then slows down many times, and all usable cores for others."""
     checkpoint_activations: bool = False
     """Recompute the activations in the blocks of G and D in the backward pass: slower, but less memory."""
     compile: bool = False
@@ -91,9 +95,16 @@ class Launch(BaseSettings):
                 )
         return self
 
-    def num_workers(self, device: "torch.device") -> int:
-        """Return the number of worker processes that train trials."""
-        return self.workers or (1 if device.type == "cuda" else usable_cores())
+    def num_workers(self) -> int:
+        """Return the number of worker processes that train runs and trials."""
+        return self.workers or (1 if self.torch_device().type == "cuda" else usable_cores())
+
+    def use_threads(self, small: bool) -> None:
+        """Set the number of threads of this process for a small or large network; a worker of a pool keeps its one."""
+        import torch
+
+        if parent_process() is None and (self.threads or "OMP_NUM_THREADS" not in os.environ):
+            torch.set_num_threads(self.threads or (1 if small else usable_cores()))
 
     def torch_device(self) -> "torch.device":
         """Return the device. Raises UserError if it is not usable on this machine."""

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from afm_pipe.models.model_files import ModelConfig, build_generator, load_config, load_tensors, require_match
 from afm_pipe.models.released import METADATA, describe
+from afm_pipe.models.sit import to_sit
 from afm_pipe.params.sizes import SIZES
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import atomic_path, read_json, sha256_file, write_json
@@ -32,14 +33,20 @@ SUFFIXES = {"released": (".pth", ".pt"), "safetensors": (".safetensors",), "diff
 def export(model_dir: Path, autoencoder_dir: Path, kind: str, out: Path) -> None:
     """Write the generator of `model_dir` to `out`, atomically.
 
-    released: a .pth of plain tensors with the released names; safetensors: the same, with the config in its metadata;
-    diffusers: a folder for DiffusionPipeline.from_pretrained, with autoencoder and code.
+    released: a .pth of plain tensors with the released names (of a velocity: SiT's tensors); safetensors: the model's
+    own tensors, with the config in the metadata; diffusers: a folder for DiffusionPipeline.from_pretrained, with
+    autoencoder and code.
     Raises UserError if the model does not match its config or `out` does not suit the kind.
     """
     _check_out(kind, out)
+    config, described = load_config(model_dir), read_json(model_dir / "config.json")
+    if kind == "diffusers" and config.velocity is not None:
+        raise UserError(
+            f"Found {model_dir}, the velocity of an ODE, expected an adversarial flow model for --format diffusers: "
+            "export it as safetensors, or as released, which gives SiT's tensors."
+        )
     if kind == "diffusers":
         _require_autoencoder_kl(autoencoder_dir / "config.json")
-    config, described = load_config(model_dir), read_json(model_dir / "config.json")
     path = model_dir / "generator.safetensors"
     tensors = load_tensors(path)
     with torch.device("meta"):
@@ -52,7 +59,7 @@ def export(model_dir: Path, autoencoder_dir: Path, kind: str, out: Path) -> None
     with atomic_path(out) as temp:
         if kind == "released":
             with temp.open("wb") as file:  # given a path, torch.save would store its name in the archive
-                torch.save(tensors, file)
+                torch.save(tensors if config.velocity is None else to_sit(tensors), file)
         elif kind == "safetensors":
             save_file(tensors, temp, {"format": "pt", METADATA: json.dumps(metadata, sort_keys=True)})
         else:

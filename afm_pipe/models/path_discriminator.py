@@ -17,6 +17,8 @@ from afm_pipe.models.velocity import FlowTimeEmbedder
 from afm_pipe.params.sizes import ModelSize
 
 warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")  # by torch's own derivative formulas
+# Gradients of weights through vmap are transposed; DistributedDataParallel copies them.
+warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
 
 def along(function: Callable[..., Tensor], primals: tuple[Tensor, ...], *tangents: Tensor) -> tuple[Tensor, Tensor]:

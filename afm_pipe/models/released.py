@@ -21,7 +21,15 @@ from torch import Tensor
 from afm_pipe.data.classes import imagenet_names
 from afm_pipe.data.listing import first_of
 from afm_pipe.models.containers import find_weights
-from afm_pipe.models.model_files import ModelConfig, build_generator, count_parameters, mismatches, save_tensors
+from afm_pipe.models.model_files import (
+    ModelConfig,
+    VelocityConfig,
+    build_generator,
+    count_parameters,
+    mismatches,
+    save_tensors,
+)
+from afm_pipe.models.sit import from_sit, is_sit
 from afm_pipe.models.tensor_files import (
     ADVICE,
     check_file,
@@ -40,6 +48,13 @@ PICKLED, SAFE, INDEX = (".pth", ".pt", ".bin", ".ckpt"), ".safetensors", ".json"
 MAX_NAMES_BYTES = 16 << 20  # of a file of class names, or of an index
 METADATA = "afm_pipe"  # key in the metadata of an exported safetensors file
 SD_VAE_LATENT, SD_VAE_FACTOR = (4, 32, 32), 0.18215  # the latents of all released generators
+SIT_SAMPLING = {  # of official weights, if params do not say; guidance needs sampling.guidance_scale
+    "solver": "euler",
+    "steps": 250,
+    "guidance_scale": 1.0,
+    "guidance_interval": [0.0, 1.0],
+    "unconditional": True,
+}
 KEY_TENSORS = {"x_embedder.proj.weight": 4, "pos_embed": 3, "y_embedder.embedding_table.weight": 2}  # name: dimensions
 OTHER_NETWORKS = {"dis_embed": "a discriminator", "cls_embed": "a classifier"}
 
@@ -82,6 +97,8 @@ def import_generator(settings: Imported, folder: Path) -> ModelConfig:
         raise UserError(f"Found {path} with sha256 {sha256}, expected {settings.sha256}: use the right file.")
     contents = read_tensors(path, settings.key)
     config = infer_config(contents, path, settings)
+    if is_sit(contents.tensors):
+        contents = contents._replace(tensors=from_sit(contents.tensors))
     _check_values(contents.tensors, path)
     factor = SD_VAE_FACTOR if config.latent_shape == SD_VAE_LATENT else contents.metadata.get("scaling_factor")
     names, named_by = _class_names(settings, contents, config)
@@ -132,23 +149,29 @@ def infer_config(contents: WeightsFile, path: Path, settings: Imported) -> Model
     Raises UserError naming missing, unexpected or misshapen tensors, a setting that is missing, or one that the tensors
     contradict.
     """
-    tensors = contents.tensors
+    tensors, sit = contents.tensors, is_sit(contents.tensors)
+    tensors = from_sit(tensors) if sit else tensors
     shapes = _key_shapes(tensors, path)
     width, channels, patch, _ = shapes["x_embedder.proj.weight"]
     size = _size(tensors, width, patch, path)
     side = math.isqrt(shapes["pos_embed"][1])
     if side**2 != shapes["pos_embed"][1]:
         raise UserError(f"Found {path} with pos_embed of {shapes['pos_embed'][1]} positions, expected a square number.")
-    traits = _traits(tensors, path, settings, contents.metadata, size)
+    labels = shapes["y_embedder.embedding_table.weight"][0]
     described = {
         "size": size,
         "channels": channels,
         "latent_size": side * patch,
-        "num_classes": shapes["y_embedder.embedding_table.weight"][0],
+        "num_classes": labels,
         "qk_norm": "blocks.0.attn.q_norm.weight" in tensors,
     }
+    velocity = _velocity(settings, contents.metadata, sit)
+    if velocity is None:
+        described |= _traits(tensors, path, settings, contents.metadata, size)._asdict()
+    else:
+        described |= {"num_classes": labels - velocity.unconditional, "velocity": velocity, "nfe": velocity.passes()}
     try:
-        config = ModelConfig.model_validate(described | traits._asdict())
+        config = ModelConfig.model_validate(described)
     except ValidationError:
         raise UserError(f"Found {path} with invalid metadata ({contents.metadata}): give nfe or repeats.") from None
     with torch.device("meta"):
@@ -164,10 +187,16 @@ def infer_config(contents: WeightsFile, path: Path, settings: Imported) -> Model
 def describe(config: ModelConfig) -> str:
     """Return a one-line description of a generator."""
     steps = "any number of steps" if config.nfe == "any" else f"{config.nfe} step{'s' * (config.nfe != 1)}"
+    form = f"{config.form} form"
+    if config.velocity is not None:
+        steps, form = (
+            f"{config.velocity.steps} {config.velocity.solver.capitalize()} steps by default",
+            "velocity of an ODE",
+        )
     depth = SIZES[config.size].depth
     runs = f", {depth} blocks run {config.repeats} times ({depth * config.repeats} layers)" * (config.repeats > 1)
     latent = " x ".join(map(str, config.latent_shape))
-    return f"{config.size}, {steps}, {config.form} form{runs}, {config.num_classes:,} classes, latents {latent}"
+    return f"{config.size}, {steps}, {form}{runs}, {config.num_classes:,} classes, latents {latent}"
 
 
 def shards(path: Path) -> list[Path]:
@@ -272,6 +301,21 @@ def _traits(tensors: dict[str, Tensor], path: Path, settings: Imported, metadata
         )
     nfe = nfe or 1
     return Traits(nfe, form or ("direct" if nfe == 1 else "residual"), repeats or 1)
+
+
+def _velocity(settings: Imported, metadata: dict[str, Any], sit: bool) -> VelocityConfig | None:
+    """Return how the network samples if it is a velocity: SiT's, or one that the metadata describe."""
+    model = metadata.get("model")
+    known = model.get("velocity") if isinstance(model, dict) else None
+    if not sit and known is None:
+        return None
+    try:
+        velocity = VelocityConfig.model_validate(known or SIT_SAMPLING)
+        return velocity.model_copy(update=settings.sampling.model_dump()) if settings.sampling else velocity
+    except ValidationError:
+        raise UserError(
+            f"Found invalid metadata of a velocity ({known}), expected its sampling: export again."
+        ) from None
 
 
 def _ambiguous(path: Path, size: str, nfe: Any, repeats: Any) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from afm_pipe.data.latents import Latents
+from afm_pipe.data.move import to_device
 from afm_pipe.data.order import Order, stream_generator
 from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from afm_pipe.models.model_files import ModelConfig, build_generator, build_sampler
@@ -55,7 +56,7 @@ class PathBatches:
         dropped = torch.rand(count, generator=generator) < settings.label_dropout
         labels = torch.where(dropped, self.latents.num_classes, self.labels[indices])[shard]
         drawn = interpolate(x, z, t[shard]), z - x, labels, t[shard]
-        points, velocity, labels, t = (tensor.to(self.device, non_blocking=True) for tensor in drawn)
+        points, velocity, labels, t = to_device(drawn, self.device)
         parts = [slice(part, None, self.num_micro_batches) for part in range(self.num_micro_batches)]
         return [Path(points[at], velocity[at], labels[at], t[at], len(t[at]) / count) for at in parts]
 

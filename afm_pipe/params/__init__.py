@@ -4,6 +4,7 @@ These fields have no defaults, so that all values are in the file and DVC sees t
 overridden by the run's own fields.
 """
 
+from functools import cached_property
 from typing import Annotated, Any
 
 from pydantic import Field, SerializeAsAny, ValidationError, model_validator
@@ -180,7 +181,17 @@ class Params(Section):
         return {name: [self._trial(table, place) for place in table.places] for name, table in self.tables.items()}
 
     def _trial(self, table: StudyTable, place: Place) -> TrialSpec:
-        return table.trial(place, self.train.model_dump(mode="json"), self.study.base)
+        return table.trial(place, self.train.model_dump(mode="json"), self.study.base, self._bases)
+
+    @cached_property
+    def _bases(self) -> dict[str, tuple[Run, Run]]:
+        """The run that each model trains first and the model itself, by name; the same but for guided runs.
+
+        Lacks guided runs that begin with an earlier D, since trials continue with the last.
+        """
+        runs = {name: (run, run) for name, run in self.runs.items()}
+        guided = {name: each for name, each in self.guided.items() if each.reload_discriminator in (None, "stall")}
+        return runs | {name: (self.runs[each.base], self._continued(each)) for name, each in guided.items()}
 
     @property
     def latent_spec(self) -> LatentSpec:

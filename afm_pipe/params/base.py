@@ -18,7 +18,7 @@ NAME_RULE = (
 )
 EMPTY = BeforeValidator(lambda value: {} if value is None else value)
 """YAML reads a section without lines, `t4:`, as null: it sets nothing."""
-NULLABLE = {"selection"}
+NULLABLE = {"selection", "flow"}
 """Sections of a run that null turns off; over any other, it is an empty section."""
 RunName = Annotated[str, Field(pattern=NAME)]
 

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from afm_pipe.params.base import Count, Positive, Section, Seed
+from afm_pipe.params.flow import OdeSampling
 from afm_pipe.runtime.paths import expanded
 
 Features = Literal["classifier", "efficientnet", "dinov2", "inception_clean", "inception_legacy_tensorflow"]
@@ -17,6 +18,9 @@ def _found_by_dvc(file: str) -> str:
             f"{expanded(file)!r}, or link the file into the project"
         )
     return file
+
+
+SMALL_IMAGE = 64  # pixels
 
 
 class Data(Section):
@@ -38,6 +42,11 @@ class Data(Section):
     """Also encode each image mirrored left to right; training draws one of the two with equal probability."""
     min_images: Count
     """Minimum number of images; fewer are an error."""
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the networks of the images, autoencoder and features, get one thread each on a CPU."""
+        return self.image_size <= SMALL_IMAGE
 
 
 class Encode(Section):
@@ -129,5 +138,7 @@ class Imported(Section):
     form: Literal["direct", "residual"] | None = None
     """Default: as released, direct for one step and residual for several."""
     repeats: Literal[1, 2, 4] | None = None
+    sampling: OdeSampling | None = None
+    """Of SiT's weights and other velocities. Default: 250 Euler steps without guidance, or what the file says."""
     classes: str | None = None
     """Text file of class names, one per line. Default: those stored in the file, or ImageNet's for released weights."""

@@ -22,3 +22,17 @@ SIZES = {
     "l2": ModelSize(depth=24, width=1024, heads=16, patch=2),
     "xl2": ModelSize(depth=28, width=1152, heads=16, patch=2),
 }
+
+SMALL_WIDTH = 256
+"""Networks up to this width train about as fast on one core of a CPU as on two: on a CPU they get one thread each."""
+
+
+def is_small(size: str) -> bool:
+    """Return whether networks of a size get one thread each on a CPU."""
+    return SIZES[size].width <= SMALL_WIDTH
+
+
+def block_work(size: str) -> float:
+    """Estimate the work of a pass through a network's blocks, in no particular unit."""
+    depth, width, _, patch = SIZES[size]
+    return depth * (width / patch) ** 2

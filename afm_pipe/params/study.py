@@ -1,5 +1,6 @@
 """Params of the study. A table is a view over trials: small runs that differ in the settings of the table's axes."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
@@ -48,7 +49,8 @@ class Axis(Section):
     settings: Annotated[dict[Label, Overrides], Field(min_length=1)]
     """Fields of a run, by label. `then` is a phase that continues the trained trial, like a guided run, with its
     `run` if given; `steps` is the number of sampling steps with which an any-step model or a velocity is measured, and
-    `sampling` overrides flow.sampling where it is measured."""
+    `sampling` overrides flow.sampling where it is measured. `run`, alone, is the name of a run or guided run: the trial
+    is that run, with the seeds of the table."""
 
 
 class Group(Section):
@@ -113,6 +115,12 @@ class StudyTable(Section):
         return self.columns.settings if self.columns else {"": {}}
 
     @property
+    def runs(self) -> dict[Label, str]:
+        """The run that each row is, by label, of a table whose rows are runs; empty for others."""
+        named = {label: fields.get("run") for label, fields in self.rows.settings.items()}
+        return {label: name for label, name in named.items() if name} if all(named.values()) else {}
+
+    @property
     def cells(self) -> list[tuple[str, str]]:
         """Every combination of row and column."""
         return [(row, column) for row in self.rows.settings for column in self.column_settings]
@@ -122,15 +130,20 @@ class StudyTable(Section):
         """The places of its trials, seed by seed."""
         return [Place(*cell, seed) for seed in self.seeds for cell in self.cells]
 
-    def trial(self, place: Place, train: Overrides, shared: Overrides) -> TrialSpec:
+    def trial(
+        self, place: Place, train: Overrides, shared: Overrides, models: Mapping[str, tuple[Run, Run]]
+    ) -> TrialSpec:
         """Resolve a trial: `train`, overridden by `shared` (settings of all tables), then by this table.
 
+        A trial that names a `run` is that run, of `models`: the run to train first and the run itself, by name.
         Raises ValueError, or pydantic's ValidationError, if the run is invalid.
         """
-        fields = shared
+        own: Overrides = {}
         for overrides in (self.base, self.rows.settings[place.row], self.column_settings[place.column]):
-            fields = deep_merge(fields, overrides)
-        fields = fields | {"seed": place.seed}
+            own = deep_merge(own, overrides)
+        if "run" in own:
+            return _as_run(place, own, models)
+        fields = deep_merge(shared, own) | {"seed": place.seed}
         then, steps, sampling = (fields.pop(name, None) for name in ("then", "steps", "sampling"))
         if steps is not None and (type(steps) is not int or not 1 <= steps <= MAX_STEPS):
             raise ValueError(f"steps: expected a number from 1 to {MAX_STEPS}, found {steps!r:.40}")
@@ -146,6 +159,19 @@ class StudyTable(Section):
         changed = {**(sampling or {}), **({} if steps is None else {"steps": steps})}
         ode = OdeSampling.model_validate(run.velocity.sampling.model_dump(mode="json") | changed)
         return TrialSpec(place, base, run, steps, ode)
+
+
+def _as_run(place: Place, fields: Overrides, models: Mapping[str, tuple[Run, Run]]) -> TrialSpec:
+    name = fields["run"]
+    others = sorted(set(fields) - {"run"})
+    if others:
+        raise ValueError(f"expected `run` alone, since the run has all settings; found also {', '.join(others)}")
+    if name not in models:
+        raise ValueError(f"run: expected one of {', '.join(models)}, found {name!r:.80}")
+    base, run = (each.model_copy(update={"seed": place.seed}) for each in models[name])
+    if run.selection is not None:
+        raise ValueError(f"run: expected a run without selection, since trials measure the last EMA; found {name}")
+    return TrialSpec(place, base, base if models[name][0] is models[name][1] else run, None)
 
 
 class Study(Section):

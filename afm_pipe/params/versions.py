@@ -25,6 +25,7 @@ PARTS: Mapping[str, tuple[Part, ...]] = {
     "autoencoder": ("data", "autoencoder"),
     "encode": ("data", "autoencoder"),
     "reference": ("data", "autoencoder", "sampling", "evaluation"),
+    "pool": ("data", "autoencoder", "objective", "sampling", "evaluation", "tables"),
     "train": ("data", "objective"),
     "classifier": ("data", "objective"),
     "guide": ("data", "objective"),

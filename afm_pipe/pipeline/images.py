@@ -5,6 +5,8 @@ from typing import Any
 
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.params import Params
+from afm_pipe.params.sizes import is_small
+from afm_pipe.pipeline.current import classifier_step
 from afm_pipe.pipeline.find import open_latents
 from afm_pipe.pipeline.notices import begin_work, notice_unused
 from afm_pipe.runtime import paths
@@ -38,6 +40,7 @@ def autoencoder(params: Params, launch: Launch) -> None:
     from afm_pipe.autoencoders import autoencoder_kind
 
     with atomic_path(paths.AUTOENCODER) as folder:
+        launch.use_threads(params.data.is_small)
         track("autoencoder", autoencoder_kind(params).make(params, folder, launch.torch_device()))
 
 
@@ -48,6 +51,7 @@ def encode(params: Params, launch: Launch) -> None:
     from afm_pipe.data.manifest import read_manifest
     from afm_pipe.distributed.process_group import init_distributed
 
+    launch.use_threads(params.data.is_small)
     device = launch.torch_device()
     vae = load_autoencoder(params, paths.AUTOENCODER, device)
     identity, manifest = sha256_file(paths.AUTOENCODER_WEIGHTS), read_manifest(paths.MANIFEST)
@@ -66,6 +70,7 @@ def reference(params: Params, launch: Launch) -> None:
     from afm_pipe.evaluation.reference import build_reference
     from afm_pipe.planning.measurable import require_measurable
 
+    launch.use_threads(params.data.is_small)
     device, manifest = launch.torch_device(), read_manifest(paths.MANIFEST)
     require_measurable(params, manifest)  # params may have changed since `prepare`
     vae = load_autoencoder(params, paths.AUTOENCODER, device)
@@ -93,13 +98,18 @@ def classifier(params: Params, launch: Launch) -> None:
     from afm_pipe.training.engine import Engine
     from afm_pipe.training.trainer import Runtime, Task, Trainer
 
-    settings, device = params.classifier, launch.torch_device()
+    settings, step = params.classifier, classifier_step(params)
+    if step.skip():
+        return
     if settings is None:
         if env_rank() > 0:
             return
         with atomic_path(paths.CLASSIFIER) as folder:
             write_json(folder / "config.json", {"classifier": None})
+        step.record()
         return
+    launch.use_threads(is_small(settings.size))
+    device = launch.torch_device()
     latents = open_latents(params)
     described = {"classifier": settings.model_dump(), "seed": params.seed}
     shaped = [described, SIZES[settings.size]]
@@ -124,3 +134,4 @@ def classifier(params: Params, launch: Launch) -> None:
             classes = {"num_classes": len(latents.classes), "classes": list(latents.classes)}
             described |= shape | classes | {"provenance": {"code": code}} | accuracy
             write_json(folder / "config.json", described)
+        step.record()

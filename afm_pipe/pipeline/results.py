@@ -5,6 +5,7 @@ from pathlib import Path
 
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.params import Params
+from afm_pipe.pipeline.current import table_step, toy_step
 from afm_pipe.pipeline.notices import notice_code, notice_unused
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
@@ -27,6 +28,9 @@ def tables(
     from afm_pipe.study.trials import Trials, write_tables
 
     notice_unused([paths.OLD_TRIALS] if paths.OLD_TRIALS.is_dir() else [])
+    steps = [table_step(params, name) for name in names if name in params.tables] if out is None else []
+    if len(steps) == 1 and steps[0].skip():
+        return
     trials = Trials(params, names)
     chosen = [each for each in trials.all if trial in (None, each.training)]
     if not chosen:
@@ -43,6 +47,8 @@ def tables(
         track(" ".join(["table", *names]), run_trials(params, chosen, launch, update_units))
     for path in () if worker or trial else write_tables(trials, out):
         print(path)
+    for step in steps:
+        step.record()
 
 
 def toy(params: Params, launch: Launch, strong: Path | None) -> None:
@@ -55,6 +61,10 @@ def toy(params: Params, launch: Launch, strong: Path | None) -> None:
     from afm_pipe.study.toy.strong import run_strong
     from afm_pipe.study.toy.writing import write_experiment
 
+    step = toy_step(params)
+    if strong is None and step.skip():
+        return
+    launch.use_threads(small=True)
     device = launch.torch_device()
     if strong is not None:
         found = track("toy, strong discriminator", run_strong(params.toy, params.seed, device))
@@ -67,6 +77,7 @@ def toy(params: Params, launch: Launch, strong: Path | None) -> None:
     found = track("toy, strong discriminator", run_strong(params.toy, params.seed, device))
     with atomic_path(paths.TOY) as folder:
         write_experiment(experiment, found, params.toy, folder)
+    step.record()
 
 
 def report(params: Params) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.params import RESERVED_NAMES, Imported, Params
 from afm_pipe.params.base import NAME, NAME_RULE
+from afm_pipe.pipeline.current import evaluate_step, sample_step
 from afm_pipe.pipeline.find import find_model, load_sampler
 from afm_pipe.pipeline.notices import begin_work
 from afm_pipe.runtime import paths
@@ -70,6 +71,9 @@ def sample(params: Params, name: str, launch: Launch, request: "Request | None" 
         if drawn := _draw(params, name, launch, [request]):
             print(drawn.describe())
         return
+    step = sample_step(params, name)
+    if step.skip():
+        return
     settings, folder = params.sample, paths.samples(name)
     seeds = ",".join(str(settings.seed + i) for i in range(3))
     requests = [
@@ -78,7 +82,8 @@ def sample(params: Params, name: str, launch: Launch, request: "Request | None" 
     ]
     if settings.keep_images:
         requests.append(_measured(params, name, images=folder / "images"))
-    _draw(params, name, launch, requests)
+    if _draw(params, name, launch, requests):
+        step.record()
 
 
 def _measured(params: Params, name: str, adm_npz: Path | None = None, images: Path | None = None) -> "Request":
@@ -108,6 +113,7 @@ def _draw(params: Params, name: str, launch: Launch, requests: "list[Request]") 
 
     for request in requests:
         check_request(request)
+    launch.use_threads(params.data.is_small)
     device = launch.torch_device()
     with init_distributed(device) as group:
         sampler = load_sampler(params, name, device, group)
@@ -123,6 +129,10 @@ def evaluate(params: Params, name: str, launch: Launch) -> None:
     from afm_pipe.params.versions import versions
     from afm_pipe.runtime.identity import fingerprint
 
+    step = evaluate_step(params, name)
+    if step.skip():
+        return
+    launch.use_threads(params.data.is_small)
     device = launch.torch_device()
     with init_distributed(device) as group:
         sampler = load_sampler(params, name, device, group)
@@ -167,3 +177,4 @@ def evaluate(params: Params, name: str, launch: Launch) -> None:
     shutil.rmtree(work_dir / identity, ignore_errors=True)
     with atomic_path(paths.samples(name) / "nearest.png") as temp:
         evaluator.nearest(sampler).save(temp, format="png")
+    step.record()

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.params import Params, Run
+from afm_pipe.params.sizes import is_small
+from afm_pipe.pipeline.current import train_step
 from afm_pipe.pipeline.find import model_config, open_latents, require_memory
 from afm_pipe.pipeline.notices import begin_work, notice_model
 from afm_pipe.runtime import paths
@@ -43,7 +45,11 @@ def train(params: Params, name: str, launch: Launch) -> None:
     from afm_pipe.training.live_log import LiveLog
     from afm_pipe.training.trainer import Runtime, Task, Trainer
 
-    run, device = params.model(name), launch.torch_device()
+    run, step = params.model(name), train_step(params, name)
+    if step.skip():
+        return
+    launch.use_threads(is_small(run.size))
+    device = launch.torch_device()
     latents = open_latents(params)
     config = model_config(params, name, len(latents.classes))
     start, guide, origins = _origin(params, name, run, list(latents.classes), device)
@@ -101,6 +107,7 @@ def train(params: Params, name: str, launch: Launch) -> None:
         own_updates = trained.state.update - (start.update if start else 0)
         cost = run_cost(own_updates, run.batch_size, trained.state.seconds, device, group.world_size)
         write_json(paths.costs(name), cost | {"code": code})
+        step.record()
 
 
 def _retention(launch: Launch, run: Run, num_images: int, lease: Lease | None) -> "RetentionPolicy":

@@ -8,14 +8,17 @@ from afm_pipe.models.model_files import ModelConfig, count_parameters
 from afm_pipe.objectives import build_objective
 from afm_pipe.objectives.base import num_micro_batches
 from afm_pipe.params import Run
+from afm_pipe.params.sizes import SIZES
 from afm_pipe.planning.counting import FLOAT, measure
 from afm_pipe.runtime.environment import local_world_size
 from afm_pipe.runtime.machine import available_memory
 
 COPIES = 4  # weights, gradients, two AdamW moments; the sampled network also has an EMA
 AUTOCAST = 0.7  # bf16 autocast keeps this fraction of float32's activations in a block with qk_norm; 0.6 without
+TEMPORARY, TEMPORARY_CHECKPOINTED = 4.5, 2.0  # floats per token and channel that a block's backward pass adds
 COUNTED = 4  # images for which activations are counted before they are scaled
-RUNTIME = 600 << 20  # bytes of an imported torch, allocator slack and small buffers
+RUNTIME = 600 << 20  # bytes of an imported torch or of a CUDA context, and small buffers
+FRAGMENTATION = 0.05  # of activations: what an allocator rounds up and cannot use
 
 
 class Budget(NamedTuple):
@@ -24,6 +27,7 @@ class Budget(NamedTuple):
     parameters: dict[str, int]  # by network
     state_bytes: int  # weights, gradients, moments, EMA
     activation_bytes: int  # kept for the backward pass of the largest step
+    working_bytes: int  # at the peak besides weights, moments and EMA: activations, temporaries and gradients
     checkpoint_bytes: int  # on disk: the state without gradients
 
     @property
@@ -33,8 +37,13 @@ class Budget(NamedTuple):
 
     @property
     def memory_bytes(self) -> int:
-        """Peak memory."""
-        return self.state_bytes + self.activation_bytes + RUNTIME
+        """Peak memory, with a margin."""
+        return self.peak_bytes + round(FRAGMENTATION * self.activation_bytes) + RUNTIME
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes of all tensors at the peak."""
+        return self.state_bytes - self.gradient_bytes + self.working_bytes
 
 
 def largest_part(run: Run, parts: int) -> tuple[int, int]:
@@ -59,12 +68,25 @@ def budget(
     objective = build_objective(run, config)
     with torch.device("meta"):
         networks = objective.build_networks()
-    parts = world_size * num_micro_batches(run.batch_size, world_size, micro_batch)
-    work = measure(run, config, *largest_part(run, parts), checkpoint_activations)
+    micro_batches = num_micro_batches(run.batch_size, world_size, micro_batch)
+    images, penalized = largest_part(run, world_size * micro_batches)
+    activations = measure(run, config, images, penalized, checkpoint_activations).activation_bytes
     parameters = {name: count_parameters(network) for name, network in networks.items()}
-    activations = work.activation_bytes
-    if run.precision == "bf16":  # with autocast's copies of the weights
-        activations = AUTOCAST * activations + FLOAT / 2 * max(parameters.values())
+    if run.precision == "bf16":  # with autocast's copies of the weights; penalties in float32 keep all of theirs
+        exact = 4 * penalized / (2 * images + 4 * penalized) if run.penalty.precision == "fp32" else 0.0
+        activations = (AUTOCAST * (1 - exact) + exact) * activations + FLOAT / 2 * max(parameters.values())
+    size = SIZES[config.size]
+    passes = max(2 * (images + penalized), (config.repeats + 1) * images)  # of an image through a block, in a step
+    tokens = FLOAT * passes * (config.latent_size // size.patch) ** 2 * size.width
+    temporaries = (TEMPORARY_CHECKPOINTED if checkpoint_activations else TEMPORARY) * tokens
+    one_block = activations - tokens * (size.depth - 1) if checkpoint_activations else activations / size.depth
+    largest, every = FLOAT * max(parameters.values()), FLOAT * sum(parameters.values())
+    if world_size > 1:  # buckets hold the gradients of all networks all the time
+        working = activations + temporaries + every
+    elif micro_batches > 1:  # gradients of earlier micro-batches
+        working = activations + temporaries + largest
+    else:  # activations at the start of the backward pass, gradients at its end
+        working = temporaries + max(activations, largest + one_block)
     whole = FLOAT * (COPIES * sum(parameters.values()) + parameters[objective.sampled])
     state = whole
     if shard and world_size > 1:
@@ -73,7 +95,7 @@ def budget(
             blocks = [sum(p.numel() for p in block.parameters()) for block in getattr(network, "blocks", ())]
             units += [max(blocks, default=0), sum(p.numel() for p in network.parameters()) - sum(blocks)]
         state = whole // world_size + 4 * FLOAT * max(units)
-    return Budget(parameters, state, round(activations), whole - FLOAT * sum(parameters.values()))
+    return Budget(parameters, state, round(activations), round(working), whole - FLOAT * sum(parameters.values()))
 
 
 def free_memory(device: torch.device) -> int:
@@ -95,11 +117,10 @@ def what_fits(run: Run, config: ModelConfig, world_size: int, free: int) -> list
         ("AFM_CHECKPOINT_ACTIVATIONS=true ", run.precision, True),
         ("precision: bf16 ", "bf16", False),
     ):
-        needs = budget(run.model_copy(update={"precision": precision}), config, 1, images, checkpoint)
-        fixed = (
-            needs.state_bytes + RUNTIME + (FLOAT // 2 * max(needs.parameters.values()) if precision == "bf16" else 0)
-        )
-        each = (needs.memory_bytes - fixed) / images
+        tried = run.model_copy(update={"precision": precision, "batch_size": 4 * images})
+        needs, twice = (budget(tried, config, 1, count, checkpoint) for count in (images, 2 * images))
+        each = (twice.memory_bytes - needs.memory_bytes) / images
+        fixed = needs.memory_bytes - images * each
         fitting = int((free - fixed) / each)
         if fitting >= 1:
             micro_batch = min(1 << (fitting.bit_length() - 1), share)

@@ -43,11 +43,19 @@ GPUS = {
     "b200": Gpu(fp32=80.0, tf32=1100.0, bf16=2250.0, memory=180, link=900),
 }
 
+# From the published rates below to what fused kernels and overlap may add; of float32 without tensor cores, assumed.
+UTILIZATIONS = {"fp32": (0.3, 0.6), "tf32": (0.10, 0.25), "bf16": (0.15, 0.35)}
+PUBLISHED = (
+    "Published for DiT-XL/2: 12 % of TF32 (DiT's repository, 8 A100, encoding online), 24 % of fp16 (fast-DiT, one "
+    "A100), 20.5 % of bf16 (LightningDiT, 8 H800)."
+)
+
 NOTES = (
     "Everything but the parameter counts is an estimate. FLOPs are those of the matrix products of the training step;",
     "G forwards are the unit of the paper's Table 12. Days include summing the gradients, not overlapped. Memory holds",
-    "weights, gradients, optimizers and EMA in float32, and the activations (0.7 times in bf16) of the larger step",
-    "with --micro-batch, --checkpoint-activations and --shard; recomputed activations do not count as work.",
+    "weights, gradients, optimizers and EMA in float32, the activations of the larger step (0.7 times in bf16, but for",
+    "penalties in float32) with --micro-batch, --checkpoint-activations and --shard, and a margin for fragmentation.",
+    "Recomputed activations do not count as work.",
     "Disk holds two checkpoints and the model. The row of a guided run is its guided phase. Encoding, the classifier",
     "and evaluation are not included.",
 )
@@ -58,11 +66,12 @@ class Machine(NamedTuple):
 
     gpu: str
     gpus: int
-    utilization: float  # fraction of the peak that training reaches
+    utilization: float  # fraction of the peak that training reaches at best
     precision: str
     micro_batch: int | None = None
     checkpoint_activations: bool = False
     shard: bool = False
+    least_utilization: float | None = None
 
     @property
     def peak(self) -> float:
@@ -116,6 +125,12 @@ class Plan(NamedTuple):
     def days(self) -> float:
         """Days of the run."""
         return self.updates * (self.compute_seconds + self.reduce_seconds) / DAY
+
+    @property
+    def most_days(self) -> float:
+        """Days of the run at the least utilization."""
+        least = self.machine.least_utilization
+        return self.days if least is None else self._replace(machine=self.machine._replace(utilization=least)).days
 
     @property
     def disk_bytes(self) -> int:
@@ -181,14 +196,18 @@ def plan_text(
     networks = list({name: None for plan in plans for name in plan.budget.parameters})
     header = ("run", *networks, "TFLOP/update", "G forwards", "images", "updates", "GB/device", "days", "disk GB")
     capacity, latents = GPUS[machine.gpu].memory, latents_bytes(params, num_images)
-    days, disk = sum(plan.days for plan in plans), sum(plan.disk_bytes for plan in plans) + latents
+    days = span(sum(plan.days for plan in plans), sum(plan.most_days for plan in plans))
+    disk = sum(plan.disk_bytes for plan in plans) + latents
+    least = machine.least_utilization
+    reached = f"{machine.utilization:.0%}" if least is None else f"{least:.0%} to {machine.utilization:.0%}"
     stored = "moments" if params.latent_spec.stochastic else "latents"
     lines = [
         table_text(header, [_row(plan, networks, capacity) for plan in plans]),
-        f"Total: about {rounded(days)} days and {rounded(disk / 1e9)} GB of disk, {rounded(latents / 1e9)} for latents "
+        f"Total: about {days} days and {rounded(disk / 1e9)} GB of disk, {rounded(latents / 1e9)} for latents "
         f"({num_images:,} images{', both mirrors' if params.data.mirror else ''}, float16 {stored}).",
         f"On {machine.gpus} x {machine.gpu} in {machine.precision}: {machine.peak / 1e12:g} TFLOP/s each by the data "
-        f"sheet (dense), of which {machine.utilization:.0%} is assumed to be reached (--utilization).",
+        f"sheet (dense), of which {reached} is assumed to be reached (--utilization; --measure measures it).",
+        *([PUBLISHED] if machine.least_utilization is not None else []),
         *NOTES,
     ]
     crowded = [plan.name for plan in plans if plan.budget.memory_bytes > capacity * 1e9]
@@ -210,9 +229,14 @@ def _row(plan: Plan, networks: Sequence[str], capacity: float) -> list[str]:
         f"{rounded(plan.images / 1e6)}M",
         f"{plan.updates:,}",
         f"{rounded(memory)}{' !' if memory > capacity else ''}",
-        rounded(plan.days),
+        span(plan.days, plan.most_days),
         rounded(plan.disk_bytes / 1e9),
     ]
+
+
+def span(least: float, most: float) -> str:
+    """Return a range of estimates, or one value."""
+    return rounded(least) if rounded(least) == rounded(most) else f"{rounded(least)} to {rounded(most)}"
 
 
 def rounded(value: float) -> str:

@@ -22,6 +22,12 @@ PAPER_METRICS = {"fid": "fid", "sfid": "sfid", "is": "inception_score", "precisi
 GUIDANCE = "cg classifier, da discriminator augmentation, cfg classifier-free, ag autoguidance, cgan conditional GAN"
 
 
+LATER = (
+    "One- and few-step results on ImageNet, 256 pixels, that came after the paper. None of them is a result of ours, "
+    "and the figures are second-hand: taken from a survey of the papers, not from the papers themselves."
+)
+
+
 class Trait(NamedTuple):
     """What decides which of the paper's tables a row belongs to; guidance as in the paper: none, cg, da, cg+da."""
 
@@ -69,6 +75,7 @@ def paper_sections(inputs: Inputs) -> tuple[Section, ...]:
             "repository, on shapes alone.",
             tables=(compute_table(inputs),),
         ),
+        Section("later", "After the paper", LATER, published=(_later_table(inputs),)),
         Section(
             "published",
             "Tables 1 and 2: transport loss",
@@ -128,6 +135,25 @@ def _table(inputs: Inputs, view: View) -> Table:
     return Table(name, caption, columns, (*ours, *theirs), note=interval_note(ours))
 
 
+def _later_table(inputs: Inputs) -> Table:
+    """Build the table of later methods, each with its source and date."""
+    columns = (
+        Column("model", "Model", numeric=False),
+        Column("nfe", "Steps", "Forward passes, where the survey says how many", numeric=False),
+        Column("fid", titles.metric("fid").title, titles.metric("fid").meaning),
+        Column("source", "arXiv", numeric=False),
+        Column("date", "Date", numeric=False),
+        Column("note", "Note", numeric=False),
+    )
+    keys = [column.key for column in columns]
+    rows = tuple(
+        tuple(published_cell(row.get(key), 2 if key == "fid" else None) for key in keys)
+        for row in inputs.published["later"]
+    )
+    caption = "Later one- and few-step results: second-hand, and no results of ours."
+    return Table("published_later", caption, columns, rows, origin="paper")
+
+
 def _own_row(run: RunRecord, trait: Trait, keys: Sequence[str]) -> Row:
     parameters = run.config.generator_parameters
     source = str(paths.model(run.name) / "config.json")
@@ -171,7 +197,8 @@ def _trait(record: RunRecord) -> Trait:
         return Trait(record.config.model.get("nfe", titles.MISSING), "unknown")
     guided = any(phase.guidance is not None for phase in run.phases)
     augmented = any(phase.augment is not None for phase in run.phases)
-    return Trait(run.nfe, "+".join(["cg"] * guided + ["da"] * augmented) or "none")
+    free = run.velocity is not None and run.velocity.sampling.guidance_scale != 1
+    return Trait(run.passes, "+".join(["cg"] * guided + ["da"] * augmented + ["cfg"] * free) or "none")
 
 
 def _deep_name(row: dict[str, Any]) -> str:

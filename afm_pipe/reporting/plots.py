@@ -114,6 +114,7 @@ class Point(NamedTuple):
     mean: float | None
     low: float | None = None
     high: float | None = None
+    series: int = 0
 
 
 def heat_map(
@@ -166,11 +167,14 @@ def heat_map(
     return svg(width, height, f"{title}. Lower is better. {words}", parts, f"max-width:{width:.0f}px")
 
 
-def error_bars(points: Sequence[Point], title: str, x_title: str = "", log_x: bool = False) -> str:
+def error_bars(
+    points: Sequence[Point], title: str, x_title: str = "", log_x: bool = False, legend: Sequence[str] = ()
+) -> str:
     """Draw means with their intervals, of which lower is better, over numbers, or side by side when any `x` is a label.
 
     A point without a mean appears only in the description; one without an interval is hollow. A logarithmic x axis has
-    0 at its left end; the y axis is logarithmic if all values are positive.
+    0 at its left end; the y axis is logarithmic if all values are positive. Several series have a color each, and
+    `legend` names them.
     """
     drawn = [point for point in points if point.mean is not None and math.isfinite(point.mean)]
     ends = [end for p in drawn for end in (p.mean, p.low, p.high) if end is not None]
@@ -193,17 +197,23 @@ def error_bars(points: Sequence[Point], title: str, x_title: str = "", log_x: bo
     for point, place in zip(points, places, strict=True):
         if point not in drawn or point.mean is None:
             continue
-        x, hollow = LEFT + place * inner_width, " hollow"
+        x, y, kind = LEFT + place * inner_width, up(point.mean), "dot hollow"
+        color = f"var(--run-{point.series % len(LIGHT)})"
         if point.low is not None and point.high is not None:
-            a, b, hollow = up(point.low), up(point.high), ""
-            parts.append(
-                f'<path class="bar" d="M{x:.1f} {a:.1f}V{b:.1f}M{x - 5:.1f} {a:.1f}h10M{x - 5:.1f} {b:.1f}h10"/>'
-            )
+            a, b, kind = up(point.low), up(point.high), "dot"
+            path = f"M{x:.1f} {a:.1f}V{b:.1f}M{x - 5:.1f} {a:.1f}h10M{x - 5:.1f} {b:.1f}h10"
+            parts.append(f'<path class="bar" style="stroke:{color}" d="{path}"/>')
+        style = f"{'fill' if kind == 'dot' else 'stroke'}:{color}"
         parts.append(
-            f'<circle class="dot{hollow}" cx="{x:.1f}" cy="{up(point.mean):.1f}" r="4.5">'
-            f"<title>{escape(_words(point))}</title></circle>"
+            f'<circle class="{kind}" style="{style}" cx="{x:.1f}" cy="{y:.1f}" r="4.5">'
+            f"<title>{escape(_words(point, legend))}</title></circle>"
         )
-    words = "; ".join(map(_words, points))
+    for series, name in enumerate(legend):
+        y = height + LINE * (series + 1)
+        parts.append(f'<circle style="fill:var(--run-{series % len(LIGHT)})" cx="{LEFT + 5}" cy="{y - 4}" r="4.5"/>')
+        parts.append(text(LEFT + 16, y, name))
+    height += (LINE * len(legend) + 8) * bool(legend)
+    words = "; ".join(_words(point, legend) for point in points)
     return svg(WIDTH, height, f"{title}. Lower is better. {words}", parts, f"max-width:{WIDTH}px")
 
 
@@ -265,6 +275,7 @@ def _name(x: float | str) -> str:
     return x if isinstance(x, str) else f"{x:g}"
 
 
-def _words(point: Point) -> str:
+def _words(point: Point, names: Sequence[str] = ()) -> str:
     interval = f" [{number(point.low)}, {number(point.high)}]" if point.low is not None else ""
-    return f"{_name(point.x)}: {number(point.mean)}{interval}"
+    series = f"{names[point.series]}, " if names else ""
+    return f"{series}{_name(point.x)}: {number(point.mean)}{interval}"

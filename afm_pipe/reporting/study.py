@@ -106,7 +106,9 @@ def _list(results: TableResults, new: set[tuple[str, str]]) -> Table:
         Column(ACCURACY, accuracy.title, accuracy.meaning),
         Column("diverged", "Diverged", "Of the seeds"),
         *((alarms,) if monitored else ()),
+        Column("nfe", "NFE", "Forward passes of G per sample", numeric=False),
         Column("units", "Units", "Cost of an update, discriminator included, in forward passes of G"),
+        Column("total_units", "Units of training", "Of all updates, with those of the run that it continues"),
         Column("seconds", "Training time", "Mean over seeds"),
         Column("seeds", "Seeds"),
     )
@@ -121,6 +123,9 @@ def _line(results: TableResults, row: str, new: bool, monitored: bool) -> tuple[
     seconds = [trial.cost.seconds for trial in trials if trial.cost.seconds is not None]
     spent = sum(seconds) / len(seconds) if seconds else None
     units = sum(trial.cost.units for trial in trials) / len(trials) if trials else None
+    totals = [trial.total_units for trial in trials if trial.total_units is not None]
+    total = statistics.fmean(totals) if totals else None
+    nfe = ", ".join(sorted({str(trial.nfe) for trial in trials if trial.nfe is not None}))
     diverged = f"{distance.diverged} of {len(trials)}" if trials else titles.MISSING
     where = f"of the trials {row}"
     return (
@@ -129,7 +134,9 @@ def _line(results: TableResults, row: str, new: bool, monitored: bool) -> tuple[
         _cell(results, accuracy, row, with_diverged=False),
         Cell(diverged, distance.diverged / len(trials) if trials else None, source, f"diverged {where}"),
         *((_alarms(trials, source, where),) if monitored else ()),
+        Cell(nfe or titles.MISSING, nfe),
         Cell(titles.number(units), units, source, f"units {where}"),
+        Cell(titles.number(total), total, source, f"total_units {where}"),
         Cell(titles.MISSING if spent is None else titles.duration(spent), spent, source, f"seconds {where}"),
         Cell(str(len(trials)), len(trials)),
     )
@@ -170,7 +177,7 @@ def _at_phase(results: TableResults, trials: Sequence[TrialResult], phase: int, 
 
 def _cell(results: TableResults, found: Spread, where: str, with_diverged: bool = True, new: bool = False) -> Cell:
     """Return a metric over seeds as a table's cell, by default with the number of diverged seeds."""
-    text = _text(found)
+    text = spread_text(found)
     if with_diverged and found.diverged:
         share = f"{found.diverged} of {found.trials} diverged"
         text = f"{text} ({share})" if found.values else share
@@ -178,7 +185,7 @@ def _cell(results: TableResults, found: Spread, where: str, with_diverged: bool 
     return Cell(text + f" {ONLY}" * new, found.mean, source, f"{found.key} of the trials {where}", found.ends)
 
 
-def _text(found: Spread) -> str:
+def spread_text(found: Spread) -> str:
     """Format a metric: 329 ± 12 over seeds, 329 [310, 348] for one seed; a fraction in percent."""
     if found.mean is None:
         return titles.MISSING
@@ -247,7 +254,58 @@ def _figures(results: TableResults) -> list[Figure]:
         return []
     title, scope = _title(results.distance_key), SCOPES[results.scope]
     svg, words = (_sweep if results.table.columns is None else _heat)(results, spreads, f"{title}, {scope}")
-    return [Figure(svg, f"{scope.capitalize()}: {title}, lower is better. {words}", str(results.path))]
+    figure = Figure(svg, f"{scope.capitalize()}: {title}, lower is better. {words}", str(results.path))
+    return [figure, *_costs(results, title)]
+
+
+def _costs(results: TableResults, title: str) -> list[Figure]:
+    """Draw quality over the cost of training or of sampling, if trials differ in their objective or their passes."""
+    objectives = {trial.settings.get("objective") for trial in results.trials}
+    if len(objectives) < 2:
+        return []
+    training, sampling = list[Point](), list[Point]()
+    for series, row in enumerate(results.rows):
+        for column in results.columns:
+            trials = results.at(row, column)
+            for probes in zip(*(trial.probes for trial in trials), strict=False):
+                spent = _spent(trials[0], probes[0].update)
+                at = [
+                    trial.model_copy(update={"metrics": p.metrics, "intervals": p.intervals})
+                    for trial, p in zip(trials, probes, strict=True)
+                ]
+                training += [] if spent is None else [_point(results, spent, at, series)]
+            if trials and isinstance(trials[0].nfe, int):
+                sampling.append(_point(results, trials[0].nfe, trials, series))
+    bars = _bars(results)
+    figures = []
+    if results.table.columns is None:
+        svg = error_bars(
+            training, f"{title} over units of training", "Forward passes of G in training", True, results.rows
+        )
+        figures.append(Figure(svg, f"{title} at every measurement of a trial. {bars}", str(results.path)))
+    if len({point.x for point in sampling}) > 1:
+        svg = error_bars(sampling, f"{title} over NFE", "Forward passes of G per sample", True, results.rows)
+        figures.append(Figure(svg, f"{title} by the cost of a sample. {bars}", str(results.path)))
+    return figures
+
+
+def _spent(trial: TrialResult, update: int) -> float | None:
+    """Return the units of training until an update, with those of the run that the trial continues."""
+    if trial.total_units is None:
+        return None
+    return trial.total_units - trial.cost.units * (max(probe.update for probe in trial.probes) - update)
+
+
+def _point(results: TableResults, x: float, trials: Sequence[TrialResult], series: int) -> Point:
+    found = spread(trials, results.distance_key)
+    low, high = found.ends or (None, None)
+    return Point(x, found.mean, low, high, series)
+
+
+def _bars(results: TableResults) -> str:
+    if len(results.table.seeds) == 1:
+        return "Points are one seed each, bars the 95 % interval of its measurement."
+    return "Points are means over seeds, bars reach from the lowest seed to the highest."
 
 
 def _heat(results: TableResults, spreads: dict[tuple[str, str], Spread], title: str) -> tuple[str, str]:
@@ -282,9 +340,7 @@ def _sweep(results: TableResults, spreads: dict[tuple[str, str], Spread], title:
     positive = [number for number in numbers if number > 0]
     log_x = len(positive) > 1 and max(positive) >= LOG_FACTOR * min(positive)
     svg = error_bars(points, title, results.table.rows.title, log_x)
-    words = "Points are means over seeds, bars reach from the lowest seed to the highest."
-    if len(results.table.seeds) == 1:
-        words = "Points are one seed each, bars the 95 % interval of its measurement."
+    words = _bars(results)
     missing = [row for row, found in zip(results.rows, spreads.values(), strict=True) if not found.values]
     return svg, words + (f" Without a number: {', '.join(missing)}." if missing else "")
 

@@ -13,6 +13,7 @@ _CAPTIONS = {
     "guidance_grid": "Table 3: XL/2, one step, guided, FID-50k",
     "depth_vs_steps": "Table 7, with the unguided numbers of Table 11: XL/2, FID-50k",
     "guidance_type": "Table 8: XL/2, one step, FID-50k",
+    "objectives": "sequel (arXiv 2604.11521), FID-50k; continuous adversarial flows continue the row above",
     "schedule": "Table 11: FID-50k at the end of each phase",
 }
 _TITLES = {
@@ -27,6 +28,7 @@ _TITLES = {
     "method": "Method",
     "model": "Model",
     "nfe": "Steps",
+    "objective": "Objective",
     "params_m": "Parameters, M",
     "schedule": "λ_ot",
     "t_range": "t'",

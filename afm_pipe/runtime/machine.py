@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
-
 PROC, MOUNT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 NO_LIMIT = 1 << 60  # bytes; version 1 writes the largest page-aligned integer where there is no limit
 
@@ -38,6 +36,8 @@ def usable_cores(proc: Path = PROC, mount: Path = MOUNT) -> int:
 def available_memory(proc: Path = PROC, mount: Path = MOUNT) -> int:
     """Return the bytes that this process may still allocate; the page cache counts as available."""
     limits = [free for group in _groups("memory", proc, mount) if (free := _free(group)) is not None]
+    import psutil
+
     return max(0, min([psutil.virtual_memory().available, *limits]))
 
 

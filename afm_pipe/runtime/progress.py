@@ -24,6 +24,35 @@ class Progress(NamedTuple):
     total: int
     unit: str
     facts: str = ""
+    fraction: float | None = None
+    """Share of the work that is done, where units differ in work; None: done / total."""
+
+    @property
+    def position(self) -> float:
+        """The work that is done, in units."""
+        return self.done if self.fraction is None else self.fraction * self.total
+
+
+_report: Callable[[Progress], None] | None = None  # receives the progress of all work in this process
+
+
+@contextmanager
+def report_to(report: Callable[[Progress], None]) -> Iterator[None]:
+    """Report progress to a function, at most every second, instead of showing it."""
+    global _report
+    reported = 0.0
+
+    def throttled(progress: Progress) -> None:
+        nonlocal reported
+        if time.monotonic() - reported >= 1:
+            reported = time.monotonic()
+            report(progress)
+
+    outer, _report = _report, throttled
+    try:
+        yield
+    finally:
+        _report = outer
 
 
 def track(title: str, work: Generator[Progress, None, T]) -> T:
@@ -37,6 +66,9 @@ def alive(title: str) -> Iterator[Callable[[Progress], None]]:
     """Show that a block is running; yield a function that shows its progress, if it reports any."""
     if env_rank() > 0:
         yield lambda progress: None
+        return
+    if _report is not None:
+        yield _report
         return
     with (_live if sys.stderr.isatty() else _plain)(title) as render:
         yield render
@@ -73,26 +105,26 @@ def _live(title: str) -> Iterator[Callable[[Progress], None]]:
     )
     with bar.Progress(*columns, console=Console(stderr=True)) as shown:
         task = shown.add_task(title, total=None, unit="", facts="")
-        yield lambda now: shown.update(task, completed=now.done, total=now.total, unit=now.unit, facts=now.facts)
+        yield lambda now: shown.update(task, completed=now.position, total=now.total, unit=now.unit, facts=now.facts)
 
 
 @contextmanager
 def _plain(title: str) -> Iterator[Callable[[Progress], None]]:
     started = last = time.monotonic()
-    first_done: int | None = None
+    first: float | None = None
     shown, ended = "working", threading.Event()
 
     def render(progress: Progress) -> None:
-        nonlocal last, first_done, shown
-        done, total, unit, facts = progress
+        nonlocal last, first, shown
+        done, total, unit, facts, _ = progress
         shown = f"{done}/{total} {unit}"
         now = time.monotonic()
-        first_done = done if first_done is None else first_done
+        first = progress.position if first is None else first
         if now - last < SECONDS_BETWEEN_LINES and done < total:
             return
         last = now
-        rate = (done - first_done) / max(now - started, 1e-9)  # since the start or the resume
-        left = f"ETA {(total - done) / rate:.0f} s" if rate > 0 else "ETA unknown"
+        rate = (progress.position - first) / max(now - started, 1e-9)  # since the start or the resume
+        left = f"ETA {(total - progress.position) / rate:.0f} s" if rate > 0 else "ETA unknown"
         _say(f"{title}: {shown}, {left}  {facts}".rstrip())
 
     def say_so() -> None:

@@ -7,7 +7,7 @@ results/study/NAME.json, the larger study. Each holds the table's declaration at
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, FiniteFloat, model_validator
 
@@ -40,6 +40,8 @@ class TrialCost(BaseModel, frozen=True):
     updates: int
     units: FiniteFloat
     machine: str
+    total_units: FiniteFloat | None = None
+    """Of all updates, with those of the run that it continues; None in older files."""
 
 
 class TrialResult(BaseModel, frozen=True):
@@ -53,12 +55,23 @@ class TrialResult(BaseModel, frozen=True):
     metrics: Metrics
     intervals: Intervals
     cost: TrialCost
+    settings: dict[str, Any] = {}
+    """Its run."""
     events: tuple[Event, ...] | None = None
     """None in files older than the monitor."""
     training: str | None = None
     """Identity of its training run, which trials that only measure differently share."""
     continues: str | None = None
-    """Identity of the training run that it continues, whose cost is not in `cost`."""
+    """Identity of the training run that it continues, whose cost is in `cost.total_units` alone."""
+    nfe: int | Literal["any"] | None = None
+    """Forward passes per sample as measured; None in older files."""
+
+    @property
+    def total_units(self) -> float | None:
+        """The cost of all training in forward passes of G; None where that of its base is unknown."""
+        if self.cost.total_units is None and self.continues is None:
+            return self.cost.units * self.cost.updates
+        return self.cost.total_units
 
     @property
     def place(self) -> Place:

@@ -5,24 +5,20 @@ holds the lease of its folder, and another takes it over if that process ends ea
 (`statistics.divergence`) is a result like any other.
 """
 
-import multiprocessing
 import shutil
-import signal
-import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
-import psutil
 import torch
 from torch import nn
 
 from afm_pipe.autoencoders import load_autoencoder
 from afm_pipe.data.latents import Latents
 from afm_pipe.distributed.launch import Launch
+from afm_pipe.distributed.pool import run_jobs
 from afm_pipe.evaluation.evaluator import Evaluator
 from afm_pipe.evaluation.measures import sample_suffix
 from afm_pipe.evaluation.networks import METRIC_NAMES
@@ -39,14 +35,14 @@ from afm_pipe.models.model_files import (
 from afm_pipe.objectives import build_objective
 from afm_pipe.params import Params, Run
 from afm_pipe.params.versions import code_record, recorded_code
-from afm_pipe.runtime import paths, signals
+from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import NotFiniteError, UserError
 from afm_pipe.runtime.files import read_json, sha256_file, write_json
 from afm_pipe.runtime.lease import HeldError, Lease, hold_lease, holder_of
-from afm_pipe.runtime.progress import Progress, finish
+from afm_pipe.runtime.progress import Progress, finish, track
 from afm_pipe.sampling.sampler import Sampler
 from afm_pipe.study.statistics import divergence
-from afm_pipe.study.trials import Trial
+from afm_pipe.study.trials import Trial, run_weight
 from afm_pipe.training.checkpoints import RetentionPolicy
 from afm_pipe.training.cost import training_cost
 from afm_pipe.training.engine import Engine
@@ -59,9 +55,6 @@ Units = Callable[[Params, Run, Run, ModelConfig], float]
 """Counts the cost of an update in forward passes of G: (params, base run, run, model) -> units."""
 
 
-POLL = 2.0  # seconds from one look at the trials of other processes to the next
-
-
 def run_trials(
     params: Params, trials: Sequence[Trial], launch: Launch, units: Units
 ) -> Generator[Progress, None, None]:
@@ -69,24 +62,52 @@ def run_trials(
 
     Raises UserError if a trial does.
     """
-    groups = missing_groups(trials)
-    done, total = 0, len(groups)
-    yield Progress(done, total, "trials")
-    for left, text in _run_groups(groups, Worker(params, launch, units)):
-        yield Progress(total - left, total, "trials", text)
+    return run_jobs(trial_jobs(trials), Worker(params, launch, units), launch.num_workers(), "trials")
 
 
-def missing_groups(trials: Sequence[Trial]) -> list[list[Trial]]:
+class TrialJob(NamedTuple):
+    """A training run, and the measurements of the trials that share it."""
+
+    group: Sequence[Trial]
+
+    def __str__(self) -> str:
+        return str(self.group[0].spec.place)
+
+    @property
+    def weight(self) -> float:
+        """Estimated work."""
+        return run_weight(self.group[0].run, self.group[0].base is not None)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the run is trained and its trials are measured."""
+        return all(_is_trained(trial) if trial.measurement is None else trial.result.is_file() for trial in self.group)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether its base is trained, and no other process seems to hold it."""
+        base = self.group[0].base
+        return self.holder is None and (base is None or _is_trained(base))
+
+    @property
+    def holder(self) -> str | None:
+        """The other process that seems to train it, if any."""
+        trial = self.group[0]
+        held = [trial.folder] if trial.owner is None else [trial.folder, trial.folder.parent]
+        return next(filter(None, map(holder_of, held)), None)
+
+    def run(self, context: "Worker") -> bool:
+        """Train and measure."""
+        return context.run(self.group)
+
+
+def trial_jobs(trials: Sequence[Trial]) -> list[TrialJob]:
     """Return the missing trials and bases, grouped by the training run they share; bases come first, then by seed."""
     missing = sorted((trial for trial in trials if not trial.result.is_file()), key=lambda trial: trial.spec.place.seed)
     bases = [trial.base for trial in missing if trial.base and not _is_trained(trial.base)]
     alone = [trial for trial in missing if trial.base is None]
-    return _by_training([*alone, *bases, *(trial for trial in missing if trial.base is not None)])
-
-
-def is_done(group: Sequence[Trial]) -> bool:
-    """Return whether a group's run is trained and its trials are measured."""
-    return all(_is_trained(trial) if trial.measurement is None else trial.result.is_file() for trial in group)
+    ordered = [*alone, *bases, *(trial for trial in missing if trial.base is not None)]
+    return [TrialJob(group) for group in _by_training(ordered)]
 
 
 def _is_trained(trial: Trial) -> bool:
@@ -150,7 +171,7 @@ class Worker:
             engine = Engine.of(self.launch)._replace(shard=False)  # a trial has one process
             trainer = Trainer(task, Runtime(trial.folder, self.device, seconds, retention=retention, engine=engine))
             try:
-                state = finish(trainer.train()).state
+                state = track(f"trial {trial.spec.place}", trainer.train()).state
                 update, elapsed, not_finite = state.update, state.seconds["training"], None
                 if "discriminator" in state.networks:
                     save_tensors(trial.folder / DISCRIMINATOR, state.networks["discriminator"].state_dict())
@@ -260,86 +281,3 @@ def _by_training(trials: Sequence[Trial]) -> list[list[Trial]]:
         if len(group) > 1:
             group.pop(None, None)
     return [list(group.values()) for group in groups.values()]
-
-
-def _run_groups(groups: Sequence[Sequence[Trial]], worker: Worker) -> Iterator[tuple[int, str]]:
-    """Run groups of trials, each once its base is trained and while no other process holds it.
-
-    Yields the number of groups left, and what is new, until none is left.
-    """
-    waiting, running = [*groups], dict[Future[bool], Sequence[Trial]]()
-    num_workers = min(worker.launch.num_workers(worker.device), len(groups))
-    with _pool(num_workers, worker) as pool:
-        while waiting or running:
-            waiting = [group for group in waiting if not is_done(group)]
-            for group in [*waiting]:
-                if len(running) < num_workers and _is_ready(group[0]):
-                    waiting.remove(group)
-                    running[pool.submit(_run_group, group)] = group
-            ended, _ = wait(running, POLL, FIRST_COMPLETED)
-            for future in ended:
-                group = running.pop(future)
-                if not future.result():
-                    waiting.append(group)
-                yield len(waiting) + len(running), str(group[0].spec.place)
-            if not running and waiting and not any(future.result() for future in ended):
-                yield len(waiting), f"waiting for {holder_of(waiting[0][0].folder) or 'another process'}"
-                time.sleep(POLL)
-
-
-def _is_ready(trial: Trial) -> bool:
-    """Return whether a trial can begin: its base is trained, and no other process seems to hold it."""
-    held = [trial.folder] if trial.owner is None else [trial.folder, trial.folder.parent]
-    return not any(map(holder_of, held)) and (trial.base is None or _is_trained(trial.base))
-
-
-class _ThisProcess(Executor):
-    """Runs what is submitted at once."""
-
-    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future = Future[Any]()
-        future.set_result(function(*args, **kwargs))
-        return future
-
-
-@contextmanager
-def _pool(num_workers: int, worker: Worker) -> Iterator[Executor]:
-    """Give an executor of workers, in this process if one suffices; on a signal, end the workers' processes."""
-    global _worker
-    if num_workers <= 1:
-        _worker = worker
-        yield _ThisProcess()
-        return
-    spawn = multiprocessing.get_context("spawn")
-    stopping = spawn.Event()
-    pool = ProcessPoolExecutor(num_workers, spawn, _start_worker, (worker, stopping))
-    try:
-        yield pool
-    except (signals.Stopped, GeneratorExit):
-        stopping.set()  # stops workers that are between two groups
-        for process in multiprocessing.active_children():
-            process.terminate()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_worker: Worker  # of this process
-_stopping: Any = None  # in a process of a pool, the pool's event: start no more groups
-
-
-def _start_worker(worker: Worker, stopping: Any) -> None:
-    global _worker, _stopping
-    signals.ignore_signals()
-    parent = multiprocessing.parent_process()
-    assert parent is not None and parent.pid is not None
-    signals.stop_with([psutil.Process(parent.pid)])
-    torch.set_num_threads(1)
-    _worker, _stopping = worker, stopping
-
-
-def _run_group(group: Sequence[Trial]) -> bool:
-    with signals.graceful_shutdown():
-        if _stopping is not None and _stopping.is_set():
-            raise signals.Stopped(signal.SIGTERM)
-        return _worker.run(group)

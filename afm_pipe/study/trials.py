@@ -13,6 +13,7 @@ from typing import Any
 from afm_pipe.data.latents_format import provenance_fingerprint, read_provenance
 from afm_pipe.objectives.schedules import num_updates, update_at
 from afm_pipe.params import Params, Run, TrialSpec
+from afm_pipe.params.sizes import block_work
 from afm_pipe.params.versions import run_identity, versions
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
@@ -128,6 +129,13 @@ def probes(run: Run, num_images: int, continues: bool) -> dict[int, int | None]:
         return {total: len(run.phases)}
     found: dict[int, int | None] = {max(total // 3, 1): None}
     return dict(sorted((found | ends).items()))
+
+
+def run_weight(run: Run, continues: bool = False) -> float:
+    """Estimate the work of a run, in no particular unit; of one that `continues` another, that of its last phase."""
+    ends = [0.0, *(phase.until_epoch for phase in run.phases)]
+    epochs = ends[-1] - (ends[-2] if continues else 0.0)
+    return epochs * (run.repeats + run.discriminator_updates) / 2 * block_work(run.size)
 
 
 def write_tables(trials: Trials, out: Path | None = None) -> list[Path]:

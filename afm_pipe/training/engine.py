@@ -7,13 +7,15 @@ and change numbers by rounding at most (activation checkpointing not at all).
 import ctypes
 import sys
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import nn
 
-from afm_pipe.distributed.launch import Launch
 from afm_pipe.models.dit import DiT
+
+if TYPE_CHECKING:
+    from afm_pipe.distributed.launch import Launch
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
@@ -28,7 +30,7 @@ class Engine(NamedTuple):
     shard: bool = False
 
     @classmethod
-    def of(cls, launch: Launch) -> "Engine":
+    def of(cls, launch: "Launch") -> "Engine":
         """Return the engine of launch settings."""
         return cls(*(getattr(launch, name) for name in cls._fields))
 

@@ -37,10 +37,13 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
     [
         (0, "parts"),
         (1, "guided"),
+        (1, "flow"),
+        (1, "adversary"),
         (1, "steps"),
         (1, "classifier"),
         (1, "parts"),
         (2, "guided"),
+        (2, "adversary"),
         (2, "parts"),
     ],
 )

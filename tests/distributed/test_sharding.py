@@ -38,6 +38,7 @@ GROUPS = (1, 2, 1, 2)  # processes; of two, each keeps a shard
 CASES = {  # run, type, how the processes compute, micro-batch
     "steps": ("steps", torch.float64, SPARING, None),  # repeats, clipping, G replaced by its moving average
     "parts": ("guided", torch.float64, SHARDED, 2),
+    "adversary": ("adversary", torch.float64, SPARING, 3),
     "float32": ("plain", torch.float32, SHARDED, None),
 }
 

@@ -26,6 +26,7 @@ from afm_pipe.objectives.base import Objective
 from afm_pipe.objectives.latent_classifier import ClassifierTraining
 from afm_pipe.params import Guidance, Phase, Run
 from afm_pipe.params.file import load_params
+from afm_pipe.params.flow import FlowSettings, OdeSampling
 from afm_pipe.params.sizes import SIZES
 from afm_pipe.params.training import Augmentation
 from afm_pipe.training.engine import Engine
@@ -55,10 +56,16 @@ class RandomLatents(MemoryLatents):
         return super().draw(indices, generator, own)
 
 
+SAMPLING = OdeSampling(solver="heun", steps=2, guidance_scale=1.0, guidance_interval=(0.0, 1.0))
+FLOW = FlowSettings(times="uniform", label_dropout=0.2, warmup=1, sampling=SAMPLING)
+ADVERSARY = {"objective": "continuous_adversarial_flow", "discriminator_updates": 2, "flow": FLOW}
+
 # What each case changes of the smoke profile's run, and of its one phase.
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),
     "guided": ({}, GUIDED),
+    "flow": ({"objective": "flow_matching", "flow": FLOW}, {}),
+    "adversary": (ADVERSARY, {"gradient_clip": 50.0}),
     "steps": ({"nfe": 2, "form": "residual", "reuse_forward": True, "repeats": 2, "normalized": False}, MULTISTEP),
 }
 
@@ -145,8 +152,9 @@ def work(folder: Path, size: int, stage: int) -> None:
         if stage < 3:
             here = folder / f"{size} processes"
             found["guided"] = outcome(train_case("guided", here / "guided", group)[0])
+            found["adversary"] = outcome(train_case("adversary", here / "adversary", group, micro_batch=2)[0])
             if stage < 2:  # three processes on two cores are slow
-                for case in ("steps", "classifier"):
+                for case in ("steps", "flow", "classifier"):
                     found[case] = outcome(train_case(case, here / case, group)[0])
                 found["float32"] = outcome(train_case("plain", here / "float32", group, torch.float32)[0])
             trained, latents = train_case("guided", here / "parts", group, micro_batch=2)

@@ -97,6 +97,17 @@ def test_every_output_is_there_and_git_stays_clean(clone: Path) -> None:
     assert new <= MADE
 
 
+def test_the_stages_find_what_the_pool_made_current(clone: Path) -> None:
+    made = {path.stem for path in (clone / "work" / "current").glob("*.json")}
+    of_runs = {f"{stage}-{name}" for stage in RUN_STAGES for name in ("t4", "t4-no-transport")}
+    assert made == {*of_runs, "classifier-", "toy-", "table-transport"}
+    code = json.loads((clone / "results" / "costs" / "t4.json").read_text())
+    assert code["threads"] == 1
+    for stage, names in (("train", ["t4"]), ("evaluate", ["t4"]), ("table", ["transport"]), ("toy", [])):
+        said = shell(clone, "python", f"stages/{stage}.py", *names)
+        assert said.endswith("current.\n"), said
+
+
 def test_a_table_is_in_the_report_with_a_verdict(clone: Path) -> None:
     cells = json.loads((clone / "results" / "tables" / "transport.json").read_text())["trials"]
     assert [(cell["row"], cell["cost"]["updates"] > 0) for cell in cells] == [("0.2", True), ("0", True)]
@@ -127,8 +138,9 @@ def test_an_inherited_default_changes_all_that_inherit_it_and_one_run_itself(clo
         (clone / "params.yaml").write_text(before)
         return found
 
-    assert changed("train.logit_centering", 0.02) == {"train@t4", "train@t4-no-transport", "table@transport", "report"}
-    assert changed("runs.t4.lr", 0.0011) == {"train@t4", "report"}
+    inherited = {"pool", "train@t4", "train@t4-no-transport", "table@transport", "report"}
+    assert changed("train.logit_centering", 0.02) == inherited
+    assert changed("runs.t4.lr", 0.0011) == {"pool", "train@t4", "report"}
 
 
 def test_dvc_shows_metrics_and_plots(clone: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from dvc.repo import Repo
+from dvc.repo.reproduce import collect_stages, get_active_graph, plan_repro
 
 from afm_pipe.params.versions import FILE, PARTS, declared
 from tests.conftest import ROOT
@@ -76,11 +77,11 @@ def test_raising_a_version_reruns_what_depends_on_it_and_no_more(changed: Callab
     ("param", "stages"),
     [
         ("encode.precision", {"encode", "reference"}),
-        ("runs.t4.seed", {"train", "guide"}),
-        ("guided.g.until_epoch", {"guide"}),
-        ("toy.seeds", {"toy"}),
-        ("sample.keep_images", {"sample", "sample-guided", "sample-imported"}),
-        ("study.samples", {"table"}),
+        ("runs.t4.seed", {"pool", "train", "guide"}),
+        ("guided.g.until_epoch", {"pool", "guide"}),
+        ("toy.seeds", {"pool", "toy"}),
+        ("sample.keep_images", {"pool", "sample", "sample-guided", "sample-imported"}),
+        ("study.samples", {"pool", "table"}),
     ],
 )
 def test_changing_a_param_reruns_what_reads_it(changed: Callable[[], set[str]], param: str, stages: set[str]) -> None:
@@ -115,6 +116,18 @@ def test_each_stage_lists_the_versions_that_its_identity_rests_on() -> None:
     whole = {name: set(declared()) if parts == {"versions"} else parts for name, parts in listed.items()}
     also = {f"{stage}-{kind}": set(PARTS[stage]) for stage in ("sample", "evaluate") for kind in ("guided", "imported")}
     assert whole == {stage: set(parts) for stage, parts in PARTS.items()} | also
+
+
+def test_the_pool_runs_before_the_stages_whose_work_it_does_and_no_stage_needs_it(finished: Path) -> None:
+    with contextlib.chdir(finished), Repo(os.curdir) as repo:
+        graph = get_active_graph(repo.index.graph)
+        order, alone = (
+            [stage.addressing for stage in plan_repro(graph, collect_stages(repo, [target]))]
+            for target in ("dvc.yaml", "train@t4")
+        )
+    pooled = {"train", "guide", "classifier", "sample", "sample-guided", "evaluate", "evaluate-guided", "table", "toy"}
+    assert pooled <= {name.split("@")[0] for name in order[order.index("pool") + 1 :]}
+    assert "pool" not in alone and alone[-1] == "train@t4"
 
 
 def test_no_source_file_is_a_dep() -> None:

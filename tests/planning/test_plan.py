@@ -99,7 +99,7 @@ def test_a_plan_follows_from_images_peak_and_utilization(params: Params) -> None
     bf16_budget = plan_run(params, "b2", 1_281_167, 1000, EIGHT._replace(precision="bf16")).budget
     run = params.runs["b2"].model_copy(update={"precision": "bf16"})
     assert bf16_budget == budget(run, run_config(run, params.latent_shape, 1000), 8)  # as training requires
-    assert 0.65 < bf16_budget.activation_bytes / plan.budget.activation_bytes < 0.9  # penalties are apart, in float32
+    assert 0.8 < bf16_budget.activation_bytes / plan.budget.activation_bytes < 1.05  # penalties are apart, in float32
     alone, two_machines = plan._replace(machine=EIGHT._replace(gpus=1)), plan._replace(machine=EIGHT._replace(gpus=16))
     assert alone.reduce_seconds == 0
     assert two_machines.reduce_seconds == pytest.approx(2 * 15 / 16 * gradients / (0.8 * 400e9))  # network cards
@@ -176,6 +176,10 @@ def test_the_command_prints_the_plan(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert result.exit_code == 0, result.output
     assert "On 2 x a100 in tf32: 156 TFLOP/s each" in result.stdout
     assert "5,000 images" in result.stdout
+    assert "10% to 25% is assumed" in result.stdout and " to " in result.stdout.split("t4 ")[1].splitlines()[0]
+    measured = CliRunner().invoke(app, [*words, "--measure", "--micro-batch", "4"], env={"AFM_DEVICE": "cpu"})
+    assert measured.exit_code == 0, measured.output
+    assert "Measured on cpu: t4 with 4 images at" in measured.stdout
     spare = CliRunner().invoke(app, [*words, "--micro-batch", "4", "--checkpoint-activations", "--shard"])
     assert spare.exit_code == 0, spare.output
     assert spare.stdout != result.stdout

@@ -72,3 +72,12 @@ def test_a_long_title_of_rows_has_room() -> None:
     assert float(title.get("x", "nan")) >= 6.4 * len("Gradient normalization of G")
     narrow = ElementTree.fromstring(heat_map(["on"], ["1"], [[1]], [["1"]], "A title wider than its only column"))
     assert float((narrow.get("viewBox") or "").split()[2]) > 7.5 * len("A title wider than its only column")
+
+
+def test_series_of_error_bars_have_their_color_and_name() -> None:
+    points = [Point(1, 0.5, 0.4, 0.6, series=0), Point(64, 0.25, series=1)]
+    drawn = error_bars(points, "FID over NFE", "NFE", log_x=True, legend=["flow matching", "adversarial flow"])
+    assert "flow matching, 1: 0.500 [0.400, 0.600]; adversarial flow, 64: 0.250" in drawn
+    assert "stroke:var(--run-0)" in drawn
+    assert "stroke:var(--run-1)" in drawn  # hollow
+    assert ">adversarial flow</text>" in drawn

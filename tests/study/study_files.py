@@ -60,6 +60,7 @@ def write_study(
     diverged: Callable[[str, str, int], str | None] = lambda row, column, seed: None,
     accuracy: Callable[[str, str, int], float] = lambda row, column, seed: 0.9,
     units: Callable[[str, str, int], float] = lambda row, column, seed: 14.5,
+    change: Callable[[dict[str, Any]], dict[str, Any]] = lambda trial: trial,
 ) -> None:
     """Write the file of a table with every trial that it declares."""
     trials = []
@@ -67,7 +68,8 @@ def write_study(
         for row in table["rows"]["settings"]:
             for column in (table["columns"] or {"settings": [""]})["settings"]:
                 place = (row, column, seed)
-                trials.append(trial(place, distance(*place), diverged(*place), accuracy(*place), units(*place)))
+                made = trial(place, distance(*place), diverged(*place), accuracy(*place), units(*place))
+                trials.append(change(made))
     write(name, {"table": table, "scale": scale, "machine": "no machine", "protocol": {}, "trials": trials})
 
 

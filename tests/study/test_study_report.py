@@ -47,13 +47,15 @@ def test_a_sweep_shows_spread_divergence_and_cost() -> None:
         KEY,
         "class_accuracy",
         "diverged",
+        "nfe",
         "units",
+        "total_units",
         "seconds",
         "seeds",
     ]
     assert texts(table) == [
-        ["0", "300 [270, 330]", "90.0 %", "3 of 3", "14.5", "60.0 s", "3"],
-        ["0.2", "51.0 ± 1.0", "90.0 ± 0.0 %", "0 of 3", "14.5", "60.0 s", "3"],
+        ["0", "300 [270, 330]", "90.0 %", "3 of 3", "–", "14.5", "17,400", "60.0 s", "3"],
+        ["0.2", "51.0 ± 1.0", "90.0 ± 0.0 %", "0 of 3", "–", "14.5", "17,400", "60.0 s", "3"],
     ]
     assert "a loss was not finite" in table.note
     assert "Made up" in table.caption
@@ -66,6 +68,26 @@ def test_a_sweep_shows_spread_divergence_and_cost() -> None:
     assert "0.2: 51.0 [50.0, 52.0]" in figure.svg
     assert "from the lowest seed to the highest" in figure.caption
     assert figure.source == "results/tables/sweep.json"
+
+
+def test_objectives_are_drawn_over_their_cost_in_training_and_sampling() -> None:
+    objectives = {"0": "flow_matching", "0.2": "adversarial_flow"}
+
+    def measured(trial: dict[str, Any]) -> dict[str, Any]:
+        costs = trial["cost"] | {"total_units": 20_000.0} if trial["row"] == "0" else trial["cost"]
+        changes = {"nfe": 64 if trial["row"] == "0" else 1, "settings": {"objective": objectives[trial["row"]]}}
+        return trial | changes | {"cost": costs}
+
+    write_study("tables/sweep.json", declared(), lambda row, *_: 50.0 + 100 * float(row), change=measured)
+    section = sections_of(make_params(sweep=declared()))["study-sweep"]
+    assert [row[4:7] for row in texts(section.tables[0])] == [["64", "14.5", "20,000"], ["1", "14.5", "17,400"]]
+    _, training, sampling = section.figures
+    # The last of three measurements, and the second, 300 updates of 14.5 units before.
+    assert "0, 20000: 50.0" in training.svg
+    assert "0, 15650: 100" in training.svg
+    assert "0.2, 17400: 70.0" in training.svg
+    assert "0, 64: 50.0" in sampling.svg
+    assert "0.2, 1: 70.0" in sampling.svg
 
 
 def fired(kinds: dict[str, tuple[str, ...]]) -> Callable[[dict[str, Any]], dict[str, Any]]:

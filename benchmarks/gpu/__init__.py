@@ -1,0 +1,1 @@
+"""Checks and speeds on one GPU, with made inputs: no data, no network, no other packages than training needs."""
