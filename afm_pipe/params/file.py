@@ -144,6 +144,8 @@ def _explain(path: Path, raw: dict[str, Any], error: ValidationError) -> str:
         field = list(problem["loc"][:3])  # runs, a name, a field
         if field[:1] == ["runs"] and len(field) == 3 and field[2] != "[key]" and not _exists(raw, field):
             continue  # inherited from train, and reported there
+        if problem["loc"] == ("train", "seed") and not _exists(raw, ["train", "seed"]):
+            continue  # inherited from the file's seed
         found, _, expected = _explain_one(raw, place, problem).partition(", expected ")
         mistakes.setdefault(found, []).append(expected)
     lines = [

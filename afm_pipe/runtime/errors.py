@@ -85,6 +85,8 @@ def describe_mistake(problem: Mapping[str, Any]) -> str:
         note = "; write it in quotes"
     elif kind in ("float_type", "int_type") and isinstance(found, str) and _is_number(found):
         note = f"; this is text: write {float(found):g} without quotes"
+    elif kind == "int_type" and isinstance(found, float) and found.is_integer():
+        note = f"; write {int(found)}"  # YAML reads 1e4 as a float
     return f"found {'nothing' if kind == 'missing' else show_value(found)}, expected {expected}{note}"
 
 

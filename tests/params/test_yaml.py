@@ -64,6 +64,27 @@ def test_a_value_that_dvc_writes_is_the_value_of_the_run(override: str, field: s
     assert params.train == load_params(SMOKE).train
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("evaluate.samples=1e4", "evaluate.samples: found 10000.0, expected a valid integer; write 10000"),
+        ("seed=0o17", "1 mistake in params.yaml:\n  seed: found '0o17', expected a valid integer"),
+        ("+runs.t4.qk_norm=yes", "runs.t4.qk_norm: found 'yes', expected true or false"),
+        ("+runs.t4.lr=1e-400", "runs.t4.lr: found 0.0, expected greater than 0"),
+        ("data.root=1e5", "data.root: found 100000.0, expected text; write it in quotes"),
+    ],
+)
+def test_a_value_that_dvc_writes_and_that_does_not_fit_is_refused_with_what_to_write(
+    override: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path(shutil.copy(SMOKE, "params.yaml"))
+    apply_overrides(path, [override])
+    with pytest.raises(UserError) as error:
+        load_params(path)
+    assert words in str(error.value)
+
+
 @pytest.mark.parametrize("file", ["~/x.pth", "$HOME/x.pth", "${HOME}/x.pth"])
 def test_a_file_that_dvc_cannot_find_is_refused_with_the_reason(file: str) -> None:
     with pytest.raises(UserError, match=r"imported\.x\.file: found .* expected a path that DVC finds, .* write '/"):
