@@ -463,12 +463,12 @@ def sbatch(
     from afm_pipe.distributed.sbatch import array_script, batch_script
 
     if command[0] == "tables":
-        from afm_pipe.study.runner import missing_groups
+        from afm_pipe.study.runner import trial_jobs
         from afm_pipe.study.trials import Trials
 
         options = typer.main.get_command(app).commands["tables"].make_context("tables", command[1:]).params  # type: ignore[attr-defined]
         trials = Trials(_params(options["params"], options["overrides"]), options["names"] or [])
-        missing = list(dict.fromkeys(group[0].training for group in missing_groups(trials.all)))
+        missing = list(dict.fromkeys(job.group[0].training for job in trial_jobs(trials.all)))
         if not missing:
             raise UserError("Found no missing trial: run `afm-pipe tables` to write the tables.")
         typer.echo(array_script(command, missing, gpus or 0, time, at_once), nl=False)

@@ -99,7 +99,7 @@ def trials_text(params: Params, names: list[str]) -> str:
     from afm_pipe.runtime import paths
     from afm_pipe.runtime.files import read_json
     from afm_pipe.runtime.tables import table_text
-    from afm_pipe.study.runner import missing_groups
+    from afm_pipe.study.runner import trial_jobs
     from afm_pipe.study.trials import Trial, Trials
 
     num_images = int(read_provenance(paths.LATENTS)["image_count"])
@@ -115,7 +115,7 @@ def trials_text(params: Params, names: list[str]) -> str:
         return updates, updates * measure(run, config, run.batch_size).flops / 1e12
 
     trials = Trials(params, names)
-    groups = missing_groups(trials.all)
+    groups = [job.group for job in trial_jobs(trials.all)]
     places = {trial.measurement: f"{name}: {trial.spec.place}" for name, of in trials.by_table.items() for trial in of}
     rows, left, seconds, spent = [], 0.0, 0.0, 0.0
     for trial in trials.all:

@@ -28,7 +28,8 @@ def tables(
     from afm_pipe.study.trials import Trials, write_tables
 
     notice_unused([paths.OLD_TRIALS] if paths.OLD_TRIALS.is_dir() else [])
-    steps = [table_step(params, name) for name in names if name in params.tables] if out is None else []
+    collects = out is None and not (worker or trial)
+    steps = [table_step(params, name) for name in names if name in params.tables] if collects else []
     if len(steps) == 1 and steps[0].skip():
         return
     trials = Trials(params, names)
