@@ -226,13 +226,23 @@ def tables(
         list[str] | None, typer.Argument(metavar="[TABLE]...", help="Tables in params; default: all.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write into this folder instead of results/tables/.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the trials with their states and costs.")] = False,
+    worker: Annotated[
+        bool, typer.Option("--worker", help="Join a study, on any machine that shares work/; write no tables.")
+    ] = False,
+    trial: Annotated[str | None, typer.Option(help="Train and measure this trial alone; see --dry-run.")] = None,
     params: ParamsFile = paths.PARAMS,
     overrides: Overrides = None,
 ) -> None:
-    """Train and measure the trials of tables; resumable.  Example: afm-pipe tables transport_decay"""
+    """Train and measure the trials of tables; resumable.  Example: afm-pipe tables transport_decay --worker"""
     from afm_pipe import pipeline
 
-    pipeline.tables(_params(params, overrides), names or [], _launch(), out)
+    if dry_run:
+        from afm_pipe.cli.plan import trials_text
+
+        typer.echo(trials_text(_params(params, overrides), names or []))
+    else:
+        pipeline.tables(_params(params, overrides), names or [], _launch(), out, worker, trial)
 
 
 @_command(RUNS)
@@ -442,10 +452,25 @@ def plan(
 def sbatch(
     command: Annotated[list[str], typer.Argument(metavar="COMMAND...", help="The command, without afm-pipe.")],
     nodes: Annotated[int, typer.Option(min=1, help="Number of machines.")] = 1,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs per machine.")] = 8,
+    gpus: Annotated[
+        int | None,
+        typer.Option(min=0, help="GPUs per machine, 8 by default; per trial of tables, by default 0: one core."),
+    ] = None,
     time: Annotated[str, typer.Option(help="SLURM time limit, after which the job is requeued.")] = "24:00:00",
+    at_once: Annotated[int, typer.Option(min=1, help="Trials of tables that run at a time.")] = 64,
 ) -> None:
-    """Print a SLURM script that requeues when preempted.  Example: afm-pipe sbatch train xl2 --nodes 2 > xl2.sbatch"""
-    from afm_pipe.distributed.sbatch import batch_script
+    """Print a SLURM script that requeues when preempted; of tables, an array.  Example: afm-pipe sbatch train xl2"""
+    from afm_pipe.distributed.sbatch import array_script, batch_script
 
-    typer.echo(batch_script(command, nodes, gpus, time), nl=False)
+    if command[0] == "tables":
+        from afm_pipe.study.runner import trial_jobs
+        from afm_pipe.study.trials import Trials
+
+        options = typer.main.get_command(app).commands["tables"].make_context("tables", command[1:]).params  # type: ignore[attr-defined]
+        trials = Trials(_params(options["params"], options["overrides"]), options["names"] or [])
+        missing = list(dict.fromkeys(job.group[0].training for job in trial_jobs(trials.all)))
+        if not missing:
+            raise UserError("Found no missing trial: run `afm-pipe tables` to write the tables.")
+        typer.echo(array_script(command, missing, gpus or 0, time, at_once), nl=False)
+    else:
+        typer.echo(batch_script(command, nodes, 8 if gpus is None else max(gpus, 1), time), nl=False)

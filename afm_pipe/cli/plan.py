@@ -10,7 +10,12 @@ from afm_pipe.runtime.progress import track
 
 if TYPE_CHECKING:
     from afm_pipe.planning.plan import Machine
+    from afm_pipe.study.trials import Trial
 
+PER_UPDATE = (  # fields of a run that shape the work of an update
+    *("size", "nfe", "form", "repeats", "qk_norm", "precision", "condition_on_source", "discriminator_updates"),
+    *("reuse_forward", "batch_size", "penalty", "gradient_normalization"),
+)
 ASSUMED = " (assuming 1,000 classes; `afm-pipe prepare` counts them)"
 
 
@@ -84,3 +89,63 @@ def plan_text(
         )
     text = measured + track("plan", plan.plan_text(params, names, machine, count, classes))
     return text if manifest else f"{text}\nEstimated{ASSUMED}."
+
+
+def trials_text(params: Params, names: list[str]) -> str:
+    """Return the trials of some tables, by default all, with state and work, and the cost of the missing ones."""
+    from afm_pipe.data.latents_format import read_provenance
+    from afm_pipe.models.model_files import run_config
+    from afm_pipe.planning.counting import measure
+    from afm_pipe.runtime import paths
+    from afm_pipe.runtime.files import read_json
+    from afm_pipe.runtime.tables import table_text
+    from afm_pipe.study.runner import trial_jobs
+    from afm_pipe.study.trials import Trial, Trials
+
+    num_images = int(read_provenance(paths.LATENTS)["image_count"])
+    manifest = count_images(params)
+
+    def tflop(trial: Trial) -> tuple[int, float]:
+        """Return the updates of a trial and their work; only fields that shape an update are counted apart."""
+        own = {field: getattr(trial.run, field) for field in PER_UPDATE}
+        run = params.train.model_copy(update=own)
+        config = run_config(run, params.latent_shape, len(manifest.classes) if manifest else 1000)
+        ends = max(trial.probes(num_images))
+        updates = ends - (max(trial.base.probes(num_images)) if trial.base else 0)
+        return updates, updates * measure(run, config, run.batch_size).flops / 1e12
+
+    trials = Trials(params, names)
+    groups = [job.group for job in trial_jobs(trials.all)]
+    places = {trial.measurement: f"{name}: {trial.spec.place}" for name, of in trials.by_table.items() for trial in of}
+    rows, left, seconds, spent = [], 0.0, 0.0, 0.0
+    for trial in trials.all:
+        if trial.result.is_file():
+            cost, work = read_json(trial.result)["cost"], tflop(trial)[1]
+            if cost["seconds"]:
+                seconds, spent = seconds + cost["seconds"], spent + work
+            rows.append([places[trial.measurement], trial.training, "measured", f"{cost['updates']:,}", f"{work:.3g}"])
+    for group in groups:
+        updates, work = tflop(group[0])
+        left += work
+        for trial in group:
+            what = places.get(trial.measurement) or f"base of others: {trial.spec.place}"
+            rows.append([what, trial.training, _trial_state(trial), f"{updates:,}", f"{work:.3g}"])
+    text = table_text(["trial", "identity", "state", "updates", "TFLOP"], rows)
+    line = f"{len(groups)} training runs missing: {left:.3g} TFLOP"
+    if spent:
+        line += f", about {left * seconds / spent / 3600:.2g} h on one worker at the speed of the measured ones"
+    return f"{text}\n{line}."
+
+
+def _trial_state(trial: "Trial") -> str:
+    from afm_pipe.runtime.lease import holder_of
+    from afm_pipe.study.runner import TRAINED
+
+    if holder := holder_of(trial.folder):
+        return f"in training by {holder}"
+    if (trial.folder / TRAINED).is_file():
+        return "trained, not measured"
+    if (trial.folder / "curves.csv").is_file():
+        return "started"
+    base = trial.base is not None and not (trial.base.folder / TRAINED).is_file()
+    return "waits for its base" if base else "not begun"

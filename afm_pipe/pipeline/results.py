@@ -13,23 +13,40 @@ from afm_pipe.runtime.files import atomic_path, read_json, write_json
 from afm_pipe.runtime.progress import alive, track
 
 
-def tables(params: Params, names: Sequence[str], launch: Launch, out: Path | None = None) -> None:
-    """Train and measure the missing trials of some tables, by default all, and write the tables, to `out` if given."""
+def tables(
+    params: Params,
+    names: Sequence[str],
+    launch: Launch,
+    out: Path | None = None,
+    worker: bool = False,
+    trial: str | None = None,
+) -> None:
+    """Train and measure the missing trials of some tables, by default all, and write the tables, to `out` if given.
+
+    A `worker` writes no tables; `trial` names the one training run, by its identity, that it does.
+    """
     from afm_pipe.study.trials import Trials, write_tables
 
     notice_unused([paths.OLD_TRIALS] if paths.OLD_TRIALS.is_dir() else [])
-    steps = [table_step(params, name) for name in names if name in params.tables] if out is None else []
+    collects = out is None and not (worker or trial)
+    steps = [table_step(params, name) for name in names if name in params.tables] if collects else []
     if len(steps) == 1 and steps[0].skip():
         return
     trials = Trials(params, names)
-    done = [trial.result for trial in trials.all if trial.result.is_file()]
+    chosen = [each for each in trials.all if trial in (None, each.training)]
+    if not chosen:
+        raise UserError(
+            f"Found no trial {trial!r}, expected one that `afm-pipe tables --dry-run` lists: params or data have "
+            "changed; run `afm-pipe sbatch tables` again."
+        )
+    done = [each.result for each in chosen if each.result.is_file()]
     notice_code((f"trials of {', '.join(trials.by_table)}", read_json(result).get("code")) for result in done)
-    if len(done) < len(trials.all):
+    if len(done) < len(chosen):
         from afm_pipe.planning.counting import update_units
         from afm_pipe.study.runner import run_trials
 
-        track(" ".join(["table", *names]), run_trials(params, trials.all, launch, update_units))
-    for path in write_tables(trials, out):
+        track(" ".join(["table", *names]), run_trials(params, chosen, launch, update_units))
+    for path in () if worker or trial else write_tables(trials, out):
         print(path)
     for step in steps:
         step.record()

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from afm_pipe.distributed.launch import Launch
-from afm_pipe.distributed.sbatch import batch_script
+from afm_pipe.distributed.sbatch import array_script, batch_script
 from afm_pipe.distributed.torchrun import run_processes
 
 RUN = [sys.executable, "-m", "afm_pipe", "train", "t4", "--nproc-per-node", "2"]
@@ -111,4 +111,20 @@ def test_the_batch_script_is_one_that_bash_reads() -> None:
     script = batch_script(["train", "xl2", "--set", "runs.xl2.seed=1"], nodes=2, gpus=8, time="12:00:00")
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     assert "srun afm-pipe train xl2 --set runs.xl2.seed=1 &" in script
-    assert "-eq 75 ]; then scontrol requeue" in script
+    assert 'scontrol requeue "$job"' in script
+
+
+@pytest.mark.parametrize(("code", "restarts", "requeued"), [(0, 0, 0), (75, 9, 1), (137, 4, 1), (137, 5, 0), (1, 0, 0)])
+def test_a_task_of_an_array_runs_its_trial_and_is_requeued_when_killed(
+    tmp_path: Path, code: int, restarts: int, requeued: int
+) -> None:
+    script = array_script(["tables", "a b"], ["first", "second"], gpus=0, time="1:00", at_once=8)
+    assert "#SBATCH --array=0-1%8\n" in script and "gpus" not in script
+    for name, words in {"srun": f'echo "$@"; exit {code}', "scontrol": 'echo "$@"'}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{words}\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1", "SLURM_RESTART_COUNT": str(restarts)}
+    path = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    done = subprocess.run(["bash"], input=script, env=path | variables, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert done.stdout == "afm-pipe tables a b --trial second\n" + "requeue 7_1\n" * requeued

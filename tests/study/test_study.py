@@ -183,6 +183,67 @@ def test_workers_end_with_their_parent(declare: Callable[..., Params], project: 
     wait_until(lambda: not any(worker.is_running() for worker in workers))
 
 
+SLURM = {
+    "srun": 'exec "$@"',
+    "scontrol": 'touch "requeue-${2#*_}"',
+    "sbatch": """
+n=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\)%.*/\\1/p' "$1")
+export SLURM_ARRAY_JOB_ID=1
+task() {
+  export SLURM_ARRAY_TASK_ID=$2 SLURM_RESTART_COUNT=0
+  while true; do
+    rm -f "requeue-$2"; bash "$1"; [ -e "requeue-$2" ] || return
+    echo "$2" >> requeued; SLURM_RESTART_COUNT=$((SLURM_RESTART_COUNT + 1))
+  done
+}
+for i in $(seq 0 $n); do task "$1" $i & done
+wait""",
+    "afm-pipe": f'exec {sys.executable} -m afm_pipe "$@"',
+}
+
+
+@pytest.mark.slow  # some processes import torch
+@pytest.mark.parametrize("way", ["workers", "sbatch"])
+def test_a_study_of_several_processes_trains_every_trial_once(
+    declare: Callable[..., Params], project: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    params = declare(transport=TABLE.replace("base: {}", "base: {phases: [{until_epoch: 40}]}"))
+    for name, script in SLURM.items():
+        (project / "bin" / name).parent.mkdir(exist_ok=True)
+        (project / "bin" / name).write_text(f"#!/bin/bash\n{script}\n")
+        (project / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{project / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("AFM_WORKERS", "1")
+    monkeypatch.setenv("AFM_CHECKPOINT_SECONDS", "0.5")
+    assert subprocess.check_output(["afm-pipe", "tables", "--dry-run"], text=True).count("not begun") == 2
+    if way == "sbatch":
+        script = subprocess.check_output(["afm-pipe", "sbatch", "tables", "transport", "--gpus", "0"])
+        Path("study.sbatch").write_bytes(script)
+        commands = [["sbatch", "study.sbatch"]]
+    else:
+        commands = [["afm-pipe", "tables", "--worker"]] * 3
+    started = [subprocess.Popen(command) for command in commands]
+    try:
+        wait_until(lambda: len(list(paths.TRIALS.glob("*/curves.csv"))) == 2)
+        trainer = next(paths.TRIALS.glob("*/lease-*"))
+        os.kill(json.loads(trainer.read_text())["pid"], 9)
+        codes = sorted(each.wait(500) for each in started)
+    finally:
+        for each in started:
+            each.kill()
+    assert codes == ([0] if way == "sbatch" else [-9, 0, 0])
+    assert not paths.table("transport").exists()
+    assert way == "workers" or Path("requeued").read_text().split()
+    shared, before = trainings(), measurements()
+    assert len(shared) == len(before) == 2
+    pipeline.tables(params, [], ONE)  # collects
+    assert (trainings(), measurements()) == (shared, before)
+    together = {row: trial["probes"] for row, trial in trials("transport").items()}
+    shutil.rmtree(paths.TRIALS)
+    pipeline.tables(params, [], ONE)
+    assert {row: trial["probes"] for row, trial in trials("transport").items()} == together
+
+
 @pytest.mark.slow  # six processes import torch
 def test_a_terminated_study_checkpoints_every_trial_and_resumes(declare: Callable[..., Params], project: Path) -> None:
     declare(long=LONG.replace("100000", "1000"))  # a row every ten updates
