@@ -95,7 +95,7 @@ scm:
 		echo "or put the lines [core] and no_scm = true into .dvc/config.local, for DVC without git and experiments." >&2; \
 		echo "Then run make again. Nothing was installed." >&2; exit 1; }
 
-$(INSTALLED): pyproject.toml $(LOCK) | scm
+$(INSTALLED): pyproject.toml $(wildcard $(LOCK)) | scm
 	@test -x "$(BIN)/python" || test -n "$(PYTHON)" || { \
 		echo "error: found no Python 3.11 or later: install one, or name it with PYTHON=path." >&2; exit 1; }
 	@test -x "$(BIN)/python" || "$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \

@@ -34,7 +34,7 @@ def tables(
         return
     trials = Trials(params, names)
     chosen = [each for each in trials.all if trial in (None, each.training)]
-    if not chosen:
+    if trial is not None and not chosen:
         raise UserError(
             f"Found no trial {trial!r}, expected one that `afm-pipe tables --dry-run` lists: params or data have "
             "changed; run `afm-pipe sbatch tables` again."

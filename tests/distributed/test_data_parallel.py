@@ -51,7 +51,8 @@ def test_numbers_do_not_depend_on_processes_and_micro_batches(outcomes: Outcomes
     alone, found = outcomes[0, 0]["guided" if case == "parts" else case], outcomes[group, 0][case]
     assert len(alone["rows"]) == UPDATES // 10
     assert difference(alone, found) < 1e-8
-    assert alone["buffers"] == pytest.approx(found["buffers"], rel=1e-8)
+    for name, buffer in alone["buffers"].items():
+        assert buffer == pytest.approx(found["buffers"][name], rel=1e-8)
     for part, weights in alone["weights"].items():
         assert weights == pytest.approx(found["weights"][part], abs=1e-8)
 

@@ -52,7 +52,9 @@ def test_variables_of_other_programs_are_no_settings(monkeypatch: pytest.MonkeyP
 def test_a_process_takes_its_own_gpu_before_it_uses_any(monkeypatch: pytest.MonkeyPatch) -> None:
     """FSDP2 and NCCL use the current device, which is the first GPU otherwise; no GPU is needed to see the order."""
     calls = []
-    monkeypatch.setenv("LOCAL_RANK", "3")
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in {"LOCAL_RANK": "3", "RANK": "3", "WORLD_SIZE": "4", **address}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(("set", device)))
     monkeypatch.setattr(torch, "empty", lambda *_, device: calls.append(("use", device)))
     device = load_launch(device="cuda").torch_device()

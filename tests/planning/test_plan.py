@@ -51,6 +51,7 @@ def test_work_and_activations_grow_with_the_batch_and_the_repeats() -> None:
     assert deep.activation_bytes > 1.4 * small.activation_bytes  # the G step keeps four passes
 
 
+@pytest.mark.slow
 def test_the_settings_that_would_fit_do_and_larger_ones_would_not() -> None:
     run = load_params(SMOKE).runs["t4"]
     config = ModelConfig(size="t4", channels=4, latent_size=8, num_classes=10)
