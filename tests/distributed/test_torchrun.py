@@ -30,9 +30,9 @@ def test_the_command_line_starts_ranks_and_goes_on_alone(project: Path) -> None:
     done = subprocess.run([*RUN, *short], cwd=project, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert "15/15 updates" in done.stderr
-    cost = json.loads((project / "costs/t4.json").read_text())
+    cost = json.loads((project / "results/costs/t4.json").read_text())
     assert (cost["ranks"], cost["threads"], cost["updates"]) == (2, 1, 15)
-    rows = (project / "curves/t4.csv").read_text().splitlines()
+    rows = (project / "results/curves/t4.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["update", "10", "15"]
 
 
