@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from afm_pipe.models.dit import time_rates
 from afm_pipe.models.model_files import ModelConfig, run_config
 from afm_pipe.objectives import build_objective
 from afm_pipe.params import Params, Run
@@ -63,6 +64,7 @@ class Storages(TorchDispatchMode):
 def counted(run: Run, config: ModelConfig, images: int, parts: int, checkpointed: bool, blocks: int) -> Storages:
     """Count an update of networks with some of their blocks, in the run's precision."""
     objective = build_objective(run, config)
+    time_rates.cache_clear()  # a tensor of another mode
     with FakeTensorMode():
         networks = objective.build_networks()
         for network in networks.values():
@@ -73,6 +75,7 @@ def counted(run: Run, config: ModelConfig, images: int, parts: int, checkpointed
         learner = _CountingLearner(networks, objective.build_buffers(torch.device("cpu")))
         with Storages(*networks.values()) as storages:
             objective.update(learner, draw, objective.hyperparameters(0, 1))
+    time_rates.cache_clear()
     return storages
 
 
