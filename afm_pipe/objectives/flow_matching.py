@@ -13,11 +13,12 @@ from afm_pipe.data.latents import Latents
 from afm_pipe.data.move import to_device
 from afm_pipe.data.order import Order, stream_generator
 from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from afm_pipe.models.model_files import ModelConfig, build_generator, build_sampler
+from afm_pipe.models.model_files import build_generator
 from afm_pipe.objectives import register
 from afm_pipe.objectives.adversarial_flow.losses import interpolate
-from afm_pipe.objectives.base import Hyperparameters, Learner, Objective, Sampler, Term, num_micro_batches
-from afm_pipe.objectives.schedules import num_updates, phase_at
+from afm_pipe.objectives.base import Hyperparameters, Learner, Term, num_micro_batches
+from afm_pipe.objectives.of_runs import RunObjective
+from afm_pipe.objectives.schedules import phase_at
 from afm_pipe.params import Run
 from afm_pipe.params.flow import FlowSettings
 
@@ -62,7 +63,7 @@ class PathBatches:
 
 
 @register
-class FlowMatching(Objective):
+class FlowMatching(RunObjective):
     """Mean |g(x_t, t, label) - (z - x)|^2."""
 
     name = "flow_matching"
@@ -70,23 +71,9 @@ class FlowMatching(Objective):
         Term("velocity_error", "Velocity error", "Mean |g(x_t, t) − (z − x)|², log scale", log=True),
         Term("g_grad_norm", "Generator's gradient norm", "Log scale", log=True),
     )
-    sampled = "generator"
-
-    def __init__(self, run: Run, config: ModelConfig, classifier: nn.Module | None = None) -> None:
-        """Train the model of `config` with the settings of `run`."""
-        self.run, self.settings, self.config = run, run, config
 
     def build_networks(self) -> dict[str, nn.Module]:
         return {"generator": build_generator(self.config)}
-
-    def optimizer(self, network: nn.Module) -> torch.optim.AdamW:
-        run = self.run
-        return torch.optim.AdamW(
-            network.parameters(), lr=run.lr, betas=run.betas, eps=run.eps, weight_decay=run.weight_decay, fused=True
-        )
-
-    def num_updates(self, num_images: int) -> int:
-        return num_updates(self.run, num_images)
 
     def hyperparameters(self, update: int, num_images: int, clock: float | None = None) -> Hyperparameters:
         phase = phase_at(self.run, update, num_images)
@@ -112,9 +99,6 @@ class FlowMatching(Objective):
         total = learner.sum(losses)
         return torch.cat([total, learner.step("generator", total[0], hyperparameters)[None]])
 
-    def sampler(self, network: nn.Module) -> Sampler:
-        return build_sampler(network, self.config)
-
     def example_batch(self, count: int, penalized: int | None = None) -> Any:
         latents, labels = torch.empty(count, *self.config.latent_shape), torch.zeros(count, dtype=torch.int64)
         return [Path(latents, torch.empty_like(latents), labels, torch.empty(count))]
@@ -122,9 +106,6 @@ class FlowMatching(Objective):
     def example_forward(self, networks: Mapping[str, nn.Module], count: int) -> Tensor:
         (part,) = FlowMatching.example_batch(self, count)
         return networks["generator"](part.x, part.labels, part.t)
-
-    def describe(self) -> dict[str, Any]:
-        return self.config.model_dump()
 
     def progress(self, row: Mapping[str, float]) -> str:
         return f"velocity error {row['velocity_error']:.3f}"

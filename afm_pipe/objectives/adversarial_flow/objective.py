@@ -18,7 +18,7 @@ from afm_pipe.data.latents import Latents
 from afm_pipe.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from afm_pipe.models.dit import in_float32
 from afm_pipe.models.flow import transport_map
-from afm_pipe.models.model_files import ModelConfig, build_discriminator, build_generator, build_sampler
+from afm_pipe.models.model_files import build_discriminator, build_generator
 from afm_pipe.objectives import register
 from afm_pipe.objectives.adversarial_flow.batches import (
     AdversarialBatches,
@@ -31,9 +31,9 @@ from afm_pipe.objectives.adversarial_flow.batches import (
 from afm_pipe.objectives.adversarial_flow.losses import Logits, perturb, relativistic
 from afm_pipe.objectives.adversarial_flow.normalizer import divisor
 from afm_pipe.objectives.adversarial_flow.terms import D_TERMS, G_ADVERSARIAL, G_TERMS, DLossInputs, GLossInputs
-from afm_pipe.objectives.base import Hyperparameters, Learner, Objective, Sampler, Term
-from afm_pipe.objectives.schedules import cosine, num_updates, phase_at, update_at
-from afm_pipe.params import Run
+from afm_pipe.objectives.base import Hyperparameters, Learner, Term
+from afm_pipe.objectives.of_runs import RunObjective
+from afm_pipe.objectives.schedules import cosine, phase_at, update_at
 
 
 class OutputGradients(NamedTuple):
@@ -49,7 +49,7 @@ class OutputGradients(NamedTuple):
 
 
 @register
-class AdversarialFlow(Objective):
+class AdversarialFlow(RunObjective):
     """The adversarial flow objective, for one run and model."""
 
     name = "adversarial_flow"
@@ -77,27 +77,13 @@ class AdversarialFlow(Objective):
         Term("g_grad_norm", "Generator's gradient norm", "Log scale", log=True),
     )
     scheduled = (Term("transport", "Transport weight", "λ_ot, as scheduled"),)
-    sampled = "generator"
     adversary = "discriminator"
-
-    def __init__(self, run: Run, config: ModelConfig, classifier: nn.Module | None = None) -> None:
-        """Train the model of `config` with the settings of `run`; phases with guidance need the `classifier`."""
-        self.run, self.settings, self.config, self.classifier = run, run, config, classifier
 
     def build_networks(self) -> dict[str, nn.Module]:
         return {"generator": build_generator(self.config), "discriminator": build_discriminator(self.config)}
 
     def build_buffers(self, device: torch.device) -> dict[str, Tensor]:
         return {"mean_square": torch.zeros((), device=device)}  # running mean of the gradient normalization
-
-    def optimizer(self, network: nn.Module) -> torch.optim.AdamW:
-        run = self.run
-        return torch.optim.AdamW(
-            network.parameters(), lr=run.lr, betas=run.betas, eps=run.eps, weight_decay=run.weight_decay, fused=True
-        )
-
-    def num_updates(self, num_images: int) -> int:
-        return num_updates(self.run, num_images)
 
     def hyperparameters(self, update: int, num_images: int, clock: float | None = None) -> Hyperparameters:
         phase = phase_at(self.run, update, num_images)
@@ -121,12 +107,6 @@ class AdversarialFlow(Objective):
         micro_batch: int | None = None,
     ) -> AdversarialBatches:
         return AdversarialBatches(latents, self.run, self.classifier, device, group, micro_batch)
-
-    def sampler(self, network: nn.Module) -> Sampler:
-        return build_sampler(network, self.config)
-
-    def describe(self) -> dict[str, Any]:
-        return self.config.model_dump()
 
     def progress(self, row: Mapping[str, float]) -> str:
         return f"logit gap {row['logit_gap']:.2f}  transport {row['transport_rms']:.2f}"
