@@ -116,6 +116,25 @@ def _(request: pytest.FixtureRequest) -> str:
     return afm("train", "t4", settings=["data.orientation=apply"])
 
 
+@provokes("Held-out images reach for about N samples in the reference's class shares")
+def _(request: pytest.FixtureRequest) -> str:
+    write_images(Path("data/images"), per_class=10)
+    return prepare("held_out={share: 0.5, root: null}", "evaluate.samples=100")
+
+
+@provokes("Found no image of class 'class0' to train on under DIR")
+def _(request: pytest.FixtureRequest) -> str:
+    first, second = sorted((images() / "class0").iterdir())
+    shutil.copy(first, second)
+    return prepare("held_out={share: 0.5, root: null}")
+
+
+@provokes("Found no held-out images in data/held_out.json")
+def _(request: pytest.FixtureRequest) -> str:
+    encoded(request)
+    return afm("reference", settings=["held_out={share: 0.5, root: null}"])
+
+
 @provokes("Found cats under DIR, a link that leads nowhere")
 def _(request: pytest.FixtureRequest) -> str:
     (images() / "cats").symlink_to("/no/such/place")

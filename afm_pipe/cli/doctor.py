@@ -14,6 +14,7 @@ from afm_pipe.params.file import load_params
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import read_json
+from afm_pipe.runtime.progress import finish
 
 PACKAGES = ("torch", "torchvision", "diffusers", "dvc", "clean-fid", "h5py", "scipy", "safetensors")
 
@@ -75,13 +76,18 @@ def _device() -> tuple[Finding, Launch | None]:
 
 
 def _data(params: Params) -> Finding:
+    from afm_pipe.data.held_out import read_held_out
     from afm_pipe.data.manifest import read_manifest
-    from afm_pipe.data.reading import compare_images
+    from afm_pipe.data.reading import compare_images, require_images
 
     root = paths.local(params.data.root)
     if paths.MANIFEST.exists():
         try:
-            compare_images(manifest := read_manifest(paths.MANIFEST), params.data)
+            manifest, held_out = read_manifest(paths.MANIFEST), read_held_out(paths.HELD_OUT, params.held_out)
+            apart = params.held_out is not None and params.held_out.root is not None
+            compare_images(manifest, params.data, held_out.paths if held_out and not apart else ())
+            if params.held_out and held_out and apart:
+                finish(require_images(held_out, params.held_out.data(params.data)))
         except UserError as error:
             return Finding("data", f"{paths.MANIFEST} does not fit params or the images", False, str(error))
         return Finding("data", f"{paths.MANIFEST} lists the {manifest.num_images} images of {root}")

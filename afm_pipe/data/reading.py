@@ -105,10 +105,11 @@ def require_images(manifest: Manifest, data: Data) -> Generator[Progress, None, 
     _refuse_missing(manifest, missing)
 
 
-def compare_images(manifest: Manifest, data: Data) -> None:
+def compare_images(manifest: Manifest, data: Data, held_out: Sequence[str] = ()) -> None:
     """Compare a manifest with params and the disk: all names, and the bytes of COMPARED images. Writes nothing.
 
-    Raises UserError if the source, root, orientation, number of images, a name or the content differs.
+    `held_out` are the paths of other images under the same root. Raises UserError if the source, root, orientation,
+    number of images, a name or the content differs.
     """
     _require_params(manifest, data)
     found, expected = ("folder", "tar")[manifest.spans is not None], ("folder", "tar")[data.source == "tar"]
@@ -116,16 +117,15 @@ def compare_images(manifest: Manifest, data: Data) -> None:
         raise UserError(
             f"Found a manifest of a {found}, expected of a {expected} (data.source): run `dvc repro prepare`."
         )
-    if manifest.num_images < data.min_images:
-        raise UserError(
-            f"Found a manifest of {manifest.num_images} images, expected at least {data.min_images} (data.min_images)."
-        )
+    total = manifest.num_images + len(held_out)
+    if total < data.min_images:
+        raise UserError(f"Found a manifest of {total} images, expected at least {data.min_images} (data.min_images).")
     missing = _missing(manifest)
     if len(missing) == manifest.num_images and data.source in BUILT_IN:
         return  # `require_images` writes them again
     _refuse_missing(manifest, missing)
     if manifest.spans is None:
-        listed = set(manifest.paths)
+        listed = {*manifest.paths, *held_out}
         added = [path for path, _ in list_images(manifest.folder).images if path not in listed]
         if added:
             raise UserError(

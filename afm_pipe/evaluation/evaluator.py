@@ -18,6 +18,7 @@ from afm_pipe.distributed.mapping import map_across_ranks
 from afm_pipe.evaluation.accumulate import MetricAccumulator
 from afm_pipe.evaluation.adm import require_reference
 from afm_pipe.evaluation.features import load_networks
+from afm_pipe.evaluation.held_out import load_held_out
 from afm_pipe.evaluation.intervals import fraction
 from afm_pipe.evaluation.measures import (
     SCORE_PART,
@@ -30,6 +31,7 @@ from afm_pipe.evaluation.measures import (
 from afm_pipe.evaluation.networks import LEGACY, METRIC_NAMES, SPATIAL
 from afm_pipe.evaluation.precision_recall import MAX_REAL, NEIGHBORS, precision_recall
 from afm_pipe.evaluation.reference import SUMMARY, THUMBNAILS, class_counts
+from afm_pipe.evaluation.sliced import DIRECTIONS
 from afm_pipe.evaluation.statistics import Reference
 from afm_pipe.evaluation.thumbnails import Neighbors, Thumbnails, thumbnail
 from afm_pipe.params import Params
@@ -61,6 +63,7 @@ class Evaluator:
         for reference in self.references:
             if reference.name in (LEGACY, SPATIAL):
                 require_reference(self.settings.adm_reference, reference, reference_dir)
+        self.held_out = load_held_out(reference_dir, self.summary, self.references)
         self.class_counts = class_counts(params, self.summary, self.references[0], reference_dir)
         self.labels = labels_in_shares(self.settings.samples, self.class_counts)
         self.thumbnails = Thumbnails.load(reference_dir / THUMBNAILS)
@@ -81,10 +84,12 @@ class Evaluator:
     ) -> Generator[Progress, None, dict[str, Any] | None]:
         """Measure a generator; return its metrics.
 
-        For each network of evaluate.features: the Frechet and kernel distances to the real images, precision and
-        recall, with keys as in `METRIC_NAMES`, followed by the sample count below 50,000 (fd_classifier_5k, fid,
-        kid_clean_1234). Inception with TensorFlow's resizing adds sfid and inception_score. The KID of a perfect
-        generator is slightly below zero: with fixed class shares its samples are not quite independent.
+        For each network of evaluate.features: the Frechet, kernel and sliced Wasserstein distances to the real images,
+        precision and recall, with keys as in `METRIC_NAMES`, followed by the sample count below 50,000
+        (fd_classifier_5k, fid, kid_clean_1234). Where images are held out: ratio_ of Frechet and sliced distances, and
+        difference_ of kernel distances, to those of held-out images, followed by the number compared (`held_out`).
+        Inception with TensorFlow's resizing adds sfid and inception_score. The KID of a perfect generator is slightly
+        below zero: with fixed class shares its samples are not quite independent.
 
         class_accuracy         fraction of samples that the reference's classifier assigns to their class
         within_class_variance  pixel variance of thumbnails within a class, averaged over classes, relative to the real
@@ -123,7 +128,10 @@ class Evaluator:
                 seen.save(work_dir)
                 saved = time.monotonic()
             yield Progress(indices.stop, count, "samples")
-        return self._metrics(seen) | {"protocol": provenance | self._protocol(size)} if is_main else None
+        if not is_main:
+            return None
+        metrics, held_out = self._metrics(seen)
+        return metrics | {"protocol": provenance | self._protocol(size) | held_out}
 
     def nearest(self, sampler: Sampler) -> Image.Image:
         """Return a picture of the first samples, each above its nearest training images, nearest first."""
@@ -142,14 +150,17 @@ class Evaluator:
             )
         return images
 
-    def _metrics(self, seen: MetricAccumulator) -> dict[str, Any]:
+    def _metrics(self, seen: MetricAccumulator) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the metrics, and what the protocol says of held-out images."""
         count = self.settings.samples
         suffix, labels = sample_suffix(count), self.labels.numpy()
         metrics: dict[str, Any] = {}
         intervals: dict[str, list[float]] = {}
-        for stream, reference in zip(seen.streams, self.references, strict=True):
+        compared: dict[str, Any] = {}
+        for index, (stream, reference) in enumerate(zip(seen.streams, self.references, strict=True)):
             names, features = METRIC_NAMES[reference.name], stream.features
             measured = reference.distances(stream.statistics, features, labels, self.settings)
+            measured |= reference.sliced_distance(features, labels, self.settings)
             if names.suffix is not None:
                 real = reference.features[spread_evenly(len(reference.features), MAX_REAL)]
                 near = precision_recall(real, features, self.device)
@@ -157,6 +168,11 @@ class Evaluator:
                 measured[f"recall{names.suffix}"] = fraction(near.real_within, near.real)
             for key, (value, interval) in measured.items():
                 metrics[f"{key}{suffix}"], intervals[f"{key}{suffix}"] = value, interval
+            if self.held_out is not None:
+                beside = self.held_out[index].compare(reference, features, labels, self.settings)
+                metrics |= {key: value for key, (value, _) in beside.measured.items()}
+                intervals |= {key: interval for key, (_, interval) in beside.measured.items()}
+                compared[reference.name] = beside.record()
             if stream.network.probabilities is not None:
                 probabilities = _in_parts(stream.network.probabilities)
                 metrics[f"inception_score{suffix}"] = inception_score(features, probabilities, self.settings.seed)
@@ -169,7 +185,8 @@ class Evaluator:
         distances, usual = torch.cat(seen.distances), float(np.median(self.thumbnails.nearest_other))
         metrics["copies"] = float(self.thumbnails.copied(distances).mean())
         metrics["nearest_distance_ratio"] = _ratio(float(distances[:, 0].median()), usual)
-        return metrics | {"intervals": intervals}
+        held_out = {"held_out": {**self.summary["held_out"], "compared": compared}} if compared else {}
+        return metrics | {"intervals": intervals}, held_out
 
     def _protocol(self, micro_batch: int) -> dict[str, Any]:
         settings, references = self.settings, self.references
@@ -194,6 +211,7 @@ class Evaluator:
             },
             "kid_subsets": settings.kid_subsets,
             "kid_subset_size": min(settings.kid_subset_size, settings.samples, len(references[0].features)),
+            "sliced_directions": DIRECTIONS,
             "precision_recall": f"k = {NEIGHBORS}, at most {MAX_REAL} real images",
             "intervals": "95 %; of drawing the samples, real images as given; distances to first order, "
             "shares by Wilson",

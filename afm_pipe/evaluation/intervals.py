@@ -31,7 +31,7 @@ def frechet_error(features: np.ndarray, labels: np.ndarray, mu: Array, transport
     for start in range(0, len(features), BLOCK):
         x = features[start : start + BLOCK].astype(np.float64) - own  # (b, D)
         contributions[start : start + BLOCK] = x @ twice + ((x @ form) * x).sum(axis=1)
-    return _error(contributions, labels)
+    return stratified_error(contributions, labels)
 
 
 def kernel_error(
@@ -49,7 +49,7 @@ def kernel_error(
         a = x[start : start + BLOCK]
         contributions[start : start + BLOCK] = 2 * (_kernel(a, x).mean(axis=1) - _kernel(a, y).mean(axis=1))
     of_subsets = float(per_subset.var(ddof=1)) / len(per_subset) if len(per_subset) > 1 else 0.0
-    return math.sqrt(_error(contributions, labels[rows]) ** 2 * len(x) / len(features) + of_subsets)
+    return math.sqrt(stratified_error(contributions, labels[rows]) ** 2 * len(x) / len(features) + of_subsets)
 
 
 def normal_interval(value: float, error: float, minimum: float = -math.inf) -> list[float]:
@@ -65,7 +65,7 @@ def fraction(hits: int, count: int) -> tuple[float, list[float]]:
     return p, [max(middle - half, 0.0), min(middle + half, 1.0)]
 
 
-def _error(contributions: Array, labels: np.ndarray) -> float:
+def stratified_error(contributions: Array, labels: np.ndarray) -> float:
     """Return the standard error of a mean over samples with a fixed number per class."""
     _, classes = np.unique(labels, return_inverse=True)
     counts = np.bincount(classes)

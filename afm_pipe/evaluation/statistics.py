@@ -15,6 +15,7 @@ from afm_pipe.evaluation.frechet import Array, Statistics, frechet_distance
 from afm_pipe.evaluation.intervals import frechet_error, kernel_error, normal_interval
 from afm_pipe.evaluation.measures import root_mean_square
 from afm_pipe.evaluation.networks import METRIC_NAMES, FeatureNetwork
+from afm_pipe.evaluation.sliced import sliced_distance
 from afm_pipe.params import Evaluate
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.training.kernel_distance import kid_of_subsets
@@ -99,6 +100,16 @@ class Reference:
             value, error = float(each.mean()), kernel_error(*sets, labels, each, size)
             found[f"kid{names.suffix}"] = value, normal_interval(value, error)
         return found
+
+    def sliced_distance(
+        self, features: np.ndarray, labels: np.ndarray, params: Evaluate
+    ) -> dict[str, tuple[float, list[float]]]:
+        """Return the sliced Wasserstein distance of samples to the real images, by key, with its interval."""
+        suffix = METRIC_NAMES[self.name].suffix
+        if suffix is None:
+            return {}
+        value, error = sliced_distance(features, labels, self.features, params.seed)
+        return {f"sw{suffix}": (value, normal_interval(value, error, minimum=0.0))}
 
 
 def _match(arrays: dict[str, np.ndarray]) -> bool:

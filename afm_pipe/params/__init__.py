@@ -17,6 +17,7 @@ from afm_pipe.params.images import (
     Encode,
     Evaluate,
     FeatureClassifier,
+    HeldOut,
     Imported,
     Reference,
     Sample,
@@ -48,6 +49,8 @@ class Params(Section):
     seed: Seed
     """Seed of the data, the autoencoder and the classifiers, and default seed of the runs."""
     data: Data
+    held_out: HeldOut | None
+    """Real images beside which samples are measured; null: none are held out."""
     autoencoder: SerializeAsAny[AutoencoderParams]
     encode: Encode
     reference: Reference

@@ -2,11 +2,11 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from afm_pipe.params.base import Count, Positive, Section, Seed
 from afm_pipe.params.flow import OdeSampling
-from afm_pipe.runtime.paths import expanded
+from afm_pipe.runtime.paths import expanded, local
 
 Features = Literal["classifier", "efficientnet", "dinov2", "inception_clean", "inception_legacy_tensorflow"]
 
@@ -47,6 +47,31 @@ class Data(Section):
     def is_small(self) -> bool:
         """Whether the networks of the images, autoencoder and features, get one thread each on a CPU."""
         return self.image_size <= SMALL_IMAGE
+
+
+class HeldOut(Section):
+    """Real images that nothing is trained on and that the reference leaves out: what samples would be if real.
+
+    Exactly one of share and root is given.
+    """
+
+    share: Annotated[float, Field(gt=0, lt=1)] | None
+    """Share of each class of the images under data.root, chosen by their content alone; duplicates stay together."""
+    root: str | None
+    """Other images of the same classes, such as ImageNet's validation set: a folder or tar archive as data.root."""
+
+    @model_validator(mode="after")
+    def _one(self) -> "HeldOut":
+        if (self.share is None) == (self.root is None):
+            raise ValueError("expected one of share and root, and null for the other; or held_out: null for neither")
+        return self
+
+    def data(self, data: Data) -> Data:
+        """Return the settings with which the held-out images are read."""
+        if self.root is None:
+            return data
+        source = "tar" if local(self.root).is_file() else "folder"
+        return data.model_copy(update={"source": source, "root": self.root, "min_images": 1})
 
 
 class Encode(Section):

@@ -15,6 +15,7 @@ RENAMED = {  # suffix of the old path: new key
 }
 ADDED = {  # path of a required key that version 0.1 did not have: the implied or the usual value
     ("data", "orientation"): "ignore",
+    ("held_out",): "null",
     ("train", "objective"): "adversarial_flow",
     ("train", "discriminator_updates"): "1",
     ("train", "keep_discriminators"): "[]",
@@ -55,6 +56,8 @@ def _added(raw: dict[str, Any]) -> Iterator[OldKey]:
     for (*sections, key), value in ADDED.items():
         here: Any = raw
         path: Path = ()
+        if not sections and not isinstance(raw.get("data"), dict):
+            continue  # no params file: other messages say so
         for section in sections:
             found = isinstance(here, dict) and next((n for n in (section, old_names.get(section)) if n in here), None)
             if not found:

@@ -18,10 +18,13 @@ IN_MEMORY = 4 << 30  # bytes; larger data sets are read on access
 
 
 def prepare(params: Params) -> None:
-    """Check, count and hash the images, and write their manifest; a built-in data set is first written to disk.
+    """Check, count and hash the images, and write their manifest and that of the held-out ones.
+
+    A built-in data set is first written to disk.
 
     Raises UserError for images that a later stage cannot work with.
     """
+    from afm_pipe.data.held_out import describe, hold_out, write_held_out
     from afm_pipe.data.manifest import write_manifest
     from afm_pipe.data.reading import build_manifest
     from afm_pipe.data.sources import BUILT_IN, materialize
@@ -29,10 +32,13 @@ def prepare(params: Params) -> None:
 
     if params.data.source in BUILT_IN:
         track("materialize", materialize(params.data.source, paths.local(params.data.root)))
-    manifest = track("prepare", build_manifest(params.data))
-    lines = require_measurable(params, manifest)
+    every = track("prepare", build_manifest(params.data))
+    manifest, held_out = track("hold out", hold_out(every, params.held_out, params.data))
+    lines = [] if held_out is None else [describe(held_out)]
+    lines += require_measurable(params, manifest, held_out)
+    write_held_out(paths.HELD_OUT, held_out)
     write_manifest(paths.MANIFEST, manifest)
-    print("\n".join([manifest.describe(), *lines]))
+    print("\n".join([every.describe(), *lines]))
 
 
 def autoencoder(params: Params, launch: Launch) -> None:
@@ -65,22 +71,31 @@ def encode(params: Params, launch: Launch) -> None:
 def reference(params: Params, launch: Launch) -> None:
     """Compute the statistics of the real images, the reference that samples are compared with."""
     from afm_pipe.autoencoders import load_autoencoder
+    from afm_pipe.data.held_out import read_held_out
     from afm_pipe.data.manifest import read_manifest
     from afm_pipe.data.reading import LazyImages, load_images, require_images
+    from afm_pipe.evaluation.held_out import add_held_out
     from afm_pipe.evaluation.reference import build_reference
     from afm_pipe.planning.measurable import require_measurable
 
     launch.use_threads(params.data.is_small)
     device, manifest = launch.torch_device(), read_manifest(paths.MANIFEST)
-    require_measurable(params, manifest)  # params may have changed since `prepare`
+    held_out = read_held_out(paths.HELD_OUT, params.held_out)
+    require_measurable(params, manifest, held_out)  # params may have changed since `prepare`
     vae = load_autoencoder(params, paths.AUTOENCODER, device)
     images: Any = LazyImages(manifest, params.data)
     if images.nbytes < IN_MEMORY:
         images = track("read images", load_images(manifest, params.data))
     else:
         track("check images", require_images(manifest, params.data))
+    if params.held_out and held_out:
+        others = params.held_out.data(params.data)
+        track("check held-out images", require_images(held_out, others))
     with atomic_path(paths.REFERENCE) as folder:
         track("reference", build_reference(params, manifest, images, vae, folder, device))
+        if params.held_out and held_out:
+            lines = track("held out", add_held_out(params, held_out, LazyImages(held_out, others), folder, device))
+            print("\n".join(lines))
     with atomic_path(paths.REFERENCE_DONE) as temp:
         temp.write_text("reference\n")
 

@@ -10,8 +10,8 @@ LEAST = 4  # images, and samples: precision and recall look at third nearest nei
 FEW = 10  # images of a class, below which its measures are rough
 
 
-def require_measurable(params: Params, manifest: Manifest) -> list[str]:
-    """Return a line for each thing that few images leave unmeasured, or measure roughly.
+def require_measurable(params: Params, manifest: Manifest, held_out: Manifest | None = None) -> list[str]:
+    """Return a line for each thing that few images, or few held-out ones, leave unmeasured, or measure roughly.
 
     Raises UserError naming everything without which the reference, evaluations or tables would fail later.
     """
@@ -52,6 +52,16 @@ def require_measurable(params: Params, manifest: Manifest) -> list[str]:
         lines.append(f"Measured roughly: variance and accuracy of {few - single} classes of fewer than {FEW} images.")
     if in_statistics < manifest.num_images / 2:
         lines.append(f"Statistics in equal class shares are of {in_statistics} of {manifest.num_images} images.")
+    if held_out is not None:
+        # As labels_in_shares, which needs torch: the class with the fewest held-out images for its share ends it.
+        shares_of = counts if shares == "data" else np.ones(num_classes)
+        kept = np.bincount(held_out.labels, minlength=num_classes) / (shares_of / shares_of.sum())
+        reached = int(kept.min())
+        if reached < params.evaluate.samples:
+            lines.append(
+                f"Held-out images reach for about {reached} samples in the reference's class shares, fewer than "
+                f"evaluate.samples {params.evaluate.samples}: samples are compared with them at that number."
+            )
     probed = params.train.monitor.probe.samples
     seen = max(probed // max(probed // num_classes, 2), 1)
     if seen < num_classes and params.train.monitor.policy != "off":

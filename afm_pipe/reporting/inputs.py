@@ -83,6 +83,8 @@ class Summary(BaseModel, frozen=True, extra="allow"):
     classifier_accuracy: float | None = None
     reconstructions: int | None = None
     """Number of images that the floor was measured on."""
+    held_out: dict[str, str | float | tuple[float, float, float]] | None = None
+    """Held-out real images: their number, and their distances by key, each a value and the ends of its interval."""
 
     def floor(self, base: str) -> float | None:
         """Return the distance `base` (fd_classifier, fid, ...) of the autoencoder's reconstructions, if measured."""

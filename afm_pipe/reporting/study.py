@@ -70,7 +70,7 @@ def _tables(results: TableResults, files: TableFiles) -> list[Table]:
     if results.table.columns is None:
         tables = [_list(results, new)]
     else:
-        tables = [_grid(results, results.distance_key, new), _grid(results, ACCURACY, new)]
+        tables = [_grid(results, key, new) for key in (results.distance_key, *_ratio_keys(results), ACCURACY)]
     return [*tables, _phases(results)] if results.table.paper == "schedule" else tables
 
 
@@ -92,17 +92,27 @@ def _grid(results: TableResults, key: str, new: set[tuple[str, str]]) -> Table:
     if distance:
         caption = _caption(results, _title(key))
         return Table(_name(results), caption, columns, rows, note=_note(results, new))
-    return Table(f"accuracy_{_name(results)}", _short_caption(results, _title(key)), columns, rows)
+    name = "accuracy" if key == ACCURACY else "ratio"
+    return Table(f"{name}_{_name(results)}", _short_caption(results, _title(key)), columns, rows)
+
+
+def _ratio_keys(results: TableResults) -> list[str]:
+    """Return the key of the distance's ratio to held-out real images, if it was measured."""
+    wanted = f"ratio_{titles.base_key(results.distance_key)}"
+    keys = {key for trial in results.trials for key in trial.metrics}
+    return sorted(key for key in keys if titles.base_key(key) == wanted)[:1]
 
 
 def _list(results: TableResults, new: set[tuple[str, str]]) -> Table:
     """Build a table of one axis: quality, divergence and cost of each setting."""
     distance, accuracy = titles.metric(results.distance_key), titles.metric(ACCURACY)
     monitored = any(trial.events is not None for trial in results.trials)
+    ratios = _ratio_keys(results)
     alarms = Column("alarms", "Alarms", "Of the monitor: each kind, and the number of seeds that raised it")
     columns = (
         _row_column(results),
         Column(results.distance_key or "distance", distance.title or "Distance", distance.meaning),
+        *(Column(key, titles.metric(key).title, titles.metric(key).meaning) for key in ratios),
         Column(ACCURACY, accuracy.title, accuracy.meaning),
         Column("diverged", "Diverged", "Of the seeds"),
         *((alarms,) if monitored else ()),
@@ -131,6 +141,7 @@ def _line(results: TableResults, row: str, new: bool, monitored: bool) -> tuple[
     return (
         Cell(f"{row} {ONLY}" if new else row, row),
         _cell(results, distance, row, with_diverged=False),
+        *(_cell(results, spread(trials, key), row, with_diverged=False) for key in _ratio_keys(results)),
         _cell(results, accuracy, row, with_diverged=False),
         Cell(diverged, distance.diverged / len(trials) if trials else None, source, f"diverged {where}"),
         *((_alarms(trials, source, where),) if monitored else ()),

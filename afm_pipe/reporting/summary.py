@@ -28,6 +28,14 @@ def facts(inputs: Inputs) -> list[Fact]:
         words = f"{titles.metric(key).title}, run {best.name}, the lowest" + _rivals(inputs.runs, best, key)
         words += f"; reconstructed real images have {titles.number(floor)}" if floor is not None else ""
         found.append(Fact("Best distance", titles.metric_text(key, best.metrics[key]), words, paths.metrics(best.name)))
+        relative = f"ratio_{titles.base_key(key)}"
+        ratio = next((each for each in titles.in_order(best.metrics) if titles.base_key(each) == relative), None)
+        if ratio is not None:
+            words = f"{titles.metric(ratio).title}, run {best.name}: 1 is real"
+            if (ends := best.intervals.get(ratio)) is not None:
+                words += f"; 95 % interval {' to '.join(titles.metric_text(ratio, end) for end in ends)}"
+            value = titles.metric_text(ratio, best.metrics[ratio])
+            found.append(Fact("Distance ratio", value, words, paths.metrics(best.name)))
     shown = best or inputs.runs[0]
     source = paths.metrics(shown.name)
     if shown.metrics.get("class_accuracy") is not None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from afm_pipe.params import Run
 from afm_pipe.reporting import titles
-from afm_pipe.reporting.inputs import Inputs, RunRecord, is_number
+from afm_pipe.reporting.inputs import Inputs, RunRecord, Summary, is_number
 from afm_pipe.reporting.ranking import Row, interval_note, metric_cell, ranked
 from afm_pipe.reporting.table import EMPTY, Cell, Column, Table, plain
 from afm_pipe.runtime import paths
@@ -74,7 +74,23 @@ def run_table(inputs: Inputs) -> Table:
         f"{paths.metrics('RUN')}, cost from {paths.costs('RUN')}; of a run that continues another, its own phase alone."
     )
     marked = ranked(rows, columns, range(2, 2 + len(metrics)))
-    return Table("runs", caption, columns, tuple(marked), footer, note=interval_note(rows))
+    note = " ".join(filter(None, [interval_note(rows), held_out_note(inputs.summary)]))
+    return Table("runs", caption, columns, tuple(marked), footer, note=note)
+
+
+def held_out_note(summary: Summary) -> str:
+    """Say what held-out real images measure, with which ratios and differences compare samples; nothing without any."""
+    held = summary.held_out
+    if held is None:
+        return ""
+    values = {key: value for key, value in held.items() if isinstance(value, tuple)}
+    if not values:
+        return "Too few real images are held out to compare samples with them."
+    listed = ", ".join(
+        f"{titles.metric(key).title} {titles.number(values[key][0])} [{', '.join(map(titles.number, values[key][1:]))}]"
+        for key in titles.in_order(values)
+    )
+    return f"Ratios and differences compare samples with real images that nothing was trained on, which have {listed}."
 
 
 def weights_text(record: RunRecord) -> str:

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 MISSING = "–"
 ROUNDING = 1e-12  # smaller values are what rounding leaves of zero
-Better = Literal["lower", "higher", "near 1", ""]
+Better = Literal["lower", "higher", "near 1", "near 0", ""]
 
 
 class Metric(NamedTuple):
@@ -26,6 +26,12 @@ _METRICS = {  # metrics that are measured in a feature space, by the first part 
     "kid": Metric(
         "KID", "lower", "Unbiased kernel distance (cubic kernel, mean over random subsets) between the features of both"
     ),
+    "sw": Metric(
+        "SW",
+        "lower",
+        "Sliced Wasserstein distance, 3 D times the mean squared 1-D distance over random directions of D features, "
+        "without a Gaussian; in Inception's features it is MIND",
+    ),
     "precision": Metric(
         "Precision",
         "higher",
@@ -41,6 +47,14 @@ _SPACES = {
     "classifier": (
         "features of a small classifier trained on the same real images; not Inception's, so values compare within "
         "this page only"
+    ),
+}
+_RELATIVE = {  # a metric beside that of held-out real images, by the first part of its key
+    "ratio": Metric(
+        "ratio", "near 1", "relative to that of held-out real images, as many and in the same class shares: 1 is real"
+    ),
+    "difference": Metric(
+        "difference", "near 0", "minus that of held-out real images, as many and in the same class shares: 0 is real"
     ),
 }
 _OTHERS = {
@@ -75,9 +89,12 @@ _OTHERS = {
     ),
 }
 _ORDER = (
-    *("fid", "kid", "sfid", "inception_score", "precision", "recall"),
-    *("fid_clean", "kid_clean", "precision_clean", "recall_clean"),
-    *("fd_classifier", "kid_classifier", "precision_classifier", "recall_classifier"),
+    *("fid", "kid", "sw", "sfid", "inception_score", "precision", "recall"),
+    *("ratio_fid", "difference_kid", "ratio_sw", "ratio_sfid"),
+    *("fid_clean", "kid_clean", "sw_clean", "precision_clean", "recall_clean"),
+    *("ratio_fid_clean", "difference_kid_clean", "ratio_sw_clean"),
+    *("fd_classifier", "kid_classifier", "sw_classifier", "precision_classifier", "recall_classifier"),
+    *("ratio_fd_classifier", "difference_kid_classifier", "ratio_sw_classifier"),
     *("class_accuracy", "within_class_variance", "within_class_variance_features", "copies", "nearest_distance_ratio"),
 )
 _SAMPLES = re.compile(r"^(?P<base>.+?)_(?P<count>\d+k?)$")
@@ -91,6 +108,11 @@ def base_key(key: str) -> str:
 
 def metric(key: str) -> Metric:
     """Return the words for a metric; a Fréchet distance in features that are not Inception's is never called FID."""
+    first, _, rest = key.partition("_")
+    if first in _RELATIVE:
+        of, kind = metric(rest), _RELATIVE[first]
+        title = of.title.replace("-", f" {kind.title}-", 1) if _SAMPLES.match(rest) else f"{of.title} {kind.title}"
+        return kind._replace(title=title, meaning=f"{of.title} {kind.meaning}")
     match, base = _SAMPLES.match(key), base_key(key)
     family, _, space = base.partition("_")
     found, suffix = _OTHERS.get(base, Metric(base, "", "")), ""

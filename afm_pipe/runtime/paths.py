@@ -7,6 +7,7 @@ PARAMS = Path("params.yaml")
 PROFILES = Path("profiles")  # complete params files
 SCHEMA = Path("params.schema.json")  # JSON schema of params files, for editors
 MANIFEST = Path("data/manifest.json")  # list of images, written by prepare
+HELD_OUT = Path("data/held_out.json")  # list of the held-out real images, or null, written by prepare
 LATENTS = Path("data/latents.h5")  # latents of all images, written by encode
 AUTOENCODER = Path("models/autoencoder")  # for kind kl, a diffusers AutoencoderKL folder
 AUTOENCODER_WEIGHTS = AUTOENCODER / "diffusion_pytorch_model.safetensors"  # their sha256 identifies the autoencoder

@@ -69,7 +69,7 @@ def test_killed_evaluation_resumes_to_the_same_numbers(
 def test_every_distance_and_fraction_has_an_interval(vae: Any, reference: Path) -> None:
     metrics = evaluate(Painter(spread=0.7), vae, reference)
     keys = ("fd_classifier_240", "kid_classifier_240", "precision_classifier_240", "recall_classifier_240")
-    assert metrics["intervals"].keys() == {*keys, "class_accuracy"}
+    assert metrics["intervals"].keys() == {*keys, "sw_classifier_240", "class_accuracy"}
     for key, (low, high) in metrics["intervals"].items():
         assert low <= metrics[key] <= high and low < high
     assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics

@@ -28,6 +28,8 @@ from afm_pipe.data.latents import Latents
 from afm_pipe.data.latents_format import CLASSES, DONE, LABELS, MOMENTS, read_provenance
 from afm_pipe.data.manifest import Manifest, columns_digest, read_manifest, write_manifest
 from afm_pipe.data.tars import index_tar
+from afm_pipe.evaluation.held_out import HeldOutFeatures
+from afm_pipe.evaluation.statistics import Reference
 from afm_pipe.evaluation.thumbnails import Thumbnails, build_thumbnails
 from afm_pipe.models.model_files import load_config, load_tensors
 from afm_pipe.models.released import WeightsFile, infer_config, read_tensors
@@ -163,6 +165,15 @@ THUMBNAILS = saved(
     lambda path: build_thumbnails(torch.arange(48, dtype=torch.uint8).view(3, 1, 4, 4), np.arange(3)).save(path),
     "x.npz",
 )
+HELD = {
+    "name": "classifier",
+    "sha256": "s",
+    "manifest_digest": "m",
+    "features": np.ones((3, 2)),
+    "labels": np.arange(3),
+}
+HELD_OUT = saved(lambda path: np.savez(path, **HELD), "held_out.npz")
+REFERENCE = Reference("classifier", "s", "m", 3, np.zeros(2), np.eye(2), np.ones((3, 2), np.float32), np.arange(3), 1.0)
 LISTED = (["c"], ["c/1.png", "c/2.png"], [0, 0], ["0", "1"])
 MANIFEST = saved(
     lambda path: write_manifest(
@@ -191,6 +202,7 @@ LOADERS: list[tuple[str, bytes, Callable[[Path], Any]]] = [
     ("x.h5", LATENTS, Latents.open),
     ("y.h5", LATENTS, read_provenance),
     ("x.npz", THUMBNAILS, Thumbnails.load),
+    ("held_out-classifier.npz", HELD_OUT, lambda path: HeldOutFeatures.load(path.parent, REFERENCE, "m")),
     ("x.json", COST, read_json),
     ("manifest.json", MANIFEST, read_manifest),
     ("config.json", CONFIG, lambda path: load_config(path.parent)),

@@ -54,6 +54,28 @@ def test_the_summary_says_what_the_lowest_is_indistinguishable_from(project: Pat
     assert "run b, the lowest, indistinguishable from a" in built(params).text
 
 
+def test_ratios_to_held_out_images_stand_in_the_summary_and_in_the_table_with_their_intervals(project: Path) -> None:
+    params = make_params(a={}, b={"lr": 5.0e-4})
+    write_inputs(params)
+    for name, value in {"a": 9.0, "b": 4.0}.items():
+        measured = {"ratio_fd_classifier_500": value, "difference_kid_classifier_500": 0.125, "fd_classifier_5k": value}
+        intervals = {"ratio_fd_classifier_500": [value - 1, value + 2], "difference_kid_classifier_500": [0.1, 0.15]}
+        stored = json.loads(paths.metrics(name).read_text())
+        write(paths.metrics(name), stored | measured | {"intervals": intervals})
+    summary = json.loads((paths.REFERENCE / "summary.json").read_text())
+    held_out = {"images": 500, "in_shares": 500, "manifest": "ab", "copies": 0.0, "fd_classifier_500": [0.9, 0.5, 1.3]}
+    write(paths.REFERENCE / "summary.json", summary | {"held_out": held_out})
+    page = built(params)
+    assert "FD ratio-500 (classifier), run b: 1 is real; 95 % interval 3.00 to 6.00" in page.text
+    titles = page.rows["table-runs thead"][0]
+    row = dict(zip(titles, page.rows["table-runs tbody"][1], strict=True))
+    assert row["FD ratio-500 (classifier)"] == "4.00 [3.00, 6.00]"
+    assert row["KID difference-500 (classifier)"] == "0.125 [0.100, 0.150]"
+    assert "which have FD-500 (classifier) 0.900 [0.500, 1.30]." in page.text
+    write(paths.REFERENCE / "summary.json", summary | {"held_out": {"images": 3, "in_shares": 3, "manifest": "ab"}})
+    assert "Too few real images are held out to compare samples with them." in built(params).text
+
+
 @pytest.mark.parametrize("intervals", [[1, 2], {"fd_classifier_5k": 3.0}, {"fd_classifier_5k": ["x", 1]}])
 def test_damaged_intervals_are_a_clear_error(project: Path, intervals: Any) -> None:
     params = make_params()

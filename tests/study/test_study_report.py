@@ -187,6 +187,27 @@ def test_a_grid_shows_means_over_seeds_and_marks_divergence() -> None:
     assert section.verdict is None
 
 
+def test_ratios_to_held_out_images_stand_beside_the_distance() -> None:
+    def with_ratio(trial: dict[str, Any]) -> dict[str, Any]:
+        ratio = "ratio_fd_classifier_500"
+        metrics, intervals = trial["metrics"] | {ratio: 2.5}, trial["intervals"] | {ratio: [2.0, 3.0]}
+        return trial | {"metrics": metrics, "intervals": intervals}
+
+    for columns in ((), ("0.1",)):
+        table = declared(("0", "0.2"), columns, seeds=(0,), checks=())
+        write_study("tables/beside.json", table, lambda *_: 20.0, change=with_ratio)
+        shown = sections_of(make_params(beside=table))["study-beside"].tables
+        if columns:
+            assert [each.name for each in shown] == ["table_beside", "ratio_table_beside", "accuracy_table_beside"]
+            assert texts(shown[1])[0] == ["0", "2.50 [2.00, 3.00]"]
+        else:
+            assert [column.title for column in shown[0].columns][1:3] == [
+                "FD-2k (classifier)",
+                "FD ratio-500 (classifier)",
+            ]
+            assert texts(shown[0])[0][1:3] == ["20.0 [18.0, 22.0]", "2.50 [2.00, 3.00]"]
+
+
 def test_rows_may_be_runs_and_the_summary_shows_them_over_seeds_in_80_columns() -> None:
     table = declared(rows=("a plain GAN", "one step"), checks=())
     table["rows"]["settings"] = {"a plain GAN": {"run": "t4-no-transport"}, "one step": {"run": "t4"}}
