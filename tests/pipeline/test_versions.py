@@ -18,6 +18,7 @@ VERSIONS = str(FILE.relative_to(ROOT))
 PARAMS = """
 seed: 0
 data: {image_size: 32}
+held_out: null
 autoencoder: {kind: kl}
 encode: {precision: fp32}
 reference: {thumbnails: 1}
