@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from afm_pipe.runtime import environment, paths
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import write_json
 from afm_pipe.runtime.progress import track
+from afm_pipe.training import live_log
 from tests.conftest import ROOT, SMOKE, write_images
 from tests.hostile import repacked
 from tests.models.test_containers import Popen
@@ -114,6 +116,28 @@ def _(request: pytest.FixtureRequest) -> str:
 def _(request: pytest.FixtureRequest) -> str:
     encoded(request)
     return afm("train", "t4", settings=["data.orientation=apply"])
+
+
+@provokes("Found launch setting tensorboard = true, and no package tensorboard")
+def _(request: pytest.FixtureRequest) -> str:
+    def missing(name: str) -> None:
+        raise PackageNotFoundError(name)
+
+    encoded(request)
+    monkeypatch = request.getfixturevalue("monkeypatch")
+    monkeypatch.setattr(live_log, "distribution", missing)
+    monkeypatch.setenv("AFM_TENSORBOARD", "1")
+    return afm("train", "t4")
+
+
+@provokes("Not logged with TensorBoard: ... The run continues")
+def _(request: pytest.FixtureRequest) -> str:
+    pytest.importorskip("tensorboard")
+    encoded(request)
+    Path("work").mkdir(exist_ok=True)
+    Path("work/tensorboard").write_text("in the way")
+    request.getfixturevalue("monkeypatch").setenv("AFM_TENSORBOARD", "1")
+    return afm("train", "t4")
 
 
 @provokes("Held-out images reach for about N samples in the reference's class shares")

@@ -56,6 +56,11 @@ class Launch(BaseSettings):
     shard: bool = False
     """Shard G, D, their optimizers and the EMA weights over the processes (FSDP2), for models too large for one GPU."""
 
+    tensorboard: bool = False
+    """Also log the curves of runs to TensorBoard, under work/tensorboard/RUN."""
+    wandb: bool = False
+    """Also log the curves of runs to Weights & Biases, as its own variables (WANDB_MODE, WANDB_PROJECT, ...) say."""
+
     nproc_per_node: Annotated[int, Field(ge=1)] | None = None
     """Number of processes to start on this machine; each computes its shard of every batch. None: one."""
     nnodes: Annotated[int, Field(ge=1)] = 1

@@ -40,7 +40,9 @@ from afm_pipe.params.training import (
 )
 from afm_pipe.runtime.errors import UserError, describe_mistake
 
-RESERVED_NAMES = {"autoencoder", "classifier", "encode", "trials", "dvclive", "watch.html"}  # in models/ or work/
+RESERVED_NAMES = {  # in models/ or work/
+    *("autoencoder", "classifier", "encode", "trials", "dvclive", "tensorboard", "wandb", "watch.html")
+}
 
 
 class Params(Section):

@@ -42,12 +42,13 @@ def train(params: Params, name: str, launch: Launch) -> None:
     from afm_pipe.training.curves import write_curves
     from afm_pipe.training.engine import Engine
     from afm_pipe.training.events import write_events
-    from afm_pipe.training.live_log import LiveLog
+    from afm_pipe.training.live_log import require_loggers, row_logs
     from afm_pipe.training.trainer import Runtime, Task, Trainer
 
     run, step = params.model(name), train_step(params, name)
     if step.skip():
         return
+    require_loggers(launch)
     launch.use_threads(is_small(run.size))
     device = launch.torch_device()
     latents = open_latents(params)
@@ -81,7 +82,7 @@ def train(params: Params, name: str, launch: Launch) -> None:
             track(f"train {name}", trainer.train())
             return
         code = begin_work(work_dir / identity, "train")
-        trainer.callbacks.append(LiveLog(trainer, paths.WORK / "dvclive" / name))
+        trainer.callbacks += row_logs(trainer, name, identity, launch, run.model_dump(mode="json"))
         try:
             trained = track(f"train {name}", trainer.train())
         except NotFiniteError as error:
