@@ -118,6 +118,13 @@ def _(request: pytest.FixtureRequest) -> str:
     return afm("train", "t4", settings=["data.orientation=apply"])
 
 
+@provokes("models/t4 results/curves/t4.csv ...: current.")
+def _(request: pytest.FixtureRequest) -> str:
+    encoded(request)
+    afm("train", "t4")
+    return afm("train", "t4")
+
+
 @provokes("Found launch setting tensorboard = true, and no package tensorboard")
 def _(request: pytest.FixtureRequest) -> str:
     def missing(name: str) -> None:

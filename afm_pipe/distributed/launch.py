@@ -6,6 +6,7 @@ the untracked launch.toml, the default.
 
 import os
 import platform
+import re
 import tomllib
 from multiprocessing import parent_process
 from pathlib import Path
@@ -56,6 +57,8 @@ class Launch(BaseSettings):
     shard: bool = False
     """Shard G, D, their optimizers and the EMA weights over the processes (FSDP2), for models too large for one GPU."""
 
+    force: Annotated[str, Field(pattern=r"^(([a-z-]+@[a-z0-9_-]+|classifier|toy)(,|$))*$")] = ""
+    """Stages that do their work again although their result is current, separated by commas: train@t4,evaluate@t4."""
     tensorboard: bool = False
     """Also log the curves of runs to TensorBoard, under work/tensorboard/RUN."""
     wandb: bool = False
@@ -99,6 +102,12 @@ class Launch(BaseSettings):
                     f"expected either shard or {other}, found both: sharded weights are neither compiled nor moved"
                 )
         return self
+
+    def forces(self, stage: str, name: str) -> bool:
+        """Return whether a stage of a run or table is forced, by the name that it has in dvc.yaml."""
+        wanted = f"{stage}@{name}" if name else stage
+        stages = re.sub(r"-(guided|imported)@", "@", self.force.replace("guide@", "train@")).split(",")
+        return wanted in stages
 
     def num_workers(self) -> int:
         """Return the number of worker processes that train runs and trials."""

@@ -4,13 +4,16 @@ The pool trains, samples and measures everything that `dvc repro` is about to as
 stages then find their outs current. In a copy of the workspace (`dvc exp run --temp`) the records are the workspace's.
 """
 
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from afm_pipe.data.latents_format import provenance_fingerprint, read_provenance
+from afm_pipe.distributed.launch import Launch
 from afm_pipe.params import Params
+from afm_pipe.params.sizes import SIZES
 from afm_pipe.params.versions import origin_files, run_identity, versions
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.environment import env_rank
@@ -27,6 +30,8 @@ class Step(NamedTuple):
     outs: Sequence[Path]
     identity: Callable[[], str]
     """Raises OSError or UserError where an input is missing."""
+    state: Callable[[], Iterable[Path]] = tuple
+    """Folders and files under work/ from which the stage would take its result instead of computing it again."""
 
     @property
     def _record(self) -> Path:
@@ -44,13 +49,22 @@ class Step(NamedTuple):
         except (OSError, UserError):
             return False
 
-    def skip(self) -> bool:
-        """Return whether the stage is current, and say so."""
+    def skip(self, launch: Launch) -> bool:
+        """Return whether the stage is current, and say so.
+
+        Where the launch settings force it, discard what earlier sessions left under work/ instead, and return False: if
+        it is interrupted, the same command resumes it, since it is then no longer current.
+        """
         if not self.is_current:
             return False
+        forced = launch.forces(self.stage, self.name)
         if env_rank() == 0:
-            print(f"{' '.join(map(str, self.outs))}: current.")
-        return True
+            outs = " ".join(map(str, self.outs))
+            print(f"{outs}: current, and done again, as AFM_FORCE says." if forced else f"{outs}: current.")
+        if forced and env_rank() == 0:
+            for path in (self._record, *self.state()):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        return not forced
 
     def record(self) -> None:
         """Record that the outs have been written from the inputs that are there."""
@@ -60,7 +74,8 @@ class Step(NamedTuple):
 def train_step(params: Params, name: str) -> Step:
     """Return the step that trains a run or guided run."""
     outs = [paths.model(name), paths.curves(name), paths.events(name), paths.costs(name)]
-    return Step("train", name, outs, partial(_run_identity, params, name))
+    identity, state = partial(_run_identity, params, name), partial(_run_state, params, name)
+    return Step("train", name, outs, identity, state)
 
 
 def sample_step(params: Params, name: str) -> Step:
@@ -87,7 +102,16 @@ def classifier_step(params: Params) -> Step:
         "",
         [paths.CLASSIFIER],
         partial(_latents_identity, "classifier", settings),
+        lambda: [paths.WORK / "classifier" / classifier_identity(params, _latents())] if params.classifier else [],
     )
+
+
+def classifier_identity(params: Params, latents: str) -> str:
+    """Return the identity of the training of guidance's classifier, which names its folder under work/classifier."""
+    assert params.classifier is not None, "there is nothing to train"
+    described = {"classifier": params.classifier.model_dump(), "seed": params.seed}
+    shaped = [described, SIZES[params.classifier.size]]
+    return fingerprint(shaped, {"latents": latents}, versions("classifier"))
 
 
 def toy_step(params: Params) -> Step:
@@ -98,7 +122,8 @@ def toy_step(params: Params) -> Step:
 
 def table_step(params: Params, name: str) -> Step:
     """Return the step that trains and measures the trials of a table."""
-    return Step("table", name, [paths.table(name)], partial(_table_identity, params, name))
+    identity, state = partial(_table_identity, params, name), partial(_table_state, params, name)
+    return Step("table", name, [paths.table(name)], identity, state)
 
 
 def _table_identity(params: Params, name: str) -> str:
@@ -111,6 +136,15 @@ def _table_identity(params: Params, name: str) -> str:
     return _identity("table", settings, ())
 
 
+def _table_state(params: Params, name: str) -> list[Path]:
+    """Return the results of a table's trials, and their training; that of runs in params stays."""
+    from afm_pipe.study.trials import Trials
+
+    trials = Trials(params, [name]).all
+    trained = [each for trial in trials for each in (trial, trial.base) if each is not None and each.owner is None]
+    return [*(trial.result for trial in trials), *dict.fromkeys(trial.folder for trial in trained)]
+
+
 def _identity(stage: str, settings: Any, inputs: Iterable[Path]) -> str:
     return fingerprint(settings, _hashes(inputs), versions(stage))
 
@@ -120,10 +154,18 @@ def _latents_identity(stage: str, settings: Any) -> str:
 
 
 def _run_identity(params: Params, name: str) -> str:
-    origins = {part: sha256_file(file) for part, file in origin_files(params, name).items()}
-    identity = run_identity(params.model(name), params.latent_shape, _latents(), origins)
+    identity = _run_fingerprint(params, name)
     needed = {file.parent / "config.json" for part, file in origin_files(params, name).items() if part != "reference"}
     return fingerprint(identity, _hashes(sorted(needed)), {})  # their classes are checked, too
+
+
+def _run_state(params: Params, name: str) -> list[Path]:
+    return [paths.WORK / name / _run_fingerprint(params, name)]
+
+
+def _run_fingerprint(params: Params, name: str) -> str:
+    origins = {part: sha256_file(file) for part, file in origin_files(params, name).items()}
+    return run_identity(params.model(name), params.latent_shape, _latents(), origins)
 
 
 def _latents() -> str:

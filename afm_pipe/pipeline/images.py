@@ -6,7 +6,7 @@ from typing import Any
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.params import Params
 from afm_pipe.params.sizes import is_small
-from afm_pipe.pipeline.current import classifier_step
+from afm_pipe.pipeline.current import classifier_identity, classifier_step
 from afm_pipe.pipeline.find import open_latents
 from afm_pipe.pipeline.notices import begin_work, notice_unused
 from afm_pipe.runtime import paths
@@ -105,16 +105,13 @@ def classifier(params: Params, launch: Launch) -> None:
     from afm_pipe.distributed.process_group import init_distributed
     from afm_pipe.models.model_files import save_tensors
     from afm_pipe.objectives.latent_classifier import ClassifierTraining, accuracy_by_level
-    from afm_pipe.params.sizes import SIZES
-    from afm_pipe.params.versions import versions
     from afm_pipe.runtime.environment import env_rank
-    from afm_pipe.runtime.identity import fingerprint
     from afm_pipe.training.checkpoints import RetentionPolicy
     from afm_pipe.training.engine import Engine
     from afm_pipe.training.trainer import Runtime, Task, Trainer
 
     settings, step = params.classifier, classifier_step(params)
-    if step.skip():
+    if step.skip(launch):
         return
     if settings is None:
         if env_rank() > 0:
@@ -127,8 +124,7 @@ def classifier(params: Params, launch: Launch) -> None:
     device = launch.torch_device()
     latents = open_latents(params)
     described = {"classifier": settings.model_dump(), "seed": params.seed}
-    shaped = [described, SIZES[settings.size]]
-    identity = fingerprint(shaped, {"latents": latents.fingerprint()}, versions("classifier"))
+    identity = classifier_identity(params, latents.fingerprint())
     objective = ClassifierTraining(settings, params.seed, latents.latent_shape, len(latents.classes))
     work_dir, seconds = paths.WORK / "classifier", launch.checkpoint_seconds
     with init_distributed(device) as group, hold_lease(work_dir) if group.is_main_process else nullcontext() as lease:

@@ -30,7 +30,7 @@ def tables(
     notice_unused([paths.OLD_TRIALS] if paths.OLD_TRIALS.is_dir() else [])
     collects = out is None and not (worker or trial)
     steps = [table_step(params, name) for name in names if name in params.tables] if collects else []
-    if len(steps) == 1 and steps[0].skip():
+    if len(steps) == 1 and steps[0].skip(launch):
         return
     trials = Trials(params, names)
     chosen = [each for each in trials.all if trial in (None, each.training)]
@@ -63,7 +63,7 @@ def toy(params: Params, launch: Launch, strong: Path | None) -> None:
     from afm_pipe.study.toy.writing import write_experiment
 
     step = toy_step(params)
-    if strong is None and step.skip():
+    if strong is None and step.skip(launch):
         return
     launch.use_threads(small=True)
     device = launch.torch_device()

@@ -72,7 +72,7 @@ def sample(params: Params, name: str, launch: Launch, request: "Request | None" 
             print(drawn.describe())
         return
     step = sample_step(params, name)
-    if step.skip():
+    if step.skip(launch):
         return
     settings, folder = params.sample, paths.samples(name)
     seeds = ",".join(str(settings.seed + i) for i in range(3))
@@ -130,7 +130,7 @@ def evaluate(params: Params, name: str, launch: Launch) -> None:
     from afm_pipe.runtime.identity import fingerprint
 
     step = evaluate_step(params, name)
-    if step.skip():
+    if step.skip(launch):
         return
     launch.use_threads(params.data.is_small)
     device = launch.torch_device()

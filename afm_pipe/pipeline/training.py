@@ -46,7 +46,7 @@ def train(params: Params, name: str, launch: Launch) -> None:
     from afm_pipe.training.trainer import Runtime, Task, Trainer
 
     run, step = params.model(name), train_step(params, name)
-    if step.skip():
+    if step.skip(launch):
         return
     require_loggers(launch)
     launch.use_threads(is_small(run.size))

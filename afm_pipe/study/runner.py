@@ -169,7 +169,9 @@ class Worker:
             task = Task(objective, self.latents, trial.training, start, trial.probes(self.latents.num_images))
             retention, seconds = RetentionPolicy(check_lease=lease.check), self.launch.checkpoint_seconds
             engine = Engine.of(self.launch)._replace(shard=False)  # a trial has one process
-            trainer = Trainer(task, Runtime(trial.folder, self.device, seconds, retention=retention, engine=engine))
+            size = self.launch.micro_batch
+            runtime = Runtime(trial.folder, self.device, seconds, micro_batch=size, retention=retention, engine=engine)
+            trainer = Trainer(task, runtime)
             try:
                 state = track(f"trial {trial.spec.place}", trainer.train()).state
                 update, elapsed, not_finite = state.update, state.seconds["training"], None

@@ -3,6 +3,8 @@
 import resource
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,5 +43,8 @@ def peak_memory(device: torch.device) -> int:
     """Return the most bytes that this process held: on its GPU, or in host memory if it computes on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
+    with suppress(OSError, StopIteration, ValueError):  # Linux; ru_maxrss there includes that of the parent before exec
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) << 10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak << 10  # macOS counts bytes, Linux KiB

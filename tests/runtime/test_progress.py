@@ -4,7 +4,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from itertools import pairwise
 
 import pytest
 
@@ -31,6 +32,53 @@ def test_silent_work_says_how_far_it_is_and_for_how_long(
     assert "table x: 3/9 trials, for 2 s" in said or "table x: 3/9 trials, for 3 s" in said
     time.sleep(1.2)
     assert capsys.readouterr().err == "", "the work has ended"
+
+
+class Clock:
+    """Time and threads of a simulation: the thread that says what works runs at once, for a minute of its waiting."""
+
+    def __init__(self, each_second: Callable[[], None]) -> None:
+        self.now, self.each_second = 1000.0, each_second
+        self.lines: list[float] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def Event(self) -> "Clock":  # noqa: N802  # threading.Event
+        return self
+
+    def wait(self, seconds: float) -> bool:
+        self.now += seconds
+        self.each_second()
+        return self.now >= 1060
+
+    def set(self) -> None: ...
+
+    def Thread(self, target: Callable[[], None], daemon: bool) -> "Clock":  # noqa: N802  # threading.Thread
+        self.target = target
+        return self
+
+    def start(self) -> None: ...
+
+
+@pytest.mark.parametrize("every", [None, 1, 3, 4, 7, 9, 11])
+def test_no_ten_seconds_pass_without_a_line(every: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the work reports never or every few seconds; the clock is simulated."""
+    done = 0
+
+    def work() -> None:
+        nonlocal done
+        if every is not None and int(clock.now) % every == 0:
+            render(Progress(done := done + 1, 100, "images"))
+
+    clock = Clock(work)
+    monkeypatch.setattr(progress, "time", clock)
+    monkeypatch.setattr(progress, "threading", clock)
+    monkeypatch.setattr(progress, "_say", lambda line: clock.lines.append(clock.now))
+    with progress._plain("x") as render:
+        clock.target()
+    gaps = [later - earlier for earlier, later in pairwise([1000.0, *clock.lines, clock.now])]
+    assert max(gaps) <= 10, gaps
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])

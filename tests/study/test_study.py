@@ -9,13 +9,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import torch
 import yaml
 
 from afm_pipe import pipeline
 from afm_pipe.distributed.launch import Launch
+from afm_pipe.models.generator import Generator
+from afm_pipe.models.model_files import load_tensors
 from afm_pipe.params import Params
 from afm_pipe.params.file import load_params
 from afm_pipe.runtime import paths
@@ -387,3 +391,39 @@ def test_every_declared_trial_resolves(file: str) -> None:
     assert declared.tables
     for name, of_table in declared.trials.items():
         assert len(of_table) == len({trial.place for trial in of_table}), name
+
+
+def test_a_forced_table_trains_and_measures_its_trials_again(project: Path) -> None:
+    pipeline.tables(load_params(), ["transport"], ONE)
+    before = trainings(), measurements()
+    pipeline.tables(load_params(), ["transport"], ONE)
+    assert (trainings(), measurements()) == before
+    pipeline.tables(load_params(), ["transport"], ONE.model_copy(update={"force": "table@transport"}))
+    for now, then in zip((trainings(), measurements()), before, strict=True):
+        assert now.keys() == then.keys() and all(now[name] > then[name] for name in then)
+
+
+def test_trials_compute_in_micro_batches_with_the_numbers_of_whole_ones(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No forward pass of training sees more images than the launch setting says; results differ by rounding."""
+    sizes: list[int] = []
+    forward = Generator.forward
+
+    def counted(self: Generator, x: torch.Tensor, *others: Any, **more: Any) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            sizes.append(len(x))
+        return forward(self, x, *others, **more)
+
+    monkeypatch.setattr(Generator, "forward", counted)
+    found, params = [], load_params()
+    for size in (None, 3):
+        sizes.clear()
+        pipeline.tables(params, ["transport"], ONE.model_copy(update={"micro_batch": size}))
+        assert max(sizes) == (size or params.train.batch_size)
+        trial = Trials(params, ["transport"]).all[0]
+        found.append(load_tensors(max((trial.folder / "kept").iterdir())))
+        shutil.rmtree(paths.TRIALS)
+        paths.table("transport").unlink()
+    for name, whole in found[0].items():
+        assert torch.allclose(whole, found[1][name], rtol=1e-3, atol=1e-4), name
