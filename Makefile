@@ -106,5 +106,5 @@ $(INSTALLED): pyproject.toml $(wildcard $(LOCK)) | scm
 	@touch "$(INSTALLED)"
 
 clean:
-	rm -rf data/manifest.json data/latents.h5 models samples reference work
+	rm -rf data/manifest.json data/held_out.json data/latents.h5 models samples reference work
 	rm -rf $(addprefix results/,curves events costs metrics tables report rendered toy)
