@@ -394,7 +394,8 @@ def init(
 
     written = init_study(profile, git)
     typer.echo(f"Wrote {', '.join(map(str, written))}." if written else "Found this study begun already.")
-    typer.echo("Next: `dvc repro` runs all stages on params.yaml; `afm-pipe status` shows the runs.")
+    commit = "`git add -A && git commit -m 'Begin a study'`, then " if git else ""
+    typer.echo(f"Next: {commit}`dvc repro` runs all stages on params.yaml; `afm-pipe status` shows the runs.")
 
 
 @app.command(hidden=True)
