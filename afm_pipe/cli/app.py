@@ -1,8 +1,5 @@
 """The commands of `afm-pipe`. Heavy imports happen inside the command that needs them, so --help is instant."""
 
-import functools
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
@@ -49,26 +46,7 @@ ModelName = Annotated[str, typer.Argument(metavar="NAME", help="A model under mo
 
 def _command(panel: str, name: str | None = None, **settings: Any) -> Callable[[Callable[P, None]], Callable[P, None]]:
     """Register a function as a command in a panel of --help."""
-
-    def register(function: Callable[P, None]) -> Callable[P, None]:
-        @functools.wraps(function)
-        def command(*args: P.args, **kwargs: P.kwargs) -> None:
-            if _refresh_versions():
-                typer.echo(f"{paths.VERSIONS} was of another version of afm-pipe and is up to date now.", err=True)
-            function(*args, **kwargs)
-
-        return app.command(name, rich_help_panel=panel, **settings)(user_command(command))
-
-    return register
-
-
-def _refresh_versions() -> bool:
-    """Bring versions.yaml of a study outside the checkout up to date with the installed package; return whether."""
-    if not paths.VERSIONS.is_file() or env_rank() > 0:
-        return False
-    from afm_pipe.params.versions import refresh_study_versions
-
-    return refresh_study_versions()
+    return lambda function: app.command(name, rich_help_panel=panel, **settings)(user_command(function))
 
 
 def _params(path: Path, overrides: list[str] | None = None) -> "Params":
@@ -192,7 +170,7 @@ def guide(
     params: ParamsFile = paths.PARAMS,
     overrides: Overrides = None,
 ) -> None:
-    """Continue a trained run with its guided phase; resumable.  Example: afm-pipe guide t4-guided"""
+    """Continue a trained run with its guided phase; resumable.  Example: afm-pipe guide s4-guided"""
     from afm_pipe import pipeline
 
     pipeline.guide(_params(params, overrides), run, _start(nproc, micro_batch))
@@ -380,40 +358,6 @@ def export(
         pipeline.export_samples(_params(params, overrides), run, _launch(), out)
     else:
         pipeline.export(run, kind, out)
-
-
-@_command(PARAMS)
-def init(
-    profile: Annotated[
-        str | None, typer.Option(help="The profile that becomes params.yaml; default: digits on a laptop.")
-    ] = None,
-    git: Annotated[bool, typer.Option("--git/--no-git", help="Use DVC in a git repository, or without.")] = True,
-) -> None:
-    """Begin a study in this folder: params.yaml, dvc.yaml, .gitignore.  Example: afm-pipe init --profile smoke"""
-    from afm_pipe.params.new_study import init_study
-
-    written = init_study(profile, git)
-    typer.echo(f"Wrote {', '.join(map(str, written))}." if written else "Found this study begun already.")
-    commit = "`git add -A && git commit -m 'Begin a study'`, then " if git else ""
-    typer.echo(f"Next: {commit}`dvc repro` runs all stages on params.yaml; `afm-pipe status` shows the runs.")
-
-
-@app.command(hidden=True)
-@user_command
-def stage(
-    name: Annotated[str, typer.Argument(metavar="STAGE", help="A script under stages/, without .py.")],
-    key: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A run, table or model in params.")] = None,
-) -> None:
-    """Run a stage as DVC does in a study outside the checkout.  Example: afm-pipe stage train t4"""
-    from afm_pipe.params.new_study import stage_script
-
-    script = stage_script(name)
-    if _refresh_versions():
-        raise UserError(
-            f"Found {paths.VERSIONS} of another version of afm-pipe, expected that of the installed one, by which DVC "
-            "decides what to run. It is up to date now: run `dvc repro` again."
-        )
-    os.execv(sys.executable, [sys.executable, str(script), *filter(None, [key])])
 
 
 @_command(PARAMS)

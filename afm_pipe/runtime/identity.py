@@ -8,9 +8,10 @@ import hashlib
 import json
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
-from afm_pipe.runtime.paths import PACKAGE
+PACKAGE = Path(__file__).parents[1]
 
 
 def fingerprint(settings: Any, inputs: Mapping[str, str], versions: Mapping[str, int]) -> str:
