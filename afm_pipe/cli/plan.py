@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from afm_pipe.planning.plan import Machine
     from afm_pipe.study.trials import Trial
 
-WORKLESS = (  # fields of a run that do not change the work of an update; runs that differ in these alone are counted once
+WORKLESS = (  # fields of a run that do not change the work of an update
     *("seed", "lr", "betas", "eps", "weight_decay", "ema", "logit_centering", "label_noise", "transport"),
     *("keep_discriminators", "schedule", "phases", "selection", "monitor"),
 )
