@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_the_straightforward_update_has_the_same_result(tmp_path: Path) -> None:
-    run = load_params(ROOT / "params.yaml").runs["t4-short"].model_copy(update={"size": "s4", "batch_size": 8})
+    run = load_params(ROOT / "params.yaml").runs["s4"].model_copy(update={"size": "s4", "batch_size": 8})
     latents = latents_file(tmp_path / "latents.h5", 64, (4, 8, 8))
     trainer, plain = trainer_of(run, latents), PlainTraining(run, latents)
     assert torch.equal(vector(plain.step.generator), vector(trainer.state.networks["generator"]))

@@ -231,7 +231,7 @@ def guide(
 ) -> None:
     """Continue a trained run with its guided phase; resumable.
 
-    Example: afm-pipe guide t4-guided
+    Example: afm-pipe guide s4-guided
     """
     from afm_pipe import pipeline
 

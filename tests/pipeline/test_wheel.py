@@ -63,7 +63,7 @@ def test_a_study_outside_the_checkout_runs_from_init_to_its_report(wheel: Path, 
         *("versions.yaml", "results")
     }
     assert "Running stage" not in call(study, "dvc", "repro", **installed)
-    assert "done" in call(study, "afm-pipe", "status", **installed)
+    assert "finished" in call(study, "afm-pipe", "status", **installed)
     assert "imagenet256" in call(study, "afm-pipe", "profile", **installed)
     call(study, "afm-pipe", "sample", "t4", "--count", "2", "--grid", "grid.png", **installed)
     assert (study / "grid.png").is_file()
