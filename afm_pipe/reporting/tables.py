@@ -73,7 +73,8 @@ def run_table(inputs: Inputs) -> Table:
     by = f", decoded by {decoder}" if decoder else ""
     caption = (
         f"Runs of this repository, {titles.number(inputs.params.evaluate.samples)} samples each{shares}{by}. Metrics "
-        f"from {paths.metrics('RUN')}, cost from {paths.costs('RUN')}; of a run that continues another, its own phase alone."
+        f"from {paths.metrics('RUN')}, cost from {paths.costs('RUN')}; of a run that continues another, its own phase "
+        "alone."
     )
     marked = ranked(rows, columns, range(2, 2 + len(metrics)))
     note = " ".join(filter(None, [interval_note(rows), held_out_note(inputs.summary)]))
