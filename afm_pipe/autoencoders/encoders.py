@@ -67,6 +67,15 @@ def dinov2(name: str, path: Path, side: int, otherwise: str) -> Any:
     return model.eval()
 
 
+def encoder_path(name: str, sha256: str | None) -> tuple[Path, str]:
+    """Return the weights file of an encoder, and its hash. Raises UserError if it is missing or has another hash."""
+    what, fix = (
+        f"the weights of autoencoder.encoder {name}",
+        f"put timm's model.safetensors of {TIMM_MODELS[name]} there",
+    )
+    return weights_file(str(ENCODERS[name].weights), sha256, what, fix)
+
+
 class Encoder(nn.Module):
     """The layers of a pretrained network up to one whose feature map is the latent; frozen."""
 
@@ -77,8 +86,7 @@ class Encoder(nn.Module):
         """Load the encoder `name` of images of `side` pixels. Raises UserError for missing or other weights."""
         super().__init__()
         self.name, self.layer, self.side = name, layer, side
-        file = ENCODERS[name].weights
-        if file is None:
+        if ENCODERS[name].weights is None:
             self.network, self.sha256 = efficientnet_lite0("choose another autoencoder.encoder")
             if sha256 not in (None, self.sha256):
                 raise UserError(
@@ -87,8 +95,7 @@ class Encoder(nn.Module):
                 )
             moments = EFFICIENTNET_MOMENTS
         else:
-            fix = f"put timm's model.safetensors of {TIMM_MODELS[name]} there"
-            path, self.sha256 = weights_file(file, sha256, f"the weights of autoencoder.encoder {name}", fix)
+            path, self.sha256 = encoder_path(name, sha256)
             self.network = dinov2(name, path, side, "choose another autoencoder.encoder")
             moments = DINOV2_MOMENTS
         for buffer, values in zip(("shift", "scale"), moments, strict=True):
