@@ -123,8 +123,8 @@ class RepresentationAutoencoder(Autoencoder, kind="representation"):
         state = {DECODER + name: value.cpu().contiguous() for name, value in self.decoder.state_dict().items()}
         described = {"_class_name": CLASS_NAME, **_described(self.settings), "encoder_sha256": self.encoder_sha256}
         state |= {"mean": self.spec.mean.cpu(), "std": self.spec.std.cpu()}
-        # The weights file identifies the latents, so it names the encoder.
-        save_file(state, folder / WEIGHTS, {"format": "pt", "encoder": json.dumps(described, sort_keys=True)})
+        # The weights file identifies the latents, so it names the encoder, in one entry: several have no fixed order.
+        save_file(state, folder / WEIGHTS, {"encoder": json.dumps(described, sort_keys=True)})
         write_json(folder / CONFIG, described)
 
     def to(self, device: torch.device | str) -> Self:
