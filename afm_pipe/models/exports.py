@@ -30,12 +30,12 @@ TRANSFORMER = "afm_transformer"  # the module that diffusers loads from transfor
 SUFFIXES = {"released": (".pth", ".pt"), "safetensors": (".safetensors",), "diffusers": ("",)}
 
 
-def export(model_dir: Path, autoencoder_dir: Path, kind: str, out: Path) -> None:
+def export(model_dir: Path, autoencoder_dir: Path, kind: str, out: Path, card: str = "") -> None:
     """Write the generator of `model_dir` to `out`, atomically.
 
     released: a .pth of plain tensors with the released names (of a velocity: SiT's tensors); safetensors: the model's
     own tensors, with the config in the metadata; diffusers: a folder for DiffusionPipeline.from_pretrained, with
-    autoencoder and code.
+    autoencoder, code, and a model card that ends with `card`.
     Raises UserError if the model does not match its config or `out` does not suit the kind.
     """
     _check_out(kind, out)
@@ -63,7 +63,7 @@ def export(model_dir: Path, autoencoder_dir: Path, kind: str, out: Path) -> None
         elif kind == "safetensors":
             save_file(tensors, temp, {"format": "pt", METADATA: json.dumps(metadata, sort_keys=True)})
         else:
-            _write_diffusers(temp, autoencoder_dir, config, described, tensors, sha256_file(path))
+            _write_diffusers(temp, autoencoder_dir, config, described, tensors, sha256_file(path), card)
 
 
 def _require_autoencoder_kl(path: Path) -> None:
@@ -114,6 +114,7 @@ def _write_diffusers(
     described: dict[str, Any],
     tensors: dict[str, torch.Tensor],
     sha256: str,
+    card: str,
 ) -> None:
     version = importlib.metadata.version("diffusers")
     names = described.get("classes") or [str(label) for label in range(config.num_classes)]
@@ -141,10 +142,10 @@ def _write_diffusers(
     (folder / "vae").mkdir()
     for name in ("config.json", weights.name):
         shutil.copyfile(autoencoder_dir / name, folder / "vae" / name)
-    (folder / "README.md").write_text(_card(config, described, names, sha256), encoding="utf-8")
+    (folder / "README.md").write_text(_card(config, described, names, sha256, card), encoding="utf-8")
 
 
-def _card(config: ModelConfig, described: dict[str, Any], names: list[str], sha256: str) -> str:
+def _card(config: ModelConfig, described: dict[str, Any], names: list[str], sha256: str, more: str) -> str:
     seen = described.get("images_seen")
     origin = (
         f"trained by afm-pipe on {seen:,} images" if seen else "imported by afm-pipe from weights trained elsewhere"
@@ -178,5 +179,4 @@ Image i depends only on seed + i and its class.
 | sha256 of generator.safetensors | {sha256} |
 | scaling factor of latents | {described.get("scaling_factor")} |
 
-The weights are subject to the terms of their training data and their origin.
-"""
+{more}"""
