@@ -18,10 +18,11 @@ ifneq ($(words $(VENV)),1)
 $(error found VENV=$(VENV), expected a path without spaces)
 endif
 
-.PHONY: scm help repro test test-slow test-browser test-gpu fuzz bench bench-gpu crash-test lint lock install clean
+.PHONY: scm help repro demo test test-slow test-browser test-gpu fuzz bench bench-gpu crash-test lint lock install clean
 
 help:
 	@echo "make repro         set up, run the pipeline on params.yaml, print the run table"
+	@echo "make demo          set up, train the run s4 alone, draw and measure its samples (about 3 minutes)"
 	@echo "make test          set up, lint, check types, run the tests"
 	@echo "make test-slow     run the slow tests"
 	@echo "make test-browser  test the report in a headless Chromium, installed first where possible"
@@ -35,10 +36,18 @@ help:
 	@echo "make clean         remove what the pipeline made; keep environment, images and weights"
 
 repro: $(INSTALLED)
-	@echo "== dvc repro: runs the stages that have changed; to resume after an interruption, run make repro again"
+	@echo "== dvc repro: runs the stages that have changed; each says how long it will take on this machine"
+	@echo "== to watch, in another terminal: $(BIN)/afm-pipe report --watch; to resume after an interruption: make repro"
 	@$(ON_PATH) dvc repro
 	@$(ON_PATH) afm-pipe summary
 	@echo "== the report is $(CURDIR)/results/report/index.html"
+
+demo: $(INSTALLED)
+	@echo "== dvc repro: the stages that the run s4 needs; to resume after an interruption, run make demo again"
+	@$(ON_PATH) dvc repro sample@s4 evaluate@s4
+	@$(ON_PATH) afm-pipe status
+	@echo "== samples, one class a row: $(CURDIR)/samples/s4/grid.png; their metrics: results/metrics/s4.json"
+	@echo "== all runs and tables, and the page: make repro"
 
 test: $(INSTALLED) lint
 	@echo "== pytest"

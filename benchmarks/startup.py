@@ -59,7 +59,7 @@ def first_update() -> None:
     params = load_params()
     with tempfile.TemporaryDirectory() as folder:
         latents = latents_file(Path(folder) / "latents.h5", 256, params.latent_shape)
-        one_update(trainer_of(params.runs["t4-short"], latents))
+        one_update(trainer_of(params.runs["t4"], latents))
 
 
 def _times(

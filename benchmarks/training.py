@@ -82,7 +82,7 @@ def plain_training(run: Run, latents: Path, vae: bool) -> Iterator[Works]:
 
 def b2_run(params: Params, batch_size: int = 4) -> Run:
     """Return the default's run at the paper's B/2."""
-    return params.runs["t4-short"].model_copy(update={"size": "b2", "batch_size": batch_size})
+    return params.runs["t4"].model_copy(update={"size": "b2", "batch_size": batch_size})
 
 
 def b2_latents(folder: Path) -> Latents:
@@ -122,7 +122,7 @@ def b2(params: Params, quick: bool) -> Iterator[Row]:
 def small(params: Params, quick: bool) -> Iterator[Row]:
     """The default's own shape: 4 blocks of width 128, 4 tokens, batch 64."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        run = params.runs["t4-short"]
+        run = params.runs["t4"]
         latents = latents_file(Path(folder) / "latents.h5", 5000, params.latent_shape)
         config = run_config(run, params.latent_shape, CLASS_COUNT)
         trainer = trainer_of(run, latents)

@@ -1,7 +1,7 @@
 """Continue a trained run with its guided phase, into models/RUN, with its curves and cost.
 
-    python stages/guide.py t4-guided
-    dvc repro guide@t4-guided
+    python stages/guide.py s4-guided
+    dvc repro guide@s4-guided
 
 To resume, run the same command again.
 """

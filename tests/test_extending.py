@@ -29,8 +29,8 @@ from benchmarks.inputs import latents_file
 
 def rows_of(*overrides, latents=None):
     """Train on 40 latents and return the rows of the curves and the run."""
-    small = "runs.t4-short={size: s4, seed: 0, batch_size: 8, phases: [{until_epoch: 4}]}"
-    run = load_params(Path("params.yaml"), [small, "train.monitor.policy=off", *overrides]).runs["t4-short"]
+    small = "runs.s4={size: s4, seed: 0, batch_size: 8, phases: [{until_epoch: 4}]}"
+    run = load_params(Path("params.yaml"), [small, "train.monitor.policy=off", *overrides]).runs["s4"]
     latents = latents or latents_file(Path("latents.h5"), 40, (4, 8, 8))
     objective = build_objective(run, run_config(run, latents.latent_shape, latents.num_classes))
     ticks = Trainer(Task(objective, latents, "example"), Runtime(Path("work"))).train()
@@ -49,9 +49,9 @@ assert all(row["logit_drift"] > 0 for row in rows), rows
     "model size": '''
 from afm_pipe.models.model_files import run_config
 from afm_pipe.planning.budget import budget
-params = load_params(Path("params.yaml"), ["runs.t4-short.size=s2"])
-config = run_config(params.runs["t4-short"], (4, 32, 32), 1000)
-assert round(budget(params.runs["t4-short"], config).parameters["generator"] / 1e6) == 33
+params = load_params(Path("params.yaml"), ["runs.s4.size=s2"])
+config = run_config(params.runs["s4"], (4, 32, 32), 1000)
+assert round(budget(params.runs["s4"], config).parameters["generator"] / 1e6) == 33
 ''',
     "latent space": '''
 import torch

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from afm_pipe.planning.plan import Machine
     from afm_pipe.study.trials import Trial
 
-PER_UPDATE = (  # fields of a run that shape the work of an update
-    *("size", "nfe", "form", "repeats", "qk_norm", "precision", "condition_on_source", "discriminator_updates"),
-    *("reuse_forward", "batch_size", "penalty", "gradient_normalization"),
+WORKLESS = (  # fields of a run that do not change the work of an update
+    *("seed", "lr", "betas", "eps", "weight_decay", "ema", "logit_centering", "label_noise", "transport"),
+    *("keep_discriminators", "schedule", "phases", "selection", "monitor"),
 )
 ASSUMED = " (assuming 1,000 classes; `afm-pipe prepare` counts them)"
 
@@ -106,9 +106,8 @@ def trials_text(params: Params, names: list[str]) -> str:
     manifest = count_images(params)
 
     def tflop(trial: Trial) -> tuple[int, float]:
-        """Return the updates of a trial and their work; only fields that shape an update are counted apart."""
-        own = {field: getattr(trial.run, field) for field in PER_UPDATE}
-        run = params.train.model_copy(update=own)
+        """Return the updates of a trial and their work, without that of guidance and probes."""
+        run = trial.run.model_copy(update={field: getattr(params.train, field) for field in WORKLESS})
         config = run_config(run, params.latent_shape, len(manifest.classes) if manifest else 1000)
         ends = max(trial.probes(num_images))
         updates = ends - (max(trial.base.probes(num_images)) if trial.base else 0)

@@ -103,6 +103,10 @@ def reference(params: Params, launch: Launch) -> None:
 
 def classifier(params: Params, launch: Launch) -> None:
     """Train the classifier that guides, from where an interrupted session stopped; without one in params, say so."""
+    settings, step = params.classifier, classifier_step(params)
+    if step.skip(launch):
+        return
+
     from afm_pipe.distributed.process_group import init_distributed
     from afm_pipe.models.model_files import save_tensors
     from afm_pipe.objectives.latent_classifier import ClassifierTraining, accuracy_by_level
@@ -111,9 +115,6 @@ def classifier(params: Params, launch: Launch) -> None:
     from afm_pipe.training.engine import Engine
     from afm_pipe.training.trainer import Runtime, Task, Trainer
 
-    settings, step = params.classifier, classifier_step(params)
-    if step.skip(launch):
-        return
     if settings is None:
         if env_rank() > 0:
             return

@@ -4,22 +4,19 @@ DVC runs one stage after the other, which leaves all cores but one idle where ne
 those stages, does their work on all cores through the same functions, and they then find their outs current.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.params import Params, Toy
-from afm_pipe.params.sizes import block_work, is_small
+from afm_pipe.params.sizes import is_small
 from afm_pipe.pipeline.current import (
     Step,
-    classifier_step,
     evaluate_step,
     sample_step,
     table_step,
     toy_step,
     train_step,
 )
-from afm_pipe.pipeline.images import classifier
 from afm_pipe.pipeline.results import toy
 from afm_pipe.pipeline.runs import evaluate, sample
 from afm_pipe.pipeline.training import train
@@ -29,7 +26,6 @@ from afm_pipe.runtime.lease import HeldError, holder_of
 from afm_pipe.runtime.progress import track
 from afm_pipe.study.trials import Trials, run_weight
 
-CLASSIFIER_WORK = 0.2  # of an epoch of the guidance classifier, relative to one of a run
 TOY_WORK = 7.0  # of a pair of updates of the toy experiment, in the unit of `run_weight`
 
 
@@ -59,11 +55,9 @@ class RunJob(NamedTuple):
 
     @property
     def is_ready(self) -> bool:
-        """Whether the run that it continues is trained, and its classifier; and no other process seems to train it."""
+        """Whether the run that it continues is trained, and no other process seems to train it."""
         guided = self.params.guided.get(self.name)
-        needed = [train_step(self.params, guided.base)] if guided else []
-        needed += [classifier_step(self.params)] if self.params.model(self.name).guided else []
-        return self.holder is None and all(step.is_current for step in needed)
+        return self.holder is None and (guided is None or train_step(self.params, guided.base).is_current)
 
     @property
     def holder(self) -> str | None:
@@ -80,21 +74,23 @@ class RunJob(NamedTuple):
         return True
 
 
-class StageJob(NamedTuple):
-    """A stage of the pipeline that needs nothing of the other jobs: the classifier, or the toy experiment."""
+class ToyJob(NamedTuple):
+    """Run the toy experiment."""
 
-    step: Step
-    stage: Callable[[Params, Launch], None]
     params: Params
-    weight: float
 
     def __str__(self) -> str:
-        return self.step.stage
+        return "toy"
+
+    @property
+    def weight(self) -> float:
+        """Estimated work."""
+        return TOY_WORK * toy_pairs(self.params.toy)
 
     @property
     def is_done(self) -> bool:
-        """Whether the stage is current."""
-        return self.step.is_current
+        """Whether its stage is current."""
+        return toy_step(self.params).is_current
 
     @property
     def is_ready(self) -> bool:
@@ -107,15 +103,16 @@ class StageJob(NamedTuple):
         return None
 
     def run(self, context: Any) -> bool:
-        """Run the stage."""
-        self.stage(self.params, context.launch)
+        """Run the experiment."""
+        toy(self.params, context.launch, None)
         return True
 
 
 def pool(params: Params, launch: Launch) -> None:
     """Train, sample and measure the runs, guided runs and trials in params that are not current; the toy, too.
 
-    Large networks are left to their own stages, which use all cores, and everything is where a GPU is used.
+    The classifier is not among the jobs: it is an input of the trials that it guides, and shapes their identity. Large
+    networks are left to their own stages, which use all cores, and everything is where a GPU is used.
     """
     reason = _reason_against(launch)
     if reason is not None:
@@ -126,16 +123,19 @@ def pool(params: Params, launch: Launch) -> None:
     from afm_pipe.study.runner import Worker, trial_jobs
 
     jobs: list[Any] = [RunJob(params, name) for name, run in params.models.items() if is_small(run.size)]
-    if params.classifier is not None and is_small(params.classifier.size):
-        work = CLASSIFIER_WORK * block_work(params.classifier.size) * params.classifier.epochs
-        jobs.append(StageJob(classifier_step(params), classifier, params, work))
-    jobs.append(StageJob(toy_step(params), _toy, params, TOY_WORK * toy_pairs(params.toy)))
+    jobs.append(ToyJob(params))
     names = [name for name in params.tables if not table_step(params, name).is_current]
     trials = [trial for trial in (Trials(params, names).all if names else ()) if is_small(trial.run.size)]
     first, *others = [job for job in jobs if not job.is_done] + trial_jobs(trials) or [None]
     if first is None:
         print("The pool: everything is current.")
         return
+    workers = min(launch.num_workers(), 1 + len(others))
+    print(
+        f"The pool: {1 + len(others)} jobs, {workers} at a time with one thread each. "
+        + (f"The first pictures: {paths.samples(first.name) / 'grid.png'}. " if isinstance(first, RunJob) else "")
+        + "To watch: `afm-pipe report --watch`."
+    )
     ordered = [first, *sorted(others, key=lambda job: -job.weight)]  # the first run's pictures come first
     track("pool", run_jobs(ordered, Worker(params, launch, update_units), launch.num_workers(), "jobs"))
 
@@ -151,7 +151,3 @@ def _reason_against(launch: Launch) -> str | None:
 def toy_pairs(toy: Toy) -> int:
     """Return the pairs of updates of the toy experiment: of the GAN, each step count, the sweep, and guidance."""
     return (1 + len(toy.steps) + len(toy.sweep)) * toy.pairs + 3 * toy.guidance.pairs
-
-
-def _toy(params: Params, launch: Launch) -> None:
-    toy(params, launch, None)

@@ -58,13 +58,14 @@ def toy(params: Params, launch: Launch, strong: Path | None) -> None:
     With `strong`, run the part with ever stronger discriminators alone, and write its numbers into that file. Raises
     UserError when params do not have that part.
     """
+    step = toy_step(params)
+    if strong is None and step.skip(launch):
+        return
+
     from afm_pipe.study.toy.experiment import run_experiment
     from afm_pipe.study.toy.strong import run_strong
     from afm_pipe.study.toy.writing import write_experiment
 
-    step = toy_step(params)
-    if strong is None and step.skip(launch):
-        return
     launch.use_threads(small=True)
     device = launch.torch_device()
     if strong is not None:

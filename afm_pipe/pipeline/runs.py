@@ -65,8 +65,6 @@ def sample(params: Params, name: str, launch: Launch, request: "Request | None" 
     These are a grid (the first classes in rows, the same seeds for every model), interpolations between seeds and, with
     sample.keep_images, the images that `evaluate` measures.
     """
-    from afm_pipe.sampling.requests import Request
-
     if request:
         if drawn := _draw(params, name, launch, [request]):
             print(drawn.describe())
@@ -74,6 +72,9 @@ def sample(params: Params, name: str, launch: Launch, request: "Request | None" 
     step = sample_step(params, name)
     if step.skip(launch):
         return
+
+    from afm_pipe.sampling.requests import Request
+
     settings, folder = params.sample, paths.samples(name)
     seeds = ",".join(str(settings.seed + i) for i in range(3))
     requests = [
@@ -126,14 +127,15 @@ def _draw(params: Params, name: str, launch: Launch, requests: "list[Request]") 
 
 def evaluate(params: Params, name: str, launch: Launch) -> None:
     """Measure a run's samples against the reference."""
+    step = evaluate_step(params, name)
+    if step.skip(launch):
+        return
+
     from afm_pipe.distributed.process_group import init_distributed
     from afm_pipe.evaluation.evaluator import Evaluator
     from afm_pipe.params.versions import versions
     from afm_pipe.runtime.identity import fingerprint
 
-    step = evaluate_step(params, name)
-    if step.skip(launch):
-        return
     launch.use_threads(params.data.is_small)
     device = launch.torch_device()
     with init_distributed(device) as group:

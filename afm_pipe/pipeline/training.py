@@ -34,6 +34,10 @@ def train(params: Params, name: str, launch: Launch) -> None:
 
     A guided run starts from the model of the run it continues.
     """
+    step = train_step(params, name)
+    if step.skip(launch):
+        return
+
     from afm_pipe.distributed.process_group import init_distributed
     from afm_pipe.objectives import build_objective
     from afm_pipe.params.versions import run_identity
@@ -45,9 +49,7 @@ def train(params: Params, name: str, launch: Launch) -> None:
     from afm_pipe.training.live_log import require_loggers, row_logs
     from afm_pipe.training.trainer import Runtime, Task, Trainer
 
-    run, step = params.model(name), train_step(params, name)
-    if step.skip(launch):
-        return
+    run = params.model(name)
     require_loggers(launch)
     launch.use_threads(is_small(run.size))
     device = launch.torch_device()

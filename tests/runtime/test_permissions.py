@@ -85,7 +85,7 @@ def test_a_folder_that_may_not_be_written_is_named(run: Callable[..., str]) -> N
     Path("data/manifest.json").unlink()
     Path("data").chmod(0o555)
     said = run("prepare")
-    assert "data/manifest.json not writable (Permission denied)" in said or "Found data, which user " in said
+    assert "data/held_out.json not writable (Permission denied)" in said or "Found data, which user " in said
 
 
 def test_a_closed_file_of_weights_is_named_and_not_called_damaged(run: Callable[..., str]) -> None:

@@ -19,7 +19,7 @@ from tests.conftest import ROOT
 from tests.training.running import assert_same
 
 SHAPE = (4, 8, 8)
-RUN = load_params(ROOT / "params.yaml").runs["t4-short"].model_copy(update={"batch_size": 8})
+RUN = load_params(ROOT / "params.yaml").runs["s4"].model_copy(update={"batch_size": 8})
 
 
 def devices(module: torch.nn.Module) -> set[str]:

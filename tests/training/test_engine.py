@@ -36,7 +36,7 @@ from tests.conftest import ROOT
 from tests.training.running import weights
 
 SHAPE = (4, 8, 8)
-RUN = load_params(ROOT / "params.yaml").runs["t4-short"].model_copy(update={"size": "s4", "batch_size": 8})
+RUN = load_params(ROOT / "params.yaml").runs["s4"].model_copy(update={"size": "s4", "batch_size": 8})
 
 
 @pytest.fixture

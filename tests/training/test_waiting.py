@@ -29,7 +29,7 @@ from benchmarks.inputs import CLASS_COUNT, latents_file
 from tests.conftest import ROOT
 
 SHAPE, META = (4, 8, 8), torch.device("meta")
-RUN = load_params(ROOT / "params.yaml").runs["t4-short"].model_copy(update={"batch_size": 8})
+RUN = load_params(ROOT / "params.yaml").runs["s4"].model_copy(update={"batch_size": 8})
 VIEWS = {"probability": 1.0, "translate": 0.1, "erasings": 2, "area": (0.1, 0.2)}
 FORMS: dict[str, dict[str, Any]] = {
     "one step": {},
