@@ -126,6 +126,8 @@ def _draw(params: Params, name: str, launch: Launch, requests: "list[Request]") 
         sampler = load_sampler(params, name, device, group)
         for request in requests:
             drawn = track(f"sample {name}", draw(sampler, request, params.sample))
+        if group.is_main_process and params.autoencoder.decoder:
+            print(f"{name}: decoded by {params.autoencoder.decoder}.")
     return drawn
 
 
@@ -157,7 +159,7 @@ def evaluate(params: Params, name: str, launch: Launch) -> None:
             "images_seen": described["images_seen"],
             "generator_sha256": sha256_file(paths.model(name) / "generator.safetensors"),
             "autoencoder_sha256": sha256_file(paths.AUTOENCODER_WEIGHTS),
-        }
+        } | ({"decoder": params.autoencoder.decoder} if params.autoencoder.decoder else {})
         evaluator = Evaluator(params, paths.REFERENCE, device)
         evaluator.require_classes(sampler.class_names, paths.model(name))
         if json_value(paths.model(name) / "config.json", "provenance", "imported", "classes_named_by") == "numbers":

@@ -73,7 +73,7 @@ def _licenses(name: str, params: Params | None) -> str:
     autoencoder = "its origin"
     if params is not None:
         own = params.data.source in ("folder", "tar")
-        data = f"the images under `{params.data.root}`" if own else f"the built-in images `{params.data.source}`"
+        data = f"the images under `{params.data.root}`" if own else f"the images of `data.source: {params.data.source}`"
         pretrained = params.autoencoder.model_dump().get("pretrained")
         autoencoder = f"`{pretrained}`, its origin" if pretrained else f"{data}, on which it was trained"
     imported = json_value(paths.model(name) / "config.json", "provenance", "imported")

@@ -44,7 +44,7 @@ def test_an_export_has_a_card_with_its_metrics_protocol_and_licenses(project: Pa
     assert "| Class accuracy | 98.7 % | – | higher |" in card
     assert "| samples | 5,000 |" in card and "| compared with | classifier: training images |" in card
     assert "| code in this folder | MIT License, of afm-pipe |" in card
-    assert "those of the built-in images `mnist5k`" in card
+    assert "those of the images of `data.source: mnist5k`" in card
 
 
 @pytest.mark.parametrize("hashes", [("other", "a"), ("g", "other")])
