@@ -70,7 +70,10 @@ ACTIONS: dict[str, tuple[Path, Callable[[Params], object]]] = {
         ),
     ),
     "table": (paths.REFERENCE / REFERENCE, lambda params: pipeline.tables(params, [], LAUNCH)),
-    "guided trial": (CLASSIFIER, lambda _: pipeline.tables(load_params(overrides=[*OVERRIDES, GUIDED_ROW]), [], LAUNCH)),
+    "guided trial": (
+        CLASSIFIER,
+        lambda _: pipeline.tables(load_params(overrides=[*OVERRIDES, GUIDED_ROW]), [], LAUNCH),
+    ),
 }
 
 
