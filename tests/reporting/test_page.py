@@ -110,7 +110,7 @@ def test_page_fetches_nothing_and_describes_every_picture(project: Path) -> None
     assert "url(" not in (paths.REPORT / "index.html").read_text().split("</style>")[0]
 
 
-def test_summary_names_the_best_run_the_floor_and_the_scale(project: Path) -> None:
+def test_summary_names_the_lowest_run_the_floor_and_the_scale(project: Path) -> None:
     params = make_params(worse={"lr": 5.0e-4}, better={})
     write_inputs(params)
     write(paths.metrics("worse"), json.loads(paths.metrics("worse").read_text()) | {"fd_classifier_5k": 44.0})
@@ -118,7 +118,7 @@ def test_summary_names_the_best_run_the_floor_and_the_scale(project: Path) -> No
     text = built(params).text
     assert "7.70" in text
     assert "5,000 samples each in the data's class shares." in text
-    assert "run better, the lowest (without intervals: no ranking); reconstructed real images have 3.14" in text
+    assert "run better, one seed, the lowest; one seed ranks nothing; reconstructed real images have 3.14" in text
     assert "not comparable with the paper's ImageNet numbers: 5,000 training images instead of 1,281,167" in text
 
 
