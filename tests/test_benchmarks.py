@@ -14,6 +14,7 @@ from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import write_json
 from benchmarks.inputs import latents_file
 from benchmarks.measuring import Row, in_turns, speed_row
+from benchmarks.repro import Times, page, timed
 from benchmarks.training import PlainTraining, one_update, trainer_of
 
 ROOT = Path(__file__).parents[1]
@@ -80,3 +81,16 @@ def test_help_imports_nothing_that_commands_need() -> None:
     modules = done.stdout.splitlines()[-1].split()
     assert "afm_pipe.cli" in modules and "Pipeline: data" in done.stdout
     assert {"pydantic", "torch", "ruamel.yaml", "yaml", "rich.progress"} & set(modules) == set()
+
+
+def test_the_parts_of_a_repro_add_up_and_its_lines_are_passed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = ["== dvc repro\n", "Running stage 'prepare':\n", "Running stage 'train@a':\n", "Running stage 'train@b':\n"]
+    found = timed(lines, "a")
+    assert capsys.readouterr().out == "".join(lines)
+    assert list(found.stages) == ["start", "prepare", "train"] and found.first_picture is None
+    assert sum(found.stages.values()) == pytest.approx(found.total)
+    written = page(Times({"pool": 100.0, "report": 2.0}, 90.0, 102.0), 150.0, "abc")
+    assert "after 90 s" in written and "| pool | 100 |" in written and "| **all** | **102** |" in written

@@ -14,4 +14,4 @@ def main() -> None:
     """Run the command line."""
     from afm_pipe.cli.app import app
 
-    app()
+    app(prog_name="afm-pipe")

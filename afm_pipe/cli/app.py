@@ -1,11 +1,23 @@
 """The commands of `afm-pipe`. Heavy imports happen inside the command that needs them, so --help is instant."""
 
+import functools
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 
+from afm_pipe.cli.usage import (
+    CommandGroup,
+    complete_formats,
+    complete_models,
+    complete_profiles,
+    complete_runs,
+    complete_sizes,
+    complete_tables,
+)
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.commands import user_command
 from afm_pipe.runtime.environment import env_rank
@@ -20,7 +32,7 @@ P = ParamSpec("P")
 app = typer.Typer(
     help="Adversarial flow models as one declarative pipeline. `dvc repro` runs all stages; these run one.",
     no_args_is_help=True,
-    add_completion=False,
+    cls=CommandGroup,
     pretty_exceptions_enable=False,
 )
 DATA, RUNS, INSPECT, MODELS, PARAMS, MACHINE = (
@@ -40,13 +52,37 @@ Nproc = Annotated[int | None, typer.Option("--nproc-per-node", help="Processes o
 MicroBatch = Annotated[
     int | None, typer.Option("--micro-batch", help="Images per forward pass of a device; changes memory, not the run.")
 ]
-RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run in params.")]
-ModelName = Annotated[str, typer.Argument(metavar="NAME", help="A model under models/: a run or an imported model.")]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run in params.", autocompletion=complete_runs)]
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME", help="A model under models/: a run or an imported model.", autocompletion=complete_models
+    ),
+]
 
 
 def _command(panel: str, name: str | None = None, **settings: Any) -> Callable[[Callable[P, None]], Callable[P, None]]:
     """Register a function as a command in a panel of --help."""
-    return lambda function: app.command(name, rich_help_panel=panel, **settings)(user_command(function))
+
+    def register(function: Callable[P, None]) -> Callable[P, None]:
+        @functools.wraps(function)
+        def command(*args: P.args, **kwargs: P.kwargs) -> None:
+            if _refresh_versions():
+                typer.echo(f"{paths.VERSIONS} was of another version of afm-pipe and is up to date now.", err=True)
+            function(*args, **kwargs)
+
+        return app.command(name, rich_help_panel=panel, **settings)(user_command(command))
+
+    return register
+
+
+def _refresh_versions() -> bool:
+    """Bring versions.yaml of a study outside the checkout up to date with the installed package; return whether."""
+    if not paths.VERSIONS.is_file() or env_rank() > 0:
+        return False
+    from afm_pipe.params.versions import refresh_study_versions
+
+    return refresh_study_versions()
 
 
 def _params(path: Path, overrides: list[str] | None = None) -> "Params":
@@ -85,7 +121,10 @@ def _start(nproc: int | None, micro_batch: int | None = None) -> "Launch":
 
 @_command(DATA)
 def prepare(params: ParamsFile = paths.PARAMS, overrides: Overrides = None) -> None:
-    """Check, count and hash the images.  Example: afm-pipe prepare"""
+    """Check, count and hash the images.
+
+    Example: afm-pipe prepare
+    """
     from afm_pipe import pipeline
 
     pipeline.prepare(_params(params, overrides))
@@ -93,7 +132,10 @@ def prepare(params: ParamsFile = paths.PARAMS, overrides: Overrides = None) -> N
 
 @_command(DATA)
 def autoencoder(params: ParamsFile = paths.PARAMS, overrides: Overrides = None) -> None:
-    """Train or fetch the autoencoder.  Example: afm-pipe autoencoder --set autoencoder.train.updates=200"""
+    """Train or fetch the autoencoder.
+
+    Example: afm-pipe autoencoder --set autoencoder.train.updates=200
+    """
     from afm_pipe import pipeline
 
     pipeline.autoencoder(_params(params, overrides), _launch())
@@ -101,7 +143,10 @@ def autoencoder(params: ParamsFile = paths.PARAMS, overrides: Overrides = None) 
 
 @_command(DATA)
 def encode(nproc: Nproc = None, params: ParamsFile = paths.PARAMS, overrides: Overrides = None) -> None:
-    """Encode the images to latents; resumable.  Example: afm-pipe encode"""
+    """Encode the images to latents; resumable.
+
+    Example: afm-pipe encode
+    """
     from afm_pipe import pipeline
 
     pipeline.encode(_params(params, overrides), _start(nproc))
@@ -109,7 +154,10 @@ def encode(nproc: Nproc = None, params: ParamsFile = paths.PARAMS, overrides: Ov
 
 @_command(DATA)
 def reference(params: ParamsFile = paths.PARAMS, overrides: Overrides = None) -> None:
-    """Compute the statistics of the real images.  Example: afm-pipe reference"""
+    """Compute the statistics of the real images.
+
+    Example: afm-pipe reference
+    """
     from afm_pipe import pipeline
 
     pipeline.reference(_params(params, overrides), _launch())
@@ -119,7 +167,10 @@ def reference(params: ParamsFile = paths.PARAMS, overrides: Overrides = None) ->
 def classifier(
     nproc: Nproc = None, micro_batch: MicroBatch = None, params: ParamsFile = paths.PARAMS, overrides: Overrides = None
 ) -> None:
-    """Train the classifier used for guidance; resumable.  Example: afm-pipe classifier"""
+    """Train the classifier used for guidance; resumable.
+
+    Example: afm-pipe classifier
+    """
     from afm_pipe import pipeline
 
     pipeline.classifier(_params(params, overrides), _start(nproc, micro_batch))
@@ -127,10 +178,15 @@ def classifier(
 
 @_command(RUNS)
 def train(
-    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run in params.")] = None,
+    run: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="A run in params.", autocompletion=complete_runs)
+    ] = None,
     size: Annotated[
         str | None,
-        typer.Option(help="Train the run named like this model size; undeclared, with the settings of train."),
+        typer.Option(
+            help="Train the run named like this model size; undeclared, with the settings of train.",
+            autocompletion=complete_sizes,
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print params, parameters, updates and memory.")] = False,
     nproc: Nproc = None,
@@ -138,7 +194,10 @@ def train(
     params: ParamsFile = paths.PARAMS,
     overrides: Overrides = None,
 ) -> None:
-    """Train a run; resumable.  Example: afm-pipe train --size t4 --nproc-per-node 2"""
+    """Train a run; resumable.
+
+    Example: afm-pipe train --size t4 --nproc-per-node 2
+    """
     from afm_pipe import pipeline
     from afm_pipe.cli.plan import dry_run_text
 
@@ -170,7 +229,10 @@ def guide(
     params: ParamsFile = paths.PARAMS,
     overrides: Overrides = None,
 ) -> None:
-    """Continue a trained run with its guided phase; resumable.  Example: afm-pipe guide s4-guided"""
+    """Continue a trained run with its guided phase; resumable.
+
+    Example: afm-pipe guide s4-guided
+    """
     from afm_pipe import pipeline
 
     pipeline.guide(_params(params, overrides), run, _start(nproc, micro_batch))
@@ -193,7 +255,10 @@ def sample(
     params: ParamsFile = paths.PARAMS,
     overrides: Overrides = None,
 ) -> None:
-    """Draw samples, by default the report's grid.  Example: afm-pipe sample t4 --classes 3,7 --grid out.png"""
+    """Draw samples, by default the report's grid.
+
+    Example: afm-pipe sample t4 --classes 3,7 --grid out.png
+    """
     from afm_pipe import pipeline
     from afm_pipe.sampling.requests import Request
 
@@ -214,7 +279,10 @@ def sample(
 
 @_command(RUNS)
 def evaluate(run: RunName, nproc: Nproc = None, params: ParamsFile = paths.PARAMS, overrides: Overrides = None) -> None:
-    """Measure a run's samples.  Example: afm-pipe evaluate t4"""
+    """Measure a run's samples.
+
+    Example: afm-pipe evaluate t4
+    """
     from afm_pipe import pipeline
 
     pipeline.evaluate(_params(params, overrides), run, _start(nproc))
@@ -223,7 +291,8 @@ def evaluate(run: RunName, nproc: Nproc = None, params: ParamsFile = paths.PARAM
 @_command(RUNS)
 def tables(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[TABLE]...", help="Tables in params; default: all.")
+        list[str] | None,
+        typer.Argument(metavar="[TABLE]...", help="Tables in params; default: all.", autocompletion=complete_tables),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Write into this folder instead of results/tables/.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the trials with their states and costs.")] = False,
@@ -234,7 +303,10 @@ def tables(
     params: ParamsFile = paths.PARAMS,
     overrides: Overrides = None,
 ) -> None:
-    """Train and measure the trials of tables; resumable.  Example: afm-pipe tables transport_decay --worker"""
+    """Train and measure the trials of tables; resumable.
+
+    Example: afm-pipe tables transport_decay --worker
+    """
     from afm_pipe import pipeline
 
     if dry_run:
@@ -253,7 +325,10 @@ def toy(
     params: ParamsFile = paths.PARAMS,
     overrides: Overrides = None,
 ) -> None:
-    """Run the 1-D toy experiment.  Example: afm-pipe toy --set toy.pairs=5000"""
+    """Run the 1-D toy experiment.
+
+    Example: afm-pipe toy --set toy.pairs=5000
+    """
     from afm_pipe import pipeline
 
     pipeline.toy(_params(params, overrides), _launch(), strong)
@@ -266,7 +341,10 @@ def report(
     params: ParamsFile = paths.PARAMS,
     overrides: Overrides = None,
 ) -> None:
-    """Write the page and the tables, or a live page.  Example: afm-pipe report --watch"""
+    """Write the page and the tables, or a live page.
+
+    Example: afm-pipe report --watch
+    """
     from afm_pipe import pipeline
     from afm_pipe.cli.status import watch as show_live
 
@@ -278,7 +356,10 @@ def report(
 
 @_command(INSPECT)
 def status(params: ParamsFile = paths.PARAMS) -> None:
-    """Show all runs: state, phase, progress, time left, health.  Example: afm-pipe status"""
+    """Show all runs: state, phase, progress, time left, health.
+
+    Example: afm-pipe status
+    """
     from afm_pipe.cli.status import status_text
 
     typer.echo(status_text(_with_sizes(params)))
@@ -286,7 +367,10 @@ def status(params: ParamsFile = paths.PARAMS) -> None:
 
 @_command(INSPECT)
 def why(run: RunName, params: ParamsFile = paths.PARAMS) -> None:
-    """Explain the state of a run and what to try; exit code 3 if it failed.  Example: afm-pipe why t4"""
+    """Explain the state of a run and what to try; exit code 3 if it failed.
+
+    Example: afm-pipe why t4
+    """
     from afm_pipe.cli.why import why as explain
 
     text, code = explain(_with_sizes(params), run)
@@ -296,7 +380,10 @@ def why(run: RunName, params: ParamsFile = paths.PARAMS) -> None:
 
 @_command(INSPECT)
 def summary(params: ParamsFile = paths.PARAMS) -> None:
-    """Print the metrics of all measured runs.  Example: afm-pipe summary"""
+    """Print the metrics of all measured runs.
+
+    Example: afm-pipe summary
+    """
     from afm_pipe.cli.status import summary_text
 
     typer.echo(summary_text(_with_sizes(params)))
@@ -307,7 +394,10 @@ def gate(
     baseline: Annotated[str, typer.Argument(help="A git revision, or a folder like results/.")],
     results: Annotated[Path, typer.Option(help="The results to judge.")] = paths.RESULTS,
 ) -> None:
-    """Compare results with a baseline; exit code 1: worse, 2: not comparable.  Example: afm-pipe gate HEAD"""
+    """Compare results with a baseline; exit code 1: worse, 2: not comparable.
+
+    Example: afm-pipe gate HEAD
+    """
     from afm_pipe.reporting.gate import gate as compare
 
     text, code = compare(baseline, results)
@@ -327,7 +417,10 @@ def import_weights(
     params: ParamsFile = paths.PARAMS,
     overrides: Overrides = None,
 ) -> None:
-    """Make a model from released weights.  Example: afm-pipe import xl2_1nfe_guided_FID2.38.pth --name xl2-released"""
+    """Make a model from released weights.
+
+    Example: afm-pipe import xl2_1nfe_guided_FID2.38.pth --name xl2-released
+    """
     from afm_pipe import pipeline
     from afm_pipe.params.file import imported
 
@@ -346,25 +439,82 @@ def import_weights(
 @_command(MODELS)
 def export(
     run: ModelName,
-    kind: Annotated[str, typer.Option("--format", help="released, safetensors, diffusers or adm-npz.")],
+    kind: Annotated[
+        str,
+        typer.Option("--format", help="released, safetensors, diffusers or adm-npz.", autocompletion=complete_formats),
+    ],
     out: Annotated[Path, typer.Option(help="File to write, or folder for diffusers.")],
     params: ParamsFile = paths.PARAMS,
     overrides: Overrides = None,
 ) -> None:
-    """Export a model, or its samples (adm-npz).  Example: afm-pipe export t4 --format adm-npz --out t4.npz"""
+    """Export a model, or its samples (adm-npz).
+
+    Example: afm-pipe export t4 --format adm-npz --out t4.npz
+    """
     from afm_pipe import pipeline
 
     if kind == "adm-npz":
         pipeline.export_samples(_params(params, overrides), run, _launch(), out)
     else:
-        pipeline.export(run, kind, out)
+        pipeline.export(run, kind, out, _params(params, overrides) if params.is_file() else None)
+
+
+@_command(PARAMS)
+def init(
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            help="The profile that becomes params.yaml; default: digits on a laptop.", autocompletion=complete_profiles
+        ),
+    ] = None,
+    git: Annotated[bool, typer.Option("--git/--no-git", help="Use DVC in a git repository, or without.")] = True,
+) -> None:
+    """Begin a study in this folder: params.yaml, dvc.yaml, .gitignore.
+
+    Example: afm-pipe init --profile smoke
+    """
+    from afm_pipe.params.new_study import init_study
+
+    written = init_study(profile, git)
+    typer.echo(f"Wrote {', '.join(map(str, written))}." if written else "Found this study begun already.")
+    commit = "`git add -A && git commit -m 'Begin a study'`, then " if git else ""
+    typer.echo(f"Next: {commit}`dvc repro` runs all stages on params.yaml; `afm-pipe status` shows the runs.")
+
+
+@app.command(hidden=True)
+@user_command
+def stage(
+    name: Annotated[str, typer.Argument(metavar="STAGE", help="A script under stages/, without .py.")],
+    key: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A run, table or model in params.")] = None,
+) -> None:
+    """Run a stage as DVC does in a study outside the checkout.
+
+    Example: afm-pipe stage train t4
+    """
+    from afm_pipe.params.new_study import stage_script
+
+    script = stage_script(name)
+    if _refresh_versions():
+        raise UserError(
+            f"Found {paths.VERSIONS} of another version of afm-pipe, expected that of the installed one, by which DVC "
+            "decides what to run. It is up to date now: run `dvc repro` again."
+        )
+    os.execv(sys.executable, [sys.executable, str(script), *filter(None, [key])])
 
 
 @_command(PARAMS)
 def profile(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A file under profiles/, without .yaml.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[NAME]", help="A file under profiles/, without .yaml.", autocompletion=complete_profiles
+        ),
+    ] = None,
 ) -> None:
-    """Replace params.yaml by a profile, keeping a copy; or list profiles.  Example: afm-pipe profile imagenet256"""
+    """Replace params.yaml by a profile, keeping a copy; or list profiles.
+
+    Example: afm-pipe profile imagenet256
+    """
     from afm_pipe.params.profiles import activate, list_profiles
 
     if name is None:
@@ -381,7 +531,10 @@ def profile(
 def migrate(
     file: Annotated[Path, typer.Argument(help="A params file of version 0.1.")] = paths.PARAMS,
 ) -> None:
-    """Rename the keys of a params file of version 0.1, keeping a copy.  Example: afm-pipe migrate params.yaml"""
+    """Rename the keys of a params file of version 0.1, keeping a copy.
+
+    Example: afm-pipe migrate params.yaml
+    """
     from afm_pipe.params.migrate import migrate as rewrite
 
     keys, kept = rewrite(file)
@@ -394,7 +547,10 @@ def migrate(
 
 @_command(PARAMS)
 def schema() -> None:
-    """Print the JSON schema of params.yaml.  Example: afm-pipe schema > params.schema.json"""
+    """Print the JSON schema of params.yaml.
+
+    Example: afm-pipe schema > params.schema.json
+    """
     from afm_pipe.params.file import json_schema
 
     typer.echo(json_schema(), nl=False)
@@ -402,7 +558,10 @@ def schema() -> None:
 
 @_command(MACHINE)
 def doctor(params: ParamsFile = paths.PARAMS) -> None:
-    """Check the machine: each line is ok or says what to do.  Example: afm-pipe doctor"""
+    """Check the machine: each line is ok or says what to do.
+
+    Example: afm-pipe doctor
+    """
     from afm_pipe.cli.doctor import examine
 
     findings = examine(params)
@@ -415,7 +574,10 @@ def doctor(params: ParamsFile = paths.PARAMS) -> None:
 
 @_command(MACHINE)
 def plan(
-    runs: Annotated[list[str] | None, typer.Argument(metavar="[RUN]...", help="Runs in params; default: all.")] = None,
+    runs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RUN]...", help="Runs in params; default: all.", autocompletion=complete_runs),
+    ] = None,
     gpus: Annotated[int, typer.Option(help="Number of GPUs; they share each batch.")] = 8,
     gpu: Annotated[str, typer.Option(help="a100, h100, h200 or b200.")] = "h100",
     utilization: Annotated[
@@ -437,7 +599,10 @@ def plan(
     params: ParamsFile = paths.PARAMS,
     overrides: Overrides = None,
 ) -> None:
-    """Estimate FLOPs, memory, days and disk.  Example: afm-pipe plan xl2 --gpus 8 --gpu h100"""
+    """Estimate FLOPs, memory, days and disk.
+
+    Example: afm-pipe plan xl2 --gpus 8 --gpu h100
+    """
     from afm_pipe.cli.plan import plan_text
     from afm_pipe.distributed.launch import load_launch
     from afm_pipe.planning.plan import UTILIZATIONS, Machine
@@ -459,7 +624,10 @@ def sbatch(
     time: Annotated[str, typer.Option(help="SLURM time limit, after which the job is requeued.")] = "24:00:00",
     at_once: Annotated[int, typer.Option(min=1, help="Trials of tables that run at a time.")] = 64,
 ) -> None:
-    """Print a SLURM script that requeues when preempted; of tables, an array.  Example: afm-pipe sbatch train xl2"""
+    """Print a SLURM script that requeues when preempted; of tables, an array.
+
+    Example: afm-pipe sbatch train xl2
+    """
     from afm_pipe.distributed.sbatch import array_script, batch_script
 
     if command[0] == "tables":

@@ -38,7 +38,10 @@ def read(path: Path) -> str:
     try:
         return read_text(path, MAX_BYTES)
     except FileNotFoundError:
-        raise UserError(f"Found no {path} in {Path.cwd()}: run this in the project root.") from None
+        raise UserError(
+            f"Found no {path} in {Path.cwd()}: run this in the project root, or begin a study here with "
+            "`afm-pipe init`."
+        ) from None
     except PermissionError:
         raise
     except (OSError, UnicodeDecodeError) as error:

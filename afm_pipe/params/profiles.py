@@ -29,12 +29,17 @@ class Switch(NamedTuple):
     backup: Path | None  # copy of the old params.yaml
 
 
-def list_profiles(folder: Path = paths.PROFILES) -> list[Profile]:
-    """Return the profiles, sorted by name."""
-    return [Profile(path.stem, path, _first_comment(path)) for path in sorted(folder.glob("*.yaml"))]
+def list_profiles(folder: Path | None = None) -> list[Profile]:
+    """Return the profiles of a folder, sorted by name.
+
+    By default those that come with afm-pipe and those under profiles/, of which the latter win where names are equal.
+    """
+    folders = [paths.shipped(paths.PROFILES), paths.PROFILES] if folder is None else [folder]
+    found = {path.stem: path for each in folders for path in each.glob("*.yaml")}
+    return [Profile(name, found[name], _first_comment(found[name])) for name in sorted(found)]
 
 
-def undeclared_note(params: Params, size: str, folder: Path = paths.PROFILES) -> str:
+def undeclared_note(params: Params, size: str, folder: Path | None = None) -> str:
     """Say what an undeclared run of a size is: which declared runs have that size, and which profile has its run."""
     same = [name for name, run in params.runs.items() if run.size == size and name != size]
     note = f"{size}: not declared in params, a run with the settings of `train`"
@@ -46,16 +51,25 @@ def undeclared_note(params: Params, size: str, folder: Path = paths.PROFILES) ->
     return note
 
 
-def activate(name: str, folder: Path = paths.PROFILES, active: Path = paths.PARAMS) -> Switch:
+def profile_text(name: str, folder: Path | None = None) -> str:
+    """Return the text of a profile, as it reads in place of params.yaml, whose schema lies beside it.
+
+    Raises UserError for an unknown or invalid profile.
+    """
+    profiles = {profile.name: profile for profile in list_profiles(folder)}
+    if name not in profiles:
+        where = folder or "profiles/ and among those of afm-pipe"
+        raise UserError(f"Found no profile {name!r} in {where}, expected one of {', '.join(profiles) or 'none'}.")
+    load_params(profiles[name].path)
+    return SCHEMA.sub(rf"\g<1>{paths.SCHEMA}", profiles[name].path.read_text())
+
+
+def activate(name: str, folder: Path | None = None, active: Path = paths.PARAMS) -> Switch:
     """Replace the active params file with a profile, and keep a copy of the old file beside it.
 
     Does nothing if the profile is active already. Raises UserError for an unknown or invalid profile.
     """
-    profiles = {profile.name: profile for profile in list_profiles(folder)}
-    if name not in profiles:
-        raise UserError(f"Found no profile {name!r} in {folder}, expected one of {', '.join(profiles) or 'none'}.")
-    load_params(profiles[name].path)
-    text = SCHEMA.sub(rf"\g<1>{paths.SCHEMA}", profiles[name].path.read_text())  # the schema is beside params.yaml
+    text = profile_text(name, folder)
     if active.is_file() and active.read_text() == text:
         return Switch(False, None)
     kept = keep_copy(active, name) if active.exists() else None

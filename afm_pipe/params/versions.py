@@ -11,11 +11,12 @@ from afm_pipe.params.objectives import WITHOUT_DISCRIMINATOR
 from afm_pipe.params.sizes import SIZES
 from afm_pipe.params.yaml import load_yaml
 from afm_pipe.runtime import paths
-from afm_pipe.runtime.files import read_json, write_json
+from afm_pipe.runtime.files import atomic_path, read_json, write_json
 from afm_pipe.runtime.identity import fingerprint, source_digest
 
 SHOWN = 5  # names per kind of notice
 FILE = Path(__file__).with_name("versions.yaml")
+STUDY_HEADER = "# The versions of the code of the installed afm-pipe. Its commands keep them up to date: do not edit."
 
 Part = Literal["data", "autoencoder", "objective", "sampling", "evaluation", "tables"]
 
@@ -50,6 +51,25 @@ PACKAGES: Mapping[Part, tuple[str, ...]] = {
 def declared() -> dict[str, int]:
     """Return every declared version."""
     return load_yaml(FILE.read_text(encoding="utf-8"))["versions"]
+
+
+def study_versions() -> str:
+    """Return the text of versions.yaml, in which DVC finds the declared versions outside this checkout."""
+    lines = "".join(f"  {part}: {version}\n" for part, version in declared().items())
+    return f"{STUDY_HEADER}\nversions:\n{lines}"
+
+
+def refresh_study_versions() -> bool:
+    """Write the installed package's versions into the versions.yaml of a study, if it has others; return whether."""
+    try:
+        text = paths.VERSIONS.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+    if not text.startswith(STUDY_HEADER) or text == study_versions():
+        return False
+    with atomic_path(paths.VERSIONS) as temp:
+        temp.write_text(study_versions(), encoding="utf-8")
+    return True
 
 
 def versions(stage: str) -> dict[str, int]:

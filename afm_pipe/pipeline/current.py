@@ -102,8 +102,12 @@ def classifier_step(params: Params) -> Step:
         "",
         [paths.CLASSIFIER],
         partial(_latents_identity, "classifier", settings),
-        lambda: [paths.WORK / "classifier" / classifier_identity(params, _latents())] if params.classifier else [],
+        partial(_classifier_state, params),
     )
+
+
+def _classifier_state(params: Params) -> list[Path]:
+    return [paths.WORK / "classifier" / classifier_identity(params, _latents())] if params.classifier else []
 
 
 def classifier_identity(params: Params, latents: str) -> str:

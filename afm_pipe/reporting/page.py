@@ -26,7 +26,7 @@ from afm_pipe.runtime import paths
 from afm_pipe.study.results import runs_over_seeds
 
 RUN_PICTURE_BYTES = 2**20  # of each of the three pictures of a run's own page
-DATA_TITLES = {"mnist5k": "MNIST-5k (handwritten digits)"}
+DATA_TITLES = {"mnist5k": "MNIST-5k (handwritten digits)", "clothing": "photographs of clothes"}
 
 
 def write_report(params: Params, folder: Path, rendered: Path) -> None:
@@ -135,7 +135,7 @@ def _run_page(inputs: Inputs, record: RunRecord, trained: Sequence[RunRecord]) -
 
 def _shared(params: Params) -> dict[str, Any]:
     data = DATA_TITLES.get(params.data.source, f"images of {params.data.root}")
-    return {"data": data, "pixelated": params.data.image_size <= 64}
+    return {"data": data, "pixelated": params.data.image_size <= 64, "decoder": params.autoencoder.decoder}
 
 
 def _cost_sentence(record: RunRecord) -> str:

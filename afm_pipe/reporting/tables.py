@@ -73,9 +73,12 @@ def run_table(inputs: Inputs) -> Table:
         *[EMPTY] * (2 + len(settings)),
     )
     shares = titles.class_shares(run.protocol for run in inputs.runs)
+    decoder = inputs.params.autoencoder.decoder
+    by = f", decoded by {decoder}" if decoder else ""
     caption = (
-        f"Runs of this repository, {titles.number(inputs.params.evaluate.samples)} samples each{shares}. Metrics from "
-        f"{paths.metrics('RUN')}, cost from {paths.costs('RUN')}; of a run that continues another, its own phase alone."
+        f"Runs of this repository, {titles.number(inputs.params.evaluate.samples)} samples each{shares}{by}. Metrics "
+        f"from {paths.metrics('RUN')}, cost from {paths.costs('RUN')}; of a run that continues another, its own phase "
+        "alone."
     )
     note = " ".join(filter(None, [interval_note(rows), held_out_note(inputs.summary)]))
     return Table("runs", caption, columns, rows, footer, note=note)
@@ -142,7 +145,9 @@ def measured_table(inputs: Inputs, record: RunRecord) -> Table:
     )
     samples = titles.number(record.protocol.get("samples"))
     shares = titles.class_shares([record.protocol])
-    caption = f"{record.name}: all metrics, over {samples} samples{shares}, from {paths.metrics(record.name)}."
+    decoder = inputs.params.autoencoder.decoder
+    by = f", decoded by {decoder}" if decoder else ""
+    caption = f"{record.name}: all metrics, over {samples} samples{shares}{by}, from {paths.metrics(record.name)}."
     note = "In brackets: 95 % intervals of the measurement." if record.intervals else "No interval was recorded."
     return Table(f"run-{record.name}", caption, columns, rows, note=note)
 

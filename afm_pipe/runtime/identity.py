@@ -8,10 +8,9 @@ import hashlib
 import json
 from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-PACKAGE = Path(__file__).parents[1]
+from afm_pipe.runtime.paths import PACKAGE
 
 
 def fingerprint(settings: Any, inputs: Mapping[str, str], versions: Mapping[str, int]) -> str:

@@ -5,6 +5,8 @@ from pathlib import Path
 
 PARAMS = Path("params.yaml")
 PROFILES = Path("profiles")  # complete params files
+DVC_YAML = Path("dvc.yaml")  # the pipeline
+VERSIONS = Path("versions.yaml")  # declared versions of the code, in a study that `afm-pipe init` wrote
 SCHEMA = Path("params.schema.json")  # JSON schema of params files, for editors
 MANIFEST = Path("data/manifest.json")  # list of images, written by prepare
 HELD_OUT = Path("data/held_out.json")  # list of the held-out real images, or null, written by prepare
@@ -25,6 +27,18 @@ STUDY = RESULTS / "study"  # tables of the larger study
 REPORT = RESULTS / "report"  # the page
 RENDERED = RESULTS / "rendered"  # tables as CSV, Markdown and LaTeX
 BENCHMARKS = Path("benchmarks/results.json")  # speed compared with plain implementations, written by `make bench`
+
+
+PACKAGE = Path(__file__).parents[1]
+
+
+def shipped(name: str | Path) -> Path:
+    """Return a file or folder of this project, such as profiles, for a study outside its checkout.
+
+    It lies beside the package in a checkout. A wheel has a copy inside the package, made by setup.py.
+    """
+    copy = PACKAGE / "project_files"
+    return (copy if copy.is_dir() else PACKAGE.parent) / name
 
 
 def expanded(path: str | Path) -> str:

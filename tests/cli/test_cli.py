@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import h5py
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from afm_pipe.cli.app import app
@@ -18,7 +21,7 @@ from afm_pipe.params.profiles import undeclared_note
 from afm_pipe.runtime.files import write_json
 from tests.conftest import ROOT, SMOKE
 
-COMMANDS = ["prepare", "autoencoder", "encode", "reference", "train", "sample", "evaluate", "report", "doctor", "toy"]
+COMMANDS = {name: each for name, each in typer.main.get_command(app).commands.items() if not each.hidden}  # type: ignore[attr-defined]
 HEAVY = {"torch", "diffusers", "dvc", "matplotlib", "h5py", "numpy", "scipy", "PIL", "cleanfid"}
 
 
@@ -26,7 +29,7 @@ HEAVY = {"torch", "diffusers", "dvc", "matplotlib", "h5py", "numpy", "scipy", "P
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.chdir(tmp_path)
     runner = CliRunner()
-    return lambda *words: runner.invoke(app, list(words))
+    return lambda *words, **settings: runner.invoke(app, list(words), **settings)
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -38,13 +41,79 @@ def test_help_imports_nothing_heavy() -> None:
     assert not imported & HEAVY
 
 
-def test_help_groups_the_commands_and_gives_an_example_of_each(run) -> None:
+def test_help_groups_the_commands(run) -> None:
     text = run("--help").output
     assert all(
         group in text for group in ("Pipeline: data", "Pipeline: runs", "Inspect", "Models", "Params", "Machine")
     )
-    for command in COMMANDS:
-        assert f"afm-pipe {command}" in " ".join(run(command, "--help").output.split())
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_the_help_of_a_command_has_an_example_that_parses_on_a_line_of_its_own(command: str, run) -> None:
+    lines = [line.strip() for line in run(command, "--help").output.splitlines()]
+    (example,) = [line.removeprefix("Example: ") for line in lines if line.startswith("Example: ")]
+    assert lines[lines.index(f"Example: {example}") - 1] == lines[lines.index(f"Example: {example}") + 1] == ""
+    words = shlex.split(example.partition(" > ")[0])
+    assert words[:2] == ["afm-pipe", command]
+    COMMANDS[command].make_context(command, words[2:], resilient_parsing=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("trian", "Found no command 'trian', did you mean train?: see `afm-pipe --help`."),
+        (
+            "train --sise t4",
+            "Found the option --sise, which `afm-pipe train` does not have, did you mean --size?: see ",
+        ),
+        ("guide", "Found no RUN, which `afm-pipe guide` needs: see `afm-pipe guide --help`."),
+        ("export t4", "Found no --format, which `afm-pipe export` needs: see `afm-pipe export --help`."),
+        ("status x", "Found 'x', which `afm-pipe status` does not take: see `afm-pipe status --help`."),
+        ("train t4 --set", "Found --set without a value: see `afm-pipe"),
+        ("train t4 --dry-run=3", "Found --dry-run with a value, which it does not take: see `afm-pipe"),
+        ("sample t4 --count x", "Found a wrong --count: "),
+        ("plan t4 --images -5", "Found a wrong --images: "),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_that_says_what_to_do(words: str, said: str, run) -> None:
+    result = run(*words.split(), prog_name="afm-pipe")
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {said}") and result.stderr.count("\n") == 1
+    assert result.stderr.endswith("--help`.\n")
+
+
+def test_without_a_command_the_commands_are_shown(run) -> None:
+    assert "Pipeline: data" in run().output
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("afm-pipe pro", ["profile"]),
+        ("afm-pipe train t4-n", ["t4-no-transport"]),
+        ("afm-pipe train --size s", ["s4"]),
+        ("afm-pipe tables tr", ["transport"]),
+        ("afm-pipe export t4 --format s", ["safetensors"]),
+        ("afm-pipe stage", []),  # hidden
+    ],
+)
+def test_completion_offers_commands_and_the_names_in_params(line: str, offered: list[str], run) -> None:
+    shutil.copy(SMOKE, "params.yaml")
+    env = {"_AFM_PIPE_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+    assert run(env=env, prog_name="afm-pipe").output.split() == offered
+
+
+def test_completion_is_installed_and_is_silent_where_params_are_broken(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = Path("home").absolute()
+    home.mkdir()
+    env = os.environ | {"HOME": str(home), "SHELL": "/bin/bash", "PYTHONPATH": str(ROOT)}
+    script = ["/bin/bash", "-c", f"'{sys.executable}' -m afm_pipe --install-completion bash"]
+    done = subprocess.run(script, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "completion installed" in done.stdout, done.stderr
+    assert (home / ".bash_completions" / "afm-pipe.sh").is_file()
+    Path("params.yaml").write_text("runs: [")
+    asked = {"_AFM_PIPE_COMPLETE": "complete_bash", "COMP_WORDS": "afm-pipe train ", "COMP_CWORD": "2"}
+    assert run(env=asked, prog_name="afm-pipe").output.strip() == ""
 
 
 def test_a_mistake_is_one_line_without_a_stack_trace(tmp_path: Path) -> None:
@@ -52,7 +121,8 @@ def test_a_mistake_is_one_line_without_a_stack_trace(tmp_path: Path) -> None:
         [sys.executable, "-m", "afm_pipe", "train", "t4"], capture_output=True, text=True, cwd=tmp_path, check=False
     )
     assert done.returncode == 1
-    assert done.stderr == f"error: Found no params.yaml in {tmp_path}: run this in the project root.\n"
+    expected = f"error: Found no params.yaml in {tmp_path}: run this in the project root, or begin a study here with "
+    assert done.stderr == f"{expected}`afm-pipe init`.\n"
 
 
 def test_dry_run_prints_params_counts_updates_and_memory(run) -> None:
