@@ -147,7 +147,7 @@ def test_published_numbers_stand_in_their_own_tables_only(project: Path) -> None
     one_step = page.rows["table-paper_one_step tbody"]
     assert ["AFM XL/2paper", "1", "673", "125", "cg+da", "2.38", "", ""] in [[*row[:6], "", ""] for row in one_step]
     epochs = f"{params.runs['t4'].phases[-1].until_epoch:g}"
-    assert one_step[0][:6] == ["t4ours", "1", "1.23", epochs, "none", titles.MISSING]  # the paper's FID was not measured
+    assert one_step[0][:6] == ["t4ours", "1", "1.23", epochs, "none", titles.MISSING]  # FID was not measured
     assert one_step[0][6] == "8.12"
     assert page.rows["table-published_transport_penalty tbody"][1][3] == "53.90 ± 1"
     assert page.rows["table-published_transport_decay tbody"][1] == ["cosine 0.2 → 0.01", "8.51"]
