@@ -20,15 +20,19 @@ from afm_pipe.runtime.progress import Progress
 
 
 class Autoencoder(ABC):
-    """Encodes images and decodes latents. A subclass states its kind: `class Mine(Autoencoder, kind="mine")`."""
+    """Encodes images and decodes latents. A subclass states its kind: `class Mine(Autoencoder, kind="mine")`.
+
+    One without a kind is shared by several kinds.
+    """
 
     kinds: ClassVar[dict[str, type["Autoencoder"]]] = {}
 
     spec: LatentSpec
     device: torch.device = torch.device("cpu")
 
-    def __init_subclass__(cls, kind: str) -> None:
-        Autoencoder.kinds[kind] = cls
+    def __init_subclass__(cls, kind: str | None = None) -> None:
+        if kind is not None:
+            Autoencoder.kinds[kind] = cls
 
     @classmethod
     @abstractmethod

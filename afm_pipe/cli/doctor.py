@@ -79,6 +79,7 @@ def _data(params: Params) -> Finding:
     from afm_pipe.data.held_out import read_held_out
     from afm_pipe.data.manifest import read_manifest
     from afm_pipe.data.reading import compare_images, require_images
+    from afm_pipe.data.sources import BUILT_IN
 
     root = paths.local(params.data.root)
     if paths.MANIFEST.exists():
@@ -91,9 +92,9 @@ def _data(params: Params) -> Finding:
         except UserError as error:
             return Finding("data", f"{paths.MANIFEST} does not fit params or the images", False, str(error))
         return Finding("data", f"{paths.MANIFEST} lists the {manifest.num_images} images of {root}")
-    if params.data.source not in ("folder", "tar"):
+    if params.data.source in BUILT_IN:
         return Finding("data", f"{params.data.source}, which `dvc repro` writes to {root}")
-    exists = root.is_dir() if params.data.source == "folder" else root.is_file()
+    exists = root.is_file() if params.data.in_tar else root.is_dir()
     remedy = f"Put your images into {root}, one folder per class or one archive of them, or set data.root."
     return Finding("data", f"{root} {'exists' if exists else 'is missing'}", exists, remedy)
 

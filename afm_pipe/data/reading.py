@@ -21,7 +21,7 @@ from afm_pipe.data.images import decode_image, read_image_file
 from afm_pipe.data.listing import count_by_name, list_images
 from afm_pipe.data.manifest import Manifest, columns_digest
 from afm_pipe.data.metadata import read_orientation
-from afm_pipe.data.sources import BUILT_IN, materialize
+from afm_pipe.data.sources import BUILT_IN, materialize, require_clothing
 from afm_pipe.data.tars import Span, index_tar, read_span
 from afm_pipe.params import Data
 from afm_pipe.runtime.environment import local_world_size
@@ -42,8 +42,10 @@ def build_manifest(data: Data) -> Generator[Progress, None, Manifest]:
     images, and, after all files are read, for damaged images: their number and the first ten.
     """
     given, spans = local(data.root), None
-    if data.source == "tar":
+    if data.in_tar:
         root = given
+        if data.source == "clothing":
+            require_clothing(root)
         listing, spans = yield from index_tar(root)
     else:
         listing = list_images(given)
@@ -112,7 +114,7 @@ def compare_images(manifest: Manifest, data: Data, held_out: Sequence[str] = ())
     number of images, a name or the content differs.
     """
     _require_params(manifest, data)
-    found, expected = ("folder", "tar")[manifest.spans is not None], ("folder", "tar")[data.source == "tar"]
+    found, expected = ("folder", "tar")[manifest.spans is not None], ("folder", "tar")[data.in_tar]
     if found != expected:
         raise UserError(
             f"Found a manifest of a {found}, expected of a {expected} (data.source): run `dvc repro prepare`."

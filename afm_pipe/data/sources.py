@@ -1,4 +1,4 @@
-"""Built-in data sets, written as ordinary class folders."""
+"""Known data sets: digits, written as ordinary class folders, and a checked archive of photographs."""
 
 import os
 from collections.abc import Generator
@@ -6,9 +6,11 @@ from pathlib import Path
 
 from afm_pipe.data.listing import is_clutter
 from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.files import sha256_file
 from afm_pipe.runtime.progress import Progress
 
-BUILT_IN = ("mnist5k",)  # values of data.source other than folder and tar
+BUILT_IN = ("mnist5k",)  # values of data.source that are written to disk
+CLOTHING_SHA256 = "092fbf1ed2b40ccaa6b6fe2964f7ad209e4c7075ea5424e21d2de3e45c273d67"
 DIGITS = 10
 PER_DIGIT = 500
 PAD = 2  # 28 -> 32 pixels per side, which an autoencoder can halve down to 8
@@ -46,6 +48,21 @@ def materialize(source: str, root: Path) -> Generator[Progress, None, None]:
             os.replace(clutter, temp / clutter.name)
         root.rmdir()
     os.replace(temp, root)
+
+
+def require_clothing(path: Path) -> None:
+    """Raise UserError unless `path` is the archive of 3,781 photographs of clothes (CC0), by its sha256.
+
+    The set is "clothing-dataset-small" in one tar of CLASS/IMAGE, every photograph at 96 pixels on its short side.
+    """
+    remedy = "see docs/photographs.md, or set data.source: tar or folder for other photographs"
+    if not path.is_file():
+        raise UserError(f"Found no file {path} (data.root), expected clothing96.tar there: {remedy}.")
+    found = sha256_file(path)
+    if found != CLOTHING_SHA256:
+        raise UserError(
+            f"Found {path} with sha256 {found}, expected {CLOTHING_SHA256} as data.source clothing has: {remedy}."
+        )
 
 
 def _is_free(root: Path) -> bool:

@@ -1,6 +1,6 @@
-"""Inception Score, variance within classes, and the scale of features.
+"""Inception Score, variance within classes, PSNR, and the scale of features.
 
-Legend: N samples, D features, K classes.
+Legend: N samples, D features, K classes; C, H, W channels, height and width of images.
 """
 
 import math
@@ -52,6 +52,24 @@ def within_class_variance(features: np.ndarray, labels: np.ndarray) -> float:
             f"Found {len(labels)} images, all of different classes, expected two images in some class: add images."
         )
     return float(np.mean(traces))
+
+
+def squared_errors(images: Tensor, rebuilt: Tensor) -> Tensor:
+    """Return the mean squared difference (N,) float64, in units of 1/255, of images (N, C, H, W) uint8 each."""
+    return (images.double() - rebuilt.double()).square().mean(dim=(1, 2, 3))
+
+
+def psnr(errors: Tensor) -> tuple[float | None, float | None]:
+    """Return PSNR in dB of squared errors (N,): the mean over images, and that of the mean squared error.
+
+    The second is lower, since the worst images weigh most. None stands for an infinite one: an error of 0.
+    """
+
+    def decibels(error: Tensor) -> float | None:
+        value = float((10 * (255**2 / error).log10()).mean())
+        return value if math.isfinite(value) else None
+
+    return decibels(errors), decibels(errors.mean())
 
 
 class ClassSpread:

@@ -18,7 +18,7 @@ from afm_pipe.evaluation.accumulate import FeatureStream
 from afm_pipe.evaluation.adm import adm_path, adm_references
 from afm_pipe.evaluation.classifier import save_classifier, train_classifier
 from afm_pipe.evaluation.features import load_networks
-from afm_pipe.evaluation.measures import spread_evenly, within_class_variance
+from afm_pipe.evaluation.measures import psnr, spread_evenly, squared_errors, within_class_variance
 from afm_pipe.evaluation.networks import LEGACY, SPATIAL, FeatureNetwork
 from afm_pipe.evaluation.statistics import Reference
 from afm_pipe.evaluation.thumbnails import build_thumbnails, thumbnail
@@ -49,7 +49,8 @@ def build_reference(
     Writes the classifier, if evaluate.features names it; NAME.npz for each feature network; thumbnails.npz;
     summary.json; real.png and reconstructed.png (a row per class, the same images in both). The reconstructions are
     spread evenly over the images, at most evaluate.samples of them: their distance is the lower bound for a generator
-    that matches the latents exactly. Statistics and reconstructions are of images in the shares of
+    that matches the latents exactly. Their PSNR is the mean over images, and that of the mean squared error.
+    Statistics and reconstructions are of images in the shares of
     reference.class_shares; where those are unequal, the summary holds `class_counts`. Raises UserError for images of
     another shape than params say, and for a missing feature network.
     """
@@ -99,10 +100,11 @@ def build_reference(
         reference.save(folder)
     summary["within_class_variance"] = references[0].within_class_variance
 
-    streams = [FeatureStream(network, len(chosen)) for network in networks]
+    streams, errors = [FeatureStream(network, len(chosen)) for network in networks], []
     for start in range(0, len(chosen), size):
         rows = chosen[start : start + size]
         rebuilt = _reconstructed(params, autoencoder, images, rows)
+        errors.append(squared_errors(_rows(images, rows), rebuilt))
         for stream in streams:
             stream.add(stream.network(rebuilt))
         yield Progress(len(visited) + start + len(rows), total, "images", "features of reconstructions")
@@ -110,6 +112,7 @@ def build_reference(
         measured = reference.distances(stream.statistics, stream.features, labels[chosen], settings)
         summary |= {f"{key}_reconstruction": value for key, (value, _) in measured.items()}
     summary["reconstructions"] = len(chosen)
+    summary["psnr_reconstruction"], summary["psnr_of_mse_reconstruction"] = psnr(torch.cat(errors))
 
     kept = np.sort(_spread_over_classes(labels, len(manifest.classes), params.reference.thumbnails))
     small = [thumbnail(_rows(images, kept[start : start + size])) for start in range(0, len(kept), size)]
@@ -119,6 +122,18 @@ def build_reference(
     _draw(params, autoencoder, images, labels, folder)
     write_json(folder / SUMMARY, summary)
     return summary
+
+
+def describe_reconstructions(summary: dict[str, Any]) -> str:
+    """Return one line of text: how well the autoencoder reconstructs."""
+    each, of_mse = (
+        "infinite" if value is None else f"{value:.2f} dB"
+        for value in (summary["psnr_reconstruction"], summary["psnr_of_mse_reconstruction"])
+    )
+    return (
+        f"PSNR of {summary['reconstructions']} reconstructions: {each} as the mean over images, {of_mse} from the mean "
+        "squared error."
+    )
 
 
 def _needed(networks: Sequence[FeatureNetwork], every: np.ndarray, kept: np.ndarray, adm: bool) -> list[np.ndarray]:

@@ -9,7 +9,7 @@ import importlib.metadata
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -27,15 +27,22 @@ EXPORTED = (  # the modules of the generator, imported ones first
     "models/diffusers_transformer.py",
 )
 TRANSFORMER = "afm_transformer"  # the module that diffusers loads from transformer/
+TINY = "AutoencoderTiny"
+DECODERS = {
+    "AutoencoderKL": "AutoencoderKL, under the terms of its origin",
+    TINY: "AutoencoderTiny (TAESD), MIT License: vae/LICENSE",
+}
+VAES = tuple(DECODERS)
+TAESD_LICENSE = (PACKAGE / "models" / "taesd_license.txt").read_text(encoding="utf-8")
 SUFFIXES = {"released": (".pth", ".pt"), "safetensors": (".safetensors",), "diffusers": ("",)}
 
 
-def export(model_dir: Path, autoencoder_dir: Path, kind: str, out: Path) -> None:
+def export(model_dir: Path, autoencoder_dir: Path, kind: str, out: Path, card: str = "") -> None:
     """Write the generator of `model_dir` to `out`, atomically.
 
     released: a .pth of plain tensors with the released names (of a velocity: SiT's tensors); safetensors: the model's
     own tensors, with the config in the metadata; diffusers: a folder for DiffusionPipeline.from_pretrained, with
-    autoencoder and code.
+    autoencoder, code, and a model card that ends with `card`.
     Raises UserError if the model does not match its config or `out` does not suit the kind.
     """
     _check_out(kind, out)
@@ -46,7 +53,7 @@ def export(model_dir: Path, autoencoder_dir: Path, kind: str, out: Path) -> None
             "export it as safetensors, or as released, which gives SiT's tensors."
         )
     if kind == "diffusers":
-        _require_autoencoder_kl(autoencoder_dir / "config.json")
+        vae = _vae_class(autoencoder_dir / "config.json")
     path = model_dir / "generator.safetensors"
     tensors = load_tensors(path)
     with torch.device("meta"):
@@ -63,14 +70,23 @@ def export(model_dir: Path, autoencoder_dir: Path, kind: str, out: Path) -> None
         elif kind == "safetensors":
             save_file(tensors, temp, {"format": "pt", METADATA: json.dumps(metadata, sort_keys=True)})
         else:
-            _write_diffusers(temp, autoencoder_dir, config, described, tensors, sha256_file(path))
+            _write_diffusers(temp, Vae(autoencoder_dir, vae), config, described, tensors, sha256_file(path), card)
 
 
-def _require_autoencoder_kl(path: Path) -> None:
-    """Raise UserError unless the autoencoder is one that the exported pipeline can decode with."""
+class Vae(NamedTuple):
+    """The autoencoder that an exported pipeline decodes with."""
+
+    folder: Path
+    name: str
+    """Its class in diffusers."""
+
+
+def _vae_class(path: Path) -> str:
+    """Return the class of the autoencoder. Raises UserError unless the exported pipeline can decode with it."""
     found = read_json(path).get("_class_name")
-    if found != "AutoencoderKL":
-        raise UserError(f"Found {path} of {found}, expected AutoencoderKL: export as safetensors or released.")
+    if found not in VAES:
+        raise UserError(f"Found {path} of {found}, expected {' or '.join(VAES)}: export as safetensors or released.")
+    return str(found)
 
 
 def exported_source() -> str:
@@ -109,11 +125,12 @@ def _check_out(kind: str, out: Path) -> None:
 
 def _write_diffusers(
     folder: Path,
-    autoencoder_dir: Path,
+    vae: Vae,
     config: ModelConfig,
     described: dict[str, Any],
     tensors: dict[str, torch.Tensor],
     sha256: str,
+    card: str,
 ) -> None:
     version = importlib.metadata.version("diffusers")
     names = described.get("classes") or [str(label) for label in range(config.num_classes)]
@@ -125,7 +142,7 @@ def _write_diffusers(
             "_class_name": ["pipeline", "AFMPipeline"],
             "_diffusers_version": version,
             "transformer": [TRANSFORMER, "AFMTransformer"],
-            "vae": ["diffusers", "AutoencoderKL"],
+            "vae": ["diffusers", vae.name],
             "id2label": {str(label): name for label, name in enumerate(names)},
         },
     )
@@ -140,11 +157,13 @@ def _write_diffusers(
     save_file({f"network.{name}": tensor for name, tensor in tensors.items()}, weights, {"format": "pt"})
     (folder / "vae").mkdir()
     for name in ("config.json", weights.name):
-        shutil.copyfile(autoencoder_dir / name, folder / "vae" / name)
-    (folder / "README.md").write_text(_card(config, described, names, sha256), encoding="utf-8")
+        shutil.copyfile(vae.folder / name, folder / "vae" / name)
+    if vae.name == TINY:
+        (folder / "vae" / "LICENSE").write_text(TAESD_LICENSE, encoding="utf-8")
+    (folder / "README.md").write_text(_card(vae, config, described, names, sha256, card), encoding="utf-8")
 
 
-def _card(config: ModelConfig, described: dict[str, Any], names: list[str], sha256: str) -> str:
+def _card(vae: Vae, config: ModelConfig, described: dict[str, Any], names: list[str], sha256: str, more: str) -> str:
     seen = described.get("images_seen")
     origin = (
         f"trained by afm-pipe on {seen:,} images" if seen else "imported by afm-pipe from weights trained elsewhere"
@@ -177,6 +196,6 @@ Image i depends only on seed + i and its class.
 | generator | {describe(config)} |
 | sha256 of generator.safetensors | {sha256} |
 | scaling factor of latents | {described.get("scaling_factor")} |
+| decoder | {DECODERS[vae.name]} |
 
-The weights are subject to the terms of their training data and their origin.
-"""
+{more}"""

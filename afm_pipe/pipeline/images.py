@@ -75,7 +75,7 @@ def reference(params: Params, launch: Launch) -> None:
     from afm_pipe.data.manifest import read_manifest
     from afm_pipe.data.reading import LazyImages, load_images, require_images
     from afm_pipe.evaluation.held_out import add_held_out
-    from afm_pipe.evaluation.reference import build_reference
+    from afm_pipe.evaluation.reference import build_reference, describe_reconstructions
     from afm_pipe.planning.measurable import require_measurable
 
     launch.use_threads(params.data.is_small)
@@ -92,7 +92,8 @@ def reference(params: Params, launch: Launch) -> None:
         others = params.held_out.data(params.data)
         track("check held-out images", require_images(held_out, others))
     with atomic_path(paths.REFERENCE) as folder:
-        track("reference", build_reference(params, manifest, images, vae, folder, device))
+        summary = track("reference", build_reference(params, manifest, images, vae, folder, device))
+        print(describe_reconstructions(summary))
         if params.held_out and held_out:
             lines = track("held out", add_held_out(params, held_out, LazyImages(held_out, others), folder, device))
             print("\n".join(lines))

@@ -45,11 +45,17 @@ def import_weights(params: Params, name: str, settings: Imported | None = None) 
     print(f"{paths.model(name)}: {describe(config)}, from {entry}.")
 
 
-def export(name: str, kind: str, out: Path) -> None:
-    """Write a model in another format: released, safetensors or diffusers."""
+def export(name: str, kind: str, out: Path, params: Params | None = None) -> None:
+    """Write a model in another format: released, safetensors or diffusers, with a model card that has its metrics."""
     from afm_pipe.models.exports import export as write_export
 
-    write_export(find_model(name), paths.AUTOENCODER, kind, out)
+    folder, card = find_model(name), ""
+    if kind == "diffusers" and paths.AUTOENCODER_WEIGHTS.is_file():
+        from afm_pipe.reporting.model_card import model_card_sections
+
+        hashes = sha256_file(folder / "generator.safetensors"), sha256_file(paths.AUTOENCODER_WEIGHTS)
+        card = model_card_sections(name, *hashes, params)
+    write_export(folder, paths.AUTOENCODER, kind, out, card)
     print(f"{out}: {name} as {kind}.")
 
 
@@ -120,6 +126,8 @@ def _draw(params: Params, name: str, launch: Launch, requests: "list[Request]") 
         sampler = load_sampler(params, name, device, group)
         for request in requests:
             drawn = track(f"sample {name}", draw(sampler, request, params.sample))
+        if group.is_main_process and params.autoencoder.decoder:
+            print(f"{name}: decoded by {params.autoencoder.decoder}.")
     return drawn
 
 
@@ -151,7 +159,7 @@ def evaluate(params: Params, name: str, launch: Launch) -> None:
             "images_seen": described["images_seen"],
             "generator_sha256": sha256_file(paths.model(name) / "generator.safetensors"),
             "autoencoder_sha256": sha256_file(paths.AUTOENCODER_WEIGHTS),
-        }
+        } | ({"decoder": params.autoencoder.decoder} if params.autoencoder.decoder else {})
         evaluator = Evaluator(params, paths.REFERENCE, device)
         evaluator.require_classes(sampler.class_names, paths.model(name))
         if json_value(paths.model(name) / "config.json", "provenance", "imported", "classes_named_by") == "numbers":

@@ -83,6 +83,10 @@ class Summary(BaseModel, frozen=True, extra="allow"):
     classifier_accuracy: float | None = None
     reconstructions: int | None = None
     """Number of images that the floor was measured on."""
+    psnr_reconstruction: float | None = None
+    """PSNR of those reconstructions in dB, the mean over images."""
+    psnr_of_mse_reconstruction: float | None = None
+    """PSNR of their mean squared error, in dB."""
     held_out: dict[str, str | float | tuple[float, float, float]] | None = None
     """Held-out real images: their number, and their distances by key, each a value and the ends of its interval."""
 

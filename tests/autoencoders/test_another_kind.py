@@ -135,7 +135,7 @@ def test_a_run_is_trained_sampled_and_evaluated(project: Path) -> None:
 
 
 def test_export_to_diffusers_needs_an_autoencoder_kl(project: Path) -> None:
-    with pytest.raises(UserError, match="of Pixels, expected AutoencoderKL"):
+    with pytest.raises(UserError, match="of Pixels, expected AutoencoderKL or AutoencoderTiny"):
         pipeline.export("t4", "diffusers", project / "exported")
     pipeline.export("t4", "safetensors", project / "exported.safetensors")
 

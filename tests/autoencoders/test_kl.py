@@ -11,8 +11,10 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from afm_pipe.autoencoders import load_autoencoder
+from afm_pipe.autoencoders.diffusers_folder import fetch_pretrained
 from afm_pipe.autoencoders.hub import CONFIG, WEIGHTS
-from afm_pipe.autoencoders.kl import TrainedAutoencoder, fetch_pretrained, reconstruction_mse, train_autoencoder
+from afm_pipe.autoencoders.kl import KLAutoencoder, TrainedAutoencoder, train_autoencoder
+from afm_pipe.autoencoders.measuring import reconstruction_mse
 from afm_pipe.params import Params
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import sha256_file
@@ -174,7 +176,7 @@ def test_pretrained_weights_are_copied_byte_for_byte_with_the_scaling_factor_of_
 ) -> None:
     sha256 = sha256_file(folder / WEIGHTS)
     params = with_autoencoder(smoke_params, pretrained=str(folder), sha256=sha256, scaling_factor=0.5)
-    fetch_pretrained(params, tmp_path / "vae")
+    fetch_pretrained(params, tmp_path / "vae", KLAutoencoder)
     assert sha256_file(tmp_path / "vae" / WEIGHTS) == sha256
     assert load_autoencoder(params, tmp_path / "vae").spec.scaling_factor == 0.5
 
@@ -189,11 +191,11 @@ def test_pretrained_weights_of_another_hash_are_refused_before_they_are_read(
     )
     found, expected = sha256_file(bad / WEIGHTS), sha256_file(folder / WEIGHTS)
     with pytest.raises(UserError, match=f"with sha256 {found}, expected {expected}"):
-        fetch_pretrained(params, tmp_path / "vae")
+        fetch_pretrained(params, tmp_path / "vae", KLAutoencoder)
     assert not (tmp_path / "vae").exists()
     (bad / WEIGHTS).unlink()
     with pytest.raises(UserError, match=f"Found no .*{WEIGHTS}"):
-        fetch_pretrained(params, tmp_path / "vae")
+        fetch_pretrained(params, tmp_path / "vae", KLAutoencoder)
 
 
 @pytest.mark.parametrize("name", ["nobody/nothing", "../no/such/folder"])
@@ -203,5 +205,5 @@ def test_pretrained_name_without_network_is_one_error_at_once(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     params = with_autoencoder(smoke_params, pretrained=name, sha256="0" * 64, scaling_factor=0.5)
     with pytest.raises(UserError, match=r"set autoencoder\.pretrained to its path") as error:
-        fetch_pretrained(params, tmp_path / "vae")
+        fetch_pretrained(params, tmp_path / "vae", KLAutoencoder)
     assert name in str(error.value)
