@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import typer
+import yaml
 
+from afm_pipe import __version__
 from afm_pipe.cli.app import app
 from tests.conftest import ROOT
 
@@ -16,6 +18,24 @@ COMMAND = re.compile(r"^    (?:\w+=\S+ )*afm-pipe (?P<name>[a-z]+)(?P<rest>[^#>|
 
 def test_readme_is_at_most_10_kb() -> None:
     assert len((ROOT / "README.md").read_bytes()) <= 10_000
+
+
+def test_version_changelog_and_citation_agree() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    newest, date = re.findall(r"^## \[(\d.*?)\](?: - (.*))?$", changes, re.MULTILINE)[0]
+    assert newest == citation["version"] == __version__
+    assert date == str(citation["date-released"])
+    assert citation["license"] == "MIT" and citation["authors"] and citation["references"][0]["authors"]
+
+
+def test_each_entry_of_the_changelog_is_one_line_under_a_known_heading() -> None:
+    changes = (ROOT / "CHANGELOG.md").read_text().partition("## [Unreleased]")[2]
+    lines = [line for line in changes.splitlines() if line]
+    kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    assert {line.removeprefix("### ") for line in lines if line.startswith("### ")} <= kinds
+    entries = [line for line in lines if not line.startswith("#")]
+    assert all(re.fullmatch(r"- .{10,118}\.", line) for line in entries), [x for x in entries if len(x) > 120]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

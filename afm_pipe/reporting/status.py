@@ -133,7 +133,8 @@ def run_status(params: Params, name: str, known: dict[str, RunStatus] | None = N
         name, run, total=total, num_images=num_images
     )  # curves without a work folder come from another machine
     if num_images is None:
-        return replace(status, state="waiting", note=f"for {paths.LATENTS}")
+        unreadable = ", which cannot be read" if paths.LATENTS.exists() else ""
+        return replace(status, state="waiting", note=f"for {paths.LATENTS}{unreadable}")
     if base is not None:
         state = ((known or {}).get(base) or run_status(params, base)).state
         if state != "finished":
