@@ -144,13 +144,15 @@ def test_psnr_against_closed_forms() -> None:
 
 
 def test_exported_pipeline_decodes_with_it(project: Path, params: Params) -> None:
-    pipeline.export("t4", "diffusers", project / "exported")
+    pipeline.export("t4", "diffusers", project / "exported", params)
     vae = project / "exported" / "vae"
     assert (vae / WEIGHTS).read_bytes() == paths.AUTOENCODER_WEIGHTS.read_bytes()
     assert (vae / "LICENSE").read_text() == TAESD_LICENSE
     assert "Ollin Boer Bohan" in TAESD_LICENSE
     card = (project / "exported" / "README.md").read_text()
     assert "| decoder | AutoencoderTiny (TAESD), MIT License: vae/LICENSE |" in card
+    assert "| decoded by | TAESD |" in card
+    assert "(TAESD: `vae/LICENSE`)" in card
     pipe = DiffusionPipeline.from_pretrained(
         str(project / "exported"), custom_pipeline=str(project / "exported"), trust_remote_code=True
     )
