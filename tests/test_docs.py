@@ -1,21 +1,41 @@
-"""README and docs: links lead somewhere, commands and params exist."""
+"""README and docs: links lead somewhere, versions agree, and the site builds without a warning."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import typer
+import yaml
 
-from afm_pipe.cli.app import app
+from afm_pipe import __version__
 from tests.conftest import ROOT
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)")
-COMMAND = re.compile(r"^    (?:\w+=\S+ )*afm-pipe (?P<name>[a-z]+)(?P<rest>[^#>|\n]*)", re.MULTILINE)
 
 
 def test_readme_is_at_most_10_kb() -> None:
     assert len((ROOT / "README.md").read_bytes()) <= 10_000
+
+
+def test_version_changelog_and_citation_agree() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    newest, date = re.findall(r"^## \[(\d.*?)\](?: - (.*))?$", changes, re.MULTILINE)[0]
+    assert newest == citation["version"] == __version__
+    assert date == str(citation["date-released"])
+    assert citation["license"] == "MIT" and citation["authors"] and citation["references"][0]["authors"]
+
+
+def test_each_entry_of_the_changelog_is_one_line_under_a_known_heading() -> None:
+    changes = (ROOT / "CHANGELOG.md").read_text().partition("## [Unreleased]")[2]
+    lines = [line for line in changes.splitlines() if line]
+    kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    assert {line.removeprefix("### ") for line in lines if line.startswith("### ")} <= kinds
+    entries = [line for line in lines if not line.startswith("#")]
+    assert all(re.fullmatch(r"- .{10,118}\.", line) for line in entries), [x for x in entries if len(x) > 120]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -30,13 +50,15 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
             assert heading in anchors, f"{target}{heading}"
 
 
-def test_commands_in_the_docs_exist_with_their_flags() -> None:
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    found = [(page.name, match) for page in PAGES for match in COMMAND.finditer(page.read_text(encoding="utf-8"))]
-    assert len(found) > 20
-    for name, match in found:
-        command = commands.get(match["name"])
-        assert command is not None, f"{name}: afm-pipe {match['name']}"
-        known = {flag for param in command.params for flag in param.opts} | {"--help"}
-        if match["name"] != "sbatch":  # its flags may be those of the command it wraps
-            assert set(re.findall(r"--[a-z-]+", match["rest"])) <= known, f"{name}: {match.group()}"
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
+    env = os.environ | {"PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"}
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path / "site")]
+    done = subprocess.run(build, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = {path.parent.name for path in (tmp_path / "site").glob("*/index.html")}
+    assert pages >= {path.stem for path in (ROOT / "docs").glob("*.md")} | {"changelog", "commands", "params-reference"}
+    text = (tmp_path / "site" / "method" / "index.html").read_text()
+    assert text.count("<math") > 5 and "$$" not in text and "def</span>" in text
+    fields = (tmp_path / "site" / "params-reference" / "index.html").read_text()
+    assert all(f"<code>{name}</code>" in fields for name in ("logit_centering", "batch_fraction", "until_epoch"))

@@ -456,7 +456,7 @@ def export(
     if kind == "adm-npz":
         pipeline.export_samples(_params(params, overrides), run, _launch(), out)
     else:
-        pipeline.export(run, kind, out)
+        pipeline.export(run, kind, out, _params(params, overrides) if params.is_file() else None)
 
 
 @_command(PARAMS)

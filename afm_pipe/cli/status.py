@@ -46,11 +46,11 @@ def summary_text(params: Params) -> str:
     """Return distance and class accuracy of all measured runs: over seeds, where a table of params has runs as rows."""
     from afm_pipe.reporting.inputs import read_inputs
     from afm_pipe.reporting.tables import run_table
-    from afm_pipe.study.results import read_tables
+    from afm_pipe.study.results import runs_over_seeds
 
-    for files in read_tables(params):
-        if files.own is not None and files.own.table.runs:
-            return _over_seeds(files.own)
+    over_seeds = runs_over_seeds(params)
+    if over_seeds is not None:
+        return _over_seeds(over_seeds)
     table = run_table(read_inputs(params))
     keys = [column.key for column in table.columns]
     distance = next(filter(is_distance, keys), "")

@@ -37,12 +37,12 @@ TAESD_LICENSE = (PACKAGE / "models" / "taesd_license.txt").read_text(encoding="u
 SUFFIXES = {"released": (".pth", ".pt"), "safetensors": (".safetensors",), "diffusers": ("",)}
 
 
-def export(model_dir: Path, autoencoder_dir: Path, kind: str, out: Path) -> None:
+def export(model_dir: Path, autoencoder_dir: Path, kind: str, out: Path, card: str = "") -> None:
     """Write the generator of `model_dir` to `out`, atomically.
 
     released: a .pth of plain tensors with the released names (of a velocity: SiT's tensors); safetensors: the model's
     own tensors, with the config in the metadata; diffusers: a folder for DiffusionPipeline.from_pretrained, with
-    autoencoder and code.
+    autoencoder, code, and a model card that ends with `card`.
     Raises UserError if the model does not match its config or `out` does not suit the kind.
     """
     _check_out(kind, out)
@@ -75,7 +75,7 @@ def export(model_dir: Path, autoencoder_dir: Path, kind: str, out: Path) -> None
         elif kind == "safetensors":
             save_file(tensors, temp, {"format": "pt", METADATA: json.dumps(metadata, sort_keys=True)})
         else:
-            _write_diffusers(temp, Vae(autoencoder_dir, vae), config, described, tensors, sha256_file(path))
+            _write_diffusers(temp, Vae(autoencoder_dir, vae), config, described, tensors, sha256_file(path), card)
 
 
 class Vae(NamedTuple):
@@ -135,6 +135,7 @@ def _write_diffusers(
     described: dict[str, Any],
     tensors: dict[str, torch.Tensor],
     sha256: str,
+    card: str,
 ) -> None:
     version = importlib.metadata.version("diffusers")
     names = described.get("classes") or [str(label) for label in range(config.num_classes)]
@@ -164,10 +165,10 @@ def _write_diffusers(
         shutil.copyfile(vae.folder / name, folder / "vae" / name)
     if vae.name == TINY:
         (folder / "vae" / "LICENSE").write_text(TAESD_LICENSE, encoding="utf-8")
-    (folder / "README.md").write_text(_card(vae, config, described, names, sha256), encoding="utf-8")
+    (folder / "README.md").write_text(_card(vae, config, described, names, sha256, card), encoding="utf-8")
 
 
-def _card(vae: Vae, config: ModelConfig, described: dict[str, Any], names: list[str], sha256: str) -> str:
+def _card(vae: Vae, config: ModelConfig, described: dict[str, Any], names: list[str], sha256: str, more: str) -> str:
     seen = described.get("images_seen")
     origin = (
         f"trained by afm-pipe on {seen:,} images" if seen else "imported by afm-pipe from weights trained elsewhere"
@@ -202,5 +203,4 @@ Image i depends only on seed + i and its class.
 | scaling factor of latents | {described.get("scaling_factor")} |
 | decoder | {DECODERS[vae.name]} |
 
-The weights are subject to the terms of their training data and their origin.
-"""
+{more}"""

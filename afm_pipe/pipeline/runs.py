@@ -45,11 +45,17 @@ def import_weights(params: Params, name: str, settings: Imported | None = None) 
     print(f"{paths.model(name)}: {describe(config)}, from {entry}.")
 
 
-def export(name: str, kind: str, out: Path) -> None:
-    """Write a model in another format: released, safetensors or diffusers."""
+def export(name: str, kind: str, out: Path, params: Params | None = None) -> None:
+    """Write a model in another format: released, safetensors or diffusers, with a model card that has its metrics."""
     from afm_pipe.models.exports import export as write_export
 
-    write_export(find_model(name), paths.AUTOENCODER, kind, out)
+    folder, card = find_model(name), ""
+    if kind == "diffusers" and paths.AUTOENCODER_WEIGHTS.is_file():
+        from afm_pipe.reporting.model_card import model_card_sections
+
+        hashes = sha256_file(folder / "generator.safetensors"), sha256_file(paths.AUTOENCODER_WEIGHTS)
+        card = model_card_sections(name, *hashes, params)
+    write_export(folder, paths.AUTOENCODER, kind, out, card)
     print(f"{out}: {name} as {kind}.")
 
 

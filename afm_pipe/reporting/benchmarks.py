@@ -3,9 +3,8 @@
 from pydantic import BaseModel, ValidationError
 
 from afm_pipe.reporting.printing import markdown
-from afm_pipe.reporting.ranking import Row
 from afm_pipe.reporting.section import Section
-from afm_pipe.reporting.table import Cell, Column, Table, plain
+from afm_pipe.reporting.table import Cell, Column, Row, Table, plain
 from afm_pipe.reporting.titles import number
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError

@@ -11,8 +11,7 @@ from afm_pipe.params.sizes import SIZES
 from afm_pipe.planning.counting import Work, measure
 from afm_pipe.reporting import titles
 from afm_pipe.reporting.inputs import Inputs
-from afm_pipe.reporting.ranking import Row
-from afm_pipe.reporting.table import Cell, Column, Table, plain, published_cell
+from afm_pipe.reporting.table import Cell, Column, Row, Table, plain, published_cell
 
 COUNTED_BATCH = 16  # work is proportional to it; a quarter of it is penalized
 CODE = "counted on the modules"

@@ -23,6 +23,7 @@ from afm_pipe.reporting.study import study_sections
 from afm_pipe.reporting.summary import facts
 from afm_pipe.reporting.tables import cost_table, flatten, measured_table, run_table
 from afm_pipe.runtime import paths
+from afm_pipe.study.results import runs_over_seeds
 
 RUN_PICTURE_BYTES = 2**20  # of each of the three pictures of a run's own page
 DATA_TITLES = {"mnist5k": "MNIST-5k (handwritten digits)", "clothing": "photographs of clothes"}
@@ -36,6 +37,7 @@ def write_report(params: Params, folder: Path, rendered: Path) -> None:
     """
     inputs = read_inputs(params)
     runs, costs, parts, one_dimension = run_table(inputs), cost_table(inputs), sections(inputs), read_one_dimension()
+    over_seeds = _over_seeds(inputs, parts)
     trained = [record for record in inputs.runs if record.settings]  # imported models come last and have no curves
     panels = curves.draw_panels(trained, inputs.summary.images)
     page = render(
@@ -48,7 +50,8 @@ def write_report(params: Params, folder: Path, rendered: Path) -> None:
         scale=scale_sentence(inputs),
         run_table=runs,
         cost_table=costs,
-        sections=parts,
+        over_seeds=over_seeds,
+        sections=[part for part in parts if part is not over_seeds],
         one_dimension=one_dimension,
         panels=panels,
         legend=curves.legend(trained),
@@ -79,6 +82,12 @@ def sections(inputs: Inputs) -> tuple[Section, ...]:
     if {"ot_gp_grid", "ot_decay"} <= {table.paper for table in inputs.params.tables.values()}:
         of_paper = tuple(section for section in of_paper if section.anchor != "published")  # the study shows both
     return (*of_paper, *study_sections(inputs), *benchmark_sections())
+
+
+def _over_seeds(inputs: Inputs, parts: Sequence[Section]) -> Section | None:
+    """Return the section on the runs over seeds, if they were repeated."""
+    results = runs_over_seeds(inputs.params)
+    return next((part for part in parts if results and part.anchor == f"study-{results.name}"), None)
 
 
 def render(template: str, folder: Path, **values: Any) -> str:

@@ -11,10 +11,10 @@ from afm_pipe.planning.plan import IMAGENET_IMAGES
 from afm_pipe.reporting import titles
 from afm_pipe.reporting.counts import architecture_table, compute_table
 from afm_pipe.reporting.inputs import Inputs, RunRecord
-from afm_pipe.reporting.ranking import Row, interval_note, metric_cell, ranked
 from afm_pipe.reporting.section import Section
 from afm_pipe.reporting.study_published import published_table
-from afm_pipe.reporting.table import EMPTY, Cell, Column, Table, plain, published_cell
+from afm_pipe.reporting.table import EMPTY, Cell, Column, Row, Table, plain, published_cell
+from afm_pipe.reporting.tables import interval_note, metric_cell
 from afm_pipe.runtime import paths
 
 PAPER_METRICS = {"fid": "fid", "sfid": "sfid", "is": "inception_score", "precision": "precision", "recall": "recall"}
@@ -127,7 +127,6 @@ def _table(inputs: Inputs, view: View) -> Table:
         ),
     )
     ours = [_own_row(run, traits[run.name], (*names, *others)) for run in runs]
-    ours = ranked(ours, columns, range(5, len(columns)))
     theirs = [_paper_row(row, view.metrics, len(others)) for row in rows]
     caption = f"{view.title}, over 50,000 samples. AFM from Tables 9 and 11. Guidance: {GUIDANCE}. "
     caption += _own_caption(runs, others)

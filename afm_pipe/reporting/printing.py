@@ -4,11 +4,9 @@ import csv
 import io
 from pathlib import Path
 
-from afm_pipe.reporting.table import Cell, Table
+from afm_pipe.reporting.table import Row, Table
 
 OWNERS = {"ours": "this repository", "paper": "the paper"}
-MARKS = {"": "", "best": " *", "tied": " ~"}
-LATEX_MARKS = {"": "", "best": r"$^{\ast}$", "tied": r"$^{\sim}$"}
 LATEX = str.maketrans(
     {
         "\\": r"\textbackslash{}",
@@ -44,7 +42,7 @@ def markdown(table: Table) -> str:
     """Return a table as Markdown below its caption; a column names the origin of each row if origins differ."""
     head = [column.title for column in table.columns]
     rule = ["---:" if column.numeric else "---" for column in table.columns]
-    body = [[cell.text + MARKS[cell.mark] for cell in row] for row in (*table.rows, table.footer) if row]
+    body = [[cell.text for cell in row] for row in (*table.rows, table.footer) if row]
     if table.mixed:
         head, rule = ["From", *head], ["---", *rule]
         owners = [*map(table.origin_of, range(len(table.rows))), "ours"]  # the last of the footer
@@ -98,9 +96,9 @@ def escape_latex(text: str) -> str:
 
 
 def full_caption(table: Table) -> str:
-    """Return the caption with the meaning of the table's marks."""
+    """Return the caption with the table's note."""
     return f"{table.caption} {table.note}".strip()
 
 
-def _latex_row(row: tuple[Cell, ...]) -> str:
-    return " & ".join(escape_latex(cell.text) + LATEX_MARKS[cell.mark] for cell in row) + r" \\"
+def _latex_row(row: Row) -> str:
+    return " & ".join(escape_latex(cell.text) for cell in row) + r" \\"

@@ -9,6 +9,7 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 
+from afm_pipe.params import Params
 from afm_pipe.reporting import titles
 from afm_pipe.reporting.inputs import Inputs
 from afm_pipe.reporting.plots import Point, error_bars, heat_map
@@ -16,6 +17,7 @@ from afm_pipe.reporting.section import Figure, Section
 from afm_pipe.reporting.study_published import published_table
 from afm_pipe.reporting.study_verdicts import SCOPES, sentence, verdicts_section
 from afm_pipe.reporting.table import Cell, Column, Table
+from afm_pipe.reporting.tables import setting_words
 from afm_pipe.runtime import paths
 from afm_pipe.study.results import ACCURACY, TableFiles, TableResults, TrialResult, read_tables
 from afm_pipe.study.statistics import Spread, spread
@@ -47,7 +49,7 @@ def _section(inputs: Inputs, files: TableFiles, verdicts: Sequence[Verdict]) -> 
         declared.title,
         declared.question,
         "\n".join(map(sentence, verdicts)) or None if found else None,
-        tuple(table for results in found for table in _tables(results, files)),
+        tuple(table for results in found for table in _tables(results, files, inputs.params)),
         tuple(figure for results in found for figure in _figures(results)),
         (published_table(files.name, newest.paper, inputs.published),) if newest.paper else (),
         _scale(files),
@@ -64,13 +66,13 @@ def _scale(files: TableFiles) -> str:
     return " ".join(parts)
 
 
-def _tables(results: TableResults, files: TableFiles) -> list[Table]:
+def _tables(results: TableResults, files: TableFiles, params: Params) -> list[Table]:
     twice = results.scope == "study" and files.own is not None
     new = set(results.cells) - set(files.own.cells) if twice and files.own else set()
     if results.table.columns is None:
-        tables = [_list(results, new)]
+        tables = [_list(results, new, params)]
     else:
-        tables = [_grid(results, key, new) for key in (results.distance_key, *_ratio_keys(results), ACCURACY)]
+        tables = [_grid(results, key, new) for key in (results.distance_key, *ratio_keys(results), ACCURACY)]
     return [*tables, _phases(results)] if results.table.paper == "schedule" else tables
 
 
@@ -96,21 +98,22 @@ def _grid(results: TableResults, key: str, new: set[tuple[str, str]]) -> Table:
     return Table(f"{name}_{_name(results)}", _short_caption(results, _title(key)), columns, rows)
 
 
-def _ratio_keys(results: TableResults) -> list[str]:
+def ratio_keys(results: TableResults) -> list[str]:
     """Return the key of the distance's ratio to held-out real images, if it was measured."""
     wanted = f"ratio_{titles.base_key(results.distance_key)}"
     keys = {key for trial in results.trials for key in trial.metrics}
     return sorted(key for key in keys if titles.base_key(key) == wanted)[:1]
 
 
-def _list(results: TableResults, new: set[tuple[str, str]]) -> Table:
-    """Build a table of one axis: quality, divergence and cost of each setting."""
+def _list(results: TableResults, new: set[tuple[str, str]], params: Params) -> Table:
+    """Build a table of one axis: quality, divergence and cost of each setting, or of each run."""
     distance, accuracy = titles.metric(results.distance_key), titles.metric(ACCURACY)
     monitored = any(trial.events is not None for trial in results.trials)
-    ratios = _ratio_keys(results)
+    ratios = ratio_keys(results)
     alarms = Column("alarms", "Alarms", "Of the monitor: each kind, and the number of seeds that raised it")
     columns = (
         _row_column(results),
+        *((Column("what", "What it is", numeric=False),) if results.table.runs else ()),
         Column(results.distance_key or "distance", distance.title or "Distance", distance.meaning),
         *(Column(key, titles.metric(key).title, titles.metric(key).meaning) for key in ratios),
         Column(ACCURACY, accuracy.title, accuracy.meaning),
@@ -122,12 +125,25 @@ def _list(results: TableResults, new: set[tuple[str, str]]) -> Table:
         Column("seconds", "Training time", "Mean over seeds"),
         Column("seeds", "Seeds"),
     )
-    rows = tuple(_line(results, row, (row, "") in new, monitored) for row in results.rows)
+    rows = tuple(
+        (*_row_names(results, row, (row, "") in new, params), *_line(results, row, monitored)) for row in results.rows
+    )
     caption = _caption(results, "Quality and cost")
     return Table(_name(results), caption, columns, rows, note=_note(results, new))
 
 
-def _line(results: TableResults, row: str, new: bool, monitored: bool) -> tuple[Cell, ...]:
+def _row_names(results: TableResults, row: str, new: bool, params: Params) -> tuple[Cell, ...]:
+    """Return the name of a row; of a row that is a run, the run and what it is: its label, or its own settings."""
+    mark = f" {ONLY}" * new
+    name = results.table.runs.get(row)
+    if name is None:
+        return (Cell(row + mark, row),)
+    own = params.models.get(name)
+    words = setting_words(own, params.train) if row == name and own is not None else row
+    return Cell(name + mark, name, run=name if name in params.names else ""), Cell(words, words)
+
+
+def _line(results: TableResults, row: str, monitored: bool) -> tuple[Cell, ...]:
     trials, source = results.at(row, ""), str(results.path)
     distance, accuracy = (spread(trials, key) for key in (results.distance_key, ACCURACY))
     seconds = [trial.cost.seconds for trial in trials if trial.cost.seconds is not None]
@@ -139,9 +155,8 @@ def _line(results: TableResults, row: str, new: bool, monitored: bool) -> tuple[
     diverged = f"{distance.diverged} of {len(trials)}" if trials else titles.MISSING
     where = f"of the trials {row}"
     return (
-        Cell(f"{row} {ONLY}" if new else row, row),
         _cell(results, distance, row, with_diverged=False),
-        *(_cell(results, spread(trials, key), row, with_diverged=False) for key in _ratio_keys(results)),
+        *(_cell(results, spread(trials, key), row, with_diverged=False) for key in ratio_keys(results)),
         _cell(results, accuracy, row, with_diverged=False),
         Cell(diverged, distance.diverged / len(trials) if trials else None, source, f"diverged {where}"),
         *((_alarms(trials, source, where),) if monitored else ()),

@@ -5,7 +5,6 @@ from typing import Any, Literal, NamedTuple
 from afm_pipe.reporting.titles import MISSING
 
 Origin = Literal["ours", "paper"]
-Mark = Literal["", "best", "tied"]  # tied: the interval overlaps that of the best
 
 
 class Cell(NamedTuple):
@@ -17,11 +16,13 @@ class Cell(NamedTuple):
     key: str = ""
     interval: tuple[float, float] | None = None
     """95 % interval, also in `text`; or the lowest and highest seed, if the table's note says so."""
-    mark: Mark = ""
     run: str = ""
     """In a row's first cell: the run whose page it links to."""
     origin: Origin | None = None
     """In a row's first cell: the row's origin; None means that of the table."""
+
+
+Row = tuple[Cell, ...]
 
 
 class Column(NamedTuple):
@@ -39,11 +40,11 @@ class Table(NamedTuple):
     name: str
     caption: str
     columns: tuple[Column, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-    footer: tuple[Cell, ...] = ()
+    rows: tuple[Row, ...]
+    footer: Row = ()
     origin: Origin = "ours"
     note: str = ""
-    """The meaning of its marks, shown after the caption."""
+    """The meaning of its intervals and marks, shown after the caption."""
 
     def origin_of(self, row: int) -> Origin:
         """Return the origin of a row."""

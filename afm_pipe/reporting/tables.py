@@ -6,8 +6,7 @@ from typing import Any
 from afm_pipe.params import Run
 from afm_pipe.reporting import titles
 from afm_pipe.reporting.inputs import Inputs, RunRecord, Summary, is_number
-from afm_pipe.reporting.ranking import Row, interval_note, metric_cell, ranked
-from afm_pipe.reporting.table import EMPTY, Cell, Column, Table, plain
+from afm_pipe.reporting.table import EMPTY, Cell, Column, Row, Table, plain
 from afm_pipe.runtime import paths
 
 SETTINGS = {
@@ -39,6 +38,11 @@ COSTS: Mapping[str, tuple[Column, Callable[[Any], str]]] = {
     )
 }
 FLOOR = str(paths.REFERENCE / "summary.json")
+INTERVALS = (
+    "In brackets: the 95 % interval of measuring one run. Nothing is ranked by it: training with another seed may lie "
+    "outside."
+)
+NO_INTERVALS = "Each row is one run with one seed, measured without an interval: nothing is ranked."
 
 
 def run_table(inputs: Inputs) -> Table:
@@ -52,7 +56,7 @@ def run_table(inputs: Inputs) -> Table:
         *(COSTS[key][0] for key in ("seconds", "images_per_second")),
         *(_setting_column(key, values) for key, values in settings.items()),
     )
-    rows = [
+    rows = tuple(
         (
             Cell(record.name, record.name, run=record.name),
             plain(weights_text(record)),
@@ -61,7 +65,7 @@ def run_table(inputs: Inputs) -> Table:
             *(_setting_cell(key, values[index]) for key, values in settings.items()),
         )
         for index, record in enumerate(inputs.runs)
-    ]
+    )
     footer = (
         Cell("Floor: reconstructions", None),
         EMPTY,
@@ -76,9 +80,26 @@ def run_table(inputs: Inputs) -> Table:
         f"from {paths.metrics('RUN')}, cost from {paths.costs('RUN')}; of a run that continues another, its own phase "
         "alone."
     )
-    marked = ranked(rows, columns, range(2, 2 + len(metrics)))
     note = " ".join(filter(None, [interval_note(rows), held_out_note(inputs.summary)]))
-    return Table("runs", caption, columns, tuple(marked), footer, note=note)
+    return Table("runs", caption, columns, rows, footer, note=note)
+
+
+def metric_cell(record: RunRecord, key: str) -> Cell:
+    """Return a run's metric as a cell: 7.0 [6.6, 7.4] where it has an interval."""
+    if key not in record.metrics:
+        return Cell(titles.MISSING, None)
+    value, interval = record.metrics[key], record.intervals.get(key)
+    text = titles.metric_text(key, value)
+    if interval is not None and value is not None:
+        text += f" [{titles.metric_text(key, interval[0])}, {titles.metric_text(key, interval[1])}]"
+    return Cell(text, value, str(paths.metrics(record.name)), key, interval)
+
+
+def interval_note(rows: Sequence[Row]) -> str:
+    """Say what the intervals of a table of runs are, and that they rank nothing."""
+    if not rows:
+        return ""
+    return INTERVALS if any(cell.interval for row in rows for cell in row) else NO_INTERVALS
 
 
 def held_out_note(summary: Summary) -> str:
@@ -159,6 +180,14 @@ def differing_settings(runs: Sequence[Run | dict[str, Any]]) -> dict[str, list[A
     flat = [flatten(run.model_dump(mode="json"), whole=("transport",)) if isinstance(run, Run) else run for run in runs]
     values = {key: [settings.get(key) for settings in flat] for key in flat[0]}
     return {key: found for key, found in values.items() if any(v not in (None, found[0]) for v in found)}
+
+
+def setting_words(run: Run, shared: Run) -> str:
+    """Say in which settings, besides its seed, a run differs from the shared ones."""
+    found = differing_settings([shared, run])
+    parts = [f"{SETTINGS.get(key, key)} {setting_text(key, own)}" for key, (_, own) in found.items() if key != "seed"]
+    words = "; ".join(parts) or "The shared settings"
+    return words[0].upper() + words[1:]
 
 
 def flatten(value: dict[str, Any], whole: Sequence[str] = (), prefix: str = "") -> dict[str, Any]:

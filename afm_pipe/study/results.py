@@ -160,6 +160,15 @@ def read_tables(params: Params) -> list[TableFiles]:
     return [TableFiles(name, declared, _read(name, "table"), _read(name, "study")) for name, declared in tables]
 
 
+def runs_over_seeds(params: Params) -> TableResults | None:
+    """Return the results of the first table in params whose rows are runs; None if there is none, or it was not run."""
+    for name in params.tables:
+        results = _read(name, "table")
+        if results is not None and results.table.runs:
+            return results
+    return None
+
+
 def _read(name: str, scope: Scope) -> TableResults | None:
     path = paths.table(name) if scope == "table" else paths.STUDY / f"{name}.json"
     if not path.is_file():

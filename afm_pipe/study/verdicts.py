@@ -63,7 +63,7 @@ def decide(files: TableFiles, trained: float) -> list[Verdict]:
     for check in declared:
         if check.claim not in verdicts:
             candidates = (
-                _verdict(results, each, trained)
+                verdict_on(results, each, trained)
                 for results in (files.study, files.own)
                 if results is not None
                 for each in results.table.checks
@@ -74,7 +74,8 @@ def decide(files: TableFiles, trained: float) -> list[Verdict]:
     return list(verdicts.values())
 
 
-def _verdict(results: TableResults, check: Check, trained: float) -> Verdict:
+def verdict_on(results: TableResults, check: Check, trained: float) -> Verdict:
+    """Return the verdict on one claim from one file of results."""
     pairs = _pairs(results, check)
     if not pairs:
         return Verdict(results.name, check, "not run")

@@ -13,6 +13,7 @@ from afm_pipe.reporting.tables import setting_text
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
 from tests.reporting.report_inputs import (
+    COMMITTED,
     built,
     make_params,
     write,
@@ -58,7 +59,7 @@ def test_rows_say_which_weights_were_measured(project: Path) -> None:
 
 
 def test_settings_in_which_runs_differ_stand_under_their_titles(project: Path) -> None:
-    params = make_params(a={}, b={"lr": 5.0e-4, "penalty": {"weight": 0.5}})
+    params = make_params(a={"lr": 1.0e-3}, b={"lr": 5.0e-4, "penalty": {"weight": 0.5}})
     write_inputs(params)
     page = built(params)
     first, second = (
@@ -110,15 +111,15 @@ def test_page_fetches_nothing_and_describes_every_picture(project: Path) -> None
     assert "url(" not in (paths.REPORT / "index.html").read_text().split("</style>")[0]
 
 
-def test_summary_names_the_best_run_the_floor_and_the_scale(project: Path) -> None:
+def test_summary_names_the_lowest_run_the_floor_and_the_scale(project: Path) -> None:
     params = make_params(worse={"lr": 5.0e-4}, better={})
     write_inputs(params)
     write(paths.metrics("worse"), json.loads(paths.metrics("worse").read_text()) | {"fd_classifier_5k": 44.0})
     write(paths.metrics("better"), json.loads(paths.metrics("better").read_text()) | {"fd_classifier_5k": 7.7})
     text = built(params).text
     assert "7.70" in text
-    assert "5,000 samples each in the data's class shares." in text
-    assert "run better, the lowest (without intervals: no ranking); reconstructed real images have 3.14" in text
+    assert f"{COMMITTED['evaluate']['samples']:,} samples each in the data's class shares." in text
+    assert "run better, one seed, the lowest; one seed ranks nothing; reconstructed real images have 3.14" in text
     assert "not comparable with the paper's ImageNet numbers: 5,000 training images instead of 1,281,167" in text
 
 
@@ -145,7 +146,8 @@ def test_published_numbers_stand_in_their_own_tables_only(project: Path) -> None
     page = built(params)
     one_step = page.rows["table-paper_one_step tbody"]
     assert ["AFM XL/2paper", "1", "673", "125", "cg+da", "2.38", "", ""] in [[*row[:6], "", ""] for row in one_step]
-    assert one_step[0][:6] == ["t4ours", "1", "1.23", "8", "none", titles.MISSING]  # the paper's FID was not measured
+    epochs = f"{params.runs['t4'].phases[-1].until_epoch:g}"
+    assert one_step[0][:6] == ["t4ours", "1", "1.23", epochs, "none", titles.MISSING]  # FID was not measured
     assert one_step[0][6] == "8.12"
     assert page.rows["table-published_transport_penalty tbody"][1][3] == "53.90 ± 1"
     assert page.rows["table-published_transport_decay tbody"][1] == ["cosine 0.2 → 0.01", "8.51"]

@@ -21,7 +21,7 @@ from tests.reporting.report_inputs import (
 )
 
 
-def test_intervals_are_shown_and_overlapping_rows_are_indistinguishable(project: Path) -> None:
+def test_intervals_of_measuring_are_shown_and_rank_nothing(project: Path) -> None:
     params = make_params(a={}, b={"lr": 5.0e-4}, c={"lr": 6.0e-4}, d={"lr": 7.0e-4})
     write_inputs(params)
     values = {"a": (8.0, [7.0, 9.0]), "b": (7.0, [6.6, 7.4]), "c": (20.0, [19.0, 21.0]), "d": (6.0, None)}
@@ -30,28 +30,21 @@ def test_intervals_are_shown_and_overlapping_rows_are_indistinguishable(project:
         write(paths.metrics(name), stored | ({"intervals": {"fd_classifier_5k": interval}} if interval else {}))
     page = built(params)
     cells = [row[2] for row in page.rows["table-runs tbody"]]
-    assert cells == ["8.00 [7.00, 9.00]indistinguishable", "7.00 [6.60, 7.40]best", "20.0 [19.0, 21.0]", "6.00"]
-    assert "rows whose interval overlaps the best's are indistinguishable from it" in page.text
+    assert cells == ["8.00 [7.00, 9.00]", "7.00 [6.60, 7.40]", "20.0 [19.0, 21.0]", "6.00"]
+    for name in ("runs", "paper_one_step"):
+        for kind in ("md", "tex"):
+            assert "Nothing is ranked by it" in (paths.RENDERED / f"{name}.{kind}").read_text()
+    assert "run d, one seed, the lowest; one seed ranks nothing" in page.text
     with (paths.RENDERED / "runs.csv").open(newline="") as file:
         row = list(csv.DictReader(file))[1]
     assert (row["fd_classifier_5k_low"], row["fd_classifier_5k_high"]) == ("6.6", "7.4")
 
 
-def test_rows_without_intervals_are_not_ranked_and_the_caption_says_so(project: Path) -> None:
+def test_the_note_says_where_no_row_has_an_interval(project: Path) -> None:
     params = make_params()
     write_inputs(params)
-    page = built(params)
-    assert not any(each.get("class", "").startswith("mark") for each in page.all("abbr"))  # type: ignore[union-attr]
-    assert "No row has an interval" in (paths.RENDERED / "runs.md").read_text()
-
-
-def test_the_summary_says_what_the_lowest_is_indistinguishable_from(project: Path) -> None:
-    params = make_params(a={}, b={"lr": 5.0e-4})
-    write_inputs(params)
-    for name, value in {"a": 8.0, "b": 7.5}.items():
-        stored = json.loads(paths.metrics(name).read_text()) | {"fd_classifier_5k": value}
-        write(paths.metrics(name), stored | {"intervals": {"fd_classifier_5k": [value - 1, value + 1]}})
-    assert "run b, the lowest, indistinguishable from a" in built(params).text
+    built(params)
+    assert "measured without an interval: nothing is ranked" in (paths.RENDERED / "runs.md").read_text()
 
 
 def test_ratios_to_held_out_images_stand_in_the_summary_and_in_the_table_with_their_intervals(project: Path) -> None:
@@ -66,7 +59,7 @@ def test_ratios_to_held_out_images_stand_in_the_summary_and_in_the_table_with_th
     held_out = {"images": 500, "in_shares": 500, "manifest": "ab", "copies": 0.0, "fd_classifier_500": [0.9, 0.5, 1.3]}
     write(paths.REFERENCE / "summary.json", summary | {"held_out": held_out})
     page = built(params)
-    assert "FD ratio-500 (classifier), run b: 1 is real; 95 % interval 3.00 to 6.00" in page.text
+    assert "FD ratio-500 (classifier), run b: 1 is real; 95 % interval of measuring 3.00 to 6.00" in page.text
     titles = page.rows["table-runs thead"][0]
     row = dict(zip(titles, page.rows["table-runs tbody"][1], strict=True))
     assert row["FD ratio-500 (classifier)"] == "4.00 [3.00, 6.00]"
