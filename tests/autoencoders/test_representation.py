@@ -235,7 +235,7 @@ def test_plan_says_how_many_terabytes_dinov2_latents_take() -> None:
     assert params.latent_shape == (768, 16, 16)
     machine = Machine("h100", 8, 0.4, "bf16")
     text = track("plan", plan_text(params, ["t4"], machine, 1_281_167, 1000))
-    assert "latents.h5 of 768 x 16 x 16: 1.0 TB with mirrors, 0.50 TB without; data.mirror: false halves" in text
+    assert "latents.h5 of 768 x 16 x 16: 1 TB with mirrors, 0.5 TB without; data.mirror: false halves" in text
     small = track("plan", plan_text(load_params(SMOKE), ["t4"], machine, 1_281_167, 1000))
     assert "TB" not in small.replace("TB/s", "")
 
