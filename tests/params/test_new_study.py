@@ -92,7 +92,8 @@ def test_a_folder_without_git_is_refused_unless_dvc_works_without(project: Path)
 
 
 def test_an_unknown_profile_is_refused_with_those_there(repository: Path) -> None:
-    assert "expected one of imagenet256, photos64, photos64-representation, smoke, study" in run("init", "--profile", "imagenet").stderr
+    refusal = run("init", "--profile", "imagenet").stderr
+    assert "expected one of imagenet256, photos64, photos64-representation, smoke, study" in refusal
     assert not Path("params.yaml").exists()
 
 
