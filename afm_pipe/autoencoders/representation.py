@@ -104,7 +104,7 @@ class RepresentationAutoencoder(Autoencoder, kind="representation"):
         expected_shapes = dict.fromkeys(("mean", "std"), torch.Size(shape))
         decoder = build_decoder(shape[0], settings.train.widths, params.data.channels, params.seed)
         expected_shapes |= {DECODER + name: value.shape for name, value in decoder.state_dict().items()}
-        tensors = _read(folder / WEIGHTS, expected_shapes)
+        tensors = read_weights(folder / WEIGHTS, expected_shapes)
         mean, std = tensors.pop("mean"), tensors.pop("std")
         if not (mean.isfinite().all() and std.isfinite().all() and (std > 0).all()):
             raise UserError(
@@ -198,20 +198,23 @@ def _described(settings: RepresentationParams) -> dict[str, Any]:
     return {"encoder": settings.encoder, "layer": settings.layer, "input_size": settings.input_size}
 
 
-def _read(path: Path, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
-    """Read tensors of the expected names and shapes. Raises UserError for others."""
+def read_weights(path: Path, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """Read tensors of the expected names and shapes. Raises UserError for others, and for a damaged file."""
+    tensors = {}
     try:
         with safe_open(path, "pt") as file:
             found = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             wrong = sorted(name for name in found.keys() | shapes.keys() if found.get(name) != shapes.get(name))
-            if wrong:
-                raise UserError(
-                    f"Found {len(wrong)} tensors of other names or shapes than params say in {path}, the first "
-                    f"{wrong[0]}: run `dvc repro autoencoder`."
-                )
-            return {name: file.get_tensor(name).float() for name in found}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"Found {path} damaged ({error}): run `dvc repro autoencoder`.") from None
+            if not wrong:
+                tensors = {name: file.get_tensor(name).float() for name in found}
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:  # others for unknown dtypes
+        raise UserError(f"Found {path} damaged ({str(error)[:200]}): run `dvc repro autoencoder`.") from None
+    if wrong:
+        raise UserError(
+            f"Found {len(wrong)} tensors of other names or shapes than params say in {path}, the first "
+            f"{wrong[0][:60]}: run `dvc repro autoencoder`."
+        )
+    return tensors
 
 
 def _settings(params: Params) -> RepresentationParams:
