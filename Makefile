@@ -18,7 +18,7 @@ ifneq ($(words $(VENV)),1)
 $(error found VENV=$(VENV), expected a path without spaces)
 endif
 
-.PHONY: scm help repro demo test test-slow test-browser test-gpu fuzz bench bench-gpu crash-test lint lock install clean
+.PHONY: scm help repro demo test test-slow test-browser test-gpu fuzz bench bench-gpu crash-test docs lint lock install clean
 
 help:
 	@echo "make repro         set up, run the pipeline on params.yaml, print the run table"
@@ -33,6 +33,7 @@ help:
 	@echo "make crash-test    kill a training run at 50 random moments; rewrites docs/crash-test.json"
 	@echo "make lock          write the installed versions into requirements.lock, then run the tests"
 	@echo "                   (with LOCK= VENV=.venv-next: the newest versions, in a new environment)"
+	@echo "make docs          write the documentation as a site into site/; a warning is an error"
 	@echo "make clean         remove what the pipeline made; keep environment, images and weights"
 
 repro: $(INSTALLED)
@@ -78,6 +79,10 @@ bench: $(INSTALLED)
 
 fuzz: $(INSTALLED)
 	@$(ON_PATH) OMP_NUM_THREADS=1 FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) pytest tests/pipeline/test_fuzz.py --hypothesis-profile fuzz
+
+docs: $(INSTALLED)
+	@$(ON_PATH) PYTHONPATH="$(CURDIR)" NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
+	@echo "== the documentation is $(CURDIR)/site/index.html; mkdocs serve shows it while you write"
 
 crash-test: $(INSTALLED)
 	@$(ON_PATH) OMP_NUM_THREADS=1 python -m tests.crash --kills 50

@@ -1,19 +1,24 @@
-"""README and docs: links lead somewhere, commands and params exist."""
+"""README and docs: links lead somewhere, versions agree, and the site builds without a warning."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-import typer
 import yaml
 
 from afm_pipe import __version__
-from afm_pipe.cli.app import app
+from afm_pipe.reporting.study import spread_text
+from afm_pipe.reporting.titles import base_key
+from afm_pipe.runtime.files import read_model
+from afm_pipe.study.results import TableResults
+from afm_pipe.study.statistics import spread
 from tests.conftest import ROOT
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)")
-COMMAND = re.compile(r"^    (?:\w+=\S+ )*afm-pipe (?P<name>[a-z]+)(?P<rest>[^#>|\n]*)", re.MULTILINE)
 
 
 def test_readme_is_at_most_10_kb() -> None:
@@ -50,13 +55,34 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
             assert heading in anchors, f"{target}{heading}"
 
 
-def test_commands_in_the_docs_exist_with_their_flags() -> None:
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    found = [(page.name, match) for page in PAGES for match in COMMAND.finditer(page.read_text(encoding="utf-8"))]
-    assert len(found) > 20
-    for name, match in found:
-        command = commands.get(match["name"])
-        assert command is not None, f"{name}: afm-pipe {match['name']}"
-        known = {flag for param in command.params for flag in param.opts} | {"--help"}
-        if match["name"] != "sbatch":  # its flags may be those of the command it wraps
-            assert set(re.findall(r"--[a-z-]+", match["rest"])) <= known, f"{name}: {match.group()}"
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
+    listed = re.findall(r": ([a-z-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert len(listed) == len(set(listed))
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} <= set(listed)
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
+    env = os.environ | {"PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"}
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path / "site")]
+    done = subprocess.run(build, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = {path.parent.name for path in (tmp_path / "site").glob("*/index.html")}
+    assert pages >= {path.stem for path in (ROOT / "docs").glob("*.md")} | {"changelog", "commands", "params-reference"}
+    text = (tmp_path / "site" / "method" / "index.html").read_text()
+    assert text.count("<math") > 5 and "$$" not in text and "def</span>" in text
+    fields = (tmp_path / "site" / "params-reference" / "index.html").read_text()
+    assert all(f"<code>{name}</code>" in fields for name in ("logit_centering", "batch_fraction", "until_epoch"))
+
+
+def test_the_readmes_results_are_the_committed_ones() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in text.split("<!-- results begin -->")[1].splitlines()[3:8]]
+    path = ROOT / "results" / "tables" / "runs.json"
+    results = read_model(TableResults, path, "run `dvc repro table@runs`")
+    keys = (results.distance_key, f"ratio_{base_key(results.distance_key)}_500", "class_accuracy")
+    expected = [
+        [f"`{results.table.runs[label]}`", label, *(spread_text(spread(results.at(label, ""), key)) for key in keys)]
+        for label in results.table.rows.settings
+    ]
+    assert sorted(rows) == sorted(expected)

@@ -146,6 +146,8 @@ def load_launch(**flags: Any) -> Launch:
     Raises UserError naming the wrong setting and where to fix it.
     """
     flags = {name: value for name, value in flags.items() if value is not None}
+    if (path := paths.local(LAUNCH_FILE)).is_dir():
+        raise UserError(f"Found {path}, which is a folder, expected a file of launch settings or nothing: rename it.")
     try:
         return Launch(**flags)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -79,6 +79,11 @@ def imported(options: dict[str, Any]) -> Imported:
 
 def json_schema() -> str:
     """Return the JSON schema of params.yaml, for editors. All fields of a run are optional."""
+    return json.dumps(schema_of_params(), indent=1, sort_keys=True) + "\n"
+
+
+def schema_of_params() -> dict[str, Any]:
+    """Return the JSON schema of params.yaml, its fields in the order of the file."""
     schema = Params.model_json_schema()
     run = json.loads(json.dumps(schema["$defs"]["Run"]))
     run.pop("required")
@@ -97,7 +102,7 @@ def json_schema() -> str:
         schema["$defs"] |= kind.pop("$defs", {})
     del schema["$defs"]["AutoencoderParams"]
     schema["properties"]["autoencoder"] = {"anyOf": kinds}
-    return json.dumps(schema, indent=1, sort_keys=True) + "\n"
+    return schema
 
 
 def _refuse_old_keys(raw: dict[str, Any], where: str, remedy: str) -> None:

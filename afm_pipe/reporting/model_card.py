@@ -12,6 +12,7 @@ PROTOCOL = {
     "samples": "samples",
     "nfe": "steps per sample (NFE)",
     "weights": "weights",
+    "decoder": "decoded by",
     "seed": "seed of the first sample",
     "label_mode": "classes of the samples",
     "class_shares": "shares of classes",
@@ -76,6 +77,8 @@ def _licenses(name: str, params: Params | None) -> str:
         data = f"the images under `{params.data.root}`" if own else f"the images of `data.source: {params.data.source}`"
         pretrained = params.autoencoder.model_dump().get("pretrained")
         autoencoder = f"`{pretrained}`, its origin" if pretrained else f"{data}, on which it was trained"
+        if params.autoencoder.decoder:
+            autoencoder += f" ({params.autoencoder.decoder}: `vae/LICENSE`)"
     imported = json_value(paths.model(name) / "config.json", "provenance", "imported")
     origin = "those of its origin: it was imported" if imported else f"those of {data}, and of whoever trained it"
     return "\n".join(

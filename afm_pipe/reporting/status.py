@@ -133,7 +133,8 @@ def run_status(params: Params, name: str, known: dict[str, RunStatus] | None = N
         name, run, total=total, num_images=num_images
     )  # curves without a work folder come from another machine
     if num_images is None:
-        return replace(status, state="waiting", note=f"for {paths.LATENTS}")
+        unreadable = ", which cannot be read" if paths.LATENTS.exists() else ""
+        return replace(status, state="waiting", note=f"for {paths.LATENTS}{unreadable}")
     if base is not None:
         state = ((known or {}).get(base) or run_status(params, base)).state
         if state != "finished":
@@ -147,7 +148,7 @@ def trials_line(params: Params) -> str | None:
         return None
     from afm_pipe.study.trials import Trials
 
-    what = f"trials of {len(params.tables)} tables"
+    what = f"trials of {len(params.tables)} table{'s' * (len(params.tables) != 1)}"
     try:
         trials = Trials(params).all
     except UserError as error:

@@ -34,6 +34,7 @@ from afm_pipe.models.model_files import (
 )
 from afm_pipe.objectives import build_objective
 from afm_pipe.params import Params, Run
+from afm_pipe.params.sizes import is_small
 from afm_pipe.params.versions import code_record, recorded_code
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import NotFiniteError, UserError
@@ -143,6 +144,7 @@ class Worker:
 
     def run(self, group: Sequence[Trial]) -> bool:
         """Train the run that a group of trials shares, and measure each trial; return False if another process does."""
+        self.launch.use_threads(is_small(group[0].run.size))  # a worker of a pool has one already
         if any(trial.measurement is not None for trial in group):
             self.evaluator.require_classes(self.latents.classes, paths.LATENTS)  # before anything is trained
         try:

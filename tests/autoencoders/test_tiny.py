@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderTiny, DiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from afm_pipe.autoencoders import load_autoencoder
 from afm_pipe.autoencoders.diffusers_folder import fetch_pretrained
 from afm_pipe.autoencoders.hub import CONFIG, WEIGHTS
 from afm_pipe.autoencoders.tiny import TinyAutoencoder
+from afm_pipe.data.images import center_crop
 from afm_pipe.data.latents import Latents
 from afm_pipe.data.manifest import read_manifest
 from afm_pipe.data.reading import build_manifest, read_images
@@ -32,11 +34,13 @@ from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import read_json, sha256_file
 from afm_pipe.runtime.progress import track
+from afm_pipe.sampling.requests import Request
 from tests.assets import CLOTHING, TAESD, TAESD_SHA256, needs_clothing, needs_taesd
 from tests.autoencoders.parts import tiny_vae
-from tests.conftest import DISCS, SMOKE, write_images
+from tests.conftest import DISCS, ROOT, SMOKE, write_images
 
 SMALL = "{kind: tiny, latent_channels: 4, downsample: 4, scaling_factor: %s, pretrained: %s, sha256: %s}"
+PRETRAINED = (f"autoencoder.pretrained={TAESD}", "autoencoder.scaling_factor=1.0")
 LAUNCH = Launch(device="cpu")
 
 
@@ -110,20 +114,18 @@ def test_weights_are_copied_byte_for_byte(project: Path, weights: Path) -> None:
 def test_samples_and_tables_say_who_decoded_them(
     project: Path, params: Params, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pipeline.sample(params, "t4", LAUNCH, pipeline_request(project / "grid.png"))
+    pipeline.sample(params, "t4", LAUNCH, request(project / "grid.png"))
     assert "t4: decoded by TAESD." in capsys.readouterr().out
     assert read_json(paths.metrics("t4"))["protocol"]["decoder"] == "TAESD"
     assert load_params(SMOKE).autoencoder.decoder is None
 
 
-def pipeline_request(grid: Path) -> Any:
-    from afm_pipe.sampling.requests import Request
-
+def request(grid: Path) -> Request:
     return Request(grid=grid, per_class=1)
 
 
 def test_psnr_of_reconstructions_is_reported_both_ways(project: Path, params: Params) -> None:
-    summary, vae, images = read_json(paths.REFERENCE / "summary.json"), load_autoencoder(params, paths.AUTOENCODER), 0
+    summary, vae = read_json(paths.REFERENCE / "summary.json"), load_autoencoder(params, paths.AUTOENCODER)
     images = real_images()
     rebuilt = vae.spec.to_uint8(vae.decode(vae.spec.normalize(vae.encode(images))))
     mse = (images.double() - rebuilt.double()).square().mean(dim=(1, 2, 3)).numpy()
@@ -142,13 +144,15 @@ def test_psnr_against_closed_forms() -> None:
 
 
 def test_exported_pipeline_decodes_with_it(project: Path, params: Params) -> None:
-    pipeline.export("t4", "diffusers", project / "exported")
+    pipeline.export("t4", "diffusers", project / "exported", params)
     vae = project / "exported" / "vae"
     assert (vae / WEIGHTS).read_bytes() == paths.AUTOENCODER_WEIGHTS.read_bytes()
     assert (vae / "LICENSE").read_text() == TAESD_LICENSE
     assert "Ollin Boer Bohan" in TAESD_LICENSE
     card = (project / "exported" / "README.md").read_text()
     assert "| decoder | AutoencoderTiny (TAESD), MIT License: vae/LICENSE |" in card
+    assert "| decoded by | TAESD |" in card
+    assert "(TAESD: `vae/LICENSE`)" in card
     pipe = DiffusionPipeline.from_pretrained(
         str(project / "exported"), custom_pipeline=str(project / "exported"), trust_remote_code=True
     )
@@ -163,8 +167,8 @@ def test_an_imported_generator_is_decoded_by_it(project: Path, params: Params) -
     names = project / "classes.txt"
     names.write_text("class0\nclass1\n")
     pipeline.import_weights(params, "back", Imported(file=str(project / "out.pth"), classes=str(names)))
-    pipeline.sample(params, "back", LAUNCH, pipeline_request(project / "back.png"))
-    pipeline.sample(params, "t4", LAUNCH, pipeline_request(project / "again.png"))
+    pipeline.sample(params, "back", LAUNCH, request(project / "back.png"))
+    pipeline.sample(params, "t4", LAUNCH, request(project / "again.png"))
     assert (project / "back.png").read_bytes() == (project / "again.png").read_bytes()
 
 
@@ -250,12 +254,7 @@ def test_taesd_is_the_network_of_its_hash() -> None:
 
 
 def photo_params() -> Params:
-    from tests.conftest import ROOT
-
-    return load_params(
-        ROOT / "profiles" / "photos64.yaml",
-        [f"data.root={CLOTHING}", f"autoencoder.pretrained={TAESD}", "autoencoder.scaling_factor=1.0"],
-    )
+    return load_params(ROOT / "profiles" / "photos64.yaml", [f"data.root={CLOTHING}", *PRETRAINED])
 
 
 def photographs(params: Params, count: int) -> Tensor:
@@ -263,3 +262,61 @@ def photographs(params: Params, count: int) -> Tensor:
     manifest = track("prepare", build_manifest(params.data))
     chosen = np.linspace(0, manifest.num_images - 1, count).astype(int)
     return torch.from_numpy(read_images(manifest, params.data, chosen.tolist()))
+
+
+JPEGS = 20
+ORIENTATIONS = range(1, 9)
+
+
+def scene(index: int, width: int, height: int) -> Image.Image:
+    """Return a smooth color scene with edges: gradients, a disc, a stripe, and a little grain."""
+    random = np.random.default_rng(index)
+    y, x = np.mgrid[:height, :width] / max(height, width)
+    tint = random.uniform(40, 215, (2, 3))
+    pixels = tint[0] + (tint[1] - tint[0]) * (x * random.uniform(0.3, 1) + y * random.uniform(0.3, 1))[..., None]
+    pixels += 25 * np.sin(2 * np.pi * (x * random.uniform(2, 6) + y * random.uniform(2, 6)))[..., None]
+    center, color = random.uniform(0.25, 0.6, 2), random.uniform(0, 255, (2, 3))
+    pixels[(x - center[0]) ** 2 + (y - center[1]) ** 2 < 0.03] = color[0]
+    pixels[np.abs(x - y * random.uniform(0.3, 1) - 0.1) < 0.03] = color[1]
+    return Image.fromarray((pixels + random.normal(0, 2, pixels.shape)).clip(0, 255).astype(np.uint8))
+
+
+def write_jpegs(folder: Path) -> None:
+    """Write JPEGs as cameras and scanners do: every EXIF orientation, CMYK, gray, large, small, wide and tall."""
+    sizes = [(640, 480), (480, 640), (4000, 3000), (300, 260), (1600, 400), (257, 1200)]
+    for index in range(JPEGS):
+        image = scene(index, *sizes[index % len(sizes)])
+        exif = Image.Exif()
+        exif[0x0112] = ORIENTATIONS[index % 8]
+        image = image.convert({3: "CMYK", 9: "L", 15: "CMYK"}.get(index, "RGB"))
+        path = folder / f"class{index % 2}" / f"{index:02}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path, quality=92, exif=exif, progressive=index % 5 == 4)
+
+
+@pytest.mark.slow
+@needs_taesd
+def test_jpegs_of_any_kind_go_through_taesd_at_256_pixels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_jpegs(tmp_path / "images")
+    settings = ["data.source=folder", f"data.root={tmp_path / 'images'}", "data.image_size=256", "data.min_images=20"]
+    params = load_params(ROOT / "profiles" / "photos64.yaml", [*PRETRAINED, *settings, "data.orientation=apply"])
+    manifest = track("prepare", build_manifest(params.data))
+    assert manifest.oriented == sum(ORIENTATIONS[index % 8] != 1 for index in range(JPEGS))
+    fetch_pretrained(params, tmp_path / "vae", TinyAutoencoder)
+    vae, images = (
+        load_autoencoder(params, tmp_path / "vae"),
+        torch.from_numpy(read_images(manifest, params.data, range(JPEGS))),
+    )
+    turned = scene(1, 480, 640).transpose(Image.Transpose.FLIP_LEFT_RIGHT)  # of orientation 2
+    upright = np.asarray(center_crop(turned, 256)).astype(int)
+    place = manifest.paths.index("class1/01.jpg")
+    assert np.abs(images[place].permute(1, 2, 0).numpy().astype(int) - upright).mean() < 4  # JPEG's loss
+    rebuilt = []
+    for batch in images.split(5):
+        rebuilt.append(vae.spec.to_uint8(vae.decode(vae.sample(vae.encode(batch), torch.empty(0)))))
+    each, of_mse = psnr(squared_errors(images, torch.cat(rebuilt)))
+    with capsys.disabled():
+        print(
+            f"\nPSNR of {JPEGS} JPEGs at 256 pixels through TAESD: {each:.2f} dB, {of_mse:.2f} dB from the mean error."
+        )
+    assert each is not None and each > 24

@@ -60,3 +60,9 @@ def test_a_process_takes_its_own_gpu_before_it_uses_any(monkeypatch: pytest.Monk
     device = load_launch(device="cuda").torch_device()
     assert calls == [("set", device), ("use", device)]
     assert device == torch.device("cuda", 3)
+
+
+def test_a_folder_in_the_place_of_launch_toml_is_refused() -> None:
+    Path("launch.toml").mkdir()
+    with pytest.raises(UserError, match=r"Found .*launch\.toml, which is a folder, expected a file"):
+        load_launch()

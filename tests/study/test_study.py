@@ -112,6 +112,19 @@ def test_a_trial_is_measured_at_a_third_of_its_updates_and_at_the_end_of_every_p
     assert "not the paper's scale" in json.loads(paths.table("transport").read_text())["scale"]
 
 
+def test_one_worker_trains_small_trials_on_one_thread_as_a_pool_does(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        pipeline.tables(load_params(), [], ONE)
+    finally:
+        torch.set_num_threads(before)
+    assert {trial["cost"]["threads"] for trial in trials("transport").values()} == {1}
+
+
 def test_tables_share_trials_and_a_changed_trial_runs_alone(declare: Callable[..., Params]) -> None:
     pipeline.tables(declare(first=TABLE), [], ONE)
     before, measured = trainings(), measurements()
