@@ -135,5 +135,6 @@ def test_profiles_of_a_folder_come_before_those_of_the_package(project: Path) ->
     Path("profiles/smoke.yaml").write_text("# mine\n")
     Path("profiles/other.yaml").write_text("# another\n")
     lines = run("profile").output.splitlines()
-    assert [line.split()[0] for line in lines] == ["imagenet256", "other", "smoke", "study"]
+    shipped = ["photos64", "photos64-representation", "smoke", "study"]
+    assert [line.split()[0] for line in lines] == ["imagenet256", "other", *shipped]
     assert lines[2].split(maxsplit=1)[1] == "mine"
