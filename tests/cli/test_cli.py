@@ -62,10 +62,10 @@ def test_the_help_of_a_command_has_an_example_that_parses_on_a_line_of_its_own(c
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("trian", "Found no command 'trian', did you mean train?: see `afm-pipe --help`."),
+        ("trian", "Found no command 'trian', did you mean train? Otherwise see `afm-pipe --help`."),
         (
             "train --sise t4",
-            "Found the option --sise, which `afm-pipe train` does not have, did you mean --size?: see ",
+            "Found the option --sise, which `afm-pipe train` does not have, did you mean --size? Otherwise see ",
         ),
         ("guide", "Found no RUN, which `afm-pipe guide` needs: see `afm-pipe guide --help`."),
         ("export t4", "Found no --format, which `afm-pipe export` needs: see `afm-pipe export --help`."),
