@@ -134,7 +134,7 @@ def test_profiles_of_a_folder_come_before_those_of_the_package(project: Path) ->
     Path("profiles").mkdir()
     Path("profiles/smoke.yaml").write_text("# mine\n")
     Path("profiles/other.yaml").write_text("# another\n")
-    lines = run("profile").output.splitlines()
+    lines = [line.split(maxsplit=1) for line in run("profile").output.splitlines()]
     shipped = ["photos64", "photos64-representation", "smoke", "study"]
-    assert [line.split()[0] for line in lines] == ["imagenet256", "other", *shipped]
-    assert lines[2].split(maxsplit=1)[1] == "mine"
+    assert [name for name, _ in lines] == ["imagenet256", "other", *shipped]
+    assert dict(lines)["smoke"] == "mine"
