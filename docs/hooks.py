@@ -25,7 +25,7 @@ AT_ROOT = {  # pages outside docs/, by their place in the site
 }
 NOTEBOOKS = ROOT / "notebooks"
 LINK = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<target>[^)#\s]*)(?P<anchor>#[^)]*)?\)")
-CODE = re.compile(r"<!-- code: (?P<file>\S+) (?P<names>[\w, .]+) -->")
+CODE = re.compile(r"^<!-- code: (?P<file>\S+) (?P<names>[\w, .]+) -->$", re.MULTILINE)
 DISPLAY, INLINE = re.compile(r"\$\$(.+?)\$\$", re.DOTALL), re.compile(r"(?<![\\$\w`])\$([^$\n]+?)\$(?![\w$])")
 FENCE = re.compile(r"(^```.*?^```|^(?: {4}[^\n]*\n)+|`[^`\n]*`)", re.DOTALL | re.MULTILINE)
 

@@ -10,6 +10,11 @@ import pytest
 import yaml
 
 from afm_pipe import __version__
+from afm_pipe.reporting.study import spread_text
+from afm_pipe.reporting.titles import base_key
+from afm_pipe.runtime.files import read_model
+from afm_pipe.study.results import TableResults
+from afm_pipe.study.statistics import spread
 from tests.conftest import ROOT
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -50,6 +55,12 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
             assert heading in anchors, f"{target}{heading}"
 
 
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
+    listed = re.findall(r": ([a-z-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert len(listed) == len(set(listed))
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} <= set(listed)
+
+
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
     env = os.environ | {"PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"}
@@ -62,3 +73,16 @@ def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_
     assert text.count("<math") > 5 and "$$" not in text and "def</span>" in text
     fields = (tmp_path / "site" / "params-reference" / "index.html").read_text()
     assert all(f"<code>{name}</code>" in fields for name in ("logit_centering", "batch_fraction", "until_epoch"))
+
+
+def test_the_readmes_results_are_the_committed_ones() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in text.split("<!-- results begin -->")[1].splitlines()[3:8]]
+    path = ROOT / "results" / "tables" / "runs.json"
+    results = read_model(TableResults, path, "run `dvc repro table@runs`")
+    keys = (results.distance_key, f"ratio_{base_key(results.distance_key)}_500", "class_accuracy")
+    expected = [
+        [f"`{results.table.runs[label]}`", label, *(spread_text(spread(results.at(label, ""), key)) for key in keys)]
+        for label in results.table.rows.settings
+    ]
+    assert sorted(rows) == sorted(expected)

@@ -91,6 +91,40 @@ def images(root: str = "data/images") -> Path:
     return Path(root)
 
 
+# A study
+
+
+@provokes("Found no params.yaml in DIR: run this in the project root")
+def _(request: pytest.FixtureRequest) -> str:
+    return CliRunner().invoke(app, ["status"]).output
+
+
+@provokes("Found no git repository in DIR, which DVC needs")
+def _(request: pytest.FixtureRequest) -> str:
+    return CliRunner().invoke(app, ["init"]).output
+
+
+@provokes("Found dvc.yaml in DIR, expected a folder without a study: nothing was written")
+def _(request: pytest.FixtureRequest) -> str:
+    Path("dvc.yaml").write_text("stages: {}\n")
+    return CliRunner().invoke(app, ["init", "--no-git"]).output
+
+
+@provokes("Found versions.yaml of another version of afm-pipe")
+def _(request: pytest.FixtureRequest) -> str:
+    CliRunner().invoke(app, ["init", "--no-git"])
+    Path("versions.yaml").write_text(Path("versions.yaml").read_text().replace("data: ", "data: 9"))
+    return CliRunner().invoke(app, ["stage", "prepare"]).output
+
+
+@provokes("afm-pipe: not found")
+def _(request: pytest.FixtureRequest) -> str:
+    done = subprocess.run(
+        ["/bin/sh", "-c", "afm-pipe stage train t4"], env={"PATH": "/nowhere"}, capture_output=True, text=True
+    )
+    return (done.stdout + done.stderr).replace("command not found", "not found")
+
+
 # Images
 
 

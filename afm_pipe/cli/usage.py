@@ -47,17 +47,17 @@ def describe_usage(error: Any) -> str:
         return f"Found a wrong {hint}: {expected}: {remedy}"
     if name == "NoSuchOption":
         known = [opt for each in context.command.params for opt in each.opts] if context else []
-        return f"Found the option {option}, which `{command}` does not have{_near(option, known)}: {remedy}"
+        return f"Found the option {option}, which `{command}` does not have{_near(option, known) or ': '}{remedy}"
     if name == "BadOptionUsage":
         problem = "with a value, which it does not take" if "not take" in said else "without a value"
         return f"Found {option} {problem}: {remedy}"
     if said.startswith("No such command"):
         found = said.split("'")[1]
-        return f"Found no command {found!r}{_near(found, context.command.commands)}: {remedy}"
+        return f"Found no command {found!r}{_near(found, context.command.commands) or ': '}{remedy}"
     if said.startswith("Got unexpected extra argument"):
         extra = said.partition("(")[2] if "(s) (" not in said else said.partition("(s) (")[2]
         return f"Found {extra.rstrip(').')!r}, which `{command}` does not take: {remedy}"
-    return f"Found `{command}` used in another way than it is meant to be ({said.rstrip('.')}): {remedy}"
+    return f"Found a command line that `{command}` cannot read ({said.rstrip('.')}): {remedy}"
 
 
 def _hint(parameter: Any) -> str:
@@ -68,7 +68,7 @@ def _hint(parameter: Any) -> str:
 
 def _near(found: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(found, known, n=1)
-    return f", did you mean {near[0]}?" if near else ""
+    return f", did you mean {near[0]}? Otherwise " if near else ""
 
 
 def _section_names(*sections: str) -> list[str]:

@@ -19,7 +19,7 @@ from afm_pipe.models.model_files import build_discriminator
 from afm_pipe.objectives import register
 from afm_pipe.objectives.base import Hyperparameters, Learner, Term
 from afm_pipe.objectives.flow_matching import FlowMatching, Path, PathBatches, settings_of
-from afm_pipe.objectives.schedules import cosine, update_at
+from afm_pipe.objectives.schedules import transport_at, transport_decayed
 
 Network = Literal["discriminator", "generator"]
 
@@ -103,15 +103,12 @@ class ContinuousAdversarialFlow(FlowMatching):
         of_g = super().hyperparameters(update, num_images)
         phase = of_g.phase
         assert phase is not None
-        transport = phase.transport or self.run.transport
-        decay_updates = round(transport.decay_epochs * num_images / self.run.batch_size)
-        weight = cosine(transport.start, transport.end, update if clock is None else clock, decay_updates)
+        weight = transport_at(self.run, update, num_images, clock)
         rates = {**of_g.lr, "discriminator": phase.lr_discriminator or of_g.lr["generator"]}
         return Hyperparameters(rates, {"transport": weight}, phase.gradient_clip, phase)
 
     def decayed(self, update: int, num_images: int, clock: float) -> bool:
-        transport = self.run.transport
-        return transport.start == transport.end or clock >= update_at(self.run, transport.decay_epochs, num_images)
+        return transport_decayed(self.run, update, num_images, clock)
 
     def batches(
         self,

@@ -28,6 +28,19 @@ def cosine(start: float, end: float, update: float, updates: int) -> float:
     return end + (start - end) * (1 + cos(pi * progress)) / 2
 
 
+def transport_at(run: Run, update: int, num_images: int, clock: float | None = None) -> float:
+    """Return lambda_ot at an update; `clock`, by default the update itself, moves along the cosine in its place."""
+    transport = phase_at(run, update, num_images).transport or run.transport
+    decay_updates = round(transport.decay_epochs * num_images / run.batch_size)
+    return cosine(transport.start, transport.end, update if clock is None else clock, decay_updates)
+
+
+def transport_decayed(run: Run, update: int, num_images: int, clock: float) -> bool:
+    """Return whether lambda_ot changes no more."""
+    transport = phase_at(run, update, num_images).transport or run.transport
+    return transport.start == transport.end or clock >= update_at(run, transport.decay_epochs, num_images)
+
+
 def ema_decay_at(ema: Ema, update: int) -> float:
     """Return the EMA decay at an update, counted from 0."""
     return min(ema.decay, (1 + update) / (10 + update)) if ema.warmup else ema.decay

@@ -111,7 +111,8 @@ def _tables(cases: dict[str, Case]) -> list[Table]:
         for words in places
     )
     compared = tuple(_comparison(*each) for each in rows if not each[1].case.endswith(PROFILED))
-    tables = [Table("benchmarks", f"Speed beside plain implementations. {where}.", COLUMNS, compared)]
+    first = ("case", "what", "ours", "against", "ratio")
+    tables = [Table("benchmarks", f"Speed beside plain implementations. {where}.", COLUMNS, compared, first=first)]
     for name in names:
         profiled = [(row, key) for of, row, key in rows if of == name and row.case.endswith(PROFILED)]
         if profiled:

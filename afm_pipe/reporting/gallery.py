@@ -9,9 +9,8 @@ from afm_pipe.reporting.inputs import Inputs, RunRecord, stage_of
 from afm_pipe.reporting.pictures import Picture, inline, open_png
 from afm_pipe.runtime import paths
 
-PICTURE_BYTES = (
-    6 * 2**20
-)  # of all pictures on the page; base64 makes them a third larger, so the page stays below 10 MiB
+PICTURE_BYTES = 3 * 2**19  # of all pictures on the page; base64 makes them a third larger: the page stays below 3 MB
+PHOTOS = paths.RESULTS / "photos64"  # the committed results of the profile photos64
 SIDE_BY_SIDE = 2  # seeds of each class, the first of the grid
 GAP = 2  # pixels between a grid's pictures
 RUN_PICTURES = {  # name of the file: its stage, and its alternative text
@@ -33,7 +32,7 @@ class Gallery(NamedTuple):
 def gallery(inputs: Inputs) -> Gallery:
     """Read the pictures of all runs. Raises UserError naming the stage of a missing one."""
     sampling = inputs.params.sample
-    share = PICTURE_BYTES // (2 + 3 * max(len(inputs.runs), 1))
+    share = _share(inputs)
     width = GAP + min(SIDE_BY_SIDE, sampling.per_class) * (inputs.params.data.image_size + GAP)
     side_by_side = []
     for name, (title, path, stage) in zip(("", "", *inputs.params.names), _grids(inputs), strict=True):
@@ -45,6 +44,25 @@ def gallery(inputs: Inputs) -> Gallery:
         for kind in ("interpolation", "nearest")
     )
     return Gallery(side_by_side, strips, nearest)
+
+
+def opening(inputs: Inputs, run: str) -> list[Picture]:
+    """Return the pictures that open the page: real images, samples of a run, and photographs if they were sampled."""
+    share = _share(inputs)
+    real = _grids(inputs)[0]
+    alt = f"Real images, one row per class: {class_list(inputs)}"
+    caption = f"Samples of {run}, one row per class"
+    found = [
+        inline(real[1], real[2], alt, "Real images", share),
+        run_picture(inputs, inputs.record(run), "grid", caption, share),
+    ]
+    photos = next((path for path in (PHOTOS / "report/samples.png", PHOTOS / "samples.png") if path.is_file()), None)
+    if photos is not None and inputs.params.data.source != "clothing":
+        alt = "Photographs: real images, their reconstructions, and samples of each run of the profile photos64"
+        picture = inline(photos, "report", alt, "Photographs, of the profile photos64", 2 * share)
+        page = photos.with_name("index.html")
+        found.append(picture._replace(source=str(page)) if page.is_file() else picture)
+    return found
 
 
 def run_picture(inputs: Inputs, record: RunRecord, name: str, caption: str, max_bytes: int) -> Picture:
@@ -64,6 +82,11 @@ def class_list(inputs: Inputs, most: int = 10) -> str:
     shown = inputs.summary.classes[: inputs.params.sample.classes]
     more = len(shown) - most
     return ", ".join(shown[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def _share(inputs: Inputs) -> int:
+    """Return the bytes of one picture: real images and samples twice, three pictures per run, photographs twice one."""
+    return PICTURE_BYTES // (6 + 3 * len(inputs.runs))
 
 
 def _grids(inputs: Inputs) -> list[tuple[str, Path, str]]:

@@ -123,6 +123,10 @@ class Inputs:
     reconstruction_mse: float | None
     published: dict[str, Any]
 
+    def record(self, name: str) -> RunRecord:
+        """Return the results of a run by name."""
+        return next(run for run in self.runs if run.name == name)
+
 
 Line = TypeVar("Line")
 

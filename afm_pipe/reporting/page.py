@@ -17,10 +17,11 @@ from afm_pipe.reporting.one_dimension import read_one_dimension
 from afm_pipe.reporting.papers import paper_sections, scale_sentence
 from afm_pipe.reporting.plots import stylesheet
 from afm_pipe.reporting.printing import write_files
-from afm_pipe.reporting.section import Section
+from afm_pipe.reporting.section import Group, Section
 from afm_pipe.reporting.status import code_line
 from afm_pipe.reporting.study import study_sections
-from afm_pipe.reporting.summary import facts
+from afm_pipe.reporting.study_verdicts import CHECKS
+from afm_pipe.reporting.summary import facts, findings, lowest_run
 from afm_pipe.reporting.tables import cost_table, flatten, measured_table, run_table
 from afm_pipe.runtime import paths
 from afm_pipe.study.results import runs_over_seeds
@@ -36,7 +37,9 @@ def write_report(params: Params, folder: Path, rendered: Path) -> None:
     directory. Raises UserError naming file and stage if one is missing. The same inputs give the same bytes.
     """
     inputs = read_inputs(params)
-    runs, costs, parts, one_dimension = run_table(inputs), cost_table(inputs), sections(inputs), read_one_dimension()
+    runs, costs, one_dimension = run_table(inputs), cost_table(inputs), read_one_dimension()
+    groups = sections(inputs)
+    parts = [part for group in groups for part in group.sections]
     over_seeds = _over_seeds(inputs, parts)
     trained = [record for record in inputs.runs if record.settings]  # imported models come last and have no curves
     panels = curves.draw_panels(trained, inputs.summary.images)
@@ -46,12 +49,18 @@ def write_report(params: Params, folder: Path, rendered: Path) -> None:
         **_shared(params),
         shape=f"{params.data.image_size} × {params.data.image_size} {'gray' if params.data.channels == 1 else 'RGB'}",
         inputs=inputs,
+        findings=findings(inputs),
         facts=facts(inputs),
+        opening=gallery.opening(inputs, lowest_run(inputs)),
         scale=scale_sentence(inputs),
         run_table=runs,
         cost_table=costs,
         over_seeds=over_seeds,
-        sections=[part for part in parts if part is not over_seeds],
+        groups=[
+            group._replace(sections=tuple(part for part in group.sections if part is not over_seeds))
+            for group in groups
+        ],
+        checked=next((part for part in parts if part.anchor == CHECKS), None),
         one_dimension=one_dimension,
         panels=panels,
         legend=curves.legend(trained),
@@ -76,12 +85,17 @@ def write_report(params: Params, folder: Path, rendered: Path) -> None:
             write_files(table, rendered)
 
 
-def sections(inputs: Inputs) -> tuple[Section, ...]:
-    """Return the sections between the runs and their cost. To add one, write a function that returns a `Section`."""
+def sections(inputs: Inputs) -> tuple[Group, ...]:
+    """Return the sections between training and the toy. To add one, write a function that returns a `Section`."""
     of_paper = paper_sections(inputs)
     if {"ot_gp_grid", "ot_decay"} <= {table.paper for table in inputs.params.tables.values()}:
         of_paper = tuple(section for section in of_paper if section.anchor != "published")  # the study shows both
-    return (*of_paper, *study_sections(inputs), *benchmark_sections())
+    study = study_sections(inputs)
+    return (
+        *((Group("study", "The study", study),) if study else ()),
+        Group("paper", "Beside the paper", of_paper),
+        Group("method", "Method", benchmark_sections()),
+    )
 
 
 def _over_seeds(inputs: Inputs, parts: Sequence[Section]) -> Section | None:

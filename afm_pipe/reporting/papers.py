@@ -131,7 +131,8 @@ def _table(inputs: Inputs, view: View) -> Table:
     caption = f"{view.title}, over 50,000 samples. AFM from Tables 9 and 11. Guidance: {GUIDANCE}. "
     caption += _own_caption(runs, others)
     name = f"paper_{view.anchor.replace('-', '_')}"
-    return Table(name, caption, columns, (*ours, *theirs), note=interval_note(ours))
+    first = ("model", "nfe", "params_m", view.metrics[0], *others[:1])
+    return Table(name, caption, columns, (*ours, *theirs), note=interval_note(ours), first=first)
 
 
 def _later_table(inputs: Inputs) -> Table:

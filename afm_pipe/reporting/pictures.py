@@ -62,11 +62,13 @@ def draw_sheet(tiles: Sequence[tuple[str, Image.Image]], path: Path, columns: in
     images = [image.copy() for _, image in tiles]
     for image in images:
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    width, height = max(image.width for image in images), max(image.height for image in images) + head
+    font = ImageFont.load_default(16)
+    titled = max(math.ceil(font.getlength(title)) for title, _ in tiles)
+    width, height = max(titled, *(image.width for image in images)), max(image.height for image in images) + head
     columns = min(columns, len(tiles))
     rows = math.ceil(len(tiles) / columns)
     sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
+    draw = ImageDraw.Draw(sheet)
     for index, ((title, _), image) in enumerate(zip(tiles, images, strict=True)):
         x, y = gap + index % columns * (width + gap), gap + index // columns * (height + gap)
         draw.text((x, y), title, fill="#1c2127", font=font)

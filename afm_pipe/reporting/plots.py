@@ -20,6 +20,7 @@ DARK = ("#6cb2f0", "#f4915b", "#69c77b", "#c792ea", "#e0b84c", "#4fd1c5", "#f783
 CELL_WIDTH, CELL_HEIGHT = 92, 40
 STRONGEST = 0.62  # opacity of the best cell: its text stays readable in light and dark mode
 WIDTH, HEIGHT = 560, 250  # of error bars
+READABLE = 352  # pixels: a wider drawing scrolls on a narrow screen rather than shrink further
 LEFT, RIGHT, TOP, BOTTOM = 64, 20, 30, 44
 LETTER = 6.4  # width of a letter of 11 px text
 TITLE_LETTER = 7.6  # of a title
@@ -164,7 +165,7 @@ def heat_map(
         for row, line in zip(rows, texts, strict=True)
     )
     height = top + CELL_HEIGHT * len(rows) + 8
-    return svg(width, height, f"{title}. Lower is better. {words}", parts, f"max-width:{width:.0f}px")
+    return svg(width, height, f"{title}. Lower is better. {words}", parts, _sized(width))
 
 
 def error_bars(
@@ -214,7 +215,12 @@ def error_bars(
         parts.append(text(LEFT + 16, y, name))
     height += (LINE * len(legend) + 8) * bool(legend)
     words = "; ".join(_words(point, legend) for point in points)
-    return svg(WIDTH, height, f"{title}. Lower is better. {words}", parts, f"max-width:{WIDTH}px")
+    return svg(WIDTH, height, f"{title}. Lower is better. {words}", parts, _sized(WIDTH))
+
+
+def _sized(width: float) -> str:
+    """Return the style of a drawing that is never larger than drawn, and never too small to read."""
+    return f"max-width:{width:.0f}px;min-width:{min(width, READABLE):.0f}px"
 
 
 def svg(width: float, height: float, label: str, parts: Iterable[str], style: str = "") -> str:

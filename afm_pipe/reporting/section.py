@@ -13,6 +13,14 @@ class Figure(NamedTuple):
     source: str = ""
 
 
+class Group(NamedTuple):
+    """Sections below one heading of the page and of its navigation."""
+
+    anchor: str
+    title: str
+    sections: "tuple[Section, ...]"
+
+
 class Section(NamedTuple):
     """A section; `anchor` is its unique id on the page, and `published` tables are framed as the paper's."""
 
@@ -26,4 +34,6 @@ class Section(NamedTuple):
     figures: tuple[Figure, ...] = ()
     published: tuple[Table, ...] = ()
     warning: str = ""
-    """How it departs from the paper, for readers who compare."""
+    """How it departs from the paper, for readers who compare; or what has not been run."""
+    small: str = ""
+    """Rules and scales, folded on the page."""

@@ -148,7 +148,7 @@ def trials_line(params: Params) -> str | None:
         return None
     from afm_pipe.study.trials import Trials
 
-    what = f"trials of {len(params.tables)} tables"
+    what = f"trials of {len(params.tables)} table{'s' * (len(params.tables) != 1)}"
     try:
         trials = Trials(params).all
     except UserError as error:

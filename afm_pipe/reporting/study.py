@@ -52,18 +52,19 @@ def _section(inputs: Inputs, files: TableFiles, verdicts: Sequence[Verdict]) -> 
         tuple(table for results in found for table in _tables(results, files, inputs.params)),
         tuple(figure for results in found for figure in _figures(results)),
         (published_table(files.name, newest.paper, inputs.published),) if newest.paper else (),
-        _scale(files),
+        _to_run(files),
+        " ".join(f"{SCOPES[results.scope].capitalize()}: {results.scale}" for results in found),
     )
 
 
-def _scale(files: TableFiles) -> str:
+def _to_run(files: TableFiles) -> str:
+    """Say what has not been run; nothing if the results are those of params."""
     run = f"`dvc repro table@{files.name}`"
-    parts = [f"{SCOPES[results.scope].capitalize()}: {results.scale}" for results in files.found]
     if files.own is None:
-        parts.append(f"Found no {paths.table(files.name)}: this profile's own trials have not been run, {run}.")
-    elif files.own.table.model_dump(mode="json") != files.declared.model_dump(mode="json"):
-        parts.append(f"Params have changed since this table was made: run {run}.")
-    return " ".join(parts)
+        return f"Found no {paths.table(files.name)}: this profile's own trials have not been run, {run}."
+    if files.own.table.model_dump(mode="json") != files.declared.model_dump(mode="json"):
+        return f"Params have changed since this table was made: run {run}."
+    return ""
 
 
 def _tables(results: TableResults, files: TableFiles, params: Params) -> list[Table]:
@@ -81,6 +82,7 @@ def _grid(results: TableResults, key: str, new: set[tuple[str, str]]) -> Table:
     assert results.table.columns is not None
     distance, title = key == results.distance_key, results.table.columns.title
     columns = (_row_column(results), *(Column(label, f"{title} {label}") for label in results.columns))
+    first = tuple(column.key for column in columns)  # all: a grid is read whole
     rows = tuple(
         (
             Cell(row, row),
@@ -93,9 +95,9 @@ def _grid(results: TableResults, key: str, new: set[tuple[str, str]]) -> Table:
     )
     if distance:
         caption = _caption(results, _title(key))
-        return Table(_name(results), caption, columns, rows, note=_note(results, new))
+        return Table(_name(results), caption, columns, rows, note=_note(results, new), first=first)
     name = "accuracy" if key == ACCURACY else "ratio"
-    return Table(f"{name}_{_name(results)}", _short_caption(results, _title(key)), columns, rows)
+    return Table(f"{name}_{_name(results)}", _short_caption(results, _title(key)), columns, rows, first=first)
 
 
 def ratio_keys(results: TableResults) -> list[str]:

@@ -23,6 +23,7 @@ RULE = (
     "are counted and compared exactly. Intervals are not corrected for multiple comparisons: among twenty claims, one "
     "may pass by chance."
 )
+CHECKS = "checks"  # anchor of the section on all claims
 _FRACTIONS = {"accuracy": "class accuracy", "trained": "fraction of trained trials", "diverged": "fraction of diverged"}
 _FRACTIONS |= {f"{kind}_alarm": f"fraction with {kind} alarms" for kind in ALARMS}
 
@@ -31,7 +32,7 @@ def verdicts_section(verdicts: Sequence[Verdict], trained: float) -> Section:
     """Build the section on all claims."""
     counts = Counter(verdict.outcome for verdict in verdicts)
     listed = ", ".join(f"{counts[outcome]} {outcome}" for outcome in get_args(Outcome) if counts[outcome])
-    prose = f"{RULE} A trial counts as trained from a class accuracy of {titles.percent(trained)}."
+    small = f"{RULE} A trial counts as trained from a class accuracy of {titles.percent(trained)}."
     summary = f"Of {len(verdicts)} claim{'s' * (len(verdicts) != 1)}: {listed}."
     columns = (
         Column("claim", "Claim", numeric=False),
@@ -46,8 +47,9 @@ def verdicts_section(verdicts: Sequence[Verdict], trained: float) -> Section:
         "Effect and difference compare the group claimed to be lower with the other, paired by seed, with the 95 % "
         "t-interval over seeds; differences of distances are of their logarithms."
     )
-    table = Table("checks", "The verdict on each claim.", columns, tuple(map(_row, verdicts)), note=note)
-    return Section("checks", "Claims and verdicts", prose, summary, tables=(table,))
+    first = ("claim", "verdict", "effect", "seeds")
+    table = Table("checks", "The verdict on each claim.", columns, tuple(map(_row, verdicts)), note=note, first=first)
+    return Section(CHECKS, "Claims and verdicts", verdict=summary, tables=(table,), small=small)
 
 
 def sentence(verdict: Verdict) -> str:
@@ -65,12 +67,15 @@ def sentence(verdict: Verdict) -> str:
     )
 
 
-def effect(verdict: Verdict) -> str:
-    """Say how much the groups differ: a factor of distances, points of fractions, a count of units or alarms."""
+def effect(verdict: Verdict, brief: bool = False) -> str:
+    """Say how much the groups differ: a factor of distances, points of fractions, a count of units or alarms.
+
+    In brief, without the title of the axis and the number of trials.
+    """
     results, measure, less, than = verdict.results, verdict.check.measure, verdict.less, verdict.than
     if results is None:
         return ""
-    groups = _groups(results.table, verdict.check)
+    groups = _groups(results.table, verdict.check, titled=not brief)
     if measure == "units":
         return _units(less, than, groups)
     difference = verdict.difference or 0.0
@@ -84,6 +89,8 @@ def effect(verdict: Verdict) -> str:
         bound = "at least " if above and not below else "at most " if below and not above else ""
         factor = f"{bound}{titles.number(math.exp(abs(difference)))} times " if difference else ""
         text = f"distance {factor}{word}{_ends([math.exp(end) for end in bounds])} {compared}"
+        if brief:
+            return text
         if less.diverged or than.diverged:
             text += f" ({less.diverged} of {less.trials} trials diverged against {than.diverged} of {than.trials})"
         if count := below + above:
@@ -95,7 +102,7 @@ def effect(verdict: Verdict) -> str:
         return f"kinds of alarms per trial {fewer}{_ends(bounds)} {compared}"
     points = f"{size} points " if difference else ""
     text = f"{_FRACTIONS[measure]} {points}{word}{_ends([100 * end for end in bounds])} {compared}"
-    if measure == "accuracy":
+    if brief or measure == "accuracy":
         return text
     return f"{text} ({less.total:.0f} of {less.trials} trials against {than.total:.0f} of {than.trials} trials)"
 
@@ -110,20 +117,20 @@ def _units(less: Side, than: Side, groups: tuple[str, str]) -> str:
     )
 
 
-def _groups(table: StudyTable, check: Check) -> tuple[str, str]:
-    """Name the trials of both groups: lambda_ot = 0.2, and 0."""
+def _groups(table: StudyTable, check: Check, titled: bool) -> tuple[str, str]:
+    """Name the trials of both groups: lambda_ot = 0.2, and 0; untitled: 0.2, and 0."""
     axes = ("rows", table.rows), ("columns", table.columns)
 
-    def name(group: Group, titled: bool) -> str:
+    def name(group: Group, with_title: bool) -> str:
         parts = [
-            (f"{axis.title} = " if titled else "") + " or ".join(labels)
+            (f"{axis.title} = " if with_title else "") + " or ".join(labels)
             for key, axis in axes
             if axis is not None and (labels := getattr(group, key)) is not None
         ]
         return ", ".join(parts) or "all trials"
 
     alike = all((getattr(check.less, key) is None) == (getattr(check.than, key) is None) for key, _ in axes)
-    return name(check.less, True), name(check.than, not alike)
+    return name(check.less, titled), name(check.than, titled and not alike)
 
 
 def _ends(ends: Sequence[float]) -> str:

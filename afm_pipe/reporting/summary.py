@@ -1,4 +1,4 @@
-"""The facts of the summary: distance, class accuracy, copies and cost; over seeds where runs were repeated.
+"""The findings and facts of the summary: verdicts, distance, class accuracy, copies, cost; over seeds if repeated.
 
 Runs are compared over seeds alone. Without a table whose rows are runs, the lowest distance is shown and nothing is
 ranked: training with another seed may lie outside the interval of measuring one run.
@@ -13,12 +13,13 @@ from afm_pipe.params import Check, Group
 from afm_pipe.reporting import titles
 from afm_pipe.reporting.inputs import Inputs, RunRecord
 from afm_pipe.reporting.study import ratio_keys, spread_text
+from afm_pipe.reporting.study_verdicts import effect
 from afm_pipe.runtime import paths
-from afm_pipe.study.results import ACCURACY, TableResults, runs_over_seeds
+from afm_pipe.study.results import ACCURACY, TableResults, read_tables, runs_over_seeds
 from afm_pipe.study.statistics import spread
-from afm_pipe.study.verdicts import verdict_on
+from afm_pipe.study.verdicts import Verdict, decide, verdict_on
 
-RULE = "95 % t-intervals of log ratios of distances, paired by seed, not corrected for multiple comparisons"
+RULE = "95 % t-intervals over seeds of log ratios"
 
 
 class Fact(NamedTuple):
@@ -30,10 +31,51 @@ class Fact(NamedTuple):
     source: Path
 
 
+class Finding(NamedTuple):
+    """The verdict on a main claim in one line, the section that has its table, and its file."""
+
+    outcome: str
+    claim: str
+    words: str
+    anchor: str
+    source: Path
+
+
+def findings(inputs: Inputs) -> list[Finding]:
+    """Return the verdicts on the main claims: those on the runs, then the first of each of the paper's tables."""
+    over_seeds = runs_over_seeds(inputs.params)
+    on_runs, on_paper = list[Verdict](), list[Verdict]()
+    for files in read_tables(inputs.params):
+        verdicts = [verdict for verdict in decide(files, inputs.params.study.trained) if verdict.outcome != "not run"]
+        if over_seeds is not None and files.name == over_seeds.name:
+            on_runs = verdicts
+        elif files.declared.paper is not None:
+            on_paper += verdicts[:1]
+    by_claim = dict[str, Verdict]()
+    for verdict in (*on_runs, *on_paper):
+        by_claim.setdefault(verdict.check.claim, verdict)
+    return [_finding(verdict) for verdict in by_claim.values()]
+
+
+def _finding(verdict: Verdict) -> Finding:
+    assert verdict.results is not None
+    words = effect(verdict, brief=True) + ("; one seed" if verdict.seeds == 1 else "")
+    anchor = f"study-{verdict.table}"
+    return Finding(verdict.outcome, verdict.check.claim, words, anchor, verdict.results.path)
+
+
 def facts(inputs: Inputs) -> list[Fact]:
     """Return the facts of the summary."""
     results = runs_over_seeds(inputs.params)
     return _of_single_runs(inputs) if results is None or not results.distance_key else _over_seeds(inputs, results)
+
+
+def lowest_run(inputs: Inputs) -> str:
+    """Return the run with the lowest distance, over seeds where runs were repeated; the first without distances."""
+    results = runs_over_seeds(inputs.params)
+    name = results.table.runs[lowest_row(results)] if results is not None and results.distance_key else ""
+    single = _lowest(inputs.runs)[1] or inputs.runs[0]
+    return name if name in inputs.params.names else single.name
 
 
 def lowest_row(results: TableResults) -> str:

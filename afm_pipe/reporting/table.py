@@ -1,10 +1,14 @@
 """Tables as data: cells with their source, columns with their meaning, rows with their origin (ours or the paper's)."""
 
+import re
 from typing import Any, Literal, NamedTuple
 
 from afm_pipe.reporting.titles import MISSING
 
 Origin = Literal["ours", "paper"]
+MOST_COLUMNS = 6  # of a table that the page shows whole
+FIRST_COLUMNS = 5  # of a wider one, unless it says which
+SENTENCE = re.compile(r"(?<=\.) (?=[A-Z0-9])")
 
 
 class Cell(NamedTuple):
@@ -45,10 +49,30 @@ class Table(NamedTuple):
     origin: Origin = "ours"
     note: str = ""
     """The meaning of its intervals and marks, shown after the caption."""
+    first: tuple[str, ...] = ()
+    """Keys of the columns that the page shows before the others are requested; empty: the first few of a wide table."""
 
     def origin_of(self, row: int) -> Origin:
         """Return the origin of a row."""
         return self.rows[row][0].origin or self.origin
+
+    @property
+    def later(self) -> tuple[int, ...]:
+        """Indices of the columns that the page shows on request only."""
+        first = self.first or tuple(column.key for column in self.columns[:FIRST_COLUMNS])
+        places = tuple(place for place, column in enumerate(self.columns) if column.key not in first)
+        return places if len(self.columns) > MOST_COLUMNS else ()
+
+    @property
+    def headline(self) -> str:
+        """The first sentences of its caption and of its note."""
+        return " ".join(text for text in (SENTENCE.split(each)[0] for each in (self.caption, self.note)) if text)
+
+    @property
+    def small_print(self) -> str:
+        """The rest of its caption and of its note."""
+        rest = (part for each in (self.caption, self.note) for part in SENTENCE.split(each)[1:])
+        return " ".join(rest)
 
     @property
     def mixed(self) -> bool:

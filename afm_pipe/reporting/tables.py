@@ -81,7 +81,10 @@ def run_table(inputs: Inputs) -> Table:
         "alone."
     )
     note = " ".join(filter(None, [interval_note(rows), held_out_note(inputs.summary)]))
-    return Table("runs", caption, columns, rows, footer, note=note)
+    distance = next(filter(titles.is_distance, metrics), "")
+    ratio = next((key for key in metrics if titles.base_key(key) == f"ratio_{titles.base_key(distance)}"), "")
+    first = ("run", distance, ratio, "class_accuracy", "seconds")
+    return Table("runs", caption, columns, rows, footer, note=note, first=first)
 
 
 def metric_cell(record: RunRecord, key: str) -> Cell:
@@ -169,7 +172,8 @@ def cost_table(inputs: Inputs) -> Table:
         for record in inputs.runs
     )
     caption = f"Training cost, from {paths.costs('RUN')}; of a run that continues another, its own phase alone."
-    return Table("costs", caption, columns, rows)
+    first = ("run", "generator_parameters", "images", "seconds", "images_per_second")
+    return Table("costs", caption, columns, rows, first=first)
 
 
 def differing_settings(runs: Sequence[Run | dict[str, Any]]) -> dict[str, list[Any]]:

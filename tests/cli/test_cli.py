@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from afm_pipe.cli.app import app
 from afm_pipe.params.file import load_params
 from afm_pipe.params.profiles import undeclared_note
+from afm_pipe.runtime import paths
 from afm_pipe.runtime.files import write_json
 from tests.conftest import ROOT, SMOKE
 
@@ -61,10 +62,10 @@ def test_the_help_of_a_command_has_an_example_that_parses_on_a_line_of_its_own(c
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("trian", "Found no command 'trian', did you mean train?: see `afm-pipe --help`."),
+        ("trian", "Found no command 'trian', did you mean train? Otherwise see `afm-pipe --help`."),
         (
             "train --sise t4",
-            "Found the option --sise, which `afm-pipe train` does not have, did you mean --size?: see ",
+            "Found the option --sise, which `afm-pipe train` does not have, did you mean --size? Otherwise see ",
         ),
         ("guide", "Found no RUN, which `afm-pipe guide` needs: see `afm-pipe guide --help`."),
         ("export t4", "Found no --format, which `afm-pipe export` needs: see `afm-pipe export --help`."),
@@ -151,7 +152,7 @@ def test_dry_run_counts_the_memory_of_one_process_under_launch_settings(run, mon
     assert memory()[0] < whole[0] and "activations recomputed" in memory()[1]
 
 
-def test_a_size_without_a_run_is_trained_listed_and_sampled_like_a_run(discs: Path, tmp_path: Path, run) -> None:
+def test_a_size_without_a_run_goes_through_every_stage_like_a_run(discs: Path, tmp_path: Path, run) -> None:
     shutil.copytree(discs, tmp_path, dirs_exist_ok=True)
     short = ["--size", "t2", "--set", "train.phases=[{until_epoch: 1}]", "--set", "train.batch_size=16"]
     dry = run("train", *short, "--dry-run")
@@ -163,6 +164,9 @@ def test_a_size_without_a_run_is_trained_listed_and_sampled_like_a_run(discs: Pa
     assert "t2: not declared in params, a run with the settings of `train`." in done.stderr
     assert re.search(r"^ *t2 +outdated .* trained with other params", run("status").output, re.MULTILINE)
     assert run("sample", "t2", "--count", "2", "--grid", "grid.png").exit_code == 0 and Path("grid.png").is_file()
+    assert run("reference").exit_code == 0
+    measured = run("evaluate", "t2")
+    assert measured.exit_code == 0 and paths.metrics("t2").is_file(), measured.output
 
 
 def test_a_size_without_a_run_names_runs_of_that_size_and_the_profile_of_the_papers() -> None:

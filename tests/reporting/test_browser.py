@@ -1,4 +1,4 @@
-"""The page in a real Chromium: what is there, what it asks of the network (nothing), sorting, the keyboard."""
+"""The page in a real Chromium: what is there, what it asks of the network (nothing), the keyboard, phones, print."""
 
 import json
 import os
@@ -12,13 +12,34 @@ import pytest
 
 from afm_pipe.reporting.page import write_report
 from afm_pipe.runtime import paths
-from tests.reporting.report_inputs import make_params, write, write_inputs
+from tests.reporting.report_inputs import write
+from tests.reporting.test_over_seeds import with_runs_over_seeds
 
 pytestmark = pytest.mark.browser
+CONTRAST = """() => {
+  const channels = color => color.match(/[0-9.]+/g).map(Number);
+  const linear = v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+  const luminance = color => {
+    const [r, g, b] = channels(color).map(v => linear(v / 255));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = element => {
+    for (let e = element; e; e = e.parentElement) {
+      const color = getComputedStyle(e).backgroundColor;
+      if ((channels(color)[3] ?? 1) > 0) return color;
+    }
+    return "rgb(255, 255, 255)";
+  };
+  const written = e => Array.from(e.childNodes).some(node => node.nodeType === 3 && node.data.trim());
+  const elements = Array.from(document.querySelectorAll("body *"));
+  return elements.filter(e => e.checkVisibility() && !e.closest("svg") && written(e)).map(e => {
+    const [x, y] = [luminance(getComputedStyle(e).color), luminance(behind(e))];
+    return {text: e.textContent.slice(0, 40), ratio: (Math.max(x, y) + 0.05) / (Math.min(x, y) + 0.05)};
+  });
+}"""
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 QUIET += ["--disable-component-update", "--disable-sync"]
-RUNS: dict[str, dict[str, Any]] = {"alpha": {}, "beta": {"lr": 5.0e-4}, "gamma": {"nfe": 2, "form": "residual"}}
 DISTANCES = {"alpha": 30.0, "beta": 4.0, "gamma": 200.0}
 
 
@@ -39,8 +60,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     before, project = Path.cwd(), tmp_path_factory.mktemp("report")
     os.chdir(project)
     try:
-        params = make_params(**RUNS)
-        write_inputs(params)
+        params = with_runs_over_seeds()
         for name, value in DISTANCES.items():
             stored = json.loads(paths.metrics(name).read_text())
             interval = {"fd_classifier_5k": [0.9 * value, 1.1 * value]}
@@ -82,10 +102,22 @@ def test_a_page_says_nothing_and_asks_the_network_for_nothing(
 
 def test_sections_and_their_numbers_are_there(browser: Any, report: Path) -> None:
     page = Visit(browser, report / "index.html").page
-    titles = page.locator("h2").all_inner_texts()
-    for title in ("Summary", "Runs", "Samples", "From seed to seed", "Table 4: one step", "Table 12: compute", "Cost"):
+    titles = page.locator("h3").all_inner_texts()
+    for title in (
+        "Summary",
+        "Runs, over three seeds",
+        "Runs, one seed each",
+        "Samples",
+        "From seed to seed",
+        "Table 4: one step",
+        "Table 12: compute",
+        "Cost",
+    ):
         assert title in titles
-    assert page.locator("#table-runs").get_by_text("4.00 [3.60, 4.40]").is_visible()
+    numbers = page.locator("#table-runs").get_by_text("4.00 [3.60, 4.40]")
+    assert not numbers.is_visible()
+    page.get_by_text("All metrics of single runs").click()
+    assert numbers.is_visible()
     ours = page.locator("#table-paper_one_step tr.ours").first
     theirs = page.locator("#table-paper_one_step tr.paper").first
     colour = "e => getComputedStyle(e.children[1]).backgroundColor"
@@ -96,7 +128,8 @@ def test_sections_and_their_numbers_are_there(browser: Any, report: Path) -> Non
 
 def test_columns_sort_by_value_with_the_keyboard_alone(browser: Any, report: Path) -> None:
     visit = Visit(browser, report / "index.html")
-    header = visit.page.locator("#table-runs thead th").nth(1)
+    visit.page.get_by_text("All metrics of single runs").click()
+    header = visit.page.locator("#table-runs thead th").nth(2)
     assert visit.column(1) == ["alpha", "beta", "gamma"]
     for _ in range(200):
         visit.page.keyboard.press("Tab")
@@ -115,7 +148,7 @@ def test_columns_sort_by_value_with_the_keyboard_alone(browser: Any, report: Pat
 def test_everything_that_scrolls_or_leads_on_is_reached_by_tab(browser: Any, report: Path) -> None:
     page = Visit(browser, report / "index.html").page
     unreached = page.evaluate(
-        "Array.from(document.querySelectorAll('.scroll, a[href], th button, pre'))"
+        "Array.from(document.querySelectorAll('.scroll, a[href], th button, pre, summary, .columns'))"
         ".filter(e => e.tabIndex < 0).map(e => e.outerHTML.slice(0, 80))"
     )
     assert unreached == []
@@ -124,13 +157,92 @@ def test_everything_that_scrolls_or_leads_on_is_reached_by_tab(browser: Any, rep
 
 
 @pytest.mark.parametrize("file", ["index.html", "runs/alpha.html"])
-def test_a_phone_is_not_scrolled_sideways(browser: Any, report: Path, file: str) -> None:
-    page = Visit(browser, report / file, viewport={"width": 390, "height": 844}).page
-    assert page.evaluate("document.documentElement.scrollWidth") == 390
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_no_screen_is_scrolled_sideways(browser: Any, report: Path, file: str, scheme: str, width: int) -> None:
+    visit = Visit(browser, report / file, viewport={"width": width, "height": 844}, color_scheme=scheme)
+    for folded in (True, False):
+        assert visit.page.evaluate("document.documentElement.scrollWidth") == width, f"folded: {folded}"
+        visit.page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
+
+
+@pytest.mark.parametrize("file", ["index.html", "runs/alpha.html"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_has_the_contrast_of_wcag_aa(browser: Any, report: Path, file: str, scheme: str) -> None:
+    page = Visit(browser, report / file, color_scheme=scheme).page
+    found = page.evaluate(CONTRAST)
+    assert len(found) > 50
+    assert [each for each in found if each["ratio"] < 4.5] == []
+
+
+def test_headings_skip_no_level_and_regions_have_names(browser: Any, report: Path) -> None:
+    page = Visit(browser, report / "index.html").page
+    levels = page.evaluate("Array.from(document.querySelectorAll('h1, h2, h3, h4')).map(e => Number(e.tagName[1]))")
+    assert levels[0] == 1
+    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert page.get_by_role("navigation", name="Sections").count() == 1
+    assert page.get_by_role("main").count() == 1
+    regions = page.locator("[role=region]").count()
+    assert page.get_by_role("region", name=re.compile(r"\w{3}"), include_hidden=True).count() == regions
+
+
+def test_sections_are_a_column_on_a_screen_and_a_fold_on_a_phone(browser: Any, report: Path) -> None:
+    wide = Visit(browser, report / "index.html", viewport={"width": 1280, "height": 844}).page
+    link = "nav a[href='#cost']"
+    assert wide.locator(link).is_visible()
+    wide.mouse.wheel(0, 3000)
+    wide.wait_for_function("scrollY > 2000")
+    assert wide.locator("nav").bounding_box()["y"] == 0  # it stays in view
+    narrow = Visit(browser, report / "index.html", viewport={"width": 390, "height": 844}).page
+    assert not narrow.locator(link).is_visible()
+    narrow.locator("nav summary").focus()
+    narrow.keyboard.press("Enter")
+    assert narrow.locator(link).is_visible()
+    narrow.locator(link).click()
+    narrow.wait_for_function("Math.abs(document.querySelector('#cost').getBoundingClientRect().top) < 100")
+
+
+@pytest.mark.parametrize("scripts", [True, False])
+def test_a_wide_table_shows_its_main_columns_and_the_rest_on_request(browser: Any, report: Path, scripts: bool) -> None:
+    visit = Visit(browser, report / "index.html", java_script_enabled=scripts, viewport={"width": 1280, "height": 844})
+    headers = visit.page.locator("#table-costs thead th")
+    shown = [header.inner_text().strip("\xa0 ↕") for header in headers.all() if header.is_visible()]
+    assert shown == ["Run", "Generator", "Images seen", "Training time", "Images/s"]
+    control = visit.page.get_by_role("checkbox", name=f"Show all {headers.count()} columns").last
+    control.focus()
+    visit.page.keyboard.press("Space")
+    assert all(header.is_visible() for header in headers.all())
+    visit.page.keyboard.press("Space")
+    assert not headers.last.is_visible()
+    visit.page.emulate_media(media="print")
+    assert all(header.is_visible() for header in headers.all())
+    assert not control.is_visible()
+
+
+def test_rows_are_one_line_high(browser: Any, report: Path) -> None:
+    page = Visit(browser, report / "index.html", viewport={"width": 1280, "height": 844}).page
+    page.get_by_text("All metrics of single runs").click()
+    for table in ("table_runs", "runs", "costs", "paper_one_step"):
+        rows = page.locator(f"#table-{table} tbody tr").all()
+        assert len(rows) > 2
+        assert max(row.bounding_box()["height"] for row in rows) < 40
+
+
+def test_small_print_is_folded_and_printed_with_tables_that_fit_the_paper(browser: Any, report: Path) -> None:
+    page = Visit(browser, report / "index.html", viewport={"width": 720, "height": 960}).page
+    note = page.get_by_text("As a file:").first
+    assert not note.is_visible()
+    page.emulate_media(media="print")
+    assert note.is_visible()
+    assert page.locator("summary:visible").count() == 0
+    tables = "Array.from(document.querySelectorAll('table'))"
+    cut = f"{tables}.filter(e => e.offsetWidth > (e.closest('.wide') ? 960 : 720)).map(e => [e.id, e.offsetWidth])"
+    assert page.evaluate(cut) == []  # the upright page holds 720 pixels, the one of wide tables 960
 
 
 def test_without_scripts_tables_are_plain_and_whole(browser: Any, report: Path) -> None:
     visit = Visit(browser, report / "index.html", java_script_enabled=False)
+    visit.page.get_by_text("All metrics of single runs").click()
     assert visit.column(1) == ["alpha", "beta", "gamma"]
     assert visit.page.locator("th button").count() == 0
 

@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 
 from afm_pipe.params import Params
+from afm_pipe.reporting import gallery
 from afm_pipe.reporting.summary import lowest_row
 from afm_pipe.runtime import paths
 from afm_pipe.study.results import runs_over_seeds
-from tests.reporting.report_inputs import COMMITTED, Page, built, write_inputs
-from tests.study.study_files import declared, write_study
+from tests.reporting.report_inputs import COMMITTED, Page, built, write_inputs, write_picture
+from tests.study.study_files import check, declared, write_study
 
 RUNS: dict[str, dict[str, Any]] = {"alpha": {}, "beta": {"lr": 5.0e-4}, "gamma": {"nfe": 2, "form": "residual"}}
 DISTANCES = {"alpha": 40.0, "beta": 38.0, "gamma": 200.0}
@@ -18,9 +19,11 @@ LABELS = {"gamma": "two steps"}  # the others are labeled with their names
 SPREAD = {"alpha": (0.0, 4.0, -4.0), "beta": (3.0, -3.0, 0.0), "gamma": (-5.0, 5.0, 0.0)}  # over seeds
 
 
-def with_runs_over_seeds(seeds: tuple[int, ...] = (0, 1, 2), missing: str = "") -> Params:
+def with_runs_over_seeds(
+    seeds: tuple[int, ...] = (0, 1, 2), missing: str = "", checks: tuple[dict[str, Any], ...] = ()
+) -> Params:
     """Write the files of a report, with a table of three runs over seeds; `missing` has no distance for its last."""
-    table = declared(checks=(), seeds=seeds)
+    table = declared(checks=checks, seeds=seeds)
     table["title"] = "Runs, over three seeds"
     table["rows"] = {"title": "Run", "settings": {LABELS.get(name, name): {"run": name} for name in RUNS}}
 
@@ -60,11 +63,35 @@ def test_facts_are_over_seeds_and_name_what_cannot_be_told_apart(project: Path) 
     assert "90.0 ± 0.0 %" in summary[: summary.index("of the samples of run beta show their class")]
 
 
+def test_the_page_opens_with_the_verdicts_on_main_claims_in_one_line_each(project: Path) -> None:
+    worse = check("distance", {"rows": ["beta"]}, {"rows": ["two steps"]}, "One step is better than two")
+    close = check("distance", {"rows": ["beta"]}, {"rows": ["alpha"]}, "A lower rate is better")
+    page = built(with_runs_over_seeds(checks=(worse, close)))
+    summary = " ".join(page.text[page.text.index("Summary") : page.text.index("Lowest distance")].split())
+    first, second = summary.index("supported One step"), summary.index("undecided A lower rate is better: distance")
+    assert first < second
+    assert "One step is better than two: distance 5.27 times lower [4.07, 6.83] for beta than for two steps" in summary
+    assert "Of 2 claims: 1 supported, 1 undecided." in summary
+    assert {"href": "#study-runs"} in page.all("a")
+
+
+@pytest.mark.parametrize("folder", ["report", "."])
+def test_photographs_stand_beside_the_samples_where_they_were_sampled(project: Path, folder: str) -> None:
+    params = with_runs_over_seeds()
+    assert "Photographs" not in built(params).text
+    path = gallery.PHOTOS / folder / "samples.png"
+    write_picture(path, 5)
+    page = built(params)
+    (alt,) = [str(each["alt"]) for each in page.all("img") if "Photographs" in str(each["alt"])]
+    assert "samples of each run" in alt
+    assert {"href": f"../../{path}"} in page.all("a")
+    path.with_name("index.html").touch()
+    assert {"href": f"../../{path.with_name('index.html')}"} in built(params).all("a")
+
+
 def test_a_run_that_is_clear_of_all_others_is_called_lower(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(DISTANCES, "beta", 10.0)
-    assert (
-        "over 3 seeds; lower than every other run (95 % t-intervals of log ratios" in built(with_runs_over_seeds()).text
-    )
+    assert "over 3 seeds; lower than every other run (95 % t-intervals over seeds" in built(with_runs_over_seeds()).text
 
 
 def test_one_seed_ranks_nothing(project: Path) -> None:

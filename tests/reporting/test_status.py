@@ -168,7 +168,7 @@ def test_damaged_and_hostile_logs_are_passed_over_and_counted(project: Path, cha
         (paths.model("t4") / "config.json").write_text(text)
         status_text(params)
     Path(paths.LATENTS).write_bytes(b"\x89HDF\r\n")
-    assert status.run_status(params, "t4").note == "for data/latents.h5"
+    assert status.run_status(params, "t4").note == "for data/latents.h5, which cannot be read"
 
 
 def test_a_stale_lease_holds_nothing(project: Path, change: Callable[..., Params]) -> None:

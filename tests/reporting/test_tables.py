@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image, ImageFont
 
 from afm_pipe.params.file import load_params
 from afm_pipe.reporting import printing
 from afm_pipe.reporting.counts import xl2_work
+from afm_pipe.reporting.pictures import draw_sheet
+from afm_pipe.reporting.table import Column, Table
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
 from tests.reporting.report_inputs import (
@@ -76,6 +79,25 @@ def test_damaged_intervals_are_a_clear_error(project: Path, intervals: Any) -> N
     write(paths.metrics("t4"), json.loads(paths.metrics("t4").read_text()) | {"intervals": intervals})
     with pytest.raises(UserError, match="with a wrong intervals"):
         built(params)
+
+
+def test_a_wide_table_has_main_columns_and_its_caption_ends_in_small_print() -> None:
+    columns = tuple(Column(key, key.upper()) for key in "abcdefg")
+    wide = Table("t", "What it is. From v1.2 files. More.", columns, (), note="In brackets: one thing. And another.")
+    assert wide.later == (5, 6)
+    assert wide._replace(first=("a", "g")).later == (1, 2, 3, 4, 5)
+    assert wide._replace(columns=columns[:6]).later == ()
+    assert wide.headline == "What it is. In brackets: one thing."
+    assert wide.small_print == "From v1.2 files. More. And another."
+
+
+def test_titles_of_small_pictures_do_not_overlap(project: Path) -> None:
+    small = Image.new("RGB", (20, 20))
+    for title in ("a", "one-step-larger-longer"):
+        draw_sheet([(title, small), (title, small)], Path(f"{title}.png"))
+    narrow, wide = (Image.open(f"{title}.png").width for title in ("a", "one-step-larger-longer"))
+    assert narrow == 16 + 2 * (20 + 16)
+    assert wide >= 2 * ImageFont.load_default(16).getlength("one-step-larger-longer") + 3 * 16
 
 
 def test_latex_is_escaped_has_rules_and_says_the_sample_count(project: Path) -> None:

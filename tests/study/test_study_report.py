@@ -253,7 +253,8 @@ def test_study_and_own_run_stand_side_by_side_and_what_only_the_study_has_is_mar
     found = sections_of(make_params(sweep=small))
     section = found["study-sweep"]
     assert [table.name for table in section.tables] == ["table_sweep", "study_sweep"]
-    assert section.warning == "This profile: Small scale. The study: Large."
+    assert section.small == "This profile: Small scale. The study: Large."
+    assert not section.warning
     assert "Small scale" in section.tables[0].caption
     assert "Large" in section.tables[1].caption
     assert [row[0] for row in texts(section.tables[1])] == ["0", "0.2", "1 °"]

@@ -33,7 +33,7 @@ from afm_pipe.objectives.adversarial_flow.normalizer import divisor
 from afm_pipe.objectives.adversarial_flow.terms import D_TERMS, G_ADVERSARIAL, G_TERMS, DLossInputs, GLossInputs
 from afm_pipe.objectives.base import Hyperparameters, Learner, Term
 from afm_pipe.objectives.of_runs import RunObjective
-from afm_pipe.objectives.schedules import cosine, phase_at, update_at
+from afm_pipe.objectives.schedules import phase_at, transport_at, transport_decayed
 
 
 class OutputGradients(NamedTuple):
@@ -87,17 +87,13 @@ class AdversarialFlow(RunObjective):
 
     def hyperparameters(self, update: int, num_images: int, clock: float | None = None) -> Hyperparameters:
         phase = phase_at(self.run, update, num_images)
-        transport = phase.transport or self.run.transport
-        decay_updates = round(transport.decay_epochs * num_images / self.run.batch_size)
-        weight = cosine(transport.start, transport.end, update if clock is None else clock, decay_updates)
+        weight = transport_at(self.run, update, num_images, clock)
         lr = phase.lr or self.run.lr
         rates = {"generator": lr, "discriminator": phase.lr_discriminator or lr}
         return Hyperparameters(rates, {"transport": weight}, phase.gradient_clip, phase)
 
     def decayed(self, update: int, num_images: int, clock: float) -> bool:
-        transport = phase_at(self.run, update, num_images).transport or self.run.transport
-        over = clock >= update_at(self.run, transport.decay_epochs, num_images)
-        return over or transport.start == transport.end
+        return transport_decayed(self.run, update, num_images, clock)
 
     def batches(
         self,
