@@ -123,8 +123,10 @@ def _made(params: Params) -> list[Finding]:
 
 
 def _weights(params: Params) -> list[Finding]:
+    from afm_pipe.autoencoders.encoders import encoder_path
     from afm_pipe.evaluation.adm import adm_path
     from afm_pipe.evaluation.features import dinov2_path, inception_path
+    from afm_pipe.params.encoders import ENCODERS
 
     settings, needed = params.evaluate, dict[str, Callable[[], Path]]()
     if any(name.startswith("inception") for name in settings.features):
@@ -134,6 +136,9 @@ def _weights(params: Params) -> list[Finding]:
         needed["ADM's statistics"] = lambda: adm_path(adm)[0]
     if "dinov2" in settings.features:
         needed["DINOv2"] = lambda: dinov2_path(settings.dinov2_sha256)
+    encoder = getattr(params.autoencoder, "encoder", None)
+    if encoder is not None and ENCODERS[encoder].weights is not None:
+        needed["encoder"] = lambda: encoder_path(encoder, getattr(params.autoencoder, "sha256", None))[0]
     findings = []
     for name, find in needed.items():
         try:

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 from afm_pipe.evaluation.arrays import load_arrays
-from afm_pipe.evaluation.networks import LEGACY, SPATIAL, FeatureNetwork, weights_file
+from afm_pipe.evaluation.networks import LEGACY, SPATIAL, FeatureNetwork
 from afm_pipe.evaluation.statistics import TRAINING_IMAGES, Reference
 from afm_pipe.params import AdmReference
 from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.weights import weights_file
 
 ADM = "adm"  # `Reference.source`, followed by the hash of the file
 ARRAYS = ("mu", "sigma", "mu_s", "sigma_s", "arr_0")

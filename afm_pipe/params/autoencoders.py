@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 from pydantic import Field, ModelWrapValidatorHandler, field_validator, model_validator
 
 from afm_pipe.params.base import Count, NotNegative, Positive, Section
+from afm_pipe.params.encoders import ENCODERS
 from afm_pipe.params.images import Data
 from afm_pipe.params.latent_spec import LatentSpec
 
@@ -139,3 +140,65 @@ class TinyParams(DiffusersParams):
     """Folder or hub name of a diffusers AutoencoderTiny, such as madebyollin/taesd."""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     """Expected sha256 of its diffusion_pytorch_model.safetensors."""
+
+
+class DecoderTraining(Section):
+    """The convolutional decoder of a representation and its training."""
+
+    widths: Annotated[tuple[Count, ...], Field(strict=False, min_length=1)]
+    """Channels per resolution, from the latents' to the images'; each entry after the first doubles the side."""
+    noise: NotNegative
+    """Robustness to what a generator gets wrong (Zheng et al. 2025, section 4.3): each normalized latent gets Gaussian
+    noise whose deviation is |n|, n from N(0, noise^2). 0: none, the best reconstructions."""
+    lr: Positive
+    """Initial learning rate of Adam; it decays linearly to 0."""
+    batch_size: Count
+    updates: Count
+
+
+class RepresentationParams(AutoencoderParams):
+    """The feature map of a frozen pretrained encoder as the latent, and a decoder trained on the images."""
+
+    kind: Literal["representation"]
+    """representation: the feature map of a frozen pretrained encoder, and a decoder trained on the images."""
+    encoder: Literal[tuple(ENCODERS)]  # type: ignore[valid-type]  # pydantic reads the names from the table
+    """efficientnet_lite0: from pip, trained on ImageNet; dinov2_*: timm's weights as NAME.safetensors in the weights
+    folder."""
+    layer: Count
+    """Block whose output is the latent, counted from 1; the tokens of DINOv2 get the network's final norm."""
+    input_size: Count
+    """Side to which the encoder's images are resized, in pixels: a multiple of the layer's stride."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
+    """Expected sha256 of the encoder's weights; null: any that the pip package has."""
+    train: DecoderTraining
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        encoder = ENCODERS[self.encoder]
+        if self.layer > len(encoder.maps):
+            raise ValueError(
+                f"expected a layer from 1 to {len(encoder.maps)}, the blocks of {self.encoder}; found {self.layer}"
+            )
+        stride = encoder.maps[self.layer - 1].stride
+        if self.input_size % stride:
+            raise ValueError(
+                f"expected an input_size that is a multiple of {stride}, the stride of layer {self.layer} of "
+                f"{self.encoder}; found {self.input_size}"
+            )
+        if encoder.weights is not None and self.sha256 is None:
+            raise ValueError(
+                f"expected `sha256` of {encoder.weights}, found null: external weights are checked before use"
+            )
+        return self
+
+    def latent_spec(self, data: Data) -> LatentSpec:
+        """Return the spec of the latents, as far as params determine it. Raises ValueError for maps that do not fit."""
+        channels, stride = ENCODERS[self.encoder].maps[self.layer - 1]
+        side, levels = self.input_size // stride, len(self.train.widths)
+        if side * 2 ** (levels - 1) != data.image_size:
+            raise ValueError(
+                f"autoencoder: expected a feature map whose side is data.image_size {data.image_size} / a power of 2, "
+                f"and one of train.widths for it and for each doubling; found a map of {side} x {side} (input_size "
+                f"{self.input_size}, stride {stride}) and {levels} widths, which make {side * 2 ** (levels - 1)} pixels"
+            )
+        return LatentSpec((channels, side, side), stochastic=False)

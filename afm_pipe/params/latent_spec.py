@@ -32,10 +32,10 @@ class LatentSpec:
         return (2 * channels if self.stochastic else channels), height, width
 
     def normalize(self, latents: "Tensor") -> "Tensor":
-        """Normalize the autoencoder's latents (B, c, h, w) to about zero mean and unit variance."""
+        """Normalize the autoencoder's latents (B, c, h, w) to about zero mean and unit variance, on their device."""
         assert self.scaling_factor is not None
         if self.mean is not None and self.std is not None:
-            latents = (latents - self.mean) / self.std
+            latents = (latents - self.mean.to(latents.device)) / self.std.to(latents.device)
         return latents * self.scaling_factor
 
     def denormalize(self, latents: "Tensor") -> "Tensor":

@@ -21,6 +21,9 @@ SIZES = {
     "m2": ModelSize(depth=16, width=1024, heads=16, patch=2),
     "l2": ModelSize(depth=24, width=1024, heads=16, patch=2),
     "xl2": ModelSize(depth=28, width=1152, heads=16, patch=2),
+    "t1": ModelSize(depth=4, width=128, heads=4, patch=1),  # patch 1: latents with many channels and short sides
+    "b1": ModelSize(depth=12, width=768, heads=12, patch=1),
+    "xl1": ModelSize(depth=28, width=1152, heads=16, patch=1),
 }
 
 SMALL_WIDTH = 256

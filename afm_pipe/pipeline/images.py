@@ -83,6 +83,7 @@ def reference(params: Params, launch: Launch) -> None:
     held_out = read_held_out(paths.HELD_OUT, params.held_out)
     require_measurable(params, manifest, held_out)  # params may have changed since `prepare`
     vae = load_autoencoder(params, paths.AUTOENCODER, device)
+    vae.check(params)
     images: Any = LazyImages(manifest, params.data)
     if images.nbytes < IN_MEMORY:
         images = track("read images", load_images(manifest, params.data))

@@ -19,6 +19,7 @@ from afm_pipe.runtime.tables import table_text
 PRECISIONS = ("fp32", "tf32", "bf16")
 DAY = 86400.0  # seconds
 IMAGENET_IMAGES = 1_281_167  # of the training set
+LARGE_LATENTS = 2e11  # bytes
 NODE = 8  # GPUs of a machine
 LINK_UTILIZATION = 0.8
 NETWORK = NODE * 50.0  # GB/s out of a machine: one 400 Gb/s network card per GPU
@@ -175,6 +176,18 @@ def latents_bytes(params: Params, num_images: int) -> int:
     return num_images * (2 if params.data.mirror else 1) * row_bytes(params)
 
 
+def _large_latents(params: Params, num_images: int) -> list[str]:
+    """Return a line on latents of which a disk may be short: their size with and without mirrors."""
+    row, (channels, height, width) = num_images * row_bytes(params), params.latent_spec.encoded_shape
+    if 2 * row < LARGE_LATENTS:
+        return []
+    chosen = "data.mirror: false halves them" if params.data.mirror else "data.mirror: true doubles them"
+    return [
+        f"latents.h5 of {channels} x {height} x {width}: {rounded(2 * row / 1e12)} TB with mirrors, "
+        f"{rounded(row / 1e12)} TB without; {chosen}."
+    ]
+
+
 def row_bytes(params: Params) -> int:
     """Return the size of one row of latents.h5, in float16."""
     return 2 * prod(params.latent_spec.encoded_shape)
@@ -205,6 +218,7 @@ def plan_text(
         table_text(header, [_row(plan, networks, capacity) for plan in plans]),
         f"Total: about {days} days and {rounded(disk / 1e9)} GB of disk, {rounded(latents / 1e9)} for latents "
         f"({num_images:,} images{', both mirrors' if params.data.mirror else ''}, float16 {stored}).",
+        *_large_latents(params, num_images),
         f"On {machine.gpus} x {machine.gpu} in {machine.precision}: {machine.peak / 1e12:g} TFLOP/s each by the data "
         f"sheet (dense), of which {reached} is assumed to be reached (--utilization; --measure measures it).",
         *([PUBLISHED] if machine.least_utilization is not None else []),

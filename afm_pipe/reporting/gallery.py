@@ -10,7 +10,7 @@ from afm_pipe.reporting.pictures import Picture, inline, open_png
 from afm_pipe.runtime import paths
 
 PICTURE_BYTES = 3 * 2**19  # of all pictures on the page; base64 makes them a third larger: the page stays below 3 MB
-PHOTOS = paths.RESULTS / "photos64" / "report"  # of the study of photographs, where it was run
+PHOTOS = paths.RESULTS / "photos64"  # the committed results of the profile photos64
 SIDE_BY_SIDE = 2  # seeds of each class, the first of the grid
 GAP = 2  # pixels between a grid's pictures
 RUN_PICTURES = {  # name of the file: its stage, and its alternative text
@@ -56,10 +56,12 @@ def opening(inputs: Inputs, run: str) -> list[Picture]:
         inline(real[1], real[2], alt, "Real images", share),
         run_picture(inputs, inputs.record(run), "grid", caption, share),
     ]
-    path = PHOTOS / "samples.png"
-    if path.is_file():
+    photos = next((path for path in (PHOTOS / "report/samples.png", PHOTOS / "samples.png") if path.is_file()), None)
+    if photos is not None and inputs.params.data.source != "clothing":
         alt = "Photographs: real images, their reconstructions, and samples of each run of the profile photos64"
-        found.append(inline(path, "report", alt, "Photographs (profile photos64)", 2 * share))
+        picture = inline(photos, "report", alt, "Photographs, of the profile photos64", 2 * share)
+        page = photos.with_name("index.html")
+        found.append(picture._replace(source=str(page)) if page.is_file() else picture)
     return found
 
 

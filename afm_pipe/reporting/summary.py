@@ -59,8 +59,7 @@ def findings(inputs: Inputs) -> list[Finding]:
 
 def _finding(verdict: Verdict) -> Finding:
     assert verdict.results is not None
-    seeds = f"{verdict.seeds} seeds" if verdict.seeds > 1 else "one seed"
-    words = f"{effect(verdict, brief=True)}; {seeds}"
+    words = effect(verdict, brief=True) + ("; one seed" if verdict.seeds == 1 else "")
     anchor = f"study-{verdict.table}"
     return Finding(verdict.outcome, verdict.check.claim, words, anchor, verdict.results.path)
 

@@ -251,7 +251,7 @@ def test_dinov2_weights_need_a_hash_in_params(tmp_path: Path, monkeypatch: pytes
     path = tmp_path / "dinov2_vitl14.safetensors"
     path.write_bytes(b"other weights")
     found = hashlib.sha256(path.read_bytes()).hexdigest()
-    monkeypatch.setattr("afm_pipe.evaluation.features.load_file", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr("afm_pipe.autoencoders.encoders.load_file", lambda *_: pytest.fail("it was loaded"))
     with pytest.raises(UserError, match=f"with sha256 {found}, and evaluate.dinov2_sha256 null: "):
         load_network("dinov2")
     with pytest.raises(UserError, match=f"with sha256 {found}, expected .* sha256 333"):

@@ -92,7 +92,8 @@ def test_a_folder_without_git_is_refused_unless_dvc_works_without(project: Path)
 
 
 def test_an_unknown_profile_is_refused_with_those_there(repository: Path) -> None:
-    assert "expected one of imagenet256, smoke, study" in run("init", "--profile", "imagenet").stderr
+    refusal = run("init", "--profile", "imagenet").stderr
+    assert "expected one of imagenet256, photos64, photos64-representation, smoke, study" in refusal
     assert not Path("params.yaml").exists()
 
 
@@ -134,5 +135,6 @@ def test_profiles_of_a_folder_come_before_those_of_the_package(project: Path) ->
     Path("profiles/smoke.yaml").write_text("# mine\n")
     Path("profiles/other.yaml").write_text("# another\n")
     lines = run("profile").output.splitlines()
-    assert [line.split()[0] for line in lines] == ["imagenet256", "other", "smoke", "study"]
+    shipped = ["photos64", "photos64-representation", "smoke", "study"]
+    assert [line.split()[0] for line in lines] == ["imagenet256", "other", *shipped]
     assert lines[2].split(maxsplit=1)[1] == "mine"

@@ -60,7 +60,10 @@ def test_transport_may_be_a_number() -> None:
         ),
         ("train.batch_size=many", "train.batch_size: found 'many', expected a valid integer"),
         ("train.batch_size=true", "train.batch_size: found true, expected a valid integer"),
-        ("runs.t4.size=x9", "runs.t4.size: found 'x9', expected 't4', 's4', 't2', 'b2', 'm2', 'l2' or 'xl2'"),
+        (
+            "runs.t4.size=x9",
+            "runs.t4.size: found 'x9', expected 't4', 's4', 't2', 'b2', 'm2', 'l2', 'xl2', 't1', 'b1' or 'xl1'",
+        ),
         ("runs.t4.phases=[{until_epoch: 3}, {until_epoch: 2}]", "expected until_epoch to rise from phase to phase"),
         ("autoencoder.downsample=8", "expected downsample 4 for 3 block_out_channels, found 8"),
         ("autoencoder.pretrained=x", "expected `sha256` beside `pretrained`"),

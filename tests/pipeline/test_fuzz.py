@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 
+from afm_pipe.autoencoders.representation import read_weights
 from afm_pipe.data.images import decode_image
 from afm_pipe.data.latents import Latents
 from afm_pipe.data.latents_format import CLASSES, DONE, LABELS, MOMENTS, read_provenance
@@ -158,6 +159,7 @@ def decode(path: Path) -> Any:
 
 
 TENSORS = {"a.weight": torch.ones(2, 3), "a.bias": torch.zeros(2, dtype=torch.float16)}
+DECODER = saved(lambda path: save_file({"mean": torch.zeros(2, 3)}, path, {"encoder": "{}"}), "decoder")
 SAFE = saved(lambda path: save_file(TENSORS, path, {"afm_pipe": '{"model": {"nfe": 2}}'}), "safe")
 PICKLED = saved(lambda path: torch.save({"ema": TENSORS, "step": 3}, path), "pickled")
 LATENTS = saved(hdf5, "latents")
@@ -198,6 +200,7 @@ def test_what_is_changed_below_is_valid(place: Path) -> None:
 LOADERS: list[tuple[str, bytes, Callable[[Path], Any]]] = [
     ("x.safetensors", SAFE, read_tensors),
     ("y.safetensors", SAFE, load_tensors),
+    ("decoder.safetensors", DECODER, lambda path: read_weights(path, {"mean": torch.Size([2, 3])})),
     ("x.pth", PICKLED, read_tensors),
     ("x.h5", LATENTS, Latents.open),
     ("y.h5", LATENTS, read_provenance),

@@ -75,14 +75,18 @@ def test_the_page_opens_with_the_verdicts_on_main_claims_in_one_line_each(projec
     assert {"href": "#study-runs"} in page.all("a")
 
 
-def test_photographs_stand_beside_the_samples_where_they_were_sampled(project: Path) -> None:
+@pytest.mark.parametrize("folder", ["report", "."])
+def test_photographs_stand_beside_the_samples_where_they_were_sampled(project: Path, folder: str) -> None:
     params = with_runs_over_seeds()
-    assert "photos64" not in built(params).text
-    write_picture(gallery.PHOTOS / "samples.png", 5)
+    assert "Photographs" not in built(params).text
+    path = gallery.PHOTOS / folder / "samples.png"
+    write_picture(path, 5)
     page = built(params)
     (alt,) = [str(each["alt"]) for each in page.all("img") if "Photographs" in str(each["alt"])]
     assert "samples of each run" in alt
-    assert {"href": "../../results/photos64/report/samples.png"} in page.all("a")
+    assert {"href": f"../../{path}"} in page.all("a")
+    path.with_name("index.html").touch()
+    assert {"href": f"../../{path.with_name('index.html')}"} in built(params).all("a")
 
 
 def test_a_run_that_is_clear_of_all_others_is_called_lower(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
