@@ -37,6 +37,8 @@ NOT_RUN = {
     "--measure": "needs a GPU",
     "MICRO_BATCH=16": "needs the latents of ImageNet",
     "afm-pipe import": "needs released weights",
+    "xl2-released": "needs released weights",
+    "afm-pipe autoencoder": "needs the weights of SD-VAE or TAESD",
     "photos64": "needs the photographs",
     "tensorboard": "a server that does not end",
     "AFM_WANDB": "needs an account",
