@@ -29,8 +29,8 @@ from benchmarks.inputs import latents_file
 
 def rows_of(*overrides, latents=None):
     """Train on 40 latents and return the rows of the curves and the run."""
-    small = "runs.s4={size: s4, seed: 0, batch_size: 8, phases: [{until_epoch: 4}]}"
-    run = load_params(Path("params.yaml"), [small, "train.monitor.policy=off", *overrides]).runs["s4"]
+    small = "runs.t4={size: s4, seed: 0, batch_size: 8, phases: [{until_epoch: 4}]}"
+    run = load_params(Path("params.yaml"), [small, "train.monitor.policy=off", *overrides]).runs["t4"]
     latents = latents or latents_file(Path("latents.h5"), 40, (4, 8, 8))
     objective = build_objective(run, run_config(run, latents.latent_shape, latents.num_classes))
     ticks = Trainer(Task(objective, latents, "example"), Runtime(Path("work"))).train()
