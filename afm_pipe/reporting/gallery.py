@@ -56,11 +56,11 @@ def opening(inputs: Inputs, run: str) -> list[Picture]:
         inline(real[1], real[2], alt, "Real images", share),
         run_picture(inputs, inputs.record(run), "grid", caption, share),
     ]
-    photos = next((path for path in (PHOTOS / "report/samples.png", PHOTOS / "samples.png") if path.is_file()), None)
-    if photos is not None and inputs.params.data.source != "clothing":
-        alt = "Photographs: real images, their reconstructions, and samples of each run of the profile photos64"
-        picture = inline(photos, "report", alt, "Photographs, of the profile photos64", 2 * share)
-        page = photos.with_name("index.html")
+    photos = PHOTOS / "samples.png"
+    if photos.is_file() and inputs.params.data.source != "clothing":
+        alt = "Samples of photographs of clothes, one row per class, of the profile photos64"
+        picture = inline(photos, "report", alt, "Samples of photographs, of the profile photos64", 2 * share)
+        page = PHOTOS / "report" / "index.html"
         found.append(picture._replace(source=str(page)) if page.is_file() else picture)
     return found
 
