@@ -126,8 +126,9 @@ def test_the_pool_runs_before_the_stages_whose_work_it_does_and_no_stage_needs_i
             [stage.addressing for stage in plan_repro(graph, collect_stages(repo, [target]))]
             for target in ("dvc.yaml", "train@t4")
         )
-    pooled = {"train", "guide", "classifier", "sample", "sample-guided", "evaluate", "evaluate-guided", "table", "toy"}
+    pooled = {"train", "guide", "sample", "sample-guided", "evaluate", "evaluate-guided", "table", "toy"}
     assert pooled <= {name.split("@")[0] for name in order[order.index("pool") + 1 :]}
+    assert order.index("classifier") < order.index("pool"), "it shapes the identity of the trials that it guides"
     assert "pool" not in alone and alone[-1] == "train@t4"
 
 
