@@ -108,7 +108,11 @@ def test_completion_is_installed_and_is_silent_where_params_are_broken(run, monk
     home = Path("home").absolute()
     home.mkdir()
     env = os.environ | {"HOME": str(home), "SHELL": "/bin/bash", "PYTHONPATH": str(ROOT)}
-    script = ["/bin/bash", "-c", f"'{sys.executable}' -m afm_pipe --install-completion bash"]
+    script = [
+        "/bin/bash",
+        "-c",
+        f"'{sys.executable}' -m afm_pipe --install-completion bash; exit $?",
+    ]  # bash stays its parent
     done = subprocess.run(script, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "completion installed" in done.stdout, done.stderr
     assert (home / ".bash_completions" / "afm-pipe.sh").is_file()
