@@ -1,7 +1,6 @@
 """Flow matching and continuous adversarial flows: paths, order of updates, derivatives, samples, and what they cost."""
 
 import math
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -31,6 +30,7 @@ from afm_pipe.params.sizes import SIZES
 from afm_pipe.planning.counting import measure
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.signals import Stopped
+from afm_pipe.training.checkpoints import RetentionPolicy
 from afm_pipe.training.engine import Engine
 from afm_pipe.training.state import Start, TrainingState
 from afm_pipe.training.trainer import Runtime, Task, Trainer
@@ -177,10 +177,11 @@ def test_killed_runs_resume_to_the_same_bits(settings: dict[str, Any], tmp_path:
     settings = settings | {"phases": [{"until_epoch": 1.5}]}  # 12 updates
     whole = train(objective_of(settings), tmp_path / "whole")
     task = Task(objective_of(settings), cast(Latents, MemoryLatents()), "flows")
-    runtime = Runtime(tmp_path / "killed", checkpoint_seconds=0.0)
+    here = RetentionPolicy(in_background=False)  # an interrupt cancels a checkpoint that a thread writes
+    runtime = Runtime(tmp_path / "killed", checkpoint_seconds=0.0, retention=here)
     ticks = Trainer(task, runtime).train()
     while next(ticks).done < 10:
-        time.sleep(0.2)  # for the thread that writes checkpoints: an interrupt cancels the one that it writes
+        pass
     with pytest.raises(Stopped):
         ticks.throw(Stopped(15))
     resumed = Trainer(task, runtime)
