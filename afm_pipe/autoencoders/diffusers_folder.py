@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from afm_pipe.autoencoders.base import Autoencoder
 from afm_pipe.autoencoders.hub import CONFIG, WEIGHTS, download
-from afm_pipe.params import Params
+from afm_pipe.params import LatentSpec, Params
 from afm_pipe.params.autoencoders import DiffusersParams
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
@@ -29,10 +29,17 @@ class DiffusersAutoencoder(Autoencoder):
 
     network: ClassVar[Any]
     """Its class in diffusers."""
-    model: Any
+    stages: ClassVar[str]
+    """Entry of its config with one value per resolution of the encoder."""
+    stochastic: ClassVar[bool]
 
     def __init__(self, model: Any, image_size: int) -> None:
-        raise NotImplementedError
+        """Hold a network for square images of `image_size` pixels, frozen."""
+        self.model, config = model.eval().requires_grad_(False), model.config
+        side = image_size // 2 ** (len(config[self.stages]) - 1)
+        shape = (config.latent_channels, side, side)
+        self.spec = LatentSpec(shape, self.stochastic, float(config.scaling_factor))
+        self.device = model.device
 
     @classmethod
     def load(cls, params: Params, folder: Path) -> Self:

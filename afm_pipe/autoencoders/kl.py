@@ -18,7 +18,7 @@ from afm_pipe.autoencoders.kl_training import moments, train_kl
 from afm_pipe.autoencoders.measuring import measured_scaling_factor, reconstruction_mse
 from afm_pipe.data.manifest import read_manifest
 from afm_pipe.data.reading import load_images
-from afm_pipe.params import LatentSpec, Params
+from afm_pipe.params import Params
 from afm_pipe.params.autoencoders import KLParams
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.files import write_json
@@ -30,13 +30,7 @@ CPU = torch.device("cpu")
 class KLAutoencoder(DiffusersAutoencoder, kind="kl"):
     """An AutoencoderKL for square images: stochastic latents, normalized by the scaling factor of its config."""
 
-    network = AutoencoderKL
-
-    def __init__(self, model: AutoencoderKL, image_size: int) -> None:
-        self.model, config = model.eval().requires_grad_(False), model.config
-        side = image_size // 2 ** (len(config.block_out_channels) - 1)
-        self.spec = LatentSpec((config.latent_channels, side, side), True, float(config.scaling_factor))
-        self.device = model.device
+    network, stages, stochastic = AutoencoderKL, "block_out_channels", True
 
     @classmethod
     def make(cls, params: Params, folder: Path, device: torch.device) -> Generator[Progress, None, None]:

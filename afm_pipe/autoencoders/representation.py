@@ -35,9 +35,7 @@ CONFIG, WEIGHTS = "config.json", paths.AUTOENCODER_WEIGHTS.name
 IN_MEMORY = 4 << 30  # bytes; larger data sets are read on access
 NORMALIZED_IMAGES = 10_000  # each with its mirror: a deviation is measured to 1 %
 NORMALIZING_BATCH = 32
-LEAST_DEVIATION = (
-    0.01  # of the mean deviation: an element that hardly varies, as under a black border, is not amplified
-)
+LEAST_DEVIATION = 0.01  # of the mean one: an element that hardly varies, as under a black border, is not amplified
 DECODER = "decoder."
 
 

@@ -15,7 +15,7 @@ from afm_pipe.autoencoders.hub import CONFIG
 from afm_pipe.autoencoders.measuring import measured_scaling_factor
 from afm_pipe.data.manifest import read_manifest
 from afm_pipe.data.reading import LazyImages, require_images
-from afm_pipe.params import LatentSpec, Params
+from afm_pipe.params import Params
 from afm_pipe.params.autoencoders import TinyParams
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.progress import Progress
@@ -26,13 +26,7 @@ MEASURED_IMAGES = 1_000  # each takes a large network's time, and a scalar needs
 class TinyAutoencoder(DiffusersAutoencoder, kind="tiny"):
     """An AutoencoderTiny for square images: deterministic latents, normalized by the scaling factor of its config."""
 
-    network = AutoencoderTiny
-
-    def __init__(self, model: AutoencoderTiny, image_size: int) -> None:
-        self.model, config = model.eval().requires_grad_(False), model.config
-        side = image_size // 2 ** (len(config.encoder_block_out_channels) - 1)
-        self.spec = LatentSpec((config.latent_channels, side, side), False, float(config.scaling_factor))
-        self.device = model.device
+    network, stages, stochastic = AutoencoderTiny, "encoder_block_out_channels", False
 
     @classmethod
     def make(cls, params: Params, folder: Path, device: torch.device) -> Generator[Progress, None, None]:

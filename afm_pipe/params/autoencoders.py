@@ -45,7 +45,7 @@ class AutoencoderParams(Section):
 
     def latent_spec(self, data: Data) -> LatentSpec:
         """Return the spec of the latents, as far as params determine it. Raises ValueError for a wrong image size."""
-        raise NotImplementedError
+        raise NotImplementedError  # not an abstract method: `_of_kind` makes an instance of this class
 
 
 class KLTraining(Section):

@@ -68,7 +68,7 @@ class Measured(BaseModel, frozen=True, extra="allow"):
     @model_validator(mode="after")
     def _finite(self) -> "Measured":
         if not self.numbers:
-            raise ValueError("it has no numbers")
+            raise ValueError("it has no metrics")
         for key, value in self.numbers.items():
             if value is not None and not abs(value) <= LARGEST_NUMBER:
                 raise ValueError(f"{key[:60]} is not finite")

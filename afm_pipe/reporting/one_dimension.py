@@ -127,7 +127,7 @@ def _table(results: ToyResults, maps: list[tuple[str, MapResults]]) -> Table:
     )
     caption = (
         f"1-D maps, from {RESULTS}: mean ± standard deviation over {results.scale.seeds} seeds. All are ours; the "
-        "paper gives no numbers."
+        "paper reports no values."
     )
     return Table("one_dimension", caption, columns, tuple(_row(name, numbers) for name, numbers in maps))
 

@@ -90,7 +90,7 @@ def lowest_row(results: TableResults) -> str:
 
 
 def rivals(results: TableResults, lowest: str, trained: float) -> list[str]:
-    """Return the rows whose distance cannot be told apart from that of the lowest row, given the spread over seeds."""
+    """Return the rows whose distance is not distinguishable from the lowest, given the spread over seeds."""
     near = []
     for row in results.rows:
         check = Check(claim="", measure="distance", less=_only(lowest), than=_only(row))
@@ -133,7 +133,7 @@ def _over_seeds(inputs: Inputs, results: TableResults) -> list[Fact]:
 
 
 def _comparison(inputs: Inputs, results: TableResults, lowest: str) -> str:
-    """Say which runs cannot be told apart from the lowest, and by what rule."""
+    """Say which runs are not distinguishable from the lowest, and by what rule."""
     if len(results.rows) == 1:
         return "the only run"
     if len(results.table.seeds) == 1:

@@ -28,7 +28,6 @@ REPORT = RESULTS / "report"  # the page
 RENDERED = RESULTS / "rendered"  # tables as CSV, Markdown and LaTeX
 BENCHMARKS = Path("benchmarks/results.json")  # speed compared with plain implementations, written by `make bench`
 
-
 PACKAGE = Path(__file__).parents[1]
 
 

@@ -185,7 +185,7 @@ def test_missing_input_names_the_file_and_its_stage(project: Path, path: str, st
         ),
         ("results/curves/t4.csv", b"update,images\n", "no rows"),
         ("results/metrics/t4.json", b'{"fid_5k": 3.0}', "results/metrics/t4.json with a wrong protocol"),
-        ("results/metrics/t4.json", b'{"protocol": {}}', "it has no numbers"),
+        ("results/metrics/t4.json", b'{"protocol": {}}', "it has no metrics"),
         ("results/metrics/t4.json", b'{"fid_5k": 1e999, "protocol": {}}', "fid_5k is not finite"),
         ("samples/t4/grid.png", b"\x89PNG\r\n\x1a\n cut short", "no complete PNG"),
     ],
