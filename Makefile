@@ -22,7 +22,7 @@ endif
 
 help:
 	@echo "make repro         set up, run the pipeline on params.yaml, print the run table"
-	@echo "make demo          set up, train the run s4 alone, draw and measure its samples (about 3 minutes)"
+	@echo "make demo          set up, train the run s4 alone, draw and measure its samples (about 2 minutes)"
 	@echo "make test          set up, lint, check types, run the tests"
 	@echo "make test-slow     run the slow tests"
 	@echo "make test-browser  test the report in a headless Chromium, installed first where possible"
@@ -46,7 +46,6 @@ repro: $(INSTALLED)
 demo: $(INSTALLED)
 	@echo "== dvc repro: the stages that the run s4 needs; to resume after an interruption, run make demo again"
 	@$(ON_PATH) dvc repro sample@s4 evaluate@s4
-	@$(ON_PATH) afm-pipe status
 	@echo "== samples, one class a row: $(CURDIR)/samples/s4/grid.png; their metrics: results/metrics/s4.json"
 	@echo "== all runs and tables, and the page: make repro"
 
