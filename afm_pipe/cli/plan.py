@@ -109,8 +109,7 @@ def trials_text(params: Params, names: list[str]) -> str:
         """Return the updates of a trial and their work, without that of guidance and probes."""
         run = trial.run.model_copy(update={field: getattr(params.train, field) for field in WORKLESS})
         config = run_config(run, params.latent_shape, len(manifest.classes) if manifest else 1000)
-        ends = max(trial.probes(num_images))
-        updates = ends - (max(trial.base.probes(num_images)) if trial.base else 0)
+        updates = max(trial.probes(num_images)) - trial.first_update(num_images)
         return updates, updates * measure(run, config, run.batch_size).flops / 1e12
 
     trials = Trials(params, names)

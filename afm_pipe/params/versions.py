@@ -126,19 +126,22 @@ def code_notice(recorded: Iterable[tuple[str, Any]]) -> str | None:
     version 0.1.
     """
     current = code_record("table")
-    changed: dict[str, list[str]] = {}
+    changed: dict[str, set[str]] = {}  # the parts that differ, by result
     unknown = []
     for name, codes in recorded:
         known = {part: was for part, was in codes.items() if _is_code(was)} if isinstance(codes, dict) else {}
         for part, was in known.items():
             now = current.get(part, "")
             if was != now and was.split()[0] == now.partition(" ")[0]:
-                changed.setdefault(f"{part} {was.split()[1]}, now {now.split()[1]}", []).append(name)
+                changed.setdefault(name, set()).add(part)
         if not known:
             unknown.append(name)
     lines = []
     if changed:
-        listed = "; ".join(f"{_names(names)} ({what})" for what, names in sorted(changed.items()))
+        alike: dict[str, list[str]] = {}
+        for name, parts in changed.items():
+            alike.setdefault(", ".join(sorted(parts)), []).append(name)
+        listed = "; ".join(f"{_names(names)} ({parts})" for parts, names in alike.items())
         lines.append(
             f"Made by different source code under the same version: {listed}. If the change affects numbers, raise "
             "the version in afm_pipe/params/versions.yaml."

@@ -249,7 +249,7 @@ class Worker:
         networks = {"generator": RunStore(base.folder).load_kept(update)}
         if (base.folder / DISCRIMINATOR).is_file():
             networks["discriminator"] = load_tensors(base.folder / DISCRIMINATOR)
-        return Start(networks, update if trial.run.objective == base.run.objective else 0), guide
+        return Start(networks, trial.first_update(self.latents.num_images)), guide
 
     def _base_units(self, trial: Trial) -> float:
         """Return what training the base of a trial cost, in forward passes of G; 0 without a base."""

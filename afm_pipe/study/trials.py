@@ -54,6 +54,12 @@ class Trial:
         """Return its probes, as the function `probes` does."""
         return probes(self.run, num_images, self.base is not None)
 
+    def first_update(self, num_images: int) -> int:
+        """Return the update of its base from which it counts on; 0 without a base, or after another objective."""
+        if self.base is None or self.base.run.objective != self.run.objective:
+            return 0
+        return max(self.base.probes(num_images))
+
 
 class Trials:
     """The trials of some tables, by default all, for the current data, reference and classifier.

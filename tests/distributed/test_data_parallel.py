@@ -43,6 +43,7 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
         (1, "classifier"),
         (1, "parts"),
         (2, "guided"),
+        (2, "flow"),
         (2, "adversary"),
         (2, "parts"),
     ],

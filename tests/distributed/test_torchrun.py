@@ -1,6 +1,7 @@
 """Several processes from the command line: they start, fail and end together."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -10,10 +11,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.distributed.sbatch import array_script, batch_script
 from afm_pipe.distributed.torchrun import run_processes
+from tests.conftest import ROOT
 
 RUN = [sys.executable, "-m", "afm_pipe", "train", "t4", "--nproc-per-node", "2"]
 
@@ -34,6 +37,25 @@ def test_the_command_line_starts_ranks_and_goes_on_alone(project: Path) -> None:
     assert (cost["ranks"], cost["threads"], cost["updates"]) == (2, 1, 15)
     rows = (project / "results/curves/t4.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["update", "10", "15"]
+
+
+@pytest.mark.slow
+def test_the_ranks_of_a_stage_run_the_code_beside_it(project: Path) -> None:
+    for folder in ("stages", "afm_pipe"):
+        shutil.copytree(ROOT / folder, project / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    with (project / "afm_pipe" / "data" / "order.py").open("a") as file:
+        file.write("import os\nprint('order of', __file__, os.environ.get('RANK'), flush=True)\n")
+    raw = yaml.safe_load((project / "params.yaml").read_text())
+    raw["runs"]["t4"] = {"phases": [{"until_epoch": 2}]}
+    (project / "params.yaml").write_text(yaml.safe_dump(raw))
+    env = os.environ | {"PYTHONPATH": str(ROOT), "AFM_NPROC_PER_NODE": "2"}  # stands for the editable install
+    done = subprocess.run(
+        [sys.executable, "stages/train.py", "t4"],
+        cwd=project, env=env, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for rank in "01":
+        assert f"order of {project / 'afm_pipe' / 'data' / 'order.py'} {rank}\n" in done.stdout
 
 
 @pytest.mark.slow

@@ -153,8 +153,9 @@ def work(folder: Path, size: int, stage: int) -> None:
             here = folder / f"{size} processes"
             found["guided"] = outcome(train_case("guided", here / "guided", group)[0])
             found["adversary"] = outcome(train_case("adversary", here / "adversary", group, micro_batch=2)[0])
+            found["flow"] = outcome(train_case("flow", here / "flow", group)[0])
             if stage < 2:  # three processes on two cores are slow
-                for case in ("steps", "flow", "classifier"):
+                for case in ("steps", "classifier"):
                     found[case] = outcome(train_case(case, here / case, group)[0])
                 found["float32"] = outcome(train_case("plain", here / "float32", group, torch.float32)[0])
             trained, latents = train_case("guided", here / "parts", group, micro_batch=2)

@@ -18,8 +18,16 @@ def test_other_source_under_an_equal_version_is_named_in_one_line() -> None:
     changed = code_record("train") | {"objective": f"{code_record('train')['objective'].split()[0]} 00000000"}
     line = code_notice([("t4", changed), ("s4", changed), ("t4", code_record("evaluate")), ("old", None)])
     assert line is not None and "\n" not in line
-    assert f"t4, s4 (objective 00000000, now {code_record('train')['objective'].split()[1]})" in line
+    assert "version: t4, s4 (objective). If" in line
     assert line.endswith("Made by code that was not recorded: old.")
+
+
+def test_results_whose_code_differs_in_the_same_parts_are_named_together() -> None:
+    code = code_record("table")
+    other = {part: f"{was.split()[0]} 00000000" for part, was in code.items()}
+    line = code_notice([(name, other) for name in "abcdefgh"] + [("t4", code | {"objective": other["objective"]})])
+    assert line is not None
+    assert f"version: a, b, c, d, e and 3 more ({', '.join(sorted(code))}); t4 (objective). If" in line
 
 
 def test_many_results_are_counted() -> None:

@@ -68,7 +68,7 @@ def test_status_and_the_stages_that_reuse_a_model_say_that_other_code_made_it(
 ) -> None:
     made_elsewhere("t4")
     (line,) = notices(status_text(params))
-    assert line.startswith(f"{NOTICE}t4 (objective 00000000, now ")
+    assert line.startswith(f"{NOTICE}t4 (objective). ")
     capsys.readouterr()
     pipeline.sample(params, "t4", LAUNCH)
     assert notices(capsys.readouterr().out) == [line.replace("t4", "models/t4")]

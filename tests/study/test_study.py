@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from afm_pipe import pipeline
+from afm_pipe.cli.plan import trials_text
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.models.generator import Generator
 from afm_pipe.models.model_files import load_tensors
@@ -340,6 +341,20 @@ def test_then_continues_the_trained_trial_with_guidance(declare: Callable[..., P
     assert found["guided"]["cost"]["units"] > found["0.2"]["cost"]["units"]
     assert found["guided"]["metrics"][KEY] != found["0.2"]["metrics"][KEY]
     assert len(trainings()) == 3  # its base is the trial 0.2
+
+
+def test_a_trial_of_another_objective_counts_from_zero_in_the_list_and_in_training(
+    declare: Callable[..., Params],
+) -> None:
+    run = "{objective: continuous_adversarial_flow, discriminator_updates: 1, transport: 0.0}"
+    flow = "sampling: {solver: euler, steps: 2, guidance_scale: 1.0, guidance_interval: [0.0, 1.0]}"
+    settings = f"objective: flow_matching, flow: {{times: uniform, label_dropout: 0.0, warmup: 1, {flow}}}"
+    row = f"{{{settings}, then: {{until_epoch: 1, run: {run}}}}}"
+    params = declare(continued=with_row("continued", row))
+    (line,) = [line for line in trials_text(params, []).splitlines() if " continued, seed 0" in line]
+    pipeline.tables(params, [], ONE)
+    assert re.search(r"waits for its base +8 ", line)
+    assert trials("continued")["continued"]["cost"]["updates"] == 8
 
 
 def test_an_any_step_model_is_trained_once_and_measured_at_each_number_of_steps(
