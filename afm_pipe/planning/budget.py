@@ -8,14 +8,12 @@ from afm_pipe.models.model_files import ModelConfig, count_parameters
 from afm_pipe.objectives import build_objective
 from afm_pipe.objectives.base import num_micro_batches
 from afm_pipe.params import Run
-from afm_pipe.params.sizes import SIZES
-from afm_pipe.planning.counting import FLOAT, measure
+from afm_pipe.planning.counting import FLOAT
+from afm_pipe.planning.storage import count_peak
 from afm_pipe.runtime.environment import local_world_size
 from afm_pipe.runtime.machine import available_memory
 
 COPIES = 4  # weights, gradients, two AdamW moments; the sampled network also has an EMA
-AUTOCAST = 0.7  # bf16 autocast keeps this fraction of float32's activations in a block with qk_norm; 0.6 without
-TEMPORARY, TEMPORARY_CHECKPOINTED = 4.5, 2.0  # floats per token and channel that a block's backward pass adds
 COUNTED = 4  # images for which activations are counted before they are scaled
 RUNTIME = 600 << 20  # bytes of an imported torch or of a CUDA context, and small buffers
 FRAGMENTATION = 0.05  # of activations: what an allocator rounds up and cannot use
@@ -26,8 +24,8 @@ class Budget(NamedTuple):
 
     parameters: dict[str, int]  # by network
     state_bytes: int  # weights, gradients, moments, EMA
-    activation_bytes: int  # kept for the backward pass of the largest step
-    working_bytes: int  # at the peak besides weights, moments and EMA: activations, temporaries and gradients
+    activation_bytes: int  # at most, besides gradients: kept for backward passes, and temporaries
+    working_bytes: int  # at the peak besides weights, moments and EMA: activations and gradients
     checkpoint_bytes: int  # on disk: the state without gradients
 
     @property
@@ -59,7 +57,7 @@ def budget(
     checkpoint_activations: bool = False,
     shard: bool = False,
 ) -> Budget:
-    """Count the memory of one of `world_size` devices on the meta device.
+    """Count the memory of one of `world_size` devices.
 
     A device computes `micro_batch` images at once, or its whole share of the batch. With `shard` it keeps
     1 / world_size of the state, plus weights and gradients of two units (the current one and the next), where a unit is
@@ -70,23 +68,11 @@ def budget(
         networks = objective.build_networks()
     micro_batches = num_micro_batches(run.batch_size, world_size, micro_batch)
     images, penalized = largest_part(run, world_size * micro_batches)
-    activations = measure(run, config, images, penalized, checkpoint_activations).activation_bytes
+    peak = count_peak(run, config, images, penalized, min(micro_batches, 2), checkpoint_activations)
     parameters = {name: count_parameters(network) for name, network in networks.items()}
-    if run.precision == "bf16":  # with autocast's copies of the weights; penalties in float32 keep all of theirs
-        exact = 4 * penalized / (2 * images + 4 * penalized) if run.penalty.precision == "fp32" else 0.0
-        activations = (AUTOCAST * (1 - exact) + exact) * activations + FLOAT / 2 * max(parameters.values())
-    size = SIZES[config.size]
-    passes = max(2 * (images + penalized), (config.repeats + 1) * images)  # of an image through a block, in a step
-    tokens = FLOAT * passes * (config.latent_size // size.patch) ** 2 * size.width
-    temporaries = (TEMPORARY_CHECKPOINTED if checkpoint_activations else TEMPORARY) * tokens
-    one_block = activations - tokens * (size.depth - 1) if checkpoint_activations else activations / size.depth
-    largest, every = FLOAT * max(parameters.values()), FLOAT * sum(parameters.values())
+    working = peak.peak_bytes
     if world_size > 1:  # buckets hold the gradients of all networks all the time
-        working = activations + temporaries + every
-    elif micro_batches > 1:  # gradients of earlier micro-batches
-        working = activations + temporaries + largest
-    else:  # activations at the start of the backward pass, gradients at its end
-        working = temporaries + max(activations, largest + one_block)
+        working = peak.activation_bytes + FLOAT * sum(parameters.values())
     whole = FLOAT * (COPIES * sum(parameters.values()) + parameters[objective.sampled])
     state = whole
     if shard and world_size > 1:
@@ -95,7 +81,9 @@ def budget(
             blocks = [sum(p.numel() for p in block.parameters()) for block in getattr(network, "blocks", ())]
             units += [max(blocks, default=0), sum(p.numel() for p in network.parameters()) - sum(blocks)]
         state = whole // world_size + 4 * FLOAT * max(units)
-    return Budget(parameters, state, round(activations), round(working), whole - FLOAT * sum(parameters.values()))
+    return Budget(
+        parameters, state, round(peak.activation_bytes), round(working), whole - FLOAT * sum(parameters.values())
+    )
 
 
 def free_memory(device: torch.device) -> int:

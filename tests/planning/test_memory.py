@@ -1,4 +1,7 @@
-"""The model of memory against a count of all storages alive during the objective's own update, on fake tensors."""
+"""The model of memory, which is extrapolated from two and three blocks, against a count of all storages at full depth.
+
+The count shares no code with the model but the update itself and the rule of autocast on a GPU, which is checked below.
+"""
 
 import weakref
 from typing import Any
@@ -10,17 +13,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from afm_pipe.models.dit import time_rates
+from afm_pipe.models.dit import Block, time_rates
 from afm_pipe.models.model_files import ModelConfig, run_config
 from afm_pipe.objectives import build_objective
 from afm_pipe.params import Params, Run
 from afm_pipe.params.file import load_params
 from afm_pipe.params.sizes import SIZES
 from afm_pipe.planning.budget import budget
-from afm_pipe.planning.counting import _CountingLearner
+from afm_pipe.planning.counting import CountingLearner
+from afm_pipe.planning.storage import BLOCKS, count_peak, gpu_autocast
 from tests.conftest import ROOT
+from tests.objectives.test_flows import CONTINUOUS, MATCHING, run_of
 
-WAYS = {"plain": (32, 1, False), "checkpointed": (32, 1, True), "micro-batches": (8, 4, False)}
+WAYS = {"plain": (32, 1, False), "checkpointed": (32, 1, True), "micro-batches": (8, 3, False)}
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +41,9 @@ class Storages(TorchDispatchMode):
         super().__init__()
         weights = (each for network in networks for each in (*network.parameters(), *network.buffers()))
         self.sizes = {weight.untyped_storage()._cdata: 0 for weight in weights}
-        self.bytes = self.peak = self.kept = 0  # now, at most, and at most where a backward pass begins
-        self.backward = -1
+        self.bytes = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        task = torch._C._current_graph_task_id()
-        if task not in (self.backward, -1):
-            self.kept = max(self.kept, self.bytes)
-        self.backward = task
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
@@ -61,22 +61,26 @@ class Storages(TorchDispatchMode):
         self.bytes -= self.sizes.pop(key)
 
 
-def counted(run: Run, config: ModelConfig, images: int, parts: int, checkpointed: bool, blocks: int) -> Storages:
-    """Count an update of networks with some of their blocks, in the run's precision."""
+def counted(run: Run, config: ModelConfig, images: int, parts: int, checkpointed: bool) -> int:
+    """Count the peak of the largest update on micro-batches of `images`, in the run's precision."""
     objective = build_objective(run, config)
     time_rates.cache_clear()  # a tensor of another mode
-    with FakeTensorMode():
+    with FakeTensorMode(), gpu_autocast():
         networks = objective.build_networks()
         for network in networks.values():
-            del network.blocks[blocks:]  # type: ignore[union-attr, operator]
             network.bf16, network.checkpointing = run.precision == "bf16", checkpointed  # type: ignore[assignment]
-        draw = objective.example_batch(images)
-        draw = draw._replace(discriminator=[draw.discriminator[0] * parts], generator=draw.generator * parts)
-        learner = _CountingLearner(networks, objective.build_buffers(torch.device("cpu")))
-        with Storages(*networks.values()) as storages:
-            objective.update(learner, draw, objective.hyperparameters(0, 1))
+        peaks = []
+        for draw, _ in objective.example_updates(images):
+            if run.objective == "adversarial_flow":
+                draw = draw._replace(discriminator=[draw.discriminator[0] * parts], generator=draw.generator * parts)
+            else:
+                draw = draw._replace(parts=draw.parts * parts) if isinstance(draw, tuple) else draw * parts
+            learner = CountingLearner(networks, objective.build_buffers(torch.device("cpu")))
+            with Storages(*networks.values()) as storages:
+                objective.update(learner, draw, objective.hyperparameters(0, 1))
+            peaks.append(storages.peak)
     time_rates.cache_clear()
-    return storages
+    return max(peaks)
 
 
 @pytest.mark.parametrize(
@@ -88,16 +92,56 @@ def counted(run: Run, config: ModelConfig, images: int, parts: int, checkpointed
         for way in WAYS
     ],
 )
-def test_memory_is_within_3_percent_of_all_storages(params: Params, name: str, precision: str, way: str) -> None:
+def test_memory_is_that_of_all_storages(params: Params, name: str, precision: str, way: str) -> None:
     images, parts, checkpointed = WAYS[way]
     settings = {"batch_size": images * parts, "precision": precision, "qk_norm": precision == "bf16"}
     run = params.runs[name].model_copy(update=settings)
     config = run_config(run, params.latent_shape, 1000)
     needs = budget(run, config, 1, images, checkpointed)
-    one, two = (counted(run, config, images, min(parts, 2), checkpointed, blocks) for blocks in (1, 2))
-    more = SIZES[run.size].depth - 1
-    block = SIZES[run.size].width ** 2 * 18 * 4  # bytes of the gradients of a block
-    # At the start of a backward pass all activations are alive; at its end, those of one block and all gradients.
-    peak = one.peak + more * max(two.kept - one.kept, block)
     state = needs.state_bytes - needs.gradient_bytes
-    assert needs.peak_bytes == pytest.approx(state + peak, rel=0.03)
+    found = state + counted(run, config, images, parts, checkpointed)
+    print(f"{name} {precision} {way}: planned {needs.peak_bytes / 1e9:.2f} GB, counted {found / 1e9:.2f}")
+    assert needs.peak_bytes == pytest.approx(found, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("settings", "precision", "way"),
+    [
+        pytest.param({}, "fp32", "micro-batches", id="adversarial flow"),
+        pytest.param(MATCHING, "bf16", "checkpointed", id="flow matching"),
+        pytest.param(CONTINUOUS, "bf16", "micro-batches", id="continuous"),
+    ],
+)
+def test_every_objective_is_counted(settings: dict[str, Any], precision: str, way: str) -> None:
+    images, parts, checkpointed = WAYS[way]
+    run = run_of(settings).model_copy(update={"size": "t4", "batch_size": images * parts})
+    run = run.model_copy(update={"precision": precision, "qk_norm": precision == "bf16"})
+    config = run_config(run, (4, 16, 16), 10)
+    assert SIZES["t4"].depth > max(BLOCKS)
+    penalized = round(images * run.penalty.batch_fraction)
+    peak = count_peak(run, config, images, penalized, min(parts, 2), checkpointed).peak_bytes
+    assert peak == pytest.approx(counted(run, config, images, parts, checkpointed), rel=0.01)
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="needs torch built with CUDA, but no GPU")
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_block_keeps_as_much_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, bf16: bool) -> None:
+    """A fake GPU runs forward passes only, and without a card it has no fused attention, which a product replaces."""
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", lambda q, k, v: q * k * v)
+    found = {}
+    for device in ("cpu", "cuda"):
+        with FakeTensorMode(), gpu_autocast():
+            with torch.device(device):
+                block, size = Block(SIZES["s4"], qk_norm=bf16), SIZES["s4"]
+                x, condition = torch.empty(2, 64, size.width, requires_grad=True), torch.empty(2, size.width)
+            torch.set_autocast_enabled(device, bf16)
+            torch.set_autocast_dtype(device, torch.bfloat16)
+            try:
+                with Storages(block) as storages:
+                    kept = block(x, condition)
+                    found[device] = storages.bytes
+            finally:
+                torch.set_autocast_enabled(device, False)
+                torch.clear_autocast_cache()
+            assert kept.dtype == torch.float32
+    assert found["cpu"] == found["cuda"] > 0
