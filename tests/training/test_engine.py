@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,23 @@ def test_networks_have_no_graph_break(times: Any, bf16: bool) -> None:
         explained = torch._dynamo.explain(call)()
         assert (explained.graph_count, explained.graph_break_count) == (1, 0), explained.break_reasons
     torch._dynamo.reset()
+
+
+def test_learning_rates_and_weights_may_be_tensors(make: Callable[..., Trainer]) -> None:
+    """As a captured update needs them: in float64 the same bits; a GPU's AdamW takes float32, which rounds the rate."""
+    numbers, tensors, rounded = make(), make(), make()
+    for _ in range(3):
+        update(numbers)
+        for trainer, dtype in ((tensors, torch.float64), (rounded, torch.float32)):
+            now = trainer.hyperparameters()
+            rates = {name: torch.tensor(rate, dtype=dtype) for name, rate in now.lr.items()}
+            scheduled = {name: torch.tensor(weight, dtype=dtype) for name, weight in now.weights.items()}
+            held = replace(now, lr=rates, weights=scheduled)  # type: ignore[arg-type]
+            trainer.objective.update(trainer.learner, trainer.draw(), held)
+            trainer.learner.update_ema()
+            trainer.state.update += 1
+    assert torch.equal(vector(tensors), vector(numbers))
+    assert (vector(rounded) - vector(numbers)).norm() < 1e-6 * vector(numbers).norm()
 
 
 @pytest.mark.slow
