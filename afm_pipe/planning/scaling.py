@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
-from afm_pipe.models.model_files import run_config
+from afm_pipe.models.model_files import ModelConfig, run_config
 from afm_pipe.objectives import build_objective
-from afm_pipe.params import Params
+from afm_pipe.params import Params, Run
 from afm_pipe.params.file import load_params
-from afm_pipe.planning.budget import RUNTIME, budget, state_bytes
+from afm_pipe.planning.budget import RUNTIME, state_bytes
 from afm_pipe.planning.plan import GPUS, IMAGENET_IMAGES, NODE, Machine, latents_bytes, plan_run, rounded, row_bytes
+from afm_pipe.planning.storage import count_peak
 
 CLASSES = 1000  # of ImageNet
 PAGE, PROFILE = Path("docs/scaling.md"), Path("profiles/imagenet256.yaml")
@@ -73,25 +74,33 @@ def tables(params: Params) -> str:
 def _memory_row(params: Params, name: str) -> list[str]:
     run = params.runs[name]
     config, images = run_config(run, params.latent_shape, CLASSES), run.batch_size // WORLDS[-1]
-    kept, spare = (
-        budget(run, config, WORLDS[-1], None, checkpoint).activation_bytes / images for checkpoint in (False, True)
-    )
+    kept, spare = (_activations(run, config, images, checkpoint) for checkpoint in (False, True))
     objective = build_objective(run, config)
     with torch.device("meta"):
         networks = objective.build_networks()
     state = [state_bytes(networks, objective.sampled, n) for n in WORLDS]
 
-    def fit(state_bytes: int, bytes_per_image: float) -> int:
-        return max(int((1e9 * GPUS[GPU].memory - RUNTIME - state_bytes) // bytes_per_image), 0)
+    def fit(state_bytes: int, activations: tuple[float, float]) -> int:
+        fixed, each = activations
+        return max(int((1e9 * GPUS[GPU].memory - RUNTIME - state_bytes - fixed) // each), 0)
 
     return [
         f"`{name}`",
         *(rounded(each / 1e9) for each in state),
-        rounded(kept / 1e6),
-        rounded(spare / 1e6),
+        rounded(kept[1] / 1e6),
+        rounded(spare[1] / 1e6),
         f"{fit(state[0], kept)} / {fit(state[0], spare)}",
         f"{fit(state[1], spare)}",
     ]
+
+
+def _activations(run: Run, config: ModelConfig, images: int, checkpoint: bool) -> tuple[float, float]:
+    """Return the bytes of activations that do not depend on the number of images, and those of each image."""
+    once, twice = (
+        count_peak(run, config, count, round(count * run.penalty.batch_fraction), 1, checkpoint).activation_bytes
+        for count in (images, 2 * images)
+    )
+    return 2 * once - twice, (twice - once) / images
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

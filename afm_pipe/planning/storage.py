@@ -8,7 +8,7 @@ network of any depth is the largest of them.
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from afm_pipe.models.dit import time_rates
+from afm_pipe.models.dit import Block, time_rates
 from afm_pipe.models.model_files import ModelConfig
 from afm_pipe.objectives import build_objective
 from afm_pipe.objectives.base import Objective
@@ -86,6 +86,7 @@ def _stretches(
             for network in networks.values():
                 network.bf16 = objective.settings.precision == "bf16"  # type: ignore[assignment]
                 network.checkpointing = checkpoint_activations  # type: ignore[assignment]
+                fuse_norms(network)
             for example, _ in objective.example_updates(images, penalized):
                 learner = CountingLearner(networks, objective.build_buffers(torch.device("cpu")))
                 with Storages(networks) as storages:
@@ -117,6 +118,33 @@ def gpu_autocast() -> Iterator[None]:
     with torch.library._scoped_library("aten", "IMPL") as library:
         library.impl("addcmul", addcmul, "AutocastCPU")
         yield
+
+
+class _FusedRMSNorm(torch.autograd.Function):
+    """RMSNorm as on a GPU, whose kernel keeps its input and a number per row; on a CPU it keeps the quotient, too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+
+
+def fuse_norms(network: nn.Module) -> None:
+    """Let the RMSNorms of a network without numbers keep what they keep on a GPU; not those with derivatives."""
+    if getattr(network, "block", Block) is not Block:
+        return
+    for module in network.modules():
+        if isinstance(module, nn.RMSNorm):
+            module.forward = partial(_fused_norm, module)  # type: ignore[method-assign]
+
+
+def _fused_norm(module: nn.RMSNorm, x: Tensor) -> Tensor:
+    return _FusedRMSNorm.apply(x, module.weight)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class Storages(TorchDispatchMode):

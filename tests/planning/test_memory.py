@@ -21,7 +21,7 @@ from afm_pipe.params.file import load_params
 from afm_pipe.params.sizes import SIZES
 from afm_pipe.planning.budget import budget
 from afm_pipe.planning.counting import CountingLearner
-from afm_pipe.planning.storage import BLOCKS, count_peak, gpu_autocast
+from afm_pipe.planning.storage import BLOCKS, count_peak, fuse_norms, gpu_autocast
 from tests.conftest import ROOT
 from tests.objectives.test_flows import CONTINUOUS, MATCHING, run_of
 
@@ -69,6 +69,7 @@ def counted(run: Run, config: ModelConfig, images: int, parts: int, checkpointed
         networks = objective.build_networks()
         for network in networks.values():
             network.bf16, network.checkpointing = run.precision == "bf16", checkpointed  # type: ignore[assignment]
+            fuse_norms(network)
         peaks = []
         for draw, _ in objective.example_updates(images):
             if run.objective == "adversarial_flow":
@@ -134,6 +135,8 @@ def test_a_block_keeps_as_much_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, bf16
             with torch.device(device):
                 block, size = Block(SIZES["s4"], qk_norm=bf16), SIZES["s4"]
                 x, condition = torch.empty(2, 64, size.width, requires_grad=True), torch.empty(2, size.width)
+            if device == "cpu":
+                fuse_norms(block)
             torch.set_autocast_enabled(device, bf16)
             torch.set_autocast_dtype(device, torch.bfloat16)
             try:
