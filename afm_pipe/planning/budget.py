@@ -16,7 +16,7 @@ from afm_pipe.runtime.environment import local_world_size
 from afm_pipe.runtime.machine import available_memory
 
 COPIES = 4  # weights, gradients, two AdamW moments; the sampled network also has an EMA
-COUNTED = 4  # images for which activations are counted before they are scaled
+COUNTED = 4  # images from whose memory the number that fits is estimated
 RUNTIME = 600 << 20  # bytes of an imported torch or of a CUDA context, and small buffers
 FRAGMENTATION = 0.05  # of activations: what an allocator rounds up and cannot use
 
@@ -106,7 +106,7 @@ def free_memory(device: torch.device) -> int:
 def what_fits(run: Run, config: ModelConfig, world_size: int, free: int) -> list[str]:
     """Return a line for each kind of setting with which a device of `free` bytes holds the run, with its memory.
 
-    Activations are counted for a few images and scaled.
+    The number of images follows from counts of a few, and is then counted.
     """
     images, share = min(COUNTED, run.batch_size), -(-run.batch_size // world_size)
     lines = []
@@ -115,20 +115,25 @@ def what_fits(run: Run, config: ModelConfig, world_size: int, free: int) -> list
         ("AFM_CHECKPOINT_ACTIVATIONS=true ", run.precision, True),
         ("precision: bf16 ", "bf16", False),
     ):
-        tried = run.model_copy(update={"precision": precision, "batch_size": 4 * images})
-        needs, twice = (budget(tried, config, 1, count, checkpoint) for count in (images, 2 * images))
-        each = (twice.memory_bytes - needs.memory_bytes) / images
-        fixed = needs.memory_bytes - images * each
-        fitting = int((free - fixed) / each)
-        if fitting >= 1:
-            micro_batch = min(1 << (fitting.bit_length() - 1), share)
-            memory = f"{(fixed + micro_batch * each) / 2**30:.1f} GiB"
+
+        def needed(count: int, precision: str = precision, checkpoint: bool = checkpoint) -> Budget:
+            several = run.model_copy(update={"precision": precision, "batch_size": 4 * count})
+            return budget(several, config, 1, count, checkpoint)
+
+        few, twice = needed(images).memory_bytes, needed(2 * images).memory_bytes
+        fitting = images + int((free - few) / (twice - few) * images)
+        micro_batch = min(1 << (fitting.bit_length() - 1), share) if fitting >= 1 else 0
+        while micro_batch and needed(micro_batch).memory_bytes > free:  # more than in proportion
+            micro_batch //= 2
+        if micro_batch:
             lines.append(
-                f"{words}{f'AFM_MICRO_BATCH={micro_batch}' if micro_batch < share else ''}".strip() + f": {memory}"
+                f"{words}{f'AFM_MICRO_BATCH={micro_batch}' if micro_batch < share else ''}".strip()
+                + f": {needed(micro_batch).memory_bytes / 2**30:.1f} GiB"
             )
         elif not words:
             lines.append(
-                f"on one device alone, nothing: weights and optimizers take {needs.state_bytes / 2**30:.1f} GiB"
+                "on one device alone, nothing: weights and optimizers take "
+                f"{needed(images).state_bytes / 2**30:.1f} GiB"
             )
             break
     for devices in (2**power for power in range(1, run.batch_size.bit_length())):

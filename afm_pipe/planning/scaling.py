@@ -73,8 +73,8 @@ def tables(params: Params) -> str:
 
 def _memory_row(params: Params, name: str) -> list[str]:
     run = params.runs[name]
-    config, images = run_config(run, params.latent_shape, CLASSES), run.batch_size // WORLDS[-1]
-    kept, spare = (_activations(run, config, images, checkpoint) for checkpoint in (False, True))
+    config = run_config(run, params.latent_shape, CLASSES)
+    kept, spare = (_activations(run, config, checkpoint) for checkpoint in (False, True))
     objective = build_objective(run, config)
     with torch.device("meta"):
         networks = objective.build_networks()
@@ -94,8 +94,9 @@ def _memory_row(params: Params, name: str) -> list[str]:
     ]
 
 
-def _activations(run: Run, config: ModelConfig, images: int, checkpoint: bool) -> tuple[float, float]:
-    """Return the bytes of activations that do not depend on the number of images, and those of each image."""
+def _activations(run: Run, config: ModelConfig, checkpoint: bool) -> tuple[float, float]:
+    """Return the bytes of activations of many images as a number for none and one for each."""
+    images = 64
     once, twice = (
         count_peak(run, config, count, round(count * run.penalty.batch_fraction), 1, checkpoint).activation_bytes
         for count in (images, 2 * images)
