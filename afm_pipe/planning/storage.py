@@ -129,7 +129,7 @@ class _FusedRMSNorm(torch.autograd.Function):
         return torch.empty_like(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
         x, weight, _ = ctx.saved_tensors
         return torch.empty_like(x), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
 
@@ -144,7 +144,7 @@ def fuse_norms(network: nn.Module) -> None:
 
 
 def _fused_norm(module: nn.RMSNorm, x: Tensor) -> Tensor:
-    return _FusedRMSNorm.apply(x, module.weight)  # type: ignore[no-untyped-call, no-any-return]
+    return _FusedRMSNorm.apply(x, module.weight)
 
 
 class Storages(TorchDispatchMode):

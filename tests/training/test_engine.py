@@ -285,7 +285,7 @@ def test_counted_memory_shrinks_with_checkpointed_activations() -> None:
     config = ModelConfig(size="t4", channels=4, latent_size=8, num_classes=CLASS_COUNT)
     run = RUN.model_copy(update={"size": "t4", "batch_size": 64})
     whole, spare = budget(run, config), budget(run, config, checkpoint_activations=True)
-    assert whole.activation_bytes / 4 < spare.activation_bytes < whole.activation_bytes / 3  # four blocks
+    assert whole.activation_bytes / 4 < spare.activation_bytes < whole.activation_bytes / 2.5  # four blocks
     assert spare.state_bytes == whole.state_bytes
 
 

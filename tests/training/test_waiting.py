@@ -9,7 +9,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -55,6 +57,15 @@ class Waits(TorchDispatchMode):
         return result
 
 
+class Bf16(TorchFunctionMode):
+    """Autocast, which torch does not offer on the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (F.linear, F.scaled_dot_product_attention):
+            args = [each.bfloat16() if isinstance(each, Tensor) else each for each in args]
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
 def fake_group(size: int) -> Iterator[ProcessGroup]:
     """Yield a group whose collectives do nothing."""
@@ -86,7 +97,7 @@ def update_without_waiting(folder: Path, form: str, size: int, updates: int) -> 
         classifier = LatentClassifier(SIZES["t4"], 4, 8, CLASS_COUNT).requires_grad_(False)
     latents = latents_file(folder / "latents.h5", 64, SHAPE)
     objective = build_objective(run, run_config(run, SHAPE, CLASS_COUNT), classifier if run.guided else None)
-    with fake_group(size) as group, optimizers_on_meta():
+    with fake_group(size) as group, optimizers_on_meta(), mock.patch("torch.autocast", return_value=Bf16()):
         batches = objective.batches(latents, META, group)
         state = TrainingState.fresh(objective, META, Engine())
         learner = Learner(state, run.ema, SINGLE_PROCESS)  # DistributedDataParallel needs tensors with numbers
