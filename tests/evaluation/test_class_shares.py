@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tests.evaluation.painter import manifest_of, params_with
 
 COUNTS = [500, *[20] * 9]
 NAMES = list("0123456789")
+mnist = cache(mnist_data)
 
 
 def params_of(shares: str, **evaluate: Any) -> Params:
@@ -34,7 +36,7 @@ def params_of(shares: str, **evaluate: Any) -> Params:
 
 def digits_of(counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Return digits (N, 1, 16, 16) uint8 and their labels: the first ones of each class, as many as `counts` says."""
-    pixels, labels = mnist_data()
+    pixels, labels = mnist()
     rows = np.concatenate([np.flatnonzero(labels == label)[:count] for label, count in enumerate(counts)])
     large = np.pad(pixels[rows].reshape(-1, 28, 28), ((0, 0), (2, 2), (2, 2)))
     return large.reshape(-1, 1, 16, 2, 16, 2).mean((3, 5)).astype(np.uint8), labels[rows].astype(np.int64)
