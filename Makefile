@@ -115,8 +115,10 @@ $(INSTALLED): pyproject.toml $(wildcard $(LOCK)) | scm
 		echo "error: found $(PYTHON) without venv: install it (Debian, Ubuntu: apt install python3-venv)." >&2; exit 1; }
 	@test -x "$(BIN)/python" || { echo "== creating $(VENV)"; "$(PYTHON)" -m venv "$(VENV)"; }
 	@echo "== installing into $(VENV) (about 6 GB with torch; the first time takes some minutes)"
+	@other=$$(cat "$(INSTALLED)" 2>/dev/null); test -z "$$other" || test "$$other" = "$(CURDIR)" || \
+		echo "== $(VENV) was that of $$other: its afm-pipe now runs the code of this folder"
 	@"$(BIN)/python" -m pip install --quiet --disable-pip-version-check $(if $(LOCK),-c "$(LOCK)") -e ".[dev]"
-	@touch "$(INSTALLED)"
+	@echo "$(CURDIR)" > "$(INSTALLED)"
 
 clean:
 	rm -rf data/manifest.json data/held_out.json data/latents.h5 models samples reference work

@@ -84,7 +84,7 @@ def profile(
 
     if name is None:
         for each in list_profiles():
-            typer.echo(f"{each.name:12} {each.description}")
+            typer.echo(f"{each.name:24} {each.description}")
         return
     switch = activate(name)
     typer.echo(f"{paths.PARAMS} is {'now' if switch.changed else 'already'} the profile {name}.")

@@ -5,6 +5,7 @@ weights of ImageNet get (torchvision's) stand, in order, for the 1,000 sorted Wo
 """
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,15 +44,20 @@ def require_same_classes(
         raise UserError(f"Found {number} classes in {where}, expected {len(expected)} as in {of}: {remedy}")
     at = next((i for i, pair in enumerate(zip(names, expected, strict=False)) if pair[0] != pair[1]), None)
     at = min(len(names), len(expected)) if at is None else at
-    order = ", the same names in another order" if set(names) == set(expected) else ""
+    like, show = "", repr
+    if set(names) == set(expected):
+        like = ", the same names in another order"
+    elif _composed(names) == _composed(expected):  # macOS decomposes accents, and the names look equal
+        like, show = ", the same names in another Unicode form", ascii
+    found_name, expected_name = (show(each[at])[:SHOWN] if at < len(each) else "nothing" for each in (names, expected))
     raise UserError(
-        f"Found {_shown(names, at)} as class {at} of {len(names)} in {where}{order}, expected "
-        f"{_shown(expected, at)} of {len(expected)} as in {of}: {remedy}"
+        f"Found {found_name} as class {at} of {len(names)} in {where}{like}, expected {expected_name} of "
+        f"{len(expected)} as in {of}: {remedy}"
     )
 
 
-def _shown(names: Sequence[str], at: int) -> str:
-    return repr(names[at])[:SHOWN] if at < len(names) else "nothing"
+def _composed(names: Sequence[str]) -> list[str]:
+    return sorted(unicodedata.normalize("NFC", name) for name in names)
 
 
 def _is_imagenet(names: Sequence[str], folders: Sequence[str]) -> bool:

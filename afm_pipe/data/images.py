@@ -99,6 +99,8 @@ def _converted(image: Image.Image, data: bytes, mode: str) -> Image.Image:
     if seen is not None:
         image = image.convert("L" if image.mode == "1" else image.mode)
         image.putalpha(Image.fromarray(seen.astype(np.uint8) * 255))
+    if image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getbbox() is None:
+        image = image.convert("RGB")  # Windows reserves these bytes and leaves them 0: viewers show the colors
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))

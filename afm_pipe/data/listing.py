@@ -20,12 +20,13 @@ from afm_pipe.runtime.errors import UserError
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 CLUTTER = (  # files of operating systems and tools; patterns in lower case
     *("__macosx", ".ds_store", "._*", ".localized", ".spotlight-v100", ".trashes", ".fseventsd"),  # macOS
-    *(".temporaryitems", ".appledouble", "icon\r", ".documentrevisions-v100", ".volumeicon.icns"),
+    *(".temporaryitems", ".appledouble", "icon\r", ".documentrevisions-v100", ".volumeicon.icns", ".apdisk"),
+    *("network trash folder", "temporary items"),
     *("thumbs.db", "thumbs.db:encryptable", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini"),  # Windows
-    *("$recycle.bin", "recycler", "system volume information", "picasa.ini", ".picasa.ini"),
+    *("$recycle.bin", "recycler", "system volume information", "picasa.ini", ".picasa.ini", "*:zone.identifier"),
     *(".directory", ".trash", ".trash-*", ".thumbnails", "lost+found", ".nfs*", ".fuse_hidden*", ".~lock.*"),  # Linux
     *(".nomedia", ".dropbox", ".dropbox.attr", ".dropbox.cache", ".stfolder", ".stversions", ".sync"),  # phones, sync
-    *("@eadir", "#recycle", "#snapshot", ".snapshot", ".snapshots"),  # network storage
+    *("@eadir", "#recycle", "#snapshot", ".snapshot", ".snapshots", "@recycle", ".@__thumb"),  # network storage
     *(".git", ".gitignore", ".gitattributes", ".gitkeep", ".keep", ".dvc", ".dvcignore", ".cache", ".huggingface"),
     *(".svn", ".hg"),
     *(".ipynb_checkpoints", ".idea", ".vscode"),
@@ -189,7 +190,8 @@ def count_by_name(skipped: Iterable[str]) -> dict[str, int]:
     counts: dict[str, int] = {}
     for path in skipped:
         name = path.rpartition("/")[2]
-        name = "._*" if name.startswith("._") else name
+        mark = ":Zone.Identifier"  # Windows marks every downloaded file
+        name = "._*" if name.startswith("._") else f"*{mark}" if name.lower().endswith(mark.lower()) else name
         counts[name] = counts.get(name, 0) + 1
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 

@@ -55,7 +55,7 @@ def build_manifest(data: Data) -> Generator[Progress, None, Manifest]:
     if len(images) < data.min_images:
         raise UserError(
             f"Found {len(images)} images under {root}, expected at least {data.min_images} (data.min_images): "
-            "check data.root."
+            "check data.root, or lower data.min_images."
         )
 
     hashes: list[str] = []

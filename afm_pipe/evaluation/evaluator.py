@@ -96,7 +96,8 @@ class Evaluator:
                                images, null where those have none; _features: the same in the first network
         copies                 fraction of samples counted as copies (`Thumbnails.copied`); 0.001 for new real images
         nearest_distance_ratio median distance of samples to the nearest training image, relative to that of training
-                               images to their nearest other; null when most training images have exact duplicates
+                               images, in the same class shares, to their nearest other; null when most training
+                               images have exact duplicates
         intervals              {key: [low, high]}, 95 %, of distances and fractions
         protocol               how it was measured, merged into `provenance`
 
@@ -182,7 +183,7 @@ class Evaluator:
         metrics["within_class_variance"] = _ratio(seen.spread.variance(), self.real_spread.variance())
         of_features = within_class_variance(seen.streams[0].features, labels)
         metrics["within_class_variance_features"] = _ratio(of_features, self.references[0].within_class_variance)
-        distances, usual = torch.cat(seen.distances), float(np.median(self.thumbnails.nearest_other))
+        distances, usual = torch.cat(seen.distances), self.thumbnails.median_nearest_other(self.class_counts)
         metrics["copies"] = float(self.thumbnails.copied(distances).mean())
         metrics["nearest_distance_ratio"] = _ratio(float(distances[:, 0].median()), usual)
         held_out = {"held_out": {**self.summary["held_out"], "compared": compared}} if compared else {}

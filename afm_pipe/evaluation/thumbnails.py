@@ -3,6 +3,7 @@
 Legend: T training thumbnails, N images, C channels, h x w pixels, at most 32 x 32.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +56,19 @@ class Thumbnails:
         """The `ratio` below which one training image in a thousand lies, duplicates excluded."""
         distinct = self.ratio[self.ratio > 0]
         return float(np.quantile(distinct, COPY_QUANTILE)) if len(distinct) else 0.0
+
+    def median_nearest_other(self, class_counts: Sequence[int]) -> float:
+        """Return the median of `nearest_other` over images in these class shares.
+
+        Thumbnails are as many of each class as its images allow; with unequal shares each counts for its class's share.
+        """
+        if len(set(class_counts)) == 1:
+            return float(np.median(self.nearest_other))
+        of_class = np.bincount(self.labels, minlength=len(class_counts))
+        order = np.argsort(self.nearest_other, kind="stable")
+        labels = self.labels[order]
+        below = np.cumsum(np.asarray(class_counts)[labels] / of_class[labels])
+        return float(self.nearest_other[order[np.searchsorted(below, below[-1] / 2)]])
 
     def copied(self, distances: Tensor) -> np.ndarray:
         """Return which images are copies (N,) bool, by distances (N, 2 or more) to their nearest training images.

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field, SerializeAsAny, ValidationError, model_validator
 
 from afm_pipe.params.autoencoders import AutoencoderParams
-from afm_pipe.params.base import EMPTY, RunName, Section, Seed, deep_merge
+from afm_pipe.params.base import EMPTY, LISTED, RunName, Section, Seed, deep_merge
 from afm_pipe.params.images import (
     AdmReference,
     Data,
@@ -61,14 +61,14 @@ class Params(Section):
     runs: Annotated[dict[RunName, Run], Field(min_length=1), EMPTY]
     classifier: Classifier | None
     """Required by phases with guidance."""
-    guided: Annotated[dict[RunName, Guided], EMPTY]
-    imported: Annotated[dict[RunName, Imported], EMPTY]
+    guided: Annotated[dict[RunName, Guided], LISTED]
+    imported: Annotated[dict[RunName, Imported], LISTED]
     """Models trained elsewhere, sampled and measured like the runs."""
     sample: Sample
     evaluate: Evaluate
     toy: Toy
     study: Study
-    tables: Annotated[dict[TableName, StudyTable], EMPTY]
+    tables: Annotated[dict[TableName, StudyTable], LISTED]
     """Views over trials: the paper's tables, and checks of questions that the paper leaves open."""
 
     @model_validator(mode="before")

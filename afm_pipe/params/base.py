@@ -20,6 +20,16 @@ EMPTY = BeforeValidator(lambda value: {} if value is None else value)
 """YAML reads a section without lines, `t4:`, as null: it sets nothing."""
 NULLABLE = {"selection", "flow"}
 """Sections of a run that null turns off; over any other, it is an empty section."""
+
+
+def _listed(value: Any) -> Any:
+    if value is None:
+        raise ValueError("expected {} where there are none, since DVC goes through this section; found nothing")
+    return value
+
+
+LISTED = BeforeValidator(_listed)
+"""Of sections that dvc.yaml goes through by `foreach`."""
 RunName = Annotated[str, Field(pattern=NAME)]
 
 

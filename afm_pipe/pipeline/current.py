@@ -79,10 +79,14 @@ def train_step(params: Params, name: str) -> Step:
 
 
 def sample_step(params: Params, name: str) -> Step:
-    """Return the step that draws a model's pictures."""
+    """Return the step that draws a model's pictures, and the images that `evaluate` measures if they are kept."""
     settings = [params.sample.model_dump(mode="json"), params.evaluate.samples, params.evaluate.seed]
     folder, inputs = paths.samples(name), [paths.model(name), paths.AUTOENCODER]
     outs = [folder / "grid.png", folder / "interpolation.png"]
+    if params.sample.keep_images:  # in the class shares of the reference
+        summary = paths.REFERENCE / "summary.json"
+        settings.append([json_value(summary, "classes"), json_value(summary, "class_counts")])
+        outs.append(folder / "images")
     return Step("sample", name, outs, partial(_identity, "sample", settings, inputs))
 
 

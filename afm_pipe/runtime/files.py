@@ -141,14 +141,17 @@ def read_model(model: "type[Model]", path: Path, remedy: str) -> "Model":
 
 
 def read_text(path: Path, max_bytes: int) -> str:
-    """Read a UTF-8 text file. Raises UserError if it has more than `max_bytes` or is a pipe or device; OSError."""
+    """Read a UTF-8 text file, with or without a byte order mark.
+
+    Raises UserError if it has more than `max_bytes` or is a pipe or device; OSError.
+    """
     size = path.stat().st_size
     if not path.is_file():
         raise UserError(f"Found {path}, which is a folder, a pipe or a device; expected a regular file.")
     if size > max_bytes:
         raise UserError(f"Found {path} of {size:,} bytes, expected at most {max_bytes:,}: check the path.")
     with path.open("rb") as file:
-        return file.read(size + 1).decode()  # bounded, in case the file grows
+        return file.read(size + 1).decode("utf-8-sig")  # bounded, in case the file grows
 
 
 def _refuse(constant: str) -> None:

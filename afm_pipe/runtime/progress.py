@@ -124,8 +124,9 @@ def _plain(title: str) -> Iterator[Callable[[Progress], None]]:
             return
         last = now
         rate = (progress.position - first) / max(now - started, 1e-9)  # since the start or the resume
-        left = f"ETA {(total - progress.position) / rate:.0f} s" if rate > 0 else "ETA unknown"
-        _say(f"{title}: {shown}, {left}  {facts}".rstrip())
+        left = total - progress.position
+        time_left = f"ETA {left / rate:.0f} s" if rate > 0 else "ETA unknown" if left else "ETA 0 s"
+        _say(f"{title}: {shown}, {time_left}  {facts}".rstrip())
 
     def say_so() -> None:
         """Print a line where the work reports nothing for long, as while a trial of a table trains."""

@@ -37,6 +37,14 @@ def test_other_names_or_another_order_are_refused(found: object, message: str) -
     assert message in str(caught.value)
 
 
+def test_names_that_look_equal_are_shown_by_what_differs() -> None:
+    composed, decomposed = "caf\u00e9", "cafe\u0301"  # as Linux and as macOS name the same folder
+    with pytest.raises(UserError) as caught:
+        require_same_classes([decomposed, "tea"], "model", [composed, "tea"], "data")
+    said = "Found 'cafe\\u0301' as class 0 of 2 in model, the same names in another Unicode form, expected 'caf\\xe9'"
+    assert said in str(caught.value)
+
+
 def test_folders_sorted_as_text_are_not_a_models_numbers() -> None:
     folders = sorted(map(str, range(12)))  # "0", "1", "10", "11", "2", ...
     with pytest.raises(UserError, match="'2' as class 2 of 12 in model, the same names .* expected '10'"):

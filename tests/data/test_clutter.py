@@ -31,13 +31,19 @@ CLUTTER = {
     "class1/.ipynb_checkpoints/000-checkpoint.png": b"png",
     "$RECYCLE.BIN/S-1-5/x.png": b"png",
     "lost+found/x.png": b"png",
+    "class0/000.png:Zone.Identifier": b"[ZoneTransfer]",
+    "class2/001.png:Zone.Identifier": b"[ZoneTransfer]",
+    "class2/.@__thumb/000.png": b"thumb",
+    "@Recycle/x.png": b"png",
+    "Network Trash Folder/x.png": b"png",
+    ".apdisk": b"<?xml",
     "LICENSE": b"MIT",
     "labels.csv": b"a,b",
 }
 SKIPPED = (
-    "12 images of 3 classes under {root}; skipped 13: 2 '.DS_Store', 2 '._*', 1 '$RECYCLE.BIN', "
-    "1 '.ipynb_checkpoints', 1 '@eaDir', 1 'LICENSE', 1 'Thumbs.db', 1 '__MACOSX', 1 'desktop.ini', 1 'labels.csv', "
-    "1 'lost+found'."
+    "12 images of 3 classes under {root}; skipped 19: 2 '*:Zone.Identifier', 2 '.DS_Store', 2 '._*', "
+    "1 '$RECYCLE.BIN', 1 '.@__thumb', 1 '.apdisk', 1 '.ipynb_checkpoints', 1 '@Recycle', 1 '@eaDir', 1 'LICENSE', "
+    "1 'Network Trash Folder', 1 'Thumbs.db', 1 '__MACOSX', 1 'desktop.ini', 1 'labels.csv', 1 'lost+found'."
 )
 
 

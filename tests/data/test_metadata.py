@@ -108,6 +108,50 @@ def test_real_files_with_more_metadata_are_read_as_before() -> None:
         np.testing.assert_array_equal(found, decode_image(path.read_bytes(), path.name, 64, 3))
 
 
+LARGE = {
+    "ICC": {"icc_profile": PROFILE + bytes(HUGE)},
+    "XMP": {"xmp": b"<x:xmpmeta/>" + bytes(HUGE)},
+    "EXIF": {"exif": b"Exif\0\0II*\0" + b"\xff" * HUGE},
+}
+
+
+@pytest.mark.parametrize("kind", LARGE)
+def test_no_metadata_of_a_webp_decides(kind: str) -> None:
+    plain, large = (encoded(PHOTO, "WEBP", lossless=True, **options) for options in ({}, LARGE[kind]))
+    assert len(large) > len(plain) + HUGE
+    np.testing.assert_array_equal(decode_image(large, "x.webp", 32, 3), decode_image(plain, "x.webp", 32, 3))
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "YCCK", "L", "RGB"])
+def test_a_profile_of_megabytes_changes_no_color_of_a_real_photograph(mode: str) -> None:
+    with Image.open(CHINA) as image:
+        photograph = image.convert("CMYK" if mode == "YCCK" else mode)
+    data = encoded(photograph, "JPEG", icc_profile=PROFILE + bytes(HUGE), comment=bytes(60000))
+    if mode == "YCCK":  # Adobe's segment says so
+        transform = data.index(b"Adobe") + 11
+        data = data[:transform] + b"\2" + data[transform + 1 :]
+    with Image.open(io.BytesIO(data)) as image:
+        expected = encoded(image.convert("RGB"))
+    np.testing.assert_array_equal(decode_image(data, "x.jpg", 64, 3), decode_image(expected, "x.png", 64, 3))
+
+
+def test_a_phones_photograph_with_a_second_picture_and_a_video_in_its_file_is_the_first() -> None:
+    with Image.open(CHINA) as image:
+        first = encoded(image, "JPEG")
+        several = encoded(image, "MPO", save_all=True, append_images=[image.rotate(180)])
+    for data in (several, first + b"\0\0\0\x18ftypmp42" + bytes(HUGE)):
+        np.testing.assert_array_equal(decode_image(data, "x.jpg", 64, 3), decode_image(first, "x.jpg", 64, 3))
+
+
+@pytest.mark.parametrize(("alpha", "value"), [(0, 20), (255, 20), (51, 208)])
+def test_a_bmp_whose_alpha_was_never_written_shows_its_colors(alpha: int, value: int) -> None:
+    pixels = bytes([20, 20, 20, alpha]) * 32 * 32
+    info = struct.pack("<IiiHHIIiiII", 108, 32, 32, 1, 32, 3, len(pixels), 0, 0, 0, 0)  # BITMAPV4HEADER, with masks
+    masks = struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000) + b"BGRs" + bytes(48)
+    head = struct.pack("<2sIHHI", b"BM", 122 + len(pixels), 0, 0, 122)
+    assert (decode_image(head + info + masks + pixels, "x.bmp", 32, 3) == value).all()
+
+
 def test_an_animation_and_damaged_transparency_are_still_refused() -> None:
     moving = encoded(PHOTO, save_all=True, append_images=[PHOTO.rotate(90)])
     with pytest.raises(UserError, match="animation"):

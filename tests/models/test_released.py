@@ -234,13 +234,17 @@ def test_the_moving_average_inside_a_checkpoint_is_taken_and_half_precision_wide
 
 def test_an_imported_model_has_what_a_trained_one_has_but_a_discriminator(project: Path) -> None:
     torch.save(state(FORMS["1nfe"]), "x.pth")
-    Path("names.txt").write_text("\n".join(f"class {i}" for i in range(10)))
+    names = "\n".join(f"class {i}" for i in range(10))
+    Path("names.txt").write_text(names)
     import_generator(told("x.pth", classes="names.txt"), paths.model("x"))
     described = read_json(paths.model("x") / "config.json")
     assert {path.name for path in paths.model("x").iterdir()} == {"generator.safetensors", "config.json"}
     assert described["classes"][3] == "class 3"
     assert described["images_seen"] is described["updates"] is None
     assert described["generator_parameters"] == sum(tensor.numel() for tensor in state(FORMS["1nfe"]).values())
+    Path("names.txt").write_bytes(b"\xef\xbb\xbf" + names.replace("\n", "\r\n").encode() + b"\r\n\r\n")
+    import_generator(told("x.pth", classes="names.txt"), paths.model("x"))
+    assert read_json(paths.model("x") / "config.json")["classes"] == described["classes"], "as Notepad writes it"
     Path("names.txt").write_text("one\ntwo")
     with pytest.raises(UserError, match="Found 2 names in names.txt, expected 10"):
         import_generator(told("x.pth", classes="names.txt"), paths.model("x"))

@@ -140,14 +140,14 @@ def test_the_schema_lets_a_run_leave_out_what_it_inherits() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["runs: {t4: }", "runs: {t4: {penalty: , ema: {}, monitor: {probe: }}}", "runs: {t4: ~}", "guided:", "imported:"],
+    ["runs: {t4: }", "runs: {t4: {penalty: , ema: {}, monitor: {probe: }}}", "runs: {t4: ~}"],
 )
 def test_an_empty_section_overrides_nothing(text: str, tmp_path: Path) -> None:
     raw = yaml.safe_load(SMOKE.read_text())
     raw["runs"]["t4"] = {}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(deep_merge({}, raw) | yaml.safe_load(text)))
     params = load_params(tmp_path / "params.yaml")
-    assert params.runs["t4"] == params.train and params.guided == {} and params.imported == {}
+    assert params.runs["t4"] == params.train
 
 
 def test_an_empty_setting_of_a_table_overrides_nothing(tmp_path: Path) -> None:
@@ -222,6 +222,8 @@ def test_no_message_names_a_class_of_python_or_pydantic() -> None:
         ("runs", " {}", "runs: found an empty section, expected a list or section of at least 1"),
         ("evaluate", "", "evaluate.samples: found nothing, expected a value"),
         ("autoencoder", "", "autoencoder.kind: found nothing, expected a value"),
+        ("guided", "", "guided: expected {} where there are none, since DVC goes through this section; found nothing"),
+        ("tables", "", "tables: expected {} where there are none"),
         ("seed", "", "seed: found null, expected a valid integer"),
     ],
 )

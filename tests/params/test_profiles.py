@@ -110,4 +110,4 @@ def test_a_profile_with_a_mistake_is_refused(project: tuple[Path, Path]) -> None
 def test_profiles_are_listed_with_their_first_words() -> None:
     words = {profile.name: profile.description for profile in list_profiles(ROOT / "profiles")}
     assert words["imagenet256"].startswith("The paper's whole study on ImageNet 256x256")
-    assert words["smoke"].startswith("The whole pipeline in about a minute")
+    assert words["smoke"].startswith("The whole pipeline in about three minutes")

@@ -117,6 +117,20 @@ def test_images_for_other_evaluators_are_in_the_class_shares_of_the_reference(su
     assert "Found 'digit 0' as class 0 of 10 in models/one, expected 'a' of 10" in done.output
 
 
+def test_kept_images_are_drawn_again_in_other_class_shares_and_where_they_are_gone(summary: dict[str, Any]) -> None:
+    def drawn() -> list[bytes]:
+        assert afm("sample", "one", "--set", "sample.keep_images=true").exit_code == 0
+        return [file.read_bytes() for file in sorted((paths.samples("one") / "images").iterdir())]
+
+    equal = drawn()
+    write_json(paths.REFERENCE / "summary.json", summary | {"class_counts": [14, *[1] * 9]})
+    assert drawn() != equal
+    write_json(paths.REFERENCE / "summary.json", summary)
+    assert drawn() == equal
+    shutil.rmtree(paths.samples("one") / "images")
+    assert drawn() == equal
+
+
 def test_imported_weights_without_class_names_are_measured_only_where_numbers_name_the_classes(
     summary: dict[str, Any],
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from afm_pipe import pipeline
 from afm_pipe.distributed.launch import Launch
-from afm_pipe.params import Params
+from afm_pipe.params import Imported, Params
 from afm_pipe.params.file import load_params
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
@@ -57,10 +57,22 @@ def rename(file: Path, classes: list[str]) -> None:
     file.write_text(json.dumps(described | {"classes": classes}))
 
 
+def evaluate_exported(params: Params) -> None:
+    """Export a model, import the file under another name, and evaluate that."""
+    pipeline.export("t4", "safetensors", Path("t4.safetensors"))
+    pipeline.import_weights(params, "moved", Imported(file="t4.safetensors"))
+    pipeline.evaluate(params, "moved", LAUNCH)
+
+
 MODEL, CLASSIFIER, REFERENCE = paths.model("t4") / "config.json", paths.CLASSIFIER / "config.json", "summary.json"
 ACTIONS: dict[str, tuple[Path, Callable[[Params], object]]] = {
     "evaluate": (MODEL, lambda params: pipeline.evaluate(params, "t4", LAUNCH)),
     "sample for ADM": (MODEL, lambda params: pipeline.export_samples(params, "t4", LAUNCH, Path("samples.npz"))),
+    "keep samples": (
+        MODEL,
+        lambda _: pipeline.sample(load_params(overrides=[*OVERRIDES, "sample.keep_images=true"]), "t4", LAUNCH),
+    ),
+    "evaluate where it is imported": (MODEL, lambda params: evaluate_exported(params)),
     "continue": (MODEL, lambda params: pipeline.train(params, "g", LAUNCH)),
     "guide": (CLASSIFIER, lambda params: pipeline.train(params, "g", LAUNCH)),
     "select": (
@@ -95,4 +107,5 @@ def test_other_classes_are_refused_and_nothing_is_written(
         act(load_params(overrides=OVERRIDES))
     said = str(caught.value)
     assert named in said and ("'class0'" in said or "'class1'" in said), said
-    assert not paths.metrics("t4").exists() and not Path("samples.npz").exists() and not paths.model("g").exists()
+    assert not any(paths.metrics(name).exists() for name in ("t4", "moved"))
+    assert not any(path.exists() for path in (Path("samples.npz"), paths.samples("t4") / "images", paths.model("g")))
