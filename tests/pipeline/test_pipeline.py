@@ -146,7 +146,7 @@ def test_an_edited_docstring_reruns_nothing_and_status_says_it(clone: Path) -> N
     source.write_text(before.replace('"""', '"""Edited. ', 1))
     assert repro(clone) == []
     (said,) = [line for line in shell(clone, "afm-pipe", "status").splitlines() if "different source code" in line]
-    assert "t4, t4-no-transport, table transport (objective " in said
+    assert "t4, t4-no-transport, table transport (objective)" in said
     source.write_text(before)
 
 

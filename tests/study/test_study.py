@@ -351,7 +351,7 @@ def test_a_trial_of_another_objective_counts_from_zero_in_the_list_and_in_traini
     settings = f"objective: flow_matching, flow: {{times: uniform, label_dropout: 0.0, warmup: 1, {flow}}}"
     row = f"{{{settings}, then: {{until_epoch: 1, run: {run}}}}}"
     params = declare(continued=with_row("continued", row))
-    (line,) = [line for line in trials_text(params, []).splitlines() if " continued, seed 0" in line]
+    (line,) = [line for line in trials_text(params, []).splitlines() if "continued: continued, seed 0" in line]
     pipeline.tables(params, [], ONE)
     assert re.search(r"waits for its base +8 ", line)
     assert trials("continued")["continued"]["cost"]["updates"] == 8
