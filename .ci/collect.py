@@ -16,6 +16,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from afm_pipe.runtime.files import atomic_path
+
 PATTERNS = (
     *(
         f"results/{name}/**/*"
@@ -28,35 +30,42 @@ LINK = re.compile(r'\b(href|src)="((?!data:|https?:|#)[^"]+)"')
 
 
 def collect(clone: Path, to: Path, grid: str) -> None:
-    """Replace the folder `to` by the results of a clone."""
-    shutil.rmtree(to, ignore_errors=True)
-    copies: dict[str, Path] = {}  # by path in the clone
+    """Replace the folder `to` by the results of a clone, whole or not at all."""
+    with atomic_path(to) as folder:
+        _copy(clone, folder, to, grid)
+
+
+def _copy(clone: Path, folder: Path, to: Path, grid: str) -> None:
+    """Write the results into `folder`, with links for the place `to`."""
+    copies: dict[str, Path] = {}  # by path in the clone: the path below `to`
     for path in (path for pattern in PATTERNS for path in sorted(clone.glob(pattern))):
         if path.is_dir() or path.name == ".gitignore":
             continue
         source = str(path.relative_to(clone))
-        copy = copies[source] = to / source.removeprefix("results/")
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".png":
-            copy = copies[source] = copy.with_suffix(".jpg")
+        picture = path.suffix == ".png"
+        name = Path(source.removeprefix("results/")).with_suffix(".jpg" if picture else path.suffix)
+        copies[source] = name
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if picture:
             with Image.open(path) as image:
-                image.convert("RGB").save(copy, quality=85)
+                image.convert("RGB").save(folder / name, quality=85)
         else:
-            shutil.copyfile(path, copy)
+            shutil.copyfile(path, folder / name)
     with Image.open(clone / "samples" / grid / "grid.png") as image:
-        image.save(to / "samples.png", optimize=True)
-    for page in to.rglob("*.html"):
-        moved = partial(_moved, here="results" / page.relative_to(to), page=page, copies=copies)
+        image.save(folder / "samples.png", optimize=True)
+    for page in folder.rglob("*.html"):
+        moved = partial(_moved, page=page.relative_to(folder), to=to, copies=copies)
         page.write_text(LINK.sub(moved, page.read_text("utf-8")), "utf-8")
     head = subprocess.check_output(["git", "-C", clone, "rev-parse", "--short", "HEAD"], text=True)
-    (to / "COMMIT").write_text(head, "utf-8")
+    (folder / "COMMIT").write_text(head, "utf-8")
 
 
-def _moved(link: re.Match[str], here: Path, page: Path, copies: dict[str, Path]) -> str:
-    """Return a link of a page that stood at `here` in the clone, as it must be in the copy."""
+def _moved(link: re.Match[str], page: Path, to: Path, copies: dict[str, Path]) -> str:
+    """Return a link of a page of results/ in the clone, as it must be in the page's copy below `to`."""
     path, anchor, place = link[2].partition("#")
-    target = os.path.normpath(here.parent / path)
-    return f'{link[1]}="{os.path.relpath(copies.get(target, target), page.parent)}{anchor}{place}"'
+    target = os.path.normpath("results" / page.parent / path)
+    moved = to / copies[target] if target in copies else target
+    return f'{link[1]}="{os.path.relpath(moved, (to / page).parent)}{anchor}{place}"'
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Count the memory of an update: the bytes of all storages that are alive while the objective's own update runs.
+"""Count the memory of an update: the bytes of all live storages while the objective's own update runs.
 
-Fake tensors have shapes but no numbers, so nothing is allocated. Networks with two and three blocks are counted. Every
-stretch between two boundaries of blocks then has a peak that is linear in the number of blocks, and the peak of a
-network of any depth is the largest of them.
+The update runs on fake tensors, which have shapes but no data, so nothing is allocated. It is counted with networks of
+two and three blocks and split into stretches at the boundaries of blocks. The peak of a stretch is linear in the number
+of blocks; the peak at any depth is the largest of the extrapolated stretches.
 """
 
 import weakref
@@ -79,7 +79,7 @@ def _stretches(
     """
     images, penalized, micro_batches = batch
     stretches: list[Stretch] = []
-    time_rates.cache_clear()  # no number for fake tensors, no fake tensor for later
+    time_rates.cache_clear()  # it must not hand real tensors to fake ones, nor fake tensors to later calls
     try:
         with FakeTensorMode(), gpu_autocast():
             networks = shallow(objective, depth, blocks, "cpu")
@@ -121,7 +121,7 @@ def gpu_autocast() -> Iterator[None]:
 
 
 class _FusedRMSNorm(torch.autograd.Function):
-    """RMSNorm as on a GPU, whose kernel keeps its input and a number per row; on a CPU it keeps the quotient, too."""
+    """RMSNorm that saves what the GPU's fused kernel does: the input and one value per row, no normalized input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ class _FusedRMSNorm(torch.autograd.Function):
 
 
 def fuse_norms(network: nn.Module) -> None:
-    """Let the RMSNorms of a network without numbers keep what they keep on a GPU; not those with derivatives."""
+    """Make the RMSNorms of a network of fake tensors save what they save on a GPU, except those with tangents."""
     if getattr(network, "block", Block) is not Block:
         return
     for module in network.modules():
@@ -148,7 +148,7 @@ def _fused_norm(module: nn.RMSNorm, x: Tensor) -> Tensor:
 
 
 class Storages(TorchDispatchMode):
-    """Adds up the storages that operators allocate, as long as they are alive, by stretches between blocks."""
+    """Tracks the bytes of live storages that operators allocate, by stretches between blocks."""
 
     def __init__(self, networks: Mapping[str, nn.Module]) -> None:
         """Count none of the weights and buffers of `networks`."""

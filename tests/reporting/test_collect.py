@@ -48,6 +48,8 @@ def test_pages_link_to_the_copies_and_to_files_of_this_checkout(clone: Path, tmp
     assert (to / "report" / "runs" / "t4.html").read_text() == '<a href="../../metrics/t4.json">x</a>'
     head = subprocess.check_output(["git", "-C", clone, "rev-parse", "--short", "HEAD"], text=True)
     assert (to / "COMMIT").read_text() == head
+    (clone / "samples" / "t4" / "grid.png").unlink()
+    assert subprocess.run(command, cwd=here, capture_output=True, check=False).returncode != 0
     found = {str(path.relative_to(to)) for path in to.rglob("*") if path.is_file()}
     assert found == {
         *("metrics/t4.json", "models/t4/config.json", "params.yaml", "reference/summary.json", "samples.png", "COMMIT"),
