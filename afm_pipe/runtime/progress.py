@@ -110,20 +110,21 @@ def _live(title: str) -> Iterator[Callable[[Progress], None]]:
 
 @contextmanager
 def _plain(title: str) -> Iterator[Callable[[Progress], None]]:
-    started = last = time.monotonic()
-    first: float | None = None
+    started = last = since = time.monotonic()
+    first, counted = 0.0, ""  # since when, from where and in which unit the rate is counted
     shown, ended = "working", threading.Event()
 
     def render(progress: Progress) -> None:
-        nonlocal last, first, shown
+        nonlocal last, since, first, counted, shown
         done, total, unit, facts, _ = progress
         shown = f"{done}/{total} {unit}"
         now = time.monotonic()
-        first = progress.position if first is None else first
+        if unit != counted:  # the start, a resume, or the next part of the work
+            since, first, counted = (now if counted else since), progress.position, unit
         if now - last < SECONDS_BETWEEN_LINES and done < total:
             return
         last = now
-        rate = (progress.position - first) / max(now - started, 1e-9)  # since the start or the resume
+        rate = (progress.position - first) / max(now - since, 1e-9)
         left = total - progress.position
         time_left = f"ETA {left / rate:.0f} s" if rate > 0 else "ETA unknown" if left else "ETA 0 s"
         _say(f"{title}: {shown}, {time_left}  {facts}".rstrip())

@@ -34,6 +34,23 @@ def test_silent_work_says_how_far_it_is_and_for_how_long(
     assert capsys.readouterr().err == "", "the work has ended"
 
 
+def test_each_part_of_work_has_a_rate_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.5)
+
+    def work() -> Generator[Progress]:
+        yield Progress(4500, 4500, "images")
+        for done in (0, 60, 120):
+            yield Progress(done, 300, "updates")
+            time.sleep(0.6)
+
+    track("autoencoder", work())
+    said = capsys.readouterr().err
+    assert "unknown" not in said
+    assert "autoencoder: 120/300 updates, ETA 2 s" in said or "autoencoder: 120/300 updates, ETA 1 s" in said
+
+
 class Clock:
     """Time and threads of a simulation: the thread that says what works runs at once, for a minute of its waiting."""
 
