@@ -187,6 +187,12 @@ def _(request: pytest.FixtureRequest) -> str:
     return prepare("held_out={share: 0.5, root: null}", "evaluate.samples=100")
 
 
+@provokes("Few updates: N of NAME")
+def _(request: pytest.FixtureRequest) -> str:
+    write_images(Path("data/images"), per_class=10)
+    return prepare()
+
+
 @provokes("Found no image of class 'class0' to train on under DIR")
 def _(request: pytest.FixtureRequest) -> str:
     first, second = sorted((images() / "class0").iterdir())

@@ -3,11 +3,13 @@
 import numpy as np
 
 from afm_pipe.data.manifest import Manifest
+from afm_pipe.objectives.schedules import num_updates
 from afm_pipe.params import Params
 from afm_pipe.runtime.errors import UserError
 
 LEAST = 4  # images, and samples: precision and recall look at third nearest neighbors
 FEW = 10  # images of a class, below which its measures are rough
+FEW_UPDATES = 200  # below which no run of the committed studies drew anything
 
 
 def require_measurable(params: Params, manifest: Manifest, held_out: Manifest | None = None) -> list[str]:
@@ -67,5 +69,11 @@ def require_measurable(params: Params, manifest: Manifest, held_out: Manifest | 
     if seen < num_classes and params.train.monitor.policy != "off":
         lines.append(
             f"The monitor's probe sees {seen} of {num_classes} classes (train.monitor.probe.samples {probed})."
+        )
+    updates = {name: num_updates(run, manifest.num_images) for name, run in params.runs.items()}
+    if few_of := ", ".join(f"{count} of {name}" for name, count in updates.items() if count < FEW_UPDATES):
+        lines.append(
+            f"Few updates: {few_of}, since an epoch has {manifest.num_images} images. To see more than blobs, raise "
+            "until_epoch of the phases, and transport.decay_epochs with them."
         )
     return lines

@@ -85,14 +85,22 @@ def test_data_without_any_variation_are_refused() -> None:
 def test_what_few_images_leave_unmeasured_is_said(
     counts: list[int], overrides: Sequence[str], lines: list[str]
 ) -> None:
-    assert [line for line in require_measurable(params_with(*overrides), manifest(counts)) if "probe" not in line] == (
-        lines
-    )
+    found = require_measurable(params_with(*overrides), manifest(counts))
+    assert [line for line in found if "probe" not in line and "updates" not in line] == lines
 
 
 def test_the_probe_says_how_many_classes_it_sees() -> None:
     lines = require_measurable(params_with(*ENOUGH), manifest([2] * 500))
     assert "The monitor's probe sees 20 of 500 classes (train.monitor.probe.samples 40)." in lines
+
+
+def test_runs_of_few_updates_are_named() -> None:
+    few = "Few updates: 79 of s4, since an epoch has 157 images"
+    runs = ("runs={s4: {seed: 0, size: s4, batch_size: 4, phases: [{until_epoch: 2}]}}", "guided={}", "tables={}")
+    lines = require_measurable(params_with(*runs), manifest([100, 57]))
+    assert any(line.startswith(few) for line in lines)
+    lines = require_measurable(params_with(*runs), manifest([300, 100]))
+    assert not any("updates" in line for line in lines)
 
 
 @pytest.fixture
