@@ -23,6 +23,7 @@ from afm_pipe.params.images import (
     Sample,
 )
 from afm_pipe.params.latent_spec import LatentSpec
+from afm_pipe.params.objectives import VELOCITIES
 from afm_pipe.params.sizes import SIZES
 from afm_pipe.params.study import Check, Group, Place, Study, StudyTable, TableName, TrialSpec
 from afm_pipe.params.toy import Toy
@@ -63,7 +64,7 @@ class Params(Section):
     """Required by phases with guidance."""
     guided: Annotated[dict[RunName, Guided], LISTED]
     imported: Annotated[dict[RunName, Imported], LISTED]
-    """Models trained elsewhere, sampled and measured like the runs."""
+    """Models trained elsewhere, sampled and measured like the runs; guided runs may continue them."""
     sample: Sample
     evaluate: Evaluate
     toy: Toy
@@ -101,8 +102,17 @@ class Params(Section):
         """Names of all models, including imported ones."""
         return (*self.runs, *self.guided, *self.imported)
 
+    def run_before(self, name: str) -> Run | None:
+        """Return the run of which a guided run is a further phase; None where epochs count from 0."""
+        guided = self.guided.get(name)
+        return None if guided is None or guided.begins_anew else self.runs[guided.base]
+
+    def _base(self, guided: Guided) -> Run:
+        """The run that a guided run continues, or `train`, since imported weights have no run."""
+        return self.runs.get(guided.base, self.train)
+
     def _continued(self, guided: Guided) -> Run:
-        base = self.runs[guided.base]
+        base = self._base(guided)
         if isinstance(guided.reload_discriminator, float | int):  # the run starts with that D: nothing to reload
             guided = guided.model_copy(update={"reload_discriminator": None})
         seed = base.seed if guided.seed is None else guided.seed
@@ -115,28 +125,12 @@ class Params(Section):
             raise ValueError(f"runs: expected another name than {', '.join(sorted(taken))}, which is taken")
         latent_size = self.latent_shape[1]
         for name, guided in self.guided.items():
-            if guided.base not in self.runs:
-                raise ValueError(f"guided.{name}.from: expected a run ({', '.join(self.runs)}), found {guided.base}")
-            end = self.runs[guided.base].phases[-1].until_epoch
-            if guided.until_epoch <= end and not guided.begins_anew:
-                raise ValueError(
-                    f"guided.{name}.until_epoch: expected more than {end:g}, where {guided.base} ends, "
-                    f"found {guided.until_epoch:g}"
-                )
-            if self.runs[guided.base].schedule == "auto":
-                raise ValueError(
-                    f"guided.{name}.from: expected a run with schedule fixed, whose end is known; found {guided.base} "
-                    "with schedule auto"
-                )
-            kept, reload = self.runs[guided.base].keep_discriminators, guided.reload_discriminator
-            if isinstance(reload, float | int) and reload not in kept:
-                known = ", ".join(f"{epoch:g}" for epoch in kept) or "none"
-                raise ValueError(
-                    f"guided.{name}.reload_discriminator: expected one of runs.{guided.base}.keep_discriminators "
-                    f"({known}), found {reload:g}"
-                )
+            if guided.base in self.imported:
+                self._check_imported_base(name, guided)
+            else:
+                self._check_base(name, guided)
             try:
-                guided.continued(self.runs[guided.base])
+                guided.continued(self._base(guided))
             except ValidationError as error:
                 raise ValueError(f"guided.{name}.run: {_mistake(error)}") from None
         for name, run in self.runs.items():
@@ -147,14 +141,46 @@ class Params(Section):
         for name, run in self.models.items():
             for phase in run.phases:
                 self._check_guidance(name, run, phase)
-        for name, run in self.runs.items():
+        for name, run in self.models.items():
             patch = SIZES[run.size].patch
             if latent_size % patch:
+                where = f"runs.{name}" if name in self.runs else f"guided.{name}.run"
                 raise ValueError(
-                    f"runs.{name}.size: expected a patch that divides the latent side {latent_size}, "
+                    f"{where}.size: expected a patch that divides the latent side {latent_size}, "
                     f"found {run.size} with patch {patch}"
                 )
         return self
+
+    def _check_base(self, name: str, guided: Guided) -> None:
+        if guided.base not in self.runs:
+            known = ", ".join((*self.runs, *self.imported))
+            raise ValueError(f"guided.{name}.from: expected a run or imported model ({known}), found {guided.base}")
+        base, reload = self.runs[guided.base], guided.reload_discriminator
+        end = base.phases[-1].until_epoch
+        if guided.until_epoch <= end and not guided.begins_anew:
+            raise ValueError(
+                f"guided.{name}.until_epoch: expected more than {end:g}, where {guided.base} ends, "
+                f"found {guided.until_epoch:g}"
+            )
+        if base.schedule == "auto":
+            raise ValueError(
+                f"guided.{name}.from: expected a run with schedule fixed, whose end is known; found {guided.base} "
+                "with schedule auto"
+            )
+        if isinstance(reload, float | int) and reload not in base.keep_discriminators:
+            known = ", ".join(f"{epoch:g}" for epoch in base.keep_discriminators) or "none"
+            raise ValueError(
+                f"guided.{name}.reload_discriminator: expected one of runs.{guided.base}.keep_discriminators "
+                f"({known}), found {reload:g}"
+            )
+
+    def _check_imported_base(self, name: str, guided: Guided) -> None:
+        objective = guided.run.get("objective")
+        if objective not in sorted(VELOCITIES):
+            raise ValueError(
+                f"guided.{name}.run.objective: expected {' or '.join(sorted(VELOCITIES))}, since {guided.base} is "
+                f"imported and has no discriminator to continue; found {objective or 'none'}"
+            )
 
     def _check_guidance(self, name: str, run: Run, phase: Phase) -> None:
         if phase.guidance is None:
@@ -192,10 +218,15 @@ class Params(Section):
     def _bases(self) -> dict[str, tuple[Run, Run]]:
         """The run that each model trains first and the model itself, by name; the same but for guided runs.
 
-        Lacks guided runs that begin with an earlier D, since trials continue with the last.
+        Lacks guided runs that begin with an earlier D, since trials continue with the last, and those that continue
+        imported weights, since trials train what they continue.
         """
         runs = {name: (run, run) for name, run in self.runs.items()}
-        guided = {name: each for name, each in self.guided.items() if each.reload_discriminator in (None, "stall")}
+        guided = {
+            name: each
+            for name, each in self.guided.items()
+            if each.reload_discriminator in (None, "stall") and each.base in self.runs
+        }
         return runs | {name: (self.runs[each.base], self._continued(each)) for name, each in guided.items()}
 
     @property

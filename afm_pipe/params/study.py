@@ -49,8 +49,8 @@ class Axis(Section):
     settings: Annotated[dict[Label, Overrides], Field(min_length=1)]
     """Fields of a run, by label. `then` is a phase that continues the trained trial, like a guided run, with its
     `run` if given; `steps` is the number of sampling steps with which an any-step model or a velocity is measured, and
-    `sampling` overrides flow.sampling where it is measured. `run`, alone, is the name of a run or guided run: the trial
-    is that run, with the seeds of the table."""
+    `sampling` overrides flow.sampling where it is measured. `run`, alone, is the name of a run, or of a guided run that
+    continues the last weights of one: the trial is that run, with the seeds of the table."""
 
 
 class Group(Section):
@@ -167,7 +167,10 @@ def _as_run(place: Place, fields: Overrides, models: Mapping[str, tuple[Run, Run
     if others:
         raise ValueError(f"expected `run` alone, since the run has all settings; found also {', '.join(others)}")
     if name not in models:
-        raise ValueError(f"run: expected one of {', '.join(models)}, found {name!r:.80}")
+        raise ValueError(
+            f"run: expected one of {', '.join(models)}, found {name!r:.80}; of guided runs, those that continue the "
+            "last weights of a run"
+        )
     base, run = (each.model_copy(update={"seed": place.seed}) for each in models[name])
     if run.selection is not None:
         raise ValueError(f"run: expected a run without selection, since trials measure the last EMA; found {name}")

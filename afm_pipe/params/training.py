@@ -271,15 +271,16 @@ class Guided(Phase):
     """A further phase of a trained run, usually with guidance (phase 4 of the paper).
 
     G starts from the base run's EMA weights, D from its last weights; epochs count on from the end of the base run.
+    Imported weights are continued with another objective.
     """
 
     base: Annotated[str, Field(alias="from")]
-    """The run to continue."""
+    """The run to continue, or the imported velocity, such as SiT's."""
     run: dict[str, Any] = Field({}, exclude_if=lambda value: not value)
-    """Fields of a run that override the base run's. With another objective, the run begins anew with the base's
-    weights: its epochs, and its schedules, count from 0."""
+    """Fields of a run that override the base run's, or those of `train` where the base is imported. With another
+    objective, the run begins anew with the base's weights: its epochs, and its schedules, count from 0."""
     seed: Seed | None = None
-    """Default: the seed of the base run."""
+    """Default: the seed of the base run, or that of `train`."""
 
     @property
     def begins_anew(self) -> bool:

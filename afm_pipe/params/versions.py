@@ -85,7 +85,7 @@ def origin_files(params: Params, name: str) -> dict[str, Path]:
         base, reload = paths.model(guided.base), guided.reload_discriminator
         d = "discriminator" if not isinstance(reload, float | int) else paths.kept_discriminator(reload)
         files = {"generator": base / "generator.safetensors", "discriminator": base / f"{d}.safetensors"}
-        if params.runs[guided.base].objective in WITHOUT_DISCRIMINATOR:
+        if guided.base in params.imported or params.runs[guided.base].objective in WITHOUT_DISCRIMINATOR:
             del files["discriminator"]
     if params.models[name].guided:
         files["classifier"] = paths.CLASSIFIER / "classifier.safetensors"

@@ -122,7 +122,7 @@ def pool(params: Params, launch: Launch) -> None:
     from afm_pipe.planning.counting import update_units
     from afm_pipe.study.runner import Worker, trial_jobs
 
-    jobs: list[Any] = [RunJob(params, name) for name, run in params.models.items() if is_small(run.size)]
+    jobs: list[Any] = [RunJob(params, name) for name in pooled_runs(params)]
     jobs.append(ToyJob(params))
     names = [name for name in params.tables if not table_step(params, name).is_current]
     trials = [trial for trial in (Trials(params, names).all if names else ()) if is_small(trial.run.size)]
@@ -138,6 +138,15 @@ def pool(params: Params, launch: Launch) -> None:
     )
     ordered = [first, *sorted(others, key=lambda job: -job.weight)]  # the first run's pictures come first
     track("pool", run_jobs(ordered, Worker(params, launch, update_units), launch.num_workers(), "jobs"))
+
+
+def pooled_runs(params: Params) -> list[str]:
+    """Return the names of the runs that the pool trains: the small ones whose base, if any, it trains too.
+
+    DVC may import weights only after the pool, so runs that continue them are left to their own stages.
+    """
+    late = {name for name, guided in params.guided.items() if guided.base in params.imported}
+    return [name for name, run in params.models.items() if is_small(run.size) and name not in late]
 
 
 def _reason_against(launch: Launch) -> str | None:

@@ -1,5 +1,6 @@
 """Train runs and guided runs."""
 
+import math
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from afm_pipe.distributed.process_group import ProcessGroup
     from afm_pipe.evaluation.distance import SampleDistance
+    from afm_pipe.models.model_files import ModelConfig
     from afm_pipe.objectives.base import Objective
     from afm_pipe.training.checkpoints import RetentionPolicy
     from afm_pipe.training.sharding import Parts
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 def train(params: Params, name: str, launch: Launch) -> None:
     """Train a run to its end, resuming an interrupted session, and write its model, curves, events and cost.
 
-    A guided run starts from the model of the run it continues.
+    A guided run starts from the model it continues.
     """
     step = train_step(params, name)
     if step.skip(launch):
@@ -55,11 +57,14 @@ def train(params: Params, name: str, launch: Launch) -> None:
     device = launch.torch_device()
     latents = open_latents(params)
     config = model_config(params, name, len(latents.classes))
+    base = paths.model(params.guided[name].base) if name in params.guided else None
+    if base is not None and base.name in params.imported:
+        _require_imported(config, latents.spec.scaling_factor, base, name)
     start, guide, origins = _origin(params, name, run, list(latents.classes), device)
     identity = run_identity(run, params.latent_shape, latents.fingerprint(), origins)
     objective = build_objective(run, config, guide)
-    if start is not None:
-        _require_base(start, objective, paths.model(params.guided[name].base))
+    if start is not None and base is not None:
+        _require_base(start, objective, base)
     keep_at = probes(run, latents.num_images, continues=start is not None)  # as a trial of a table would
     work_dir = paths.WORK / name
     with init_distributed(device) as group, hold_lease(work_dir) if group.is_main_process else nullcontext() as lease:
@@ -170,7 +175,7 @@ def _origin(
     if name in params.guided:
         base = paths.model(params.guided[name].base)
         updates = json_value(base / "config.json", "updates")
-        if type(updates) is not int or updates < 1:
+        if base.name in params.runs and (type(updates) is not int or updates < 1):
             raise UserError(f"Found {base / 'config.json'} without its number of updates: train {base.name} again.")
         require_same_classes(json_value(base / "config.json", "classes"), base / "config.json", classes, paths.LATENTS)
         notice_model(base)
@@ -180,6 +185,32 @@ def _origin(
         guide = load_latent_classifier(paths.CLASSIFIER, device, classes)
         notice_model(paths.CLASSIFIER)
     return start, guide, {part: sha256_file(file) for part, file in files.items()}
+
+
+def _require_imported(config: "ModelConfig", scaling_factor: float | None, folder: Path, name: str) -> None:
+    """Raise UserError naming the first difference between imported weights and the run that continues them."""
+    from afm_pipe.models.model_files import load_config
+    from afm_pipe.models.released import describe
+
+    found, factor = load_config(folder), json_value(folder / "config.json", "scaling_factor")
+    assert config.velocity is not None, "params have checked the objective"
+    if found.velocity is None:
+        raise UserError(
+            f"Found {folder} ({describe(found)}), expected the velocity of an ODE for guided.{name}, such as SiT's "
+            "weights: import those."
+        )
+    labels = [config.num_classes + each.unconditional for each in (found.velocity, config.velocity)]  # of equal classes
+    own, data = scaling_factor or 1.0, "use the data and the autoencoder of these weights"
+    factor = own if not factor or math.isclose(factor, own, rel_tol=1e-6) else factor  # some weights know none
+    for what, theirs, expected, remedy in (
+        ("size", found.size, config.size, f"set size in guided.{name}.run"),
+        ("qk_norm", found.qk_norm, config.qk_norm, f"set qk_norm in guided.{name}.run"),
+        ("latents", found.latent_shape, config.latent_shape, data),
+        ("scaling factor", factor, own, data),
+        ("labels", *labels, "set flow.label_dropout above 0 for weights with a label of no class, else to 0"),
+    ):
+        if theirs != expected:
+            raise UserError(f"Found {folder} with {what} {theirs}, expected {expected} as in guided.{name}: {remedy}.")
 
 
 def _require_base(start: "Start", objective: "Objective", folder: Path) -> None:

@@ -23,7 +23,7 @@ def measured_flops(
     params: Params, name: str, num_classes: int, images: int, device: torch.device, engine: Engine
 ) -> float:
     """Return the FLOP/s that a run's unguided updates of `images` images reach on a device."""
-    run = params.runs[params.guided[name].base] if name in params.guided else params.model(name)
+    run = params.run_before(name) or params.model(name)
     config = run_config(run, params.latent_shape, num_classes)
     objective = build_objective(run, config)
     state = TrainingState.fresh(objective, device, engine)

@@ -148,8 +148,7 @@ def plan_run(params: Params, name: str, num_images: int, num_classes: int, machi
             "choose another --gpus."
         )
     config = run_config(run, params.latent_shape, num_classes)
-    guided = params.guided.get(name)
-    phase_of = params.runs[guided.base] if guided and not guided.begins_anew else None  # the run of a further phase
+    phase_of = params.run_before(name)
     unguided = phase_of or run
     unguided = unguided.model_copy(update={"precision": "bf16" if machine.precision == "bf16" else "fp32"})
     images, penalized = largest_part(unguided, machine.gpus)

@@ -135,7 +135,9 @@ def run_status(params: Params, name: str, known: dict[str, RunStatus] | None = N
     if num_images is None:
         unreadable = ", which cannot be read" if paths.LATENTS.exists() else ""
         return replace(status, state="waiting", note=f"for {paths.LATENTS}{unreadable}")
-    if base is not None:
+    if base in params.imported and not (paths.model(base) / "config.json").is_file():
+        return replace(status, state="waiting", note=f"for {base}, which is not imported")
+    if base in params.runs:
         state = ((known or {}).get(base) or run_status(params, base)).state
         if state != "finished":
             return replace(status, state="waiting", note=f"for {base}, which is {state}")

@@ -1,5 +1,7 @@
 """Profiles: that the paper's says what the paper says, and what activating one leaves as it was."""
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,16 @@ def test_the_profile_has_the_papers_rates_weights_and_reloads(params: Params, na
     assert guidance.scale == (0.02 if "nfe" in name else 0.003)
     assert guidance.at == {"xl2-2nfe": (0.0,), "xl2-4nfe": (0.0, 0.25)}.get(name)
     assert run.form == ("residual" if "nfe" in name else "direct")
+
+
+def test_the_manuals_run_from_sits_weights_is_the_second_papers() -> None:
+    (block,) = re.findall(r"```yaml\n(imported:\n.*?)```", (ROOT / "docs" / "method.md").read_text(), re.DOTALL)
+    added = [f"{section}={json.dumps(value)}" for section, value in yaml.safe_load(block).items()]
+    run = load_params(ROOT / "profiles" / "imagenet256.yaml", added).model("sit-xl2-continuous")
+    assert (run.size, run.batch_size, run.lr, run.betas, run.ema.decay) == ("xl2", 256, 1e-5, (0.0, 0.95), 0.99)
+    assert (run.discriminator_updates, run.logit_centering, run.transport.start) == (16, 0.001, 0.0)
+    assert run.flow is not None and (run.flow.warmup, run.flow.label_dropout) == (10_000, 0.1)
+    assert [phase.until_epoch for phase in run.phases] == [10]
 
 
 # Making a profile active

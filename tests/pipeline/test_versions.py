@@ -25,7 +25,7 @@ reference: {thumbnails: 1}
 train: {lr: 1.0}
 runs: {t4: {seed: 0}}
 classifier: {lr: 1.0}
-guided: {g: {from: t4, until_epoch: 1.0}}
+guided: {g: {from: t4, until_epoch: 1.0}, h: {from: i, until_epoch: 1.0, run: {objective: flow_matching}}}
 imported: {i: {file: weights.pth}}
 sample: {seed: 0, micro_batch: 1, classes: 1, per_class: 1, keep_images: false}
 evaluate: {samples: 2, seed: 0}
@@ -78,7 +78,7 @@ def test_raising_a_version_reruns_what_depends_on_it_and_no_more(changed: Callab
     ("param", "stages"),
     [
         ("encode.precision", {"encode", "reference"}),
-        ("runs.t4.seed", {"pool", "train", "guide"}),
+        ("runs.t4.seed", {"pool", "train"}),
         ("guided.g.until_epoch", {"pool", "guide"}),
         ("toy.seeds", {"pool", "toy"}),
         ("sample.keep_images", {"pool", "sample", "sample-guided", "sample-imported"}),
@@ -94,6 +94,17 @@ def test_changing_a_param_reruns_what_reads_it(changed: Callable[[], set[str]], 
     section[name] = "other" if isinstance(section[name], str) else section[name] + 1
     Path("params.yaml").write_text(yaml.safe_dump(params))
     assert changed() == stages | {"report"}
+
+
+@pytest.mark.parametrize(("model", "stage"), [("t4", "guide@g"), ("i", "guide@h")], ids=["run", "imported"])
+def test_a_guided_run_runs_again_after_the_model_that_it_continues(
+    changed: Callable[[], set[str]], model: str, stage: str
+) -> None:
+    (Path("models") / model).write_text("other")
+    with Repo(os.curdir) as repo:
+        order = [each.addressing for each in plan_repro(get_active_graph(repo.index.graph), repo.stage.collect(stage))]
+        assert stage in repo.status()
+    assert order.index("train@t4" if model == "t4" else "import@i") < order.index(stage)
 
 
 def test_what_an_earlier_version_made_is_kept_by_a_commit(changed: Callable[[], set[str]]) -> None:
