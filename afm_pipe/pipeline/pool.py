@@ -17,11 +17,13 @@ from afm_pipe.pipeline.current import (
     toy_step,
     train_step,
 )
+from afm_pipe.pipeline.find import count_images
 from afm_pipe.pipeline.results import toy
 from afm_pipe.pipeline.runs import evaluate, sample
 from afm_pipe.pipeline.training import train
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.environment import env_world_size
+from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.lease import HeldError, holder_of
 from afm_pipe.runtime.progress import track
 from afm_pipe.study.trials import Trials, run_weight
@@ -138,6 +140,21 @@ def pool(params: Params, launch: Launch) -> None:
     )
     ordered = [first, *sorted(others, key=lambda job: -job.weight)]  # the first run's pictures come first
     track("pool", run_jobs(ordered, Worker(params, launch, update_units), launch.num_workers(), "jobs"))
+
+
+def time_text(params: Params, launch: Launch) -> str:
+    """Return how long all stages take on this machine. Raises UserError before `prepare` has counted the images."""
+    from afm_pipe.planning.here import estimate
+
+    manifest = count_images(params)
+    if manifest is None:
+        raise UserError(f"Found no {paths.MANIFEST} of the images in params: run `dvc repro prepare`.")
+    reason = _reason_against(launch)
+    large = [name for name, run in params.models.items() if not is_small(run.size)]
+    if reason is not None or large:
+        why = reason or f"{large[0]} is not trained by the pool"
+        return f"Time left: each stage says it ({why}); `afm-pipe plan --measure` estimates it before."
+    return estimate(params, launch, manifest.num_images, len(manifest.classes))
 
 
 def _reason_against(launch: Launch) -> str | None:
