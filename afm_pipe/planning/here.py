@@ -7,8 +7,8 @@ from afm_pipe.planning.measuring import update_seconds
 from afm_pipe.study.trials import run_weight
 from afm_pipe.training.engine import Engine
 
-TRAINING_SHARE = 0.72  # of the pool's time in the default; the rest draws and measures samples (benchmarks/repro.md)
-POOL_SHARE = 0.8  # of the time of all stages of the default (likewise)
+TRAINING_OF_POOL = 0.72  # of the pool's time in the default; the rest draws and measures samples (benchmarks/repro.md)
+POOL_OF_ALL = 0.8  # of the time of all stages of the default (likewise)
 
 
 def estimate(params: Params, launch: Launch, num_images: int, num_classes: int) -> str:
@@ -23,7 +23,7 @@ def estimate(params: Params, launch: Launch, num_images: int, num_classes: int) 
     seconds = update_seconds(run, config, run.batch_size, launch.torch_device(), Engine.of(launch))
     weight = run_weight(run) / run.phases[-1].until_epoch * run.batch_size / num_images  # of an update
     workers = min(launch.num_workers(), len(weights))
-    total = sum(weights.values()) / weight * seconds / workers / TRAINING_SHARE / POOL_SHARE
+    total = sum(weights.values()) / weight * seconds / workers / TRAINING_OF_POOL / POOL_OF_ALL
     return (
         f"About {max(total / 60, 1):.0f} minutes for all stages on this machine: {len(weights)} trainings, {workers} "
         f"at a time, {seconds:.2g} s for an update of {name}. What is current is not done again."

@@ -35,7 +35,7 @@ def test_the_time_is_that_of_all_trainings_on_all_workers(project: Path, monkeyp
     monkeypatch.setattr(here, "update_seconds", lambda *_: 10.0)
     prepared()
     updates = 90 * 60 // 10  # epochs of 60 images
-    expected = updates * 10 / 60 / 2 / here.TRAINING_SHARE / here.POOL_SHARE
+    expected = updates * 10 / 60 / 2 / here.TRAINING_OF_POOL / here.POOL_OF_ALL
     assert minutes() == round(expected)
     assert minutes("runs.b.phases=[{until_epoch: 150}]") == round(2 * expected)
 
