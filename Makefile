@@ -37,7 +37,7 @@ help:
 	@echo "make clean         remove what the pipeline made; keep environment, images and weights"
 
 repro: $(INSTALLED)
-	@echo "== dvc repro: runs the stages that have changed; each says how long it will take on this machine"
+	@echo "== dvc repro: runs the stages that have changed; the first says how long all take on this machine"
 	@echo "== to watch, in another terminal: $(BIN)/afm-pipe report --watch; to resume after an interruption: make repro"
 	@$(ON_PATH) dvc repro
 	@$(ON_PATH) afm-pipe summary

@@ -161,6 +161,7 @@ def plan(
     images: Annotated[
         int | None, typer.Option(min=1, help="Number of images, before `prepare` has counted them.")
     ] = None,
+    here: Annotated[bool, typer.Option("--here", help="Only say how long all stages take on this machine.")] = False,
     params: ParamsFile = paths.PARAMS,
     overrides: Overrides = None,
 ) -> None:
@@ -168,12 +169,16 @@ def plan(
 
     Example: afm-pipe plan xl2 --gpus 8 --gpu h100
     """
+    from afm_pipe import pipeline
     from afm_pipe.cli.plan import plan_text
     from afm_pipe.distributed.launch import load_launch
     from afm_pipe.planning.plan import UTILIZATIONS, Machine
 
     least, most = UTILIZATIONS.get(precision, (1.0, 1.0)) if utilization is None else (None, utilization)
     machine = Machine(gpu, gpus, most, precision, micro_batch, checkpoint, shard, least)
+    if here:
+        typer.echo(pipeline.time_text(read_params(params, overrides), load_launch()))
+        return
     launch = load_launch() if measure else None
     typer.echo(plan_text(read_params(params, overrides), runs or [], machine, images, launch))
 

@@ -17,11 +17,13 @@ from afm_pipe.pipeline.current import (
     toy_step,
     train_step,
 )
+from afm_pipe.pipeline.find import count_images
 from afm_pipe.pipeline.results import toy
 from afm_pipe.pipeline.runs import evaluate, sample
 from afm_pipe.pipeline.training import train
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.environment import env_world_size
+from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.lease import HeldError, holder_of
 from afm_pipe.runtime.progress import track
 from afm_pipe.study.trials import Trials, run_weight
@@ -147,6 +149,21 @@ def pooled_runs(params: Params) -> list[str]:
     """
     late = {name for name, guided in params.guided.items() if guided.base in params.imported}
     return [name for name, run in params.models.items() if is_small(run.size) and name not in late]
+
+
+def time_text(params: Params, launch: Launch) -> str:
+    """Return how long all stages take on this machine. Raises UserError before `prepare` has counted the images."""
+    from afm_pipe.planning.here import estimate
+
+    manifest = count_images(params)
+    if manifest is None:
+        raise UserError(f"Found no {paths.MANIFEST} of the images in params: run `dvc repro prepare`.")
+    reason = _reason_against(launch)
+    apart = [name for name in params.models if name not in pooled_runs(params)]
+    if reason is not None or apart:
+        why = reason or f"{apart[0]} is not trained by the pool"
+        return f"Time left: each stage says it ({why}); `afm-pipe plan --measure` estimates it before."
+    return estimate(params, launch, manifest.num_images, len(manifest.classes))
 
 
 def _reason_against(launch: Launch) -> str | None:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from afm_pipe.distributed.process_group import SINGLE_PROCESS
-from afm_pipe.models.model_files import run_config
+from afm_pipe.models.model_files import ModelConfig, run_config
 from afm_pipe.objectives import build_objective
-from afm_pipe.params import Params
+from afm_pipe.params import Params, Run
 from afm_pipe.planning.counting import measure
 from afm_pipe.training.engine import Engine
 from afm_pipe.training.learner import Learner
@@ -25,6 +25,11 @@ def measured_flops(
     """Return the FLOP/s that a run's unguided updates of `images` images reach on a device."""
     run = params.run_before(name) or params.model(name)
     config = run_config(run, params.latent_shape, num_classes)
+    return measure(run, config, images).flops / update_seconds(run, config, images, device, engine)
+
+
+def update_seconds(run: Run, config: ModelConfig, images: int, device: torch.device, engine: Engine) -> float:
+    """Return the seconds that an unguided update of `images` images takes on a device."""
     objective = build_objective(run, config)
     state = TrainingState.fresh(objective, device, engine)
     learner = Learner(state, run.ema, SINGLE_PROCESS)
@@ -34,11 +39,11 @@ def measured_flops(
     seconds = []
     for _ in range(WARMUP + UPDATES):
         started = time.perf_counter()
-        objective.update(learner, batch, objective.hyperparameters(0, max(num_classes, run.batch_size)))
+        objective.update(learner, batch, objective.hyperparameters(0, max(config.num_classes, run.batch_size)))
         learner.update_ema()
         learner.require_finite()  # waits for the device
         seconds.append(time.perf_counter() - started)
-    return measure(run, config, images).flops / median(seconds[WARMUP:])
+    return median(seconds[WARMUP:])
 
 
 def _fill(value: Any) -> None:

@@ -20,6 +20,8 @@ from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import read_json, sha256_file, write_json
 from afm_pipe.runtime.identity import fingerprint
 
+FLOW_WORK = 0.5  # of an image in flow matching beside one in an adversarial flow, with its samples of many passes
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -141,7 +143,8 @@ def run_weight(run: Run, continues: bool = False) -> float:
     """Estimate the work of a run, in no particular unit; of one that `continues` another, that of its last phase."""
     ends = [0.0, *(phase.until_epoch for phase in run.phases)]
     epochs = ends[-1] - (ends[-2] if continues else 0.0)
-    return epochs * (run.repeats + run.discriminator_updates) / 2 * block_work(run.size)
+    updated = FLOW_WORK if run.objective == "flow_matching" else (run.repeats + run.discriminator_updates) / 2
+    return epochs * updated * block_work(run.size)
 
 
 def write_tables(trials: Trials, out: Path | None = None) -> list[Path]:

@@ -1,0 +1,30 @@
+"""Estimate how long `dvc repro` takes on this machine, from a few updates of a run."""
+
+from afm_pipe.distributed.launch import Launch
+from afm_pipe.models.model_files import run_config
+from afm_pipe.params import Params
+from afm_pipe.planning.measuring import update_seconds
+from afm_pipe.study.trials import run_weight
+from afm_pipe.training.engine import Engine
+
+TRAINING_OF_POOL = 0.72  # of the pool's time in the default; the rest draws and measures samples (benchmarks/repro.md)
+POOL_OF_ALL = 0.8  # of the time of all stages of the default (likewise)
+
+
+def estimate(params: Params, launch: Launch, num_images: int, num_classes: int) -> str:
+    """Return a line that says how long all stages take where nothing is current and the pool trains everything."""
+    weights = {run.model_dump_json(): run_weight(run, name in params.guided) for name, run in params.models.items()}
+    for trial in (trial for of_table in params.trials.values() for trial in of_table):
+        weights.setdefault(trial.base.model_dump_json(), run_weight(trial.base))
+        weights.setdefault(trial.run.model_dump_json(), run_weight(trial.run, trial.run is not trial.base))
+    name, run = next(iter(params.runs.items()))
+    launch.use_threads(small=True)
+    config = run_config(run, params.latent_shape, num_classes)
+    seconds = update_seconds(run, config, run.batch_size, launch.torch_device(), Engine.of(launch))
+    weight = run_weight(run) / run.phases[-1].until_epoch * run.batch_size / num_images  # of an update
+    workers = min(launch.num_workers(), len(weights))
+    total = sum(weights.values()) / weight * seconds / workers / TRAINING_OF_POOL / POOL_OF_ALL
+    return (
+        f"About {max(total / 60, 1):.0f} minutes for all stages on this machine: {len(weights)} trainings, {workers} "
+        f"at a time, {seconds:.2g} s for an update of {name}. What is current is not done again."
+    )

@@ -1,0 +1,56 @@
+"""How long all stages take on this machine, said before the first of them trains anything."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from afm_pipe import pipeline
+from afm_pipe.distributed.launch import Launch
+from afm_pipe.params.file import load_params
+from afm_pipe.planning import here
+from afm_pipe.runtime.errors import UserError
+from tests.conftest import SMOKE, write_images
+
+LAUNCH = Launch(device="cpu", workers=2)
+RUNS = (
+    "runs={a: {seed: 0, size: s4, batch_size: 10, phases: [{until_epoch: 30}]}, b: {seed: 1, size: s4, batch_size: 10, "
+    "phases: [{until_epoch: 60}]}}"
+)
+SETTINGS = (RUNS, "guided={}", "tables={}", "data.source=folder", "data.root=images", "data.min_images=1")
+
+
+def prepared(*settings: str) -> None:
+    write_images(Path("images"), per_class=20)  # of three classes
+    pipeline.prepare(load_params(SMOKE, [*SETTINGS, "held_out=null", "reference.thumbnails=4", *settings]))
+
+
+def minutes(*settings: str) -> int:
+    params = load_params(SMOKE, [*SETTINGS, "held_out=null", *settings])
+    said = pipeline.time_text(params, LAUNCH)
+    return int(re.search(r"^About (\d+) minutes for all stages", said)[1])  # type: ignore[index]
+
+
+def test_the_time_is_that_of_all_trainings_on_all_workers(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(here, "update_seconds", lambda *_: 10.0)
+    prepared()
+    updates = 90 * 60 // 10  # epochs of 60 images
+    expected = updates * 10 / 60 / 2 / here.TRAINING_OF_POOL / here.POOL_OF_ALL
+    assert minutes() == round(expected)
+    assert minutes("runs.b.phases=[{until_epoch: 150}]") == round(2 * expected)
+
+
+def test_an_update_is_measured(project: Path) -> None:
+    prepared()
+    said = pipeline.time_text(load_params(SMOKE, [*SETTINGS, "held_out=null"]), LAUNCH)
+    assert re.search(r"2 trainings, 2 at a time, 0\.\d+ s for an update of a\. ", said)
+
+
+def test_without_images_or_without_a_pool_nothing_is_invented(project: Path) -> None:
+    params = load_params(SMOKE, [*SETTINGS, "held_out=null"])
+    with pytest.raises(UserError, match=r"Found no data/manifest\.json of the images in params"):
+        pipeline.time_text(params, LAUNCH)
+    prepared()
+    assert "there is one worker" in pipeline.time_text(params, Launch(device="cpu", workers=1))
+    large = load_params(SMOKE, [*SETTINGS, "held_out=null", "runs.b.size=b2"])
+    assert "b is not trained by the pool" in pipeline.time_text(large, LAUNCH)
