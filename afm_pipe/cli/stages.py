@@ -185,8 +185,10 @@ def sample(
 
 
 @command(RUNS)
-def evaluate(run: RunName, nproc: Nproc = None, params: ParamsFile = paths.PARAMS, overrides: Overrides = None) -> None:
-    """Measure a run's samples.
+def evaluate(
+    run: ModelName, nproc: Nproc = None, params: ParamsFile = paths.PARAMS, overrides: Overrides = None
+) -> None:
+    """Measure the samples of a run or an imported model.
 
     Example: afm-pipe evaluate t4
     """

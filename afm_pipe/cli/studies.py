@@ -147,7 +147,11 @@ def plan(
     gpu: Annotated[str, typer.Option(help="a100, h100, h200 or b200.")] = "h100",
     utilization: Annotated[
         float | None,
-        typer.Option("--utilization", "--utilisation", help="Fraction of the GPU's peak that training reaches."),
+        typer.Option(
+            "--utilization",
+            "--utilisation",
+            help="Fraction of the GPU's peak that training reaches; default: a range from published ones.",
+        ),
     ] = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Run a few updates of the first run here, and plan with their rate.")
@@ -167,7 +171,7 @@ def plan(
 ) -> None:
     """Estimate FLOPs, memory, days and disk.
 
-    Example: afm-pipe plan xl2 --gpus 8 --gpu h100
+    Example: afm-pipe plan xl2 --gpus 8 --params profiles/imagenet256.yaml
     """
     from afm_pipe import pipeline
     from afm_pipe.cli.plan import plan_text

@@ -59,7 +59,8 @@ class Manifest:
 
     def describe(self) -> str:
         """Return the totals: images, classes, skipped entries and rotated images."""
-        total = f"{self.num_images} images of {len(self.classes)} classes under {self.root}"
+        classes = "1 class" if len(self.classes) == 1 else f"{len(self.classes)} classes"
+        total = f"{self.num_images} images of {classes} under {self.root}"
         named = ", ".join(f"{count} {name!r}" for name, count in self.skipped.items())
         total += (f"; skipped {sum(self.skipped.values())}: {named}" if named else "") + "."
         if not self.oriented:

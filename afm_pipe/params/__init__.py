@@ -94,7 +94,10 @@ class Params(Section):
     def model(self, name: str) -> Run:
         """Return a run, or a guided run with all its phases, by name. Raises UserError for an unknown name."""
         if name not in self.models:
-            raise UserError(f"Found no run {name!r} in params, expected one of {', '.join(self.models)}.")
+            raise UserError(
+                f"Found no run {name!r} in params, expected one of {', '.join(self.models)}; `afm-pipe profile` lists "
+                "params with other runs."
+            )
         return self.models[name]
 
     @property

@@ -13,13 +13,23 @@ from afm_pipe.objectives import build_objective
 from afm_pipe.params import Params, Run
 from afm_pipe.params.file import load_params
 from afm_pipe.planning.budget import RUNTIME, state_bytes
-from afm_pipe.planning.plan import GPUS, IMAGENET_IMAGES, NODE, Machine, latents_bytes, plan_run, rounded, row_bytes
+from afm_pipe.planning.plan import (
+    GPUS,
+    IMAGENET_IMAGES,
+    NODE,
+    UTILIZATIONS,
+    Machine,
+    latents_bytes,
+    plan_run,
+    rounded,
+    row_bytes,
+)
 from afm_pipe.planning.storage import count_peak
 
 CLASSES = 1000  # of ImageNet
 PAGE, PROFILE = Path("docs/scaling.md"), Path("profiles/imagenet256.yaml")
 BEGIN, END = "<!-- tables begin -->", "<!-- tables end -->"
-GPU, UTILIZATION, WORLDS = "h100", 0.4, (1, NODE, 8 * NODE)
+GPU, UTILIZATION, WORLDS = "h100", UTILIZATIONS["tf32"][1], (1, NODE, 8 * NODE)
 MACHINES = [Machine(GPU, gpus, UTILIZATION, "tf32") for gpus in WORLDS]
 
 

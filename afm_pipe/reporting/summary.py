@@ -141,7 +141,7 @@ def _comparison(inputs: Inputs, results: TableResults, lowest: str) -> str:
     near = [results.table.runs[row] for row in rivals(results, lowest, inputs.params.study.trained)]
     if not near:
         return f"lower than every other run ({RULE})"
-    return f"the lowest, not distinguishable from {', '.join(near)} ({RULE})"
+    return f"the lowest; over these seeds the difference from {', '.join(near)} is undecided ({RULE})"
 
 
 def _of_single_runs(inputs: Inputs) -> list[Fact]:
