@@ -13,6 +13,7 @@ import typer
 
 from afm_pipe.cli.app import app
 from afm_pipe.distributed.launch import Launch
+from afm_pipe.params.file import load_params
 from tests.conftest import ROOT
 from tests.pipeline.test_pipeline import environment, make_clone, shell
 
@@ -31,7 +32,6 @@ NOT_RUN = {
     "pip ": "needs the network; tests/pipeline/test_wheel.py builds and installs the wheel",
     "git clone": "needs the network",
     "cd clothing": "needs the photographs",
-    "/path/to/": "needs files of the reader",
     "NPROC_PER_NODE=8": "needs eight GPUs",
     "nproc-per-node 8": "needs eight GPUs",
     "--measure": "needs a GPU",
@@ -53,6 +53,7 @@ NOT_RUN = {
 # What the smoke profile has instead of the page's names, or does in less time.
 SMALLER = {
     "transport_decay": "transport",
+    r"runs\.t4\.transport": "runs.t4-no-transport.transport",
     "toy.pairs=5000": "toy.pairs=50",
     r"\bRUN\b": "t4",
     r"\bs4-guided\b": "t4",
@@ -141,6 +142,18 @@ def test_commands_options_launch_settings_and_targets_exist(page: str) -> None:
                 assert {word for word in words[1:] if "=" not in word} <= targets, f"{page}: {line.text}"
             elif words[:1] == ["dvc"]:
                 parse_dvc(words[1:], f"{page}: {line.text}")
+
+
+def test_overrides_of_experiments_apply_to_the_default(tmp_path: Path) -> None:
+    from dvc.utils.hydra import apply_overrides
+
+    texts = [line.text for line in LINES if line.text.startswith("dvc exp run")]
+    overrides = [override for text in texts for override in re.findall(r"-S '?([^\s']+)", text)]
+    assert len(overrides) > 2
+    for override in overrides:
+        params = shutil.copy(ROOT / "params.yaml", tmp_path / "params.yaml")
+        apply_overrides(params, [override])
+        load_params(Path(params))
 
 
 def parse_afm_pipe(words: list[str], where: str) -> None:
