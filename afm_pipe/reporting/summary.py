@@ -178,8 +178,11 @@ def _of_single_runs(inputs: Inputs) -> list[Fact]:
 
 
 def _accuracy_words(inputs: Inputs, run: str) -> str:
-    accuracy = inputs.summary.classifier_accuracy
-    real = f"; the classifier is right on {titles.percent(accuracy)} of held-out real images" if accuracy else ""
+    summary = inputs.summary
+    accuracy = (summary.held_out or {}).get("class_accuracy", summary.classifier_accuracy)
+    real = ""
+    if isinstance(accuracy, float):
+        real = f"; the classifier is right on {titles.percent(accuracy)} of real images that it never saw"
     return f"of the samples of run {run} show their class{real}"
 
 

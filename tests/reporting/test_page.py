@@ -121,6 +121,15 @@ def test_summary_names_the_lowest_run_the_floor_and_the_scale(project: Path) -> 
     assert f"{COMMITTED['evaluate']['samples']:,} samples each in the data's class shares." in text
     assert "run better, one seed, the lowest; one seed ranks nothing; reconstructed real images have 3.14" in text
     assert "not comparable with the paper's ImageNet numbers: 5,000 training images instead of 1,281,167" in text
+    assert "the classifier is right on 97.0 % of real images that it never saw" in text
+
+
+def test_samples_are_compared_with_held_out_images_where_there_are_any(project: Path) -> None:
+    params = make_params()
+    write_inputs(params)
+    summary = json.loads((paths.REFERENCE / "summary.json").read_text())
+    write(paths.REFERENCE / "summary.json", summary | {"held_out": {"images": 500, "class_accuracy": 0.81}})
+    assert "the classifier is right on 81.0 % of real images that it never saw" in built(params).text
 
 
 def test_class_names_are_text_never_markup(project: Path) -> None:
