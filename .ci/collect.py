@@ -11,7 +11,9 @@ import os
 import re
 import shutil
 import subprocess
+from base64 import b64decode, b64encode
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 
 from PIL import Image
@@ -26,6 +28,7 @@ PATTERNS = (
     *("params.yaml", "reference/summary.json", "models/*/config.json"),
     *("reference/*.png", "samples/*/*.png"),
 )
+EMBEDDED = re.compile(r"data:image/png;base64,([A-Za-z0-9+/=]{2000,})")
 LINK = re.compile(r'\b(href|src)="((?!data:|https?:|#)[^"]+)"')
 
 
@@ -47,17 +50,28 @@ def _copy(clone: Path, folder: Path, to: Path, grid: str) -> None:
         copies[source] = name
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if picture:
-            with Image.open(path) as image:
-                image.convert("RGB").save(folder / name, quality=85)
+            (folder / name).write_bytes(_jpeg(path))
         else:
             shutil.copyfile(path, folder / name)
     with Image.open(clone / "samples" / grid / "grid.png") as image:
-        image.save(folder / "samples.png", optimize=True)
+        image.convert("RGB").quantize(256).save(folder / "samples.png", optimize=True)
     for page in folder.rglob("*.html"):
         moved = partial(_moved, page=page.relative_to(folder), to=to, copies=copies)
-        page.write_text(LINK.sub(moved, page.read_text("utf-8")), "utf-8")
+        page.write_text(EMBEDDED.sub(_lighter, LINK.sub(moved, page.read_text("utf-8"))), "utf-8")
     head = subprocess.check_output(["git", "-C", clone, "rev-parse", "--short", "HEAD"], text=True)
     (folder / "COMMIT").write_text(head, "utf-8")
+
+
+def _jpeg(picture: Path | BytesIO) -> bytes:
+    written = BytesIO()
+    with Image.open(picture) as image:
+        image.convert("RGB").save(written, "JPEG", quality=85, optimize=True)
+    return written.getvalue()
+
+
+def _lighter(embedded: re.Match[str]) -> str:
+    """Return a picture of a page as a JPEG."""
+    return f"data:image/jpeg;base64,{b64encode(_jpeg(BytesIO(b64decode(embedded[1])))).decode()}"
 
 
 def _moved(link: re.Match[str], page: Path, to: Path, copies: dict[str, Path]) -> str:

@@ -1,7 +1,10 @@
 """Results of another clone, copied into a folder of results/: their links lead somewhere."""
 
+import re
 import subprocess
 import sys
+from base64 import b64decode, b64encode
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -23,7 +26,10 @@ def clone(tmp_path: Path) -> Path:
     (root / "samples" / "t4").mkdir(parents=True)
     Image.new("L", (8, 8)).save(root / "samples" / "t4" / "grid.png")
     (root / "results" / "report" / "runs").mkdir(parents=True)
-    (root / "results" / "report" / "index.html").write_text(PAGE)
+    noise = BytesIO()
+    Image.effect_noise((64, 64), 90).save(noise, "PNG")
+    embedded = f'<img src="data:image/png;base64,{b64encode(noise.getvalue()).decode()}">'
+    (root / "results" / "report" / "index.html").write_text(PAGE + embedded)
     (root / "results" / "report" / "runs" / "t4.html").write_text('<a href="../../../results/metrics/t4.json">x</a>')
     (root / "models" / "t4" / "generator.safetensors").write_text("large")
     git = ["git", "-C", root, "-c", "user.name=x", "-c", "user.email=x@example.org"]
@@ -45,6 +51,9 @@ def test_pages_link_to_the_copies_and_to_files_of_this_checkout(clone: Path, tmp
         *('href="../../../benchmarks/results.json"', 'href="https://arxiv.org/abs/2511.22475"'),
     ):
         assert link in page
+    (picture,) = re.findall(r"data:image/jpeg;base64,([^\"]+)", page)
+    with Image.open(BytesIO(b64decode(picture))) as image:
+        assert (image.format, image.size) == ("JPEG", (64, 64))
     assert (to / "report" / "runs" / "t4.html").read_text() == '<a href="../../metrics/t4.json">x</a>'
     head = subprocess.check_output(["git", "-C", clone, "rev-parse", "--short", "HEAD"], text=True)
     assert (to / "COMMIT").read_text() == head
