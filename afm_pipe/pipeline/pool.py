@@ -17,7 +17,6 @@ from afm_pipe.pipeline.current import (
     toy_step,
     train_step,
 )
-from afm_pipe.pipeline.find import count_images
 from afm_pipe.pipeline.results import toy
 from afm_pipe.pipeline.runs import evaluate, sample
 from afm_pipe.pipeline.training import train
@@ -153,16 +152,19 @@ def pooled_runs(params: Params) -> list[str]:
 
 def time_text(params: Params, launch: Launch) -> str:
     """Return how long all stages take on this machine. Raises UserError before `prepare` has counted the images."""
+    from afm_pipe.data.manifest import read_manifest
     from afm_pipe.planning.here import estimate
 
-    manifest = count_images(params)
-    if manifest is None:
-        raise UserError(f"Found no {paths.MANIFEST} of the images in params: run `dvc repro prepare`.")
+    if not paths.MANIFEST.exists():
+        raise UserError(
+            f"Found no {paths.MANIFEST}, expected the images that `prepare` counts: run `dvc repro prepare`."
+        )
     reason = _reason_against(launch)
     apart = [name for name in params.models if name not in pooled_runs(params)]
     if reason is not None or apart:
         why = reason or f"{apart[0]} is not trained by the pool"
         return f"Time left: each stage says it ({why}); `afm-pipe plan --measure` estimates it before."
+    manifest = read_manifest(paths.MANIFEST)
     return estimate(params, launch, manifest.num_images, len(manifest.classes))
 
 

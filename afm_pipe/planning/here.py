@@ -25,6 +25,6 @@ def estimate(params: Params, launch: Launch, num_images: int, num_classes: int) 
     workers = min(launch.num_workers(), len(weights))
     total = sum(weights.values()) / weight * seconds / workers / TRAINING_OF_POOL / POOL_OF_ALL
     return (
-        f"About {max(total / 60, 1):.0f} minutes for all stages on this machine: {len(weights)} trainings, {workers} "
-        f"at a time, {seconds:.2g} s for an update of {name}. What is current is not done again."
+        f"About {max(total / 60, 1):.0f} minutes for all stages on this machine: {len(weights)} runs and trials, "
+        f"{workers} at a time, {seconds:.2g} s for an update of {name}. What is current is not done again."
     )

@@ -9,7 +9,7 @@ from afm_pipe.runtime.errors import UserError
 
 LEAST = 4  # images, and samples: precision and recall look at third nearest neighbors
 FEW = 10  # images of a class, below which its measures are rough
-FEW_UPDATES = 200  # below which no run of the committed studies drew anything
+FEW_UPDATES = 200  # a choice: 20 updates of the default's s4 draw blobs, its 563 digits
 
 
 def require_measurable(params: Params, manifest: Manifest, held_out: Manifest | None = None) -> list[str]:

@@ -1,8 +1,8 @@
 """Imported weights of SiT that another objective continues: from these weights, to its end, over an interruption."""
 
-import os
 import shutil
 from collections.abc import Callable, Generator
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +52,10 @@ def imported(discs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project on the discs with imported weights."""
     project = tmp_path_factory.mktemp("sit") / "project"
     shutil.copytree(discs, project)
-    before = Path.cwd()
-    os.chdir(project)
-    try:
+    with chdir(project):
         write_sit()
         Path("classes.txt").write_text("class0\nclass1\nclass2\n")
         pipeline.import_weights(load_params(overrides=DECLARED), "sit")
-    finally:
-        os.chdir(before)
     return project
 
 

@@ -1,9 +1,9 @@
 """Everywhere a model meets data, a reference, a classifier or another model, other classes are refused by name."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -32,15 +32,11 @@ def trained(discs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project with a short run, the classifier and the reference."""
     folder = tmp_path_factory.mktemp("classes") / "project"
     shutil.copytree(discs, folder)
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
+    with chdir(folder):
         params = load_params(overrides=OVERRIDES)
         pipeline.train(params, "t4", LAUNCH)
         pipeline.classifier(params, LAUNCH)
         pipeline.reference(params, LAUNCH)
-    finally:
-        os.chdir(before)
     return folder
 
 

@@ -43,12 +43,18 @@ def test_the_time_is_that_of_all_trainings_on_all_workers(project: Path, monkeyp
 def test_an_update_is_measured(project: Path) -> None:
     prepared()
     said = pipeline.time_text(load_params(SMOKE, [*SETTINGS, "held_out=null"]), LAUNCH)
-    assert re.search(r"2 trainings, 2 at a time, 0\.\d+ s for an update of a\. ", said)
+    assert re.search(r"2 runs and trials, 2 at a time, 0\.\d+ s for an update of a\. ", said)
+
+
+def test_images_of_the_workspace_count_in_a_copy_of_it(project: Path) -> None:
+    """There, `prepare` records where it found them, not the root that params name."""
+    prepared()
+    assert pipeline.time_text(load_params(SMOKE, [*SETTINGS, "held_out=null", "data.root=../images"]), LAUNCH)
 
 
 def test_without_images_or_without_a_pool_nothing_is_invented(project: Path) -> None:
     params = load_params(SMOKE, [*SETTINGS, "held_out=null"])
-    with pytest.raises(UserError, match=r"Found no data/manifest\.json of the images in params"):
+    with pytest.raises(UserError, match=r"Found no data/manifest\.json, expected the images"):
         pipeline.time_text(params, LAUNCH)
     prepared()
     assert "there is one worker" in pipeline.time_text(params, Launch(device="cpu", workers=1))

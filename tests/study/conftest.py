@@ -1,8 +1,8 @@
 """A small project with a reference, and tables declared in it."""
 
-import os
 import shutil
 from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -24,14 +24,10 @@ def measured(discs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     raw["study"] = {"samples": 20, "trained": 0.7, "collapsed": 0.0, "base": yaml.safe_load(BASE)}
     raw["tables"] = {"transport": yaml.safe_load(TABLE)}
     (project / "params.yaml").write_text(yaml.safe_dump(raw))
-    before = Path.cwd()
-    os.chdir(project)
-    try:
+    with chdir(project):
         params = load_params()
         pipeline.reference(params, ONE)
         pipeline.classifier(params, ONE)
-    finally:
-        os.chdir(before)
     return project
 
 
