@@ -16,4 +16,4 @@ def test_automatic_schedule_is_given_a_bound_and_no_other_epoch() -> None:
     trials = load_params(ROOT / "profiles" / "study.yaml").trials["auto_schedule"]
     runs = [trial.run for trial in trials if trial.place.row == "automatic"]
     assert runs and all(run.schedule == "auto" for run in runs)
-    assert all([phase.until_epoch for phase in run.phases] == [40] for run in runs)
+    assert all([phase.until_epoch for phase in run.phases] == [60] for run in runs)
