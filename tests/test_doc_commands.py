@@ -38,6 +38,7 @@ NOT_RUN = {
     "MICRO_BATCH=16": "needs the latents of ImageNet",
     "afm-pipe import": "needs released weights",
     "xl2-released": "needs released weights",
+    "afm-pipe compare": "needs other checkouts; tests/reporting/test_across.py compares two",
     "afm-pipe autoencoder": "needs the weights of SD-VAE or TAESD",
     "photos64": "needs the photographs",
     "tensorboard": "a server that does not end",
@@ -53,7 +54,6 @@ NOT_RUN = {
 # What the smoke profile has instead of the page's names, or does in less time.
 SMALLER = {
     "transport_decay": "transport",
-    r"runs\.t4\.transport": "runs.t4-no-transport.transport",
     "toy.pairs=5000": "toy.pairs=50",
     r"\bRUN\b": "t4",
     r"\bs4-guided\b": "t4",

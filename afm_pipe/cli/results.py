@@ -19,6 +19,7 @@ from afm_pipe.cli.base import (
 )
 from afm_pipe.cli.usage import complete_formats
 from afm_pipe.runtime import paths
+from afm_pipe.runtime.errors import UserError
 
 
 @command(INSPECT)
@@ -70,6 +71,25 @@ def gate(
     text, code = compare(baseline, results)
     typer.echo(text)
     raise typer.Exit(code)
+
+
+@command(INSPECT)
+def compare(
+    checkouts: Annotated[list[str], typer.Argument(metavar="LABEL=FOLDER...", help="Checkouts, each with a label.")],
+    table: Annotated[str, typer.Option(help="The table of each to compare, without columns.")] = "runs",
+    out: Annotated[Path | None, typer.Option(help="Write the merged table to this JSON file, too.")] = None,
+) -> None:
+    """Compare a table of several checkouts, such as one for each latent space.
+
+    Example: afm-pipe compare TAESD=. KL=../kl --table runs
+    """
+    from afm_pipe.reporting.across import compare_tables
+
+    labelled = [checkout.partition("=") for checkout in checkouts]
+    wrong = next((label for label, _, folder in labelled if not (label and folder)), None)
+    if wrong is not None:
+        raise UserError(f"Found {wrong!r}, expected LABEL=FOLDER, such as KL=../kl.")
+    typer.echo(compare_tables({label: paths.local(folder) for label, _, folder in labelled}, table, out))
 
 
 @command(MODELS, "import")

@@ -1,14 +1,21 @@
-"""Estimate how long `dvc repro` takes on this machine, from a few updates of a run."""
+"""Estimate how long `dvc repro` takes on this machine, from a few updates of a run, on all cores at a time."""
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
+from typing import Any
 
 from afm_pipe.distributed.launch import Launch
-from afm_pipe.models.model_files import run_config
-from afm_pipe.params import Params
+from afm_pipe.models.model_files import ModelConfig, run_config
+from afm_pipe.params import Params, Run
 from afm_pipe.planning.measuring import update_seconds
 from afm_pipe.study.trials import run_weight
 from afm_pipe.training.engine import Engine
 
 TRAINING_OF_POOL = 0.72  # of the pool's time in the default; the rest draws and measures samples (benchmarks/repro.md)
 POOL_OF_ALL = 0.8  # of the time of all stages of the default (likewise)
+UPDATES = 20  # measured by each process
+STARTED_WITHIN = 120.0  # seconds, until all processes have begun
 
 
 def estimate(params: Params, launch: Launch, num_images: int, num_classes: int) -> str:
@@ -18,13 +25,33 @@ def estimate(params: Params, launch: Launch, num_images: int, num_classes: int) 
         weights.setdefault(trial.base.model_dump_json(), run_weight(trial.base))
         weights.setdefault(trial.run.model_dump_json(), run_weight(trial.run, trial.run is not trial.base))
     name, run = next(iter(params.runs.items()))
-    launch.use_threads(small=True)
-    config = run_config(run, params.latent_shape, num_classes)
-    seconds = update_seconds(run, config, run.batch_size, launch.torch_device(), Engine.of(launch))
-    weight = run_weight(run) / run.phases[-1].until_epoch * run.batch_size / num_images  # of an update
     workers = min(launch.num_workers(), len(weights))
+    config = run_config(run, params.latent_shape, num_classes)
+    seconds = seconds_on_all(workers, run, config, launch)
+    weight = run_weight(run) / run.phases[-1].until_epoch * run.batch_size / num_images  # of an update
     total = sum(weights.values()) / weight * seconds / workers / TRAINING_OF_POOL / POOL_OF_ALL
     return (
         f"About {max(total / 60, 1):.0f} minutes for all stages on this machine: {len(weights)} runs and trials, "
         f"{workers} at a time, {seconds:.2g} s for an update of {name}. What is current is not done again."
     )
+
+
+def seconds_on_all(workers: int, run: Run, config: ModelConfig, launch: Launch) -> float:
+    """Return the seconds of an update beside the same in other processes: cores may share what makes one fast."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, _start, (spawn.Barrier(workers),)) as pool:
+        return max(pool.map(_update_seconds, *map(repeat, (run, config, launch)), range(workers)))
+
+
+_together: Any  # of a process of the pool: waits until all are ready
+
+
+def _start(barrier: Any) -> None:
+    global _together
+    _together = barrier
+
+
+def _update_seconds(run: Run, config: ModelConfig, launch: Launch, _: int) -> float:
+    launch.use_threads(small=True)
+    _together.wait(STARTED_WITHIN)
+    return update_seconds(run, config, run.batch_size, launch.torch_device(), Engine.of(launch), UPDATES)

@@ -28,8 +28,10 @@ def measured_flops(
     return measure(run, config, images).flops / update_seconds(run, config, images, device, engine)
 
 
-def update_seconds(run: Run, config: ModelConfig, images: int, device: torch.device, engine: Engine) -> float:
-    """Return the seconds that an unguided update of `images` images takes on a device."""
+def update_seconds(
+    run: Run, config: ModelConfig, images: int, device: torch.device, engine: Engine, updates: int = UPDATES
+) -> float:
+    """Return the seconds that an unguided update of `images` images takes on a device, the median of `updates`."""
     objective = build_objective(run, config)
     state = TrainingState.fresh(objective, device, engine)
     learner = Learner(state, run.ema, SINGLE_PROCESS)
@@ -37,7 +39,7 @@ def update_seconds(run: Run, config: ModelConfig, images: int, device: torch.dev
         batch = objective.example_batch(images)
     _fill(batch)
     seconds = []
-    for _ in range(WARMUP + UPDATES):
+    for _ in range(WARMUP + updates):
         started = time.perf_counter()
         objective.update(learner, batch, objective.hyperparameters(0, max(config.num_classes, run.batch_size)))
         learner.update_ema()

@@ -158,7 +158,7 @@ def _weight(numbers: MapResults) -> float:
 
 def _strong_table() -> Table | None:
     """Return the table on ever stronger discriminators: of the larger study, or of this run; None without either."""
-    path = paths.STUDY / "strong_discriminator_1d.json"
+    path = paths.STUDY_STRONG_1D
     strong = read_output(Strong, path, "toy") if path.is_file() else read_output(ToyResults, RESULTS, "toy").strong
     if strong is None:
         return None

@@ -52,13 +52,15 @@ def _section(inputs: Inputs, files: TableFiles, verdicts: Sequence[Verdict]) -> 
         tuple(table for results in found for table in _tables(results, files, inputs.params)),
         tuple(figure for results in found for figure in _figures(results)),
         (published_table(files.name, newest.paper, inputs.published),) if newest.paper else (),
-        _to_run(files),
+        _to_run(files, inputs.params),
         " ".join(f"{SCOPES[results.scope].capitalize()}: {results.scale}" for results in found),
     )
 
 
-def _to_run(files: TableFiles) -> str:
-    """Say what has not been run; nothing if the results are those of params."""
+def _to_run(files: TableFiles, params: Params) -> str:
+    """Say what has not been run; nothing if the results are those of params, or if only the study has the table."""
+    if files.name not in params.tables:
+        return ""
     run = f"`dvc repro table@{files.name}`"
     if files.own is None:
         return f"Found no {paths.table(files.name)}: this profile's own trials have not been run, {run}."

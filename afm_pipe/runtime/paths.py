@@ -24,6 +24,7 @@ OLD_TRIALS = WORK / "cells"  # trials of version 0.1
 RESULTS = Path("results")  # all measurements
 TOY = RESULTS / "toy"  # the 1-D toy experiment: results.json, maps as CSV, figures
 STUDY = RESULTS / "study"  # tables of the larger study
+STUDY_STRONG_1D = STUDY / "strong_discriminator_1d.json"  # and of its 1-D toy experiment
 REPORT = RESULTS / "report"  # the page
 RENDERED = RESULTS / "rendered"  # tables as CSV, Markdown and LaTeX
 BENCHMARKS = Path("benchmarks/results.json")  # speed compared with plain implementations, written by `make bench`

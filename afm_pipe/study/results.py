@@ -1,7 +1,9 @@
 """Results of tables, read from files and checked. Free of torch.
 
 A table has up to two files of the same format: results/tables/NAME.json, trained with the active params, and
-results/study/NAME.json, the larger study. Each holds the table's declaration at that time, and its scale.
+results/study/NAME.json, the larger study, which may have more tables than params. Each holds the table's declaration
+at that time, its scale, and the protocol of its measurements. A study of other images than those of the reference is
+passed over.
 """
 
 from collections import Counter
@@ -14,7 +16,7 @@ from pydantic import BaseModel, FiniteFloat, model_validator
 from afm_pipe.params import Params, StudyTable
 from afm_pipe.params.study import Place
 from afm_pipe.runtime import paths
-from afm_pipe.runtime.files import read_model
+from afm_pipe.runtime.files import read_json, read_model
 from afm_pipe.training.events import ALARMS, Event
 
 ACCURACY = "class_accuracy"
@@ -91,6 +93,7 @@ class TableResults(BaseModel, frozen=True):
     scale: str
     machine: str
     trials: tuple[TrialResult, ...]
+    protocol: dict[str, Any] = {}
     name: str = ""
     scope: Scope = "table"
     path: Path = Path()
@@ -141,7 +144,7 @@ class TableResults(BaseModel, frozen=True):
 
 
 class TableFiles(NamedTuple):
-    """The declaration of one table in params, and its results, if any."""
+    """The declaration of one table in params, or else of the larger study, and its results, if any."""
 
     name: str
     declared: StudyTable
@@ -155,9 +158,15 @@ class TableFiles(NamedTuple):
 
 
 def read_tables(params: Params) -> list[TableFiles]:
-    """Read the results of the tables in params, where present. Raises UserError if a file is damaged."""
+    """Read the results of the tables in params, where present, and of those that only the larger study has.
+
+    Raises UserError if a file is damaged.
+    """
     tables = params.tables.items()
-    return [TableFiles(name, declared, _read(name, "table"), _read(name, "study")) for name, declared in tables]
+    found = [TableFiles(name, declared, _read(name, "table"), _read_study(name)) for name, declared in tables]
+    others = sorted(path.stem for path in paths.STUDY.glob("*.json") if path != paths.STUDY_STRONG_1D)
+    studies = (_read_study(name) for name in others if name not in params.tables)
+    return found + [TableFiles(study.name, study.table, None, study) for study in studies if study is not None]
 
 
 def runs_over_seeds(params: Params) -> TableResults | None:
@@ -167,6 +176,15 @@ def runs_over_seeds(params: Params) -> TableResults | None:
         if results is not None and results.table.runs:
             return results
     return None
+
+
+def _read_study(name: str) -> TableResults | None:
+    """Read a table of the larger study, if it is of the images of the reference."""
+    results, summary = _read(name, "study"), paths.REFERENCE / "summary.json"
+    if results is None or not summary.is_file():
+        return results
+    found, expected = results.protocol.get("reference_manifest"), read_json(summary).get("manifest")
+    return None if found and expected and found != expected else results
 
 
 def _read(name: str, scope: Scope) -> TableResults | None:

@@ -32,7 +32,7 @@ def minutes(*settings: str) -> int:
 
 
 def test_the_time_is_that_of_all_trainings_on_all_workers(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(here, "update_seconds", lambda *_: 10.0)
+    monkeypatch.setattr(here, "seconds_on_all", lambda *_: 10.0)
     prepared()
     updates = 90 * 60 // 10  # epochs of 60 images
     expected = updates * 10 / 60 / 2 / here.TRAINING_OF_POOL / here.POOL_OF_ALL
@@ -46,8 +46,9 @@ def test_an_update_is_measured(project: Path) -> None:
     assert re.search(r"2 runs and trials, 2 at a time, 0\.\d+ s for an update of a\. ", said)
 
 
-def test_images_of_the_workspace_count_in_a_copy_of_it(project: Path) -> None:
+def test_images_of_the_workspace_count_in_a_copy_of_it(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There, `prepare` records where it found them, not the root that params name."""
+    monkeypatch.setattr(here, "seconds_on_all", lambda *_: 10.0)
     prepared()
     assert pipeline.time_text(load_params(SMOKE, [*SETTINGS, "held_out=null", "data.root=../images"]), LAUNCH)
 

@@ -18,6 +18,7 @@ from afm_pipe.reporting.study_published import published_table
 from afm_pipe.reporting.study_verdicts import effect
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.files import write_json
 from tests.reporting.report_inputs import Page, write_inputs
 from tests.study.study_files import (
     KEY,
@@ -295,6 +296,18 @@ def test_a_table_that_was_not_run_says_how_to_run_it() -> None:
     section = sections_of(make_params(sweep=declared()))["study-sweep"]
     assert [table.name for table in section.tables] == ["study_sweep"]
     assert "Found no results/tables/sweep.json" in section.warning
+
+
+def test_a_table_of_the_study_alone_is_shown_if_it_is_of_the_same_images() -> None:
+    assert sections_of(make_params()) == {}
+    write_study("study/sweep.json", declared(), clear)
+    section = sections_of(make_params())["study-sweep"]
+    assert [table.name for table in section.tables] == ["study_sweep"] and section.warning == ""
+    stored = json.loads((paths.STUDY / "sweep.json").read_text())
+    write_json(paths.STUDY / "sweep.json", stored | {"protocol": {"reference_manifest": "these"}})
+    write_json(paths.REFERENCE / "summary.json", {"manifest": "these"})
+    assert "study-sweep" in sections_of(make_params())
+    write_json(paths.REFERENCE / "summary.json", {"manifest": "others"})
     assert sections_of(make_params()) == {}
 
 
