@@ -3,6 +3,7 @@
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
+from statistics import harmonic_mean
 from typing import Any
 
 from afm_pipe.distributed.launch import Launch
@@ -37,10 +38,13 @@ def estimate(params: Params, launch: Launch, num_images: int, num_classes: int) 
 
 
 def seconds_on_all(workers: int, run: Run, config: ModelConfig, launch: Launch) -> float:
-    """Return the seconds of an update beside the same in other processes: cores may share what makes one fast."""
+    """Return the seconds of an update beside the same in other processes: cores may share what makes one fast.
+
+    It is the harmonic mean over processes, so that `workers` divided by it is their rate together.
+    """
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, spawn, _start, (spawn.Barrier(workers),)) as pool:
-        return max(pool.map(_update_seconds, *map(repeat, (run, config, launch)), range(workers)))
+        return harmonic_mean(pool.map(_update_seconds, *map(repeat, (run, config, launch)), range(workers)))
 
 
 _together: Any  # of a process of the pool: waits until all are ready
@@ -48,10 +52,12 @@ _together: Any  # of a process of the pool: waits until all are ready
 
 def _start(barrier: Any) -> None:
     global _together
+    import torch
+
+    torch.set_num_threads(1)  # as in the pool
     _together = barrier
 
 
 def _update_seconds(run: Run, config: ModelConfig, launch: Launch, _: int) -> float:
-    launch.use_threads(small=True)
     _together.wait(STARTED_WITHIN)
     return update_seconds(run, config, run.batch_size, launch.torch_device(), Engine.of(launch), UPDATES)

@@ -1,9 +1,12 @@
 """How long all stages take on this machine, said before the first of them trains anything."""
 
+import multiprocessing
 import re
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from afm_pipe import pipeline
 from afm_pipe.distributed.launch import Launch
@@ -44,6 +47,13 @@ def test_an_update_is_measured(project: Path) -> None:
     prepared()
     said = pipeline.time_text(load_params(SMOKE, [*SETTINGS, "held_out=null"]), LAUNCH)
     assert re.search(r"2 runs and trials, 2 at a time, 0\.\d+ s for an update of a\. ", said)
+
+
+def test_processes_that_measure_have_one_thread_as_in_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, here._start, (None,)) as pool:
+        assert pool.submit(torch.get_num_threads).result() == 1
 
 
 def test_images_of_the_workspace_count_in_a_copy_of_it(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
