@@ -23,6 +23,7 @@ from afm_pipe.pipeline.training import train
 from afm_pipe.runtime import paths
 from afm_pipe.runtime.environment import env_world_size
 from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.files import atomic_path
 from afm_pipe.runtime.lease import HeldError, holder_of
 from afm_pipe.runtime.progress import track
 from afm_pipe.study.trials import Trials, run_weight
@@ -113,8 +114,15 @@ def pool(params: Params, launch: Launch) -> None:
     """Train, sample and measure the runs, guided runs and trials in params that are not current; the toy, too.
 
     The classifier is not among the jobs: it is an input of the trials that it guides, and shapes their identity. Large
-    networks are left to their own stages, which use all cores, and everything is where a GPU is used.
+    networks are left to their own stages, which use all cores, and everything is where a GPU is used. At the end a file
+    says that the pool has run here, in any of these cases.
     """
+    _run_missing(params, launch)
+    with atomic_path(paths.POOL_DONE) as temp:
+        temp.write_text("pool\n")
+
+
+def _run_missing(params: Params, launch: Launch) -> None:
     reason = _reason_against(launch)
     if reason is not None:
         print(f"No pool: {reason}; every stage does its own work.")

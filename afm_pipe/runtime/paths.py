@@ -18,6 +18,7 @@ REFERENCE = Path("reference")  # statistics of the real images, the default feat
 REFERENCE_DONE = Path(
     "data/reference.done"
 )  # constant content: runs wait for the reference but do not rerun when it changes
+POOL_DONE = Path("data/pool.done")  # the pool has run in this workspace
 WORK = Path("work")  # state of unfinished work, ignored by git and DVC
 TRIALS = WORK / "trials"  # trials of the study, by fingerprint
 OLD_TRIALS = WORK / "cells"  # trials of version 0.1

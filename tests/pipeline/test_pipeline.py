@@ -140,6 +140,15 @@ def test_a_second_repro_runs_nothing(clone: Path) -> None:
     assert repro(clone) == []
 
 
+def test_a_fresh_clone_of_current_results_still_uses_all_cores(clone: Path, tmp_path: Path) -> None:
+    """Its lock is of the same work, but its runs and trials are missing: the pool has to run before their stages."""
+    fresh = tmp_path / "fresh"
+    shell(clone, "git", "clone", "-q", str(clone), str(fresh))
+    shutil.copy(clone / "dvc.lock", fresh)
+    found = json.loads(shell(fresh, "dvc", "status", "--json", "pool"))
+    assert {"changed outs": {"data/pool.done": "not in cache"}} in found["pool"]
+
+
 def test_an_edited_docstring_reruns_nothing_and_status_says_it(clone: Path) -> None:
     source = clone / "afm_pipe" / "training" / "trainer.py"
     before = source.read_text()
