@@ -191,7 +191,7 @@ def test_two_settings_are_compared_by_experiments(clone: Path) -> None:
     shell(clone, "git", "commit", "-qm", "results")
     said = shell(clone, "dvc", "exp", "run", "-S", "+runs.t4.transport.start=0.3", "--name", "more-transport")
     ran = re.findall(r"Running stage '([^']+)'", said)
-    assert ran == [*(f"{stage}@t4" for stage in RUN_STAGES), "report"]
+    assert ran == ["pool", *(f"{stage}@t4" for stage in RUN_STAGES), "table@transport", "report"]
     table = shell(clone, "dvc", "exp", "show", "--only-changed", "--drop", "protocol", "--csv")
     header, *rows = table.splitlines()
     assert "runs.t4.transport.start" in header
