@@ -86,6 +86,8 @@ def _merge(tables: Mapping[str, Compared], name: str) -> TableResults:
         if trial.row in rows
     ]
     seeds = sorted(set.intersection(*({trial.seed for trial in table.trials} for table in tables.values())))
+    if not seeds:
+        raise UserError(f"Found no seed that all tables {name} share, expected one at least: change their seeds.")
     declared = StudyTable.model_validate(
         {
             "title": f"{first.table.title}, by checkout",

@@ -84,6 +84,15 @@ def test_samples_that_were_not_measured_alike_are_refused(tmp_path: Path) -> Non
         compare_tables({"a": checkout(tmp_path / "a"), "b": checkout(tmp_path / "b", other_data)}, "runs")
 
 
+def test_tables_without_a_common_seed_are_refused(tmp_path: Path) -> None:
+    def other_seeds(table: dict[str, Any]) -> None:
+        table["table"]["seeds"] = [7]
+        table["trials"] = [trial | {"seed": 7} for trial in table["trials"] if trial["seed"] == 0]
+
+    with pytest.raises(UserError, match="Found no seed that all tables runs share"):
+        compare_tables({"a": checkout(tmp_path / "a"), "b": checkout(tmp_path / "b", other_seeds)}, "runs")
+
+
 def test_the_command_names_what_is_missing(tmp_path: Path) -> None:
     runner, one = CliRunner(), checkout(tmp_path / "one")
     for words, said in (
