@@ -5,14 +5,16 @@ lease. Results do not depend on the number of processes.
 """
 
 import multiprocessing
+import os
 import signal
 import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 from afm_pipe.runtime import signals
+from afm_pipe.runtime.machine import core_of_each
 from afm_pipe.runtime.progress import Progress, report_to
 
 POLL = 2.0  # seconds from one look at the jobs to the next
@@ -61,12 +63,16 @@ def run_jobs(jobs: Sequence[Job], context: Any, num_workers: int, unit: str) -> 
 
     yield progress()
     num_workers = min(num_workers, len(jobs))
+    cores, bound = core_of_each(num_workers), False
     with _pool(num_workers, context) as (executor, reports):
         while True:
             left = {number: job for number, job in left.items() if number in running.values() or not job.is_done}
             for number, job in [*left.items()]:
                 if len(running) < num_workers and number not in running.values() and job.is_ready:
                     running[executor.submit(_run, number, job)] = number
+            if (len(running) == num_workers) != bound:
+                bound = not bound
+                _bind(cores, bound)
             if not running and (errors or not left):
                 yield progress()
                 break
@@ -91,6 +97,14 @@ def run_jobs(jobs: Sequence[Job], context: Any, num_workers: int, unit: str) -> 
                 time.sleep(POLL)
     if errors:
         raise errors[0]
+
+
+def _bind(cores: Sequence[int], bound: bool) -> None:
+    """Bind each process of the pool to its own core while all are at work; free them when some have no job."""
+    processes = sorted(process.pid for process in multiprocessing.active_children() if process.pid is not None)
+    for process, core in zip(processes, cores, strict=False):  # without cores: nothing to do
+        with suppress(OSError):  # it has just ended, or may not be moved: this is for speed alone
+            os.sched_setaffinity(process, {core} if bound else cores)
 
 
 def _share(part: Progress | None) -> float:

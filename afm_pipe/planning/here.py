@@ -1,6 +1,8 @@
 """Estimate how long `dvc repro` takes on this machine, from a few updates of a run, on all cores at a time."""
 
 import multiprocessing
+import os
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 from statistics import harmonic_mean
@@ -10,6 +12,7 @@ from afm_pipe.distributed.launch import Launch
 from afm_pipe.models.model_files import ModelConfig, run_config
 from afm_pipe.params import Params, Run
 from afm_pipe.planning.measuring import update_seconds
+from afm_pipe.runtime.machine import core_of_each
 from afm_pipe.study.trials import run_weight
 from afm_pipe.training.engine import Engine
 
@@ -43,8 +46,9 @@ def seconds_on_all(workers: int, run: Run, config: ModelConfig, launch: Launch) 
     It is the harmonic mean over processes, so that `workers` divided by it is their rate together.
     """
     spawn = multiprocessing.get_context("spawn")
+    cores: Sequence[int | None] = core_of_each(workers) or [None] * workers
     with ProcessPoolExecutor(workers, spawn, _start, (spawn.Barrier(workers),)) as pool:
-        return harmonic_mean(pool.map(_update_seconds, *map(repeat, (run, config, launch)), range(workers)))
+        return harmonic_mean(pool.map(_update_seconds, *map(repeat, (run, config, launch)), cores))
 
 
 _together: Any  # of a process of the pool: waits until all are ready
@@ -58,6 +62,8 @@ def _start(barrier: Any) -> None:
     _together = barrier
 
 
-def _update_seconds(run: Run, config: ModelConfig, launch: Launch, _: int) -> float:
+def _update_seconds(run: Run, config: ModelConfig, launch: Launch, core: int | None) -> float:
+    if core is not None:  # as in the pool
+        os.sched_setaffinity(0, {core})
     _together.wait(STARTED_WITHIN)
     return update_seconds(run, config, run.batch_size, launch.torch_device(), Engine.of(launch), UPDATES)

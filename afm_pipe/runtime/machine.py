@@ -33,6 +33,16 @@ def usable_cores(proc: Path = PROC, mount: Path = MOUNT) -> int:
     return max(1, math.ceil(min(quotas)))
 
 
+def core_of_each(num_processes: int) -> list[int]:
+    """Return a core for each of several processes, if there are as many as cores that this one may use; else nothing.
+
+    Linux divides cores fairly between sessions: beside one busy process of another session it puts two of ours on one
+    core, unless each is bound to its own.
+    """
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
+    return cores if len(cores) == num_processes else []
+
+
 def available_memory(proc: Path = PROC, mount: Path = MOUNT) -> int:
     """Return the bytes that this process may still allocate; the page cache counts as available."""
     limits = [free for group in _groups("memory", proc, mount) if (free := _free(group)) is not None]

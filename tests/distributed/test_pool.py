@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,3 +78,28 @@ def test_nothing_to_do_starts_nothing(project: Path) -> None:
     Path("a").touch()
     assert [progress.done for progress in run_jobs([FileJob("a")], None, 2, "jobs")] == [0, 1]
     assert not multiprocessing.active_children()
+
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+
+
+class CoresJob(FileJob):
+    """Writes the cores of its process once they are as many as expected; the first jobs end together."""
+
+    def run(self, context: tuple[str, ...]) -> bool:
+        expected, until = (len(context) if self.needs else 1), time.monotonic() + 30
+        while len(cores := os.sched_getaffinity(0)) != expected and time.monotonic() < until:
+            time.sleep(0.01)
+        Path(self.name).write_text(" ".join(map(str, sorted(cores))))
+        while not all(Path(name).exists() for name in context) and time.monotonic() < until:
+            time.sleep(0.01)
+        return True
+
+
+@pytest.mark.skipif(CORES < 2, reason="needs two cores")
+def test_processes_that_are_all_at_work_have_a_core_each_and_the_last_may_use_all(project: Path) -> None:
+    first = tuple(f"job {number}" for number in range(CORES))
+    list(run_jobs([*map(CoresJob, first), CoresJob("last", first)], first, CORES, "jobs"))
+    everything = {str(core) for core in os.sched_getaffinity(0)}
+    assert sorted(Path(name).read_text() for name in first) == sorted(everything)
+    assert set(Path("last").read_text().split()) == everything
