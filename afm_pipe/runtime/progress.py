@@ -15,6 +15,7 @@ from afm_pipe.runtime.environment import env_rank
 T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 5.0
 SECONDS_OF_SILENCE = 9.0
+FIRST_ESTIMATE = 0.005  # of the work must be done before its time is estimated, where units differ in work
 
 
 class Progress(NamedTuple):
@@ -126,7 +127,8 @@ def _plain(title: str) -> Iterator[Callable[[Progress], None]]:
         last = now
         rate = (progress.position - first) / max(now - since, 1e-9)
         left = total - progress.position
-        time_left = f"ETA {left / rate:.0f} s" if rate > 0 else "ETA unknown" if left else "ETA 0 s"
+        known = rate > 0 and (progress.fraction is None or progress.position - first >= FIRST_ESTIMATE * total)
+        time_left = f"ETA {left / rate:.0f} s" if known else "ETA unknown" if left else "ETA 0 s"
         _say(f"{title}: {shown}, {time_left}  {facts}".rstrip())
 
     def say_so() -> None:

@@ -51,6 +51,22 @@ def test_each_part_of_work_has_a_rate_of_its_own(
     assert "autoencoder: 120/300 updates, ETA 2 s" in said or "autoencoder: 120/300 updates, ETA 1 s" in said
 
 
+def test_no_time_is_estimated_from_the_first_moments_of_a_pool(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+
+    def work() -> Generator[Progress]:
+        for fraction in (0.0, 1e-5, 0.01):
+            yield Progress(0, 34, "jobs", "", fraction)
+            time.sleep(0.01)
+
+    track("pool", work())
+    said = capsys.readouterr().err.splitlines()
+    assert said[:2] == ["pool: 0/34 jobs, ETA unknown"] * 2
+    assert said[2].startswith("pool: 0/34 jobs, ETA ") and said[2].endswith(" s")
+
+
 class Clock:
     """Time and threads of a simulation: the thread that says what works runs at once, for a minute of its waiting."""
 
