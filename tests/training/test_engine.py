@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,10 +14,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
 from torch.utils._pytree import tree_leaves
 
 from afm_pipe.distributed.launch import load_launch
 from afm_pipe.models.discriminator import Discriminator
+from afm_pipe.models.dit import Block
 from afm_pipe.models.generator import Generator
 from afm_pipe.models.model_files import ModelConfig
 from afm_pipe.objectives import build_objective
@@ -24,7 +27,7 @@ from afm_pipe.objectives.adversarial_flow.batches import Draw
 from afm_pipe.objectives.adversarial_flow.losses import gradient_penalty, perturb
 from afm_pipe.params import Run
 from afm_pipe.params.file import load_params
-from afm_pipe.params.sizes import ModelSize
+from afm_pipe.params.sizes import SIZES, ModelSize
 from afm_pipe.params.training import BF16_EPSILON
 from afm_pipe.planning.budget import budget
 from afm_pipe.runtime.errors import NotFiniteError
@@ -226,6 +229,22 @@ def test_compiled_updates_agree_with_eager_ones(make: Callable[..., Trainer], ch
         update(eager, compiled)
     assert (vector(compiled) - vector(eager)).norm() < 0.02 * (vector(eager) - first).norm()
     assert list(weights(compiled.state)) == list(weights(eager.state))
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_a_compiled_block_normalizes_and_modulates_in_one_kernel() -> None:
+    torch._dynamo.reset()
+    size = SIZES["s4"]
+    block = Block(size, qk_norm=False)
+    block.compile(fullgraph=True, dynamic=False)
+    x, condition = torch.randn(2, 16, size.width, requires_grad=True), torch.randn(2, size.width, requires_grad=True)
+    _, (forward, backward) = run_and_get_code(lambda: block(x, condition).sum().backward())
+    kernels = [re.findall(r"^ +cpp_fused_(\w+)\(", code, re.MULTILINE) for code in (forward, backward)]
+    norms = [name for name in kernels[0] if "layer_norm" in name]
+    assert len(norms) == 2 and all("addcmul" in name for name in norms)
+    assert len(kernels[0]) == 5  # SiLU, norm with modulation twice, GELU, gate; residuals are in them
+    assert len(kernels[1]) == 7
     torch._dynamo.reset()
 
 
