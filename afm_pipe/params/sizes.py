@@ -14,7 +14,7 @@ class ModelSize(NamedTuple):
 
 SIZES = {
     # name            depth     width      heads     patch
-    "t4": ModelSize(depth=4, width=128, heads=4, patch=4),  # the laptop default: 4 tokens on 8x8 latents
+    "t4": ModelSize(depth=4, width=128, heads=4, patch=4),  # 4 tokens on 8x8 latents
     "s4": ModelSize(depth=2, width=128, heads=4, patch=4),  # half the depth, for repeated blocks
     "t2": ModelSize(depth=4, width=128, heads=4, patch=2),
     "b2": ModelSize(depth=12, width=768, heads=12, patch=2),

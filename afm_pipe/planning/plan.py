@@ -57,8 +57,8 @@ NOTES = (
     "weights, gradients, optimizers and EMA in float32, the activations of the larger step (0.7 times in bf16, but for",
     "penalties in float32) with --micro-batch, --checkpoint-activations and --shard, and a margin for fragmentation.",
     "Recomputed activations do not count as work.",
-    "Disk holds two checkpoints and the model. The row of a guided run is its guided phase. Encoding, the classifier",
-    "and evaluation are not included.",
+    "Disk holds two checkpoints and the model. The row of a guided run is its guided phase. Encoding, the classifier,",
+    "the trials of tables and evaluation are not included.",
 )
 
 
