@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = "1"
 MOMENTS, LATENTS, MEAN, STD = "moments", "latents", "mean", "deviation"
 LABELS, CLASSES, DONE = "labels", "classes", "done"
-REMEDY = "run `dvc repro encode` to create it"
+REMEDY = "run `dvc repro encode` to create it again"
 
 
 def create_latents_file(
