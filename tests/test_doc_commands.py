@@ -31,7 +31,7 @@ NOT_RUN = {
     "source ": "there is no such environment in the copy",
     "pip ": "needs the network; tests/pipeline/test_wheel.py builds and installs the wheel",
     "git clone": "needs the network",
-    "cd clothing": "needs the photographs",
+    "cd ../clothing": "needs the photographs",
     "NPROC_PER_NODE=8": "needs eight GPUs",
     "nproc-per-node 8": "needs eight GPUs",
     "--measure": "needs a GPU",
