@@ -293,9 +293,10 @@ class Guided(Phase):
 
 
 def continued(base: Run, phase: Phase, overrides: dict[str, Any]) -> Run:
-    """Return a run with a further phase, and with fields overridden; a run of another objective has only that phase."""
-    if not overrides:
-        return base.model_copy(update={"phases": (*base.phases, phase)})
+    """Return a run with a further phase, and with fields overridden; a run of another objective has only that phase.
+
+    Raises pydantic's ValidationError if that run is invalid.
+    """
     before = () if "objective" in overrides else base.phases
     phases = [each.model_dump(mode="json") for each in (*before, phase)]
     return Run.model_validate(deep_merge(base.model_dump(mode="json"), overrides) | {"phases": phases})

@@ -178,6 +178,8 @@ def test_mistakes_in_tables_are_named(project: Path, declare: Callable[..., Para
         declare(t=TABLE.replace('less: {rows: ["0.2"]}', 'less: {rows: ["0.3"]}'))
     with pytest.raises(UserError, match="tables.t: row typo: lrr: found an unknown field"):
         declare(t=with_row("typo", "{lrr: 1.0}"))
+    with pytest.raises(UserError, match=r"row early: expected until_epoch to rise from phase to phase"):
+        declare(t=with_row("early", "{then: {until_epoch: 4}}"))
     with pytest.raises(UserError, match="Found no table 'u' in params, expected one of t"):
         pipeline.tables(declare(t=TABLE), ["u"], ONE)
     paths.LATENTS.unlink()
