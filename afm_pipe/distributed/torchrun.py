@@ -47,7 +47,6 @@ def run_processes(launch: Launch, command: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    logging.disable(logging.CRITICAL)  # failures and signals are reported below or by the processes
     received: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
@@ -57,8 +56,8 @@ def run_processes(launch: Launch, command: list[str]) -> int:
         if len(received) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    signal.signal(signal.SIGUSR1, forward)
-    signal.signal(signal.SIGINT, forward)
+    logging.disable(logging.CRITICAL)  # failures and signals are reported below or by the processes
+    handlers = {number: signal.signal(number, forward) for number in (signal.SIGUSR1, signal.SIGINT)}
     try:
         torchrun.run(torchrun.parse_args([*_options(launch), sys.executable, *command]))
     except ChildFailedError as error:
@@ -74,6 +73,10 @@ def run_processes(launch: Launch, command: list[str]) -> int:
         return 1
     except SignalException:
         return EXIT_INTERRUPTED if signal.SIGINT in received else EXIT_RETRY
+    finally:
+        logging.disable(logging.NOTSET)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return 0
 
 

@@ -49,8 +49,9 @@ class Axis(Section):
     settings: Annotated[dict[Label, Overrides], Field(min_length=1)]
     """Fields of a run, by label. `then` is a phase that continues the trained trial, like a guided run, with its
     `run` if given; `steps` is the number of sampling steps with which an any-step model or a velocity is measured, and
-    `sampling` overrides flow.sampling where it is measured. `run`, alone, is the name of a run, or of a guided run that
-    continues the last weights of one: the trial is that run, with the seeds of the table."""
+    `sampling` overrides flow.sampling where it is measured. `run` is the name of a run, or of a guided run that
+    continues the last weights of one: the trial is that run, with the seeds of the table and no other field, except
+    that `then` may continue a run. Of a run with a selection, too, the last EMA is measured."""
 
 
 class Group(Section):
@@ -117,7 +118,7 @@ class StudyTable(Section):
     @property
     def runs(self) -> dict[Label, str]:
         """The run that each row is, by label, of a table whose rows are runs; empty for others."""
-        named = {label: fields.get("run") for label, fields in self.rows.settings.items()}
+        named = {label: None if "then" in row else row.get("run") for label, row in self.rows.settings.items()}
         return {label: name for label, name in named.items() if name} if all(named.values()) else {}
 
     @property
@@ -149,9 +150,7 @@ class StudyTable(Section):
             raise ValueError(f"steps: expected a number from 1 to {MAX_STEPS}, found {steps!r:.40}")
         run = base = Run.model_validate(deep_merge(train, fields))
         if then is not None:
-            overrides = then.get("run", {})
-            phase = {key: value for key, value in then.items() if key != "run"}
-            run = continued(base, Phase.model_validate(phase), overrides)
+            run = _then(base, then)
         if sampling is None and (steps is None or run.velocity is None):
             return TrialSpec(place, base, run, steps)
         if run.velocity is None:
@@ -162,19 +161,30 @@ class StudyTable(Section):
 
 
 def _as_run(place: Place, fields: Overrides, models: Mapping[str, tuple[Run, Run]]) -> TrialSpec:
-    name = fields["run"]
-    others = sorted(set(fields) - {"run"})
+    name, then = fields["run"], fields.get("then")
+    others = sorted(set(fields) - {"run", "then"})
     if others:
-        raise ValueError(f"expected `run` alone, since the run has all settings; found also {', '.join(others)}")
+        raise ValueError(
+            f"expected no field beside `run` but `then`, since the run has all settings; found also {', '.join(others)}"
+        )
     if name not in models:
         raise ValueError(
             f"run: expected one of {', '.join(models)}, found {name!r:.80}; of guided runs, those that continue the "
             "last weights of a run"
         )
+    is_run = models[name][0] is models[name][1]
+    if then is not None and not is_run:
+        raise ValueError(f"then: expected none with {name}, which continues a run already")
     base, run = (each.model_copy(update={"seed": place.seed}) for each in models[name])
-    if run.selection is not None:
-        raise ValueError(f"run: expected a run without selection, since trials measure the last EMA; found {name}")
-    return TrialSpec(place, base, base if models[name][0] is models[name][1] else run, None)
+    if then is not None:
+        run = _then(base, then)
+    return TrialSpec(place, base, base if is_run and then is None else run, None)
+
+
+def _then(base: Run, fields: Overrides) -> Run:
+    """Return a run with a further phase. Raises ValueError, or pydantic's ValidationError, if it is invalid."""
+    phase = {key: value for key, value in fields.items() if key != "run"}
+    return continued(base, Phase.model_validate(phase), fields.get("run", {}))
 
 
 class Study(Section):

@@ -1,16 +1,26 @@
 """Tables of the study, the 1-D toy experiment, the report."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from afm_pipe.distributed.launch import Launch
+from afm_pipe.distributed.torchrun import run_processes
 from afm_pipe.params import Params
-from afm_pipe.pipeline.current import table_step, toy_step
+from afm_pipe.params.file import load_params
+from afm_pipe.params.sizes import is_small
+from afm_pipe.pipeline.current import table_step, toy_step, train_step
 from afm_pipe.pipeline.notices import notice_code, notice_unused
+from afm_pipe.pipeline.training import train
 from afm_pipe.runtime import paths
-from afm_pipe.runtime.errors import UserError
+from afm_pipe.runtime.errors import NotFiniteError, UserError
 from afm_pipe.runtime.files import atomic_path, read_json, write_json
+from afm_pipe.runtime.lease import HeldError, holder_of
 from afm_pipe.runtime.progress import alive, track
+
+if TYPE_CHECKING:
+    from afm_pipe.study.trials import Trial
 
 
 def tables(
@@ -33,7 +43,7 @@ def tables(
     if len(steps) == 1 and steps[0].skip(launch):
         return
     trials = Trials(params, names)
-    chosen = [each for each in trials.all if trial in (None, each.training)]
+    chosen = [each for each in (trials.all if trial is None else trials.trained) if trial in (None, each.training)]
     if trial is not None and not chosen:
         raise UserError(
             f"Found no trial {trial!r}, expected one that `afm-pipe tables --dry-run` lists: params or data have "
@@ -45,11 +55,35 @@ def tables(
         from afm_pipe.planning.counting import update_units
         from afm_pipe.study.runner import run_trials
 
+        _train_large_runs(params, chosen, launch)
         track(" ".join(["table", *names]), run_trials(params, chosen, launch, update_units))
     for path in () if worker or trial else write_tables(trials, out):
         print(path)
     for step in steps:
         step.record()
+
+
+def _train_large_runs(params: Params, trials: Iterable["Trial"], launch: Launch) -> None:
+    """Train the large runs of params that trials are or continue, on as many processes as launch settings say.
+
+    A trial itself is trained by one process. Raises SystemExit with the code of processes that failed.
+    """
+    needed = [
+        each for trial in trials if not trial.result.is_file() for each in (trial, trial.base) if each is not None
+    ]
+    for name in dict.fromkeys(each.owner for each in needed if each.owner is not None and not is_small(each.run.size)):
+        if train_step(params, name).is_current or holder_of(paths.WORK / name) is not None:
+            continue  # trials wait for the process that trains it
+        if launch.world_size == 1:
+            with suppress(HeldError, NotFiniteError):  # a run that diverges is a result of its trial
+                train(params, name, launch)
+        elif params != load_params():
+            raise UserError(
+                f"Found the run {name} not trained, and params other than {paths.PARAMS}; expected it trained before "
+                f"the trials that are or continue it: run `afm-pipe train {name}`."
+            )
+        elif code := run_processes(launch, ["-m", "afm_pipe", "train", name]):
+            raise SystemExit(code)
 
 
 def toy(params: Params, launch: Launch, strong: Path | None) -> None:

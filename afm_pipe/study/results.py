@@ -170,10 +170,13 @@ def read_tables(params: Params) -> list[TableFiles]:
 
 
 def runs_over_seeds(params: Params) -> TableResults | None:
-    """Return the results of the first table in params whose rows are runs; None if there is none, or it was not run."""
+    """Return the results of the first table in params whose rows are runs, other than the paper's.
+
+    None if there is none, or it was not run.
+    """
     for name in params.tables:
         results = _read(name, "table")
-        if results is not None and results.table.runs:
+        if results is not None and results.table.runs and results.table.paper is None:
             return results
     return None
 

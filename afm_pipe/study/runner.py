@@ -19,6 +19,7 @@ from afm_pipe.autoencoders import load_autoencoder
 from afm_pipe.data.latents import Latents
 from afm_pipe.distributed.launch import Launch
 from afm_pipe.distributed.pool import run_jobs
+from afm_pipe.evaluation.distance import SampleDistance
 from afm_pipe.evaluation.evaluator import Evaluator
 from afm_pipe.evaluation.measures import sample_suffix
 from afm_pipe.evaluation.networks import METRIC_NAMES
@@ -168,7 +169,8 @@ class Worker:
             begun = recorded_code(trial.folder, "train")
             config, (start, guide) = self._config(trial), self._origin(trial)
             objective = build_objective(run, config, guide)
-            task = Task(objective, self.latents, trial.training, start, trial.probes(self.latents.num_images))
+            keep_at, measure = trial.probes(self.latents.num_images), self._selection(trial)
+            task = Task(objective, self.latents, trial.training, start, keep_at, measure)
             retention, seconds = RetentionPolicy(check_lease=lease.check), self.launch.checkpoint_seconds
             engine = Engine.of(self.launch)._replace(shard=False)  # a trial has one process
             size = self.launch.micro_batch
@@ -191,6 +193,14 @@ class Worker:
             if trial.owner is None:
                 shutil.rmtree(trainer.store.checkpoints, ignore_errors=True)
         return trained
+
+    def _selection(self, trial: Trial) -> SampleDistance | None:
+        """Return the distance that selects the EMA of the run that a trial is, if it does: the run finds it done."""
+        selection = trial.run.selection
+        if selection is None or trial.owner is None:
+            return None
+        classes = list(self.latents.classes)
+        return SampleDistance(self.params, paths.REFERENCE, self.autoencoder, classes, selection.samples, self.device)
 
     def measure(self, trial: Trial, trained: dict[str, Any]) -> dict[str, Any]:
         """Measure a trial at every probe it reached; return its result."""

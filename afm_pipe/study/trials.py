@@ -83,6 +83,12 @@ class Trials:
         """Every trial once, in the order of the tables."""
         return list({trial.measurement: trial for trials in self.by_table.values() for trial in trials}.values())
 
+    @property
+    def trained(self) -> list[Trial]:
+        """Every trial once, and the bases that some continue."""
+        bases = {base.training: base for trial in self.all if (base := trial.base) is not None}
+        return [*self.all, *bases.values()]
+
     @cached_property
     def _latents(self) -> str:
         return provenance_fingerprint(read_provenance(paths.LATENTS))
@@ -119,6 +125,10 @@ class Trials:
         origins = {} if base is None else {"base": base.training}
         if run.guided:
             origins["classifier"] = self._classifier
+        if (
+            run.selection is not None and self._owner(run) is not None
+        ):  # then as `train` does; other trials select nothing
+            origins["reference"] = self._measured_with["reference"]
         return run_identity(run, self.params.latent_shape, self._latents, origins)
 
     def _owner(self, run: Run) -> str | None:
@@ -156,7 +166,7 @@ def write_tables(trials: Trials, out: Path | None = None) -> list[Path]:
             "table": trials.params.tables[name].model_dump(mode="json"),
             "scale": _scale(trials.params, of_table, results),
             "machine": ", ".join(sorted({result["cost"]["machine"] for result in results})),
-            "protocol": results[0]["protocol"],
+            "protocol": _protocol(results),
             "trials": [
                 trial.spec.place._asdict()
                 | {"training": trial.training, "continues": trial.base and trial.base.training}
@@ -177,13 +187,18 @@ def _scale(params: Params, trials: list[Trial], results: list[dict[str, Any]]) -
     span = f"{updates[0]:,}" if len(updates) == 1 else f"{updates[0]:,} to {updates[-1]:,}"
     seeds = len({trial.spec.place.seed for trial in trials})
     channels, side, _ = params.latent_shape
-    shares = results[0]["protocol"].get("class_shares")
+    shares = _protocol(results).get("class_shares")
     measured = f"{params.study.samples:,} samples of each trial" + (f" in {shares} class shares" if shares else "")
     return (
         f"Size {sizes} on {channels} x {side} x {side} latents of {params.data.source} ({params.data.image_size} "
         f"pixels); {span} updates of batch {trials[0].run.batch_size}, {seeds} seed{'s' * (seeds != 1)}, "
         f"{measured}: not the paper's scale."
     )
+
+
+def _protocol(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the protocol of the trials; a trial that diverged before it was measured has none."""
+    return next((result["protocol"] for result in results if result["protocol"]), {})
 
 
 def _digest(path: Path, stage: str) -> str:

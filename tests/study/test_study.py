@@ -173,6 +173,87 @@ def test_a_trial_that_is_also_a_run_is_trained_once(project: Path) -> None:
     assert trial.training not in trainings()
 
 
+@pytest.fixture
+def with_run(project: Path) -> Callable[..., Params]:
+    """Return a function that declares the run `same`, with the settings of trials and others, and tables."""
+
+    def declared(fields: dict[str, Any], **tables: str) -> Params:
+        raw = yaml.safe_load((project / "params.yaml").read_text())
+        raw["runs"]["same"] = {**yaml.safe_load(BASE), "seed": 0, **fields}
+        raw["tables"] = {name: yaml.safe_load(text) for name, text in tables.items()}
+        (project / "params.yaml").write_text(yaml.safe_dump(raw))
+        return load_params()
+
+    return declared
+
+
+SELECTION = {"selection": {"every_epochs": 1.0, "samples": 100}}
+
+
+def test_a_trial_that_is_a_run_with_a_selection_trains_it_as_the_run_does(with_run: Callable[..., Params]) -> None:
+    params = with_run(SELECTION, t=with_row("same", "{run: same}"))
+    pipeline.tables(params, [], ONE)
+    folder = next(trial for trial in Trials(params).all if trial.owner == "same").folder
+    trained = {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+    assert [path for path in trained if path.parent.name == "selected"]
+    pipeline.train(params, "same", ONE)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")} == trained
+    assert json.loads((paths.model("same") / "config.json").read_text())["selection"]
+    assert trials("t")["same"]["metrics"] == trials("t")["0.2"]["metrics"]  # the last EMA
+
+
+def test_then_continues_a_run_that_a_row_names(with_run: Callable[..., Params]) -> None:
+    then = "{run: same, then: {until_epoch: 5, lr: 3.0e-4}}"
+    params = with_run({"keep_discriminators": [2]}, t=with_row("longer", then))
+    pipeline.train(params, "same", ONE)
+    pipeline.tables(params, [], ONE)
+    (trial,) = [trial for trial in Trials(params).all if trial.spec.place.row == "longer"]
+    assert trial.base is not None and trial.base.owner == "same"
+    assert trials("t")["longer"]["cost"]["updates"] == 38 - 30
+    assert len(trainings()) == 3  # the run is not among them
+    with pytest.raises(UserError, match="row more: expected no field beside `run` but `then`.*found also lr"):
+        with_run({}, t=with_row("more", "{run: same, lr: 0.1, then: {until_epoch: 5}}"))
+
+
+def test_a_large_run_that_a_trial_is_trains_as_a_run(
+    with_run: Callable[..., Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[list[str]] = []
+
+    def run_processes(launch: Launch, command: list[str]) -> int:
+        started.append(command)
+        pipeline.train(load_params(), command[-1], ONE)
+        return 0
+
+    monkeypatch.setattr(pipeline.results, "is_small", lambda size: False)
+    monkeypatch.setattr(pipeline.results, "run_processes", run_processes)
+    params = with_run({}, t=TABLE)
+    with pytest.raises(UserError, match="run `afm-pipe train same`"):
+        pipeline.tables(params.model_copy(update={"seed": 7}), [], Launch(device="cpu", workers=1, nproc_per_node=2))
+    pipeline.tables(params, [], Launch(device="cpu", workers=1, nproc_per_node=2))
+    assert started == [["-m", "afm_pipe", "train", "same"]]
+    assert len(trainings()) == 1
+    shutil.rmtree(paths.model("same"))
+    pipeline.tables(with_run({}, t=TABLE, other=with_row("other", "{lr: 5.0e-4}")), [], ONE)
+    assert not paths.model("same").exists()  # what has a result needs no training
+
+
+def test_one_task_trains_a_base_by_its_identity(declare: Callable[..., Params]) -> None:
+    then = "{phases: [{until_epoch: 3}], then: {until_epoch: 5, lr: 3.0e-4}}"
+    params = declare(t=with_row("longer", then))
+    (base,) = [trial.base for trial in Trials(params).all if trial.base is not None]
+    pipeline.tables(params, [], ONE, trial=base.training)
+    assert set(trainings()) == {base.training}
+
+
+def test_a_table_whose_first_trial_diverged_has_the_protocol_of_the_others(declare: Callable[..., Params]) -> None:
+    wild = "{lr: 1.0e+30, gradient_normalization: {enabled: false}}"
+    pipeline.tables(declare(t=TABLE.replace('"0.2": {}', f'"(wild)": {wild}, "0.2": {{}}')), [], ONE)
+    table = json.loads(paths.table("t").read_text())
+    assert table["trials"][0]["metrics"] == {}
+    assert table["protocol"]["samples"] == 20 and "class shares" in table["scale"]
+
+
 def test_mistakes_in_tables_are_named(project: Path, declare: Callable[..., Params]) -> None:
     with pytest.raises(UserError, match=r"tables.t.*expected rows of the check 'It does' among 0, 0.2, found 0.3"):
         declare(t=TABLE.replace('less: {rows: ["0.2"]}', 'less: {rows: ["0.3"]}'))

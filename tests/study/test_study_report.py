@@ -227,7 +227,7 @@ def test_rows_may_be_runs_and_the_summary_shows_them_over_seeds_in_80_columns() 
     ("fields", "words"),
     [
         ({"run": "t5"}, "run: expected one of t4, t4-no-transport, found 't5'"),
-        ({"run": "t4", "lr": 0.1}, "expected `run` alone, since the run has all settings; found also lr"),
+        ({"run": "t4", "lr": 0.1}, "expected no field beside `run` but `then`.*; found also lr"),
     ],
 )
 def test_a_row_that_is_a_run_names_one_and_changes_nothing(fields: dict[str, Any], words: str) -> None:
