@@ -61,6 +61,8 @@ SMALLER = {
 }
 REFUSED = {"afm-pipe sbatch tables": "Found no missing trial"}  # the pipeline has run
 
+AUTHOR = {f"GIT_{who}_{key}": "a@b.c" for who in ("AUTHOR", "COMMITTER") for key in ("NAME", "EMAIL")}  # of new studies
+
 
 class Line(NamedTuple):
     """A line of a block of commands."""
@@ -211,7 +213,7 @@ def test_the_commands_of_a_page_run_on_the_smoke_profile(page: str, finished: Pa
         done = subprocess.run(
             ["bash", "-euxc", text],
             cwd=folder,
-            env=environment(folder) | {"OMP_NUM_THREADS": "1"},
+            env=environment(folder) | AUTHOR | {"OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
             check=False,

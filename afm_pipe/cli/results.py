@@ -48,7 +48,7 @@ def why(run: RunName, params: ParamsFile = paths.PARAMS) -> None:
 
 @command(INSPECT)
 def summary(params: ParamsFile = paths.PARAMS) -> None:
-    """Print the metrics of all measured runs.
+    """Print distance and class accuracy of the measured runs; of the rows of a table of runs, over seeds.
 
     Example: afm-pipe summary
     """

@@ -3,6 +3,7 @@
 from afm_pipe.params import Params
 from afm_pipe.reporting.status import RunStatus, all_statuses, code_line, trials_line
 from afm_pipe.reporting.titles import duration, is_distance, metric
+from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.tables import table_text
 from afm_pipe.study.results import ACCURACY, TableResults
@@ -43,7 +44,10 @@ def progress_text(each: RunStatus) -> str:
 
 
 def summary_text(params: Params) -> str:
-    """Return distance and class accuracy of all measured runs: over seeds, where a table of params has runs as rows."""
+    """Return distance and class accuracy of the runs: over seeds, where a table of params has runs as rows.
+
+    Without such a table, the runs that are not measured are named. Raises UserError if none is measured.
+    """
     from afm_pipe.reporting.inputs import read_inputs
     from afm_pipe.reporting.tables import run_table
     from afm_pipe.study.results import runs_over_seeds
@@ -51,13 +55,16 @@ def summary_text(params: Params) -> str:
     over_seeds = runs_over_seeds(params)
     if over_seeds is not None:
         return _over_seeds(over_seeds)
-    table = run_table(read_inputs(params))
+    measured = [name for name in params.names if paths.metrics(name).is_file()]
+    table = run_table(read_inputs(params, measured or params.names))
     keys = [column.key for column in table.columns]
     distance = next(filter(is_distance, keys), "")
     chosen = [keys.index(key) for key in ("run", distance, ACCURACY) if key in keys]
     rows = [*table.rows, *([table.footer] if table.footer else [])]
     header = [table.columns[index].title for index in chosen]
-    return table_text(header, [[row[index].text for index in chosen] for row in rows])
+    text = table_text(header, [[row[index].text for index in chosen] for row in rows])
+    missing = ", ".join(name for name in params.names if name not in measured)
+    return f"{text}\nNot measured: {missing}; run `dvc repro`." if missing else text
 
 
 def _over_seeds(results: TableResults) -> str:
@@ -65,13 +72,18 @@ def _over_seeds(results: TableResults) -> str:
     from afm_pipe.reporting.study import spread_text
 
     header = ["run", "what it is", metric(results.distance_key).title, metric(ACCURACY).title]
-    rows = []
+    count, path = len(results.table.seeds), results.path
+    rows, incomplete = [], False
     for label in results.rows:
-        trials = results.at(label, "")
-        values = [spread_text(spread(trials, key)) for key in (results.distance_key, ACCURACY)]
-        rows.append([results.table.runs.get(label, ""), label, *values])
-    count = len(results.table.seeds)
-    return f"{table_text(header, rows)}\nMean ± standard deviation over {count} seeds; {results.path} has each."
+        row = [results.table.runs.get(label, ""), label]
+        for key in (results.distance_key, ACCURACY):
+            found = spread(results.at(label, ""), key)
+            some = 0 < len(found.values) < count
+            row.append(spread_text(found) + f", {len(found.values)} of {count}" * some)
+            incomplete = incomplete or some
+        rows.append(row)
+    text = f"{table_text(header, rows)}\nMean ± standard deviation over {count} seeds; {path} has each."
+    return text + f"\nN of {count}: the other seeds have no value, as after a non-finite loss." * incomplete
 
 
 def watch(params: Params, seconds: float) -> None:

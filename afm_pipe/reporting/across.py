@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 from afm_pipe.params import StudyTable
 from afm_pipe.reporting import titles
@@ -17,14 +18,16 @@ from afm_pipe.runtime import paths
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.files import read_model, write_json
 from afm_pipe.runtime.tables import table_text
-from afm_pipe.study.results import TableResults, TrialResult
+from afm_pipe.study.results import Probe, TableResults, TrialResult
 from afm_pipe.study.verdicts import verdict_on
 
 SHARED = ("samples", "seed", "noise", "class_shares", "reference_manifest", "uint8_rule")
 """What the protocols of all checkouts must have in common."""
-OF_CLASSIFIER = ("class_accuracy", "within_class_variance_features")
-"""Metrics of the feature classifier, besides those with its name."""
 SHOWN = ("fid", "fd_", "ratio_fid", "ratio_fd_", "difference_kid", "class_accuracy", "within_class_variance", "copies")
+UNDECIDED = (
+    "No claim is decided. Found no distance that all checkouts share, expected one in features of equal weights: add a "
+    "released network, such as efficientnet, to evaluate.features of each."
+)
 
 
 class Compared(TableResults, frozen=True):
@@ -37,7 +40,7 @@ def compare_tables(checkouts: Mapping[str, Path], name: str, out: Path | None = 
     """Compare table `name` of the checkouts, by label; write the merged table to `out`, if given, and return a text.
 
     Raises UserError where fewer than two are given, a table is missing, they have no row in common, or they were not
-    measured alike. Metrics of feature networks that differ are left out.
+    measured alike. Metrics of feature networks that differ are left out; without a common distance no claim is decided.
     """
     if len(checkouts) < 2:
         raise UserError(f"Found {len(checkouts)} checkout, expected two or more to compare, as LABEL=FOLDER.")
@@ -48,7 +51,7 @@ def compare_tables(checkouts: Mapping[str, Path], name: str, out: Path | None = 
         write_json(out, merged.model_dump(mode="json", include={"table", "scale", "machine", "trials"}))
     verdicts = [verdict_on(merged, check, trained=0.0) for check in merged.table.checks]
     claims = [f"{verdict.outcome.capitalize()}: {verdict.check.claim}: {effect(verdict)}." for verdict in verdicts]
-    return "\n".join([_text(merged, tables), "", *claims])
+    return "\n".join([_text(merged, tables), "", *(claims or [UNDECIDED])])
 
 
 def _read(folder: Path, name: str) -> Compared:
@@ -88,6 +91,7 @@ def _merge(tables: Mapping[str, Compared], name: str) -> TableResults:
     seeds = sorted(set.intersection(*({trial.seed for trial in table.trials} for table in tables.values())))
     if not seeds:
         raise UserError(f"Found no seed that all tables {name} share, expected one at least: change their seeds.")
+    claimed = rows if any(titles.is_distance(key) for trial in trials for key in trial.metrics) else []
     declared = StudyTable.model_validate(
         {
             "title": f"{first.table.title}, by checkout",
@@ -104,7 +108,7 @@ def _merge(tables: Mapping[str, Compared], name: str) -> TableResults:
                     "less": {"rows": [one], "columns": [row]},
                     "than": {"rows": [other], "columns": [row]},
                 }
-                for row in rows
+                for row in claimed
                 for one, other in combinations(tables, 2)
             ],
         }
@@ -125,12 +129,17 @@ def _differing_networks(tables: Mapping[str, Compared]) -> set[str]:
 
 
 def _without(trial: TrialResult, networks: set[str]) -> TrialResult:
-    def kept(key: str) -> bool:
-        return not any(
-            f"_{name}" in titles.base_key(key) or (name == "classifier" and key in OF_CLASSIFIER) for name in networks
-        )
+    """Return a trial without the metrics of some feature networks, in its probes either."""
 
-    return trial.model_copy(update={"metrics": {key: value for key, value in trial.metrics.items() if kept(key)}})
+    def kept(measured: TrialResult | Probe) -> dict[str, Any]:
+        left = [key for key in measured.metrics if not any(titles.is_of_network(key, name) for name in networks)]
+        return {
+            "metrics": {key: measured.metrics[key] for key in left},
+            "intervals": {key: ends for key, ends in measured.intervals.items() if key in left},
+        }
+
+    probes = tuple(probe.model_copy(update=kept(probe)) for probe in trial.probes)
+    return trial.model_copy(update=kept(trial) | {"probes": probes})
 
 
 def _text(merged: TableResults, tables: Mapping[str, Compared]) -> str:

@@ -1,6 +1,6 @@
 """Inputs of the report: the files that other stages wrote, checked and typed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -49,6 +49,8 @@ class Config(BaseModel, frozen=True):
     generator_parameters: int
     discriminator_parameters: int | None = None
     model: dict[str, Any] = {}
+    run: dict[str, Any] = {}
+    """The settings it was trained with; empty for an imported model."""
     classes: list[str] | None = None
     selection: Selected | None = None
     """None if the weights are the last EMA."""
@@ -112,6 +114,15 @@ class RunRecord:
     config: Config = Config(generator_parameters=0)
     cost: Cost | None = None
 
+    @property
+    def outdated(self) -> bool:
+        """Whether params have other settings than those the run was trained with."""
+        if self.settings is None:
+            return False
+        unused = {"flow"} if self.settings.velocity is None else set()
+        settings, trained = self.settings.model_dump(mode="json", exclude=unused), self.config.run
+        return any(key in trained and trained[key] != value for key, value in settings.items())
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -127,16 +138,22 @@ class Inputs:
         """Return the results of a run by name."""
         return next(run for run in self.runs if run.name == name)
 
+    @property
+    def outdated(self) -> str:
+        """A sentence naming the runs whose settings have changed since their training; empty if there are none."""
+        names = ", ".join(run.name for run in self.runs if run.outdated)
+        return names and f"Params have changed since these runs were trained: {names}. Run `dvc repro`."
+
 
 Line = TypeVar("Line")
 
 
-def read_inputs(params: Params) -> Inputs:
-    """Read the results of the runs in params.
+def read_inputs(params: Params, names: Sequence[str] | None = None) -> Inputs:
+    """Read the results of the runs `names`, by default of all in params.
 
     Raises UserError naming the file and its stage when one is missing or damaged, and a model of other classes.
     """
-    runs = tuple(_read_run(params, name) for name in params.names)
+    runs = tuple(_read_run(params, name) for name in (params.names if names is None else names))
     real = paths.REFERENCE / "summary.json"
     summary = read_output(Summary, real, "reference")
     for run in runs:

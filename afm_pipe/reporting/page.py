@@ -143,6 +143,7 @@ def _run_page(inputs: Inputs, record: RunRecord, trained: Sequence[RunRecord]) -
         panels=curves.draw_panels(trained, images, record) if record.settings else [],
         pictures=(grid, strip, nearest),
         protocol=_protocol(record),
+        outdated=record.outdated,
         resolved=_settings_yaml(inputs.params, record),
     )
 

@@ -297,13 +297,16 @@ def _costs(results: TableResults, title: str) -> list[Figure]:
     for series, row in enumerate(results.rows):
         for column in results.columns:
             trials = results.at(row, column)
-            for probes in zip(*(trial.probes for trial in trials), strict=False):
-                spent = _spent(trials[0], probes[0].update)
+            start = _first_update(trials)
+            for update in sorted({probe.update for trial in trials for probe in trial.probes}):
                 at = [
-                    trial.model_copy(update={"metrics": p.metrics, "intervals": p.intervals})
-                    for trial, p in zip(trials, probes, strict=True)
+                    trial.model_copy(update={"metrics": probe.metrics, "intervals": probe.intervals})
+                    for trial in trials
+                    for probe in trial.probes
+                    if probe.update == update
                 ]
-                training += [] if spent is None else [_point(results, spent, at, series)]
+                spent = [units for trial in at if (units := _spent(trial, update - start)) is not None]
+                training += [_point(results, statistics.fmean(spent), at, series)] if spent else []
             if trials and isinstance(trials[0].nfe, int):
                 sampling.append(_point(results, trials[0].nfe, trials, series))
     bars = _bars(results)
@@ -319,11 +322,17 @@ def _costs(results: TableResults, title: str) -> list[Figure]:
     return figures
 
 
-def _spent(trial: TrialResult, update: int) -> float | None:
-    """Return the units of training until an update, with those of the run that the trial continues."""
+def _first_update(trials: Sequence[TrialResult]) -> int:
+    """Return the updates of the run that trials over seeds continue, by a trial that reached its last probe."""
+    ends = [max(probe.update for probe in trial.probes) - trial.cost.updates for trial in trials if trial.probes]
+    return max(0, *ends) if any(trial.continues for trial in trials) and ends else 0
+
+
+def _spent(trial: TrialResult, updates: int) -> float | None:
+    """Return the units of training after updates of a trial, with those of the run that it continues."""
     if trial.total_units is None:
         return None
-    return trial.total_units - trial.cost.units * (max(probe.update for probe in trial.probes) - update)
+    return trial.total_units - trial.cost.units * max(0, trial.cost.updates - updates)
 
 
 def _point(results: TableResults, x: float, trials: Sequence[TrialResult], series: int) -> Point:

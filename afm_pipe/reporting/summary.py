@@ -107,7 +107,7 @@ def _over_seeds(inputs: Inputs, results: TableResults) -> list[Fact]:
     """Return the facts of the run with the lowest distance, over seeds."""
     row = lowest_row(results)
     trials, name = results.at(row, ""), results.table.runs[row]
-    count = len(trials)
+    count = len(spread(trials, results.distance_key).values)
     of_run = f"run {name}, mean ± standard deviation over {count} seeds" if count > 1 else f"run {name}, one seed"
     found = []
 
@@ -127,7 +127,7 @@ def _over_seeds(inputs: Inputs, results: TableResults) -> list[Fact]:
     add("Copies", "copies", _copies_words(name))
     seconds = [trial.cost.seconds for trial in trials if trial.cost.seconds is not None]
     if seconds:
-        words = f"of run {name}, mean over {count} seeds, {results.machine}"
+        words = f"of run {name}, mean over {len(seconds)} seeds, {results.machine}"
         found.append(Fact("Training time", titles.duration(statistics.fmean(seconds)), words, results.path))
     return found
 

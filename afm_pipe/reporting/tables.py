@@ -59,7 +59,7 @@ def run_table(inputs: Inputs) -> Table:
     rows = tuple(
         (
             Cell(record.name, record.name, run=record.name),
-            plain(weights_text(record)),
+            plain(weights_text(record, inputs.params.evaluate.features[0])),
             *(metric_cell(record, key) for key in metrics),
             *_cost_cells(record, "seconds", "images_per_second"),
             *(_setting_cell(key, values[index]) for key, values in settings.items()),
@@ -120,13 +120,16 @@ def held_out_note(summary: Summary) -> str:
     return f"Ratios and differences compare samples with real images that nothing was trained on, which have {listed}."
 
 
-def weights_text(record: RunRecord) -> str:
-    """Return which weights of a run are measured: its last ones, or the best ones and what chose them."""
+def weights_text(record: RunRecord, network: str) -> str:
+    """Return which weights of a run are measured: its last ones, or the best ones and what chose them.
+
+    `network`, the first of evaluate.features, is that of the distance that chooses.
+    """
     chosen = record.config.selection
     if chosen is None:
         return "end"
-    distance = next(iter(titles.in_order(map(titles.base_key, record.metrics))), "fd")
-    return f"best of {chosen.of}, chosen on {titles.metric(distance).title} of {chosen.samples:,} samples"
+    distance = titles.metric(titles.distance_in(network)).title
+    return f"best of {chosen.of}, chosen on {distance} of {chosen.samples:,} samples"
 
 
 def measured_table(inputs: Inputs, record: RunRecord) -> Table:

@@ -88,6 +88,12 @@ _OTHERS = {
         "nearest other one; well below 1: memorized",
     ),
 }
+_SPACE_OF = {"inception_legacy_tensorflow": "", "inception_clean": "clean"}  # other networks: their own names
+_ALSO_OF = {  # metrics of a network besides those of its feature space
+    "classifier": ("class_accuracy", "within_class_variance_features"),
+    "inception_legacy_tensorflow": ("inception_score",),
+    "inception_spatial": ("sfid",),
+}
 _ORDER = (
     *("fid", "kid", "sw", "sfid", "inception_score", "precision", "recall"),
     *("ratio_fid", "difference_kid", "ratio_sw", "ratio_sfid"),
@@ -133,6 +139,20 @@ def in_order(keys: Iterable[str]) -> list[str]:
 def is_distance(key: str) -> bool:
     """Return whether a metric is a Fréchet distance; these compare runs."""
     return base_key(key).startswith(("fid", "sfid", "fd_"))
+
+
+def distance_in(network: str) -> str:
+    """Return the key of the Fréchet distance in the features of a network, without a sample count."""
+    space = _SPACE_OF.get(network, network)
+    return f"fd_{space}" if space == network else "_".join(filter(None, ("fid", space)))
+
+
+def is_of_network(key: str, network: str) -> bool:
+    """Return whether a metric is measured with a feature network."""
+    base = base_key(key).removeprefix("ratio_").removeprefix("difference_")
+    family, _, space = base.partition("_")
+    of_space = family in _METRICS and space == _SPACE_OF.get(network, network)
+    return of_space or base in _ALSO_OF.get(network, ())
 
 
 def number(value: float | int | None, digits: int = 3) -> str:

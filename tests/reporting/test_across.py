@@ -65,15 +65,39 @@ def test_one_common_seed_leaves_claims_undecided(tmp_path: Path) -> None:
     assert "Supported" not in text
 
 
-def test_metrics_of_a_judge_that_differs_are_left_out(tmp_path: Path) -> None:
-    def other_judge(table: dict[str, Any]) -> None:
-        table["protocol"]["features"]["classifier"] = "0" * 64
-        for trial in table["trials"]:
-            trial["metrics"]["fd_dinov2_1k"] = 5.0
+def measured_in(features: dict[str, str], **distances: float) -> Change:
+    """Return a change of the networks of a table, with further distances of its trials and of their probes."""
 
-    text = compare_tables({"a": checkout(tmp_path / "a"), "b": checkout(tmp_path / "b", other_judge)}, "runs")
+    def change(table: dict[str, Any]) -> None:
+        table["protocol"]["features"] = features
+        for trial in table["trials"]:
+            for measured in (trial, *trial["probes"]):
+                measured["metrics"] |= distances
+                measured["intervals"] |= {key: [0.9 * value, 1.1 * value] for key, value in distances.items()}
+
+    return change
+
+
+def test_a_judge_that_differs_is_left_out_and_claims_are_decided_on_a_common_distance(tmp_path: Path) -> None:
+    a = measured_in({"classifier": "1" * 64, "dinov2": "2" * 64}, fd_dinov2_1k=5.0)
+    b = measured_in({"classifier": "0" * 64, "dinov2": "2" * 64}, fd_dinov2_1k=10.0)
+    out = tmp_path / "merged.json"
+    text = compare_tables({"a": checkout(tmp_path / "a", a), "b": checkout(tmp_path / "b", b)}, "runs", out)
     assert "(classifier)" not in text and "Class accuracy" not in text
     assert "Copies" in text
+    assert "Supported: a is better than b, one step: distance 2.00 times lower" in text
+    assert "classifier_" not in json.dumps(json.loads(out.read_text())["trials"])
+
+
+def test_without_a_common_distance_no_claim_is_decided(tmp_path: Path) -> None:
+    a = measured_in({"classifier": "1" * 64})
+    b = measured_in({"classifier": "0" * 64, "inception_legacy_tensorflow": "3" * 64}, fid_1k=7.0)
+    out = tmp_path / "merged.json"
+    text = compare_tables({"a": checkout(tmp_path / "a", a), "b": checkout(tmp_path / "b", b)}, "runs", out)
+    assert "No claim is decided. Found no distance that all checkouts share" in text
+    assert "a is better than b" not in text and "FID" not in text
+    assert "Copies" in text
+    assert json.loads(out.read_text())["table"]["checks"] == []
 
 
 def test_samples_that_were_not_measured_alike_are_refused(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from afm_pipe.evaluation.networks import LEGACY, METRIC_NAMES, SPATIAL
 from afm_pipe.reporting import curves, tables, titles
 from afm_pipe.reporting.page import write_report
 from afm_pipe.reporting.tables import setting_text
@@ -56,6 +57,44 @@ def test_rows_say_which_weights_were_measured(project: Path) -> None:
     write(paths.model("b") / "config.json", sizes | {"selection": selection})
     shown = {row[0]: row[1] for row in built(params).rows["table-runs tbody"]}
     assert shown == {"a": "end", "b": "best of 8, chosen on FD (classifier) of 1,000 samples"}
+
+
+def test_the_distance_that_chose_weights_is_that_of_the_first_network(project: Path) -> None:
+    params = make_params(a={})
+    write_inputs(params)
+    stored = json.loads(paths.metrics("a").read_text())
+    write(paths.metrics("a"), stored | {"fid_5k": 20.0, "kid_5k": 0.1})
+    write(paths.model("a") / "config.json", {"generator_parameters": 1, "selection": {"of": 8, "samples": 1000}})
+    for networks, title in {("classifier", LEGACY): "FD (classifier)", (LEGACY, "classifier"): "FID"}.items():
+        evaluate = params.evaluate.model_copy(update={"features": networks})
+        (row,) = built(params.model_copy(update={"evaluate": evaluate})).rows["table-runs tbody"]
+        assert row[1] == f"best of 8, chosen on {title} of 1,000 samples"
+
+
+@pytest.mark.parametrize("network", METRIC_NAMES)
+def test_keys_of_metrics_tell_their_network(network: str) -> None:
+    names = METRIC_NAMES[network]
+    assert titles.distance_in(network) == names.distance or network == SPATIAL
+    own = {names.distance, *(f"{kind}{names.suffix}" for kind in ("kid", "sw", "recall") if names.suffix is not None)}
+    for key in own:
+        for shown in (key, f"{key}_1k", f"ratio_{key}_500"):
+            assert [each for each in METRIC_NAMES if titles.is_of_network(shown, each)] == [network]
+    assert not titles.is_of_network("within_class_variance", network)
+
+
+def test_runs_whose_settings_have_changed_since_training_are_named(project: Path) -> None:
+    params = make_params(a={}, b={"lr": 5.0e-4})
+    write_inputs(params)
+    for name, run in params.models.items():
+        sizes = {"generator_parameters": 1, "discriminator_parameters": 1}
+        write(paths.model(name) / "config.json", sizes | {"run": run.model_dump(mode="json")})
+    assert "Params have changed" not in built(params).text
+    changed = make_params(a={}, b={"lr": 6.0e-4})
+    assert "changed since these runs were trained: b. Run `dvc repro`." in built(changed).text
+    assert [
+        "Params have changed since this run was trained" in (paths.REPORT / "runs" / f"{name}.html").read_text()
+        for name in ("a", "b")
+    ] == [False, True]
 
 
 def test_settings_in_which_runs_differ_stand_under_their_titles(project: Path) -> None:

@@ -93,6 +93,43 @@ def test_objectives_are_drawn_over_their_cost_in_training_and_sampling() -> None
     assert "0.2, 1: 70.0" in sampling.svg
 
 
+@pytest.mark.parametrize("probes", [[], [400, 900]], ids=["before its first measurement", "after two"])
+def test_a_seed_that_diverged_leaves_the_measurements_of_the_others(probes: list[int]) -> None:
+    objectives = {"0": "flow_matching", "0.2": "adversarial_flow"}
+
+    def diverged(trial: dict[str, Any]) -> dict[str, Any]:
+        trial = trial | {"nfe": 1, "settings": {"objective": objectives[trial["row"]]}}
+        if trial["row"] == "0" or trial["seed"] != 0:
+            return trial
+        kept = [probe for probe in trial["probes"] if probe["update"] in probes]
+        ended = {"metrics": {}, "intervals": {}, "diverged": "non-finite loss at update 1000"}
+        return trial | ended | {"probes": kept, "cost": trial["cost"] | {"updates": 1000, "seconds": None}}
+
+    write_study("tables/sweep.json", declared(), lambda row, _, seed: 50.0 + seed, change=diverged)
+    training = sections_of(make_params(sweep=declared()))["study-sweep"].figures[1].svg
+    # 14.5 units an update: those of 400, 900 and 1,200 updates. Twice the distance at the second measurement.
+    others, all_seeds = ("103 [102, 104]", "102 [100, 104]")
+    assert "0.2, 5800: 999" in training
+    assert f"0.2, 13050: {all_seeds if probes else others}" in training
+    assert "0.2, 17400: 51.5 [51.0, 52.0]" in training
+    assert f"0, 13050: {all_seeds}" in training
+
+
+def test_trials_that_continue_a_run_are_drawn_after_its_units() -> None:
+    objectives = {"0": "flow_matching", "0.2": "adversarial_flow"}
+
+    def continuing(trial: dict[str, Any]) -> dict[str, Any]:
+        trial = trial | {"nfe": 1, "settings": {"objective": objectives[trial["row"]]}}
+        if trial["row"] == "0":
+            return trial
+        units = {"updates": 400, "units": 10.0, "total_units": 9000.0}  # 5,000 of its base, after 800 updates
+        return trial | {"continues": "ab", "cost": trial["cost"] | units}
+
+    write_study("tables/sweep.json", declared(), lambda *_: 50.0, change=continuing)
+    training = sections_of(make_params(sweep=declared()))["study-sweep"].figures[1].svg
+    assert "0.2, 6000: 100" in training and "0.2, 9000: 50.0" in training
+
+
 def fired(kinds: dict[str, tuple[str, ...]]) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """Return a function that gives a trial the events of its row, an action among them."""
 
@@ -221,6 +258,35 @@ def test_rows_may_be_runs_and_the_summary_shows_them_over_seeds_in_80_columns() 
     assert all(len(line) <= 80 for line in text.splitlines())
     (line,) = [line for line in text.splitlines() if line.strip().startswith("t4 ")]
     assert line.split() == ["t4", "one", "step", "21.0", "±", "1.0", "90.0", "±", "0.0", "%"]
+
+
+def test_the_summary_says_over_how_many_seeds_a_mean_is_where_others_have_no_value() -> None:
+    table = declared(rows=("a plain GAN", "one step"), checks=())
+    table["rows"]["settings"] = {"a plain GAN": {"run": "t4-no-transport"}, "one step": {"run": "t4"}}
+
+    def distance(row: str, column: str, seed: int) -> float | None:
+        return None if row == "a plain GAN" and seed == 1 else 20.0 + seed
+
+    write_study("tables/runs.json", table, distance)
+    text = summary_text(make_params(runs=table))
+    assert "21.0 ± 1.4, 2 of 3" in text and "90.0 ± 0.0 %, 2 of 3" in text
+    assert text.count("2 of 3") == 2
+    assert text.endswith("\nN of 3: the other seeds have no value, as after a non-finite loss.")
+    write_study("tables/runs.json", table, lambda *_: 20.0)
+    assert " of 3" not in summary_text(make_params(runs=table))
+
+
+def test_the_summary_names_the_runs_that_are_not_measured() -> None:
+    params = make_params()
+    write_inputs(params)
+    assert "Not measured" not in summary_text(params)
+    paths.metrics("t4-no-transport").unlink()
+    text = summary_text(params)
+    assert "8.12" in text
+    assert text.endswith("\nNot measured: t4-no-transport; run `dvc repro`.")
+    paths.metrics("t4").unlink()
+    with pytest.raises(UserError, match="Found no results/metrics/t4.json"):
+        summary_text(params)
 
 
 @pytest.mark.parametrize(
