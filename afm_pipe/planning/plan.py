@@ -8,6 +8,7 @@ from math import prod
 from typing import NamedTuple
 
 from afm_pipe.models.model_files import run_config
+from afm_pipe.objectives.base import num_micro_batches
 from afm_pipe.objectives.schedules import update_at
 from afm_pipe.params import Params
 from afm_pipe.planning.budget import Budget, budget, largest_part
@@ -56,7 +57,7 @@ NOTES = (
     "G forwards are the unit of the paper's Table 12. Days include summing the gradients, not overlapped. Memory holds",
     "weights, gradients, optimizers and EMA in float32, the activations of the larger step (0.7 times in bf16, but for",
     "penalties in float32) with --micro-batch, --checkpoint-activations and --shard, and a margin for fragmentation.",
-    "Recomputed activations do not count as work.",
+    "With several micro-batches G runs forward once more; recomputed activations do not count as work.",
     "Disk holds two checkpoints and the model. The row of a guided run is its guided phase. Encoding, the classifier,",
     "the trials of tables and evaluation are not included.",
 )
@@ -154,6 +155,8 @@ def plan_run(params: Params, name: str, num_images: int, num_classes: int, machi
     images, penalized = largest_part(unguided, machine.gpus)
     work = measure(unguided, config, images, penalized)
     flops = work.flops
+    if run.objective == "adversarial_flow" and num_micro_batches(run.batch_size, machine.gpus, machine.micro_batch) > 1:
+        flops += work.forward_flops  # G's second forward pass of every micro-batch
     if run.phases[-1].guidance is not None and params.classifier is not None:
         flops += guidance_flops(params.classifier.size, config, images)
     updates = update_at(run, run.phases[-1].until_epoch, num_images)

@@ -119,6 +119,8 @@ def test_a_plan_counts_what_the_engine_saves(params: Params) -> None:
     whole, spare = memory(), memory(micro_batch=8)
     assert spare < whole / 2
     assert memory(micro_batch=8, checkpoint_activations=True) < 0.7 * spare
+    once, twice = (plan_run(deep, "deep", 1_281_167, 1000, EIGHT._replace(micro_batch=size)) for size in (None, 8))
+    assert twice.work.units == pytest.approx(once.work.units + 1)  # another forward pass of G
     state = 4 * (5 * 130e6 + 4 * 129e6)  # bytes of G and D, roughly
     assert spare - memory(micro_batch=8, shard=True) == pytest.approx(state * 7 / 8, rel=0.1)
 
