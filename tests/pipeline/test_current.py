@@ -5,10 +5,13 @@ from pathlib import Path
 import pytest
 
 from afm_pipe.distributed.launch import Launch
+from afm_pipe.params.file import load_params
+from afm_pipe.pipeline import pool
 from afm_pipe.pipeline.current import Step
 from afm_pipe.runtime.errors import UserError
+from tests.conftest import SMOKE
 
-LAUNCH, INPUT, OUT = Launch(device="cpu"), Path("input"), Path("out")
+LAUNCH, INPUT, OUT = Launch(device="cpu", workers=1), Path("input"), Path("out")
 
 
 @pytest.fixture
@@ -44,3 +47,8 @@ def test_an_input_that_is_missing_at_first_is_recorded_at_the_end(step: Step, er
     OUT.touch()
     step.record()
     assert step.is_current
+
+
+def test_the_report_finds_a_folder_of_tables_where_params_have_none(project: Path) -> None:
+    pool(load_params(SMOKE, ["tables={}"]), LAUNCH)
+    assert Path("results/tables").is_dir() and not list(Path("results/tables").iterdir())

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -141,6 +142,19 @@ def test_the_pool_runs_before_the_stages_whose_work_it_does_and_no_stage_needs_i
     assert pooled <= {name.split("@")[0] for name in order[order.index("pool") + 1 :]}
     assert order.index("classifier") < order.index("pool"), "it shapes the identity of the trials that it guides"
     assert "pool" not in alone and alone[-1] == "train@t4"
+
+
+def test_after_make_clean_the_pool_runs_and_is_not_taken_from_the_cache(
+    changed: Callable[[], set[str]],
+) -> None:
+    Path("stages").mkdir()
+    Path("stages/pool.py").write_text("open('data/pool.done', 'w').write('pool.done')\nopen('ran', 'w')\n")
+    shutil.copy(ROOT / "Makefile", "Makefile")
+    subprocess.run(["make", "clean"], check=True)
+    with Repo(os.curdir) as repo:
+        repo.checkout([each.def_path for each in repo.stage.collect("pool")[0].deps if "yaml" not in each.def_path])
+        repo.reproduce("pool", single_item=True)
+    assert Path("ran").exists() and "pool" not in changed()
 
 
 def test_no_source_file_is_a_dep() -> None:
