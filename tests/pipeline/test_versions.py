@@ -22,7 +22,7 @@ data: {image_size: 32}
 held_out: null
 autoencoder: {kind: kl}
 encode: {precision: fp32}
-reference: {thumbnails: 1}
+reference: {thumbnails: 1, class_shares: data}
 train: {lr: 1.0}
 runs: {t4: {seed: 0}}
 classifier: {lr: 1.0}
@@ -83,6 +83,8 @@ def test_raising_a_version_reruns_what_depends_on_it_and_no_more(changed: Callab
         ("guided.g.until_epoch", {"pool", "guide", "table"}),
         ("toy.seeds", {"pool", "toy"}),
         ("sample.keep_images", {"pool", "sample", "sample-guided", "sample-imported"}),
+        ("reference.class_shares", {"reference", "sample", "sample-guided", "sample-imported"}),
+        ("reference.thumbnails", {"reference"}),
         ("study.samples", {"pool", "table"}),
     ],
 )
@@ -106,6 +108,13 @@ def test_a_guided_run_runs_again_after_the_model_that_it_continues(
         order = [each.addressing for each in plan_repro(get_active_graph(repo.index.graph), repo.stage.collect(stage))]
         assert stage in repo.status()
     assert order.index("train@t4" if model == "t4" else "import@i") < order.index(stage)
+
+
+def test_images_of_imported_weights_are_drawn_after_the_reference_whose_class_shares_they_take(finished: Path) -> None:
+    with contextlib.chdir(finished), Repo(os.curdir) as repo:
+        (stage,) = repo.stage.collect("sample-imported@i")
+        order = [each.addressing for each in plan_repro(get_active_graph(repo.index.graph), [stage])]
+    assert "reference" in order[: order.index("sample-imported@i")]
 
 
 def test_what_an_earlier_version_made_is_kept_by_a_commit(changed: Callable[[], set[str]]) -> None:
