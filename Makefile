@@ -121,5 +121,5 @@ $(INSTALLED): pyproject.toml $(wildcard $(LOCK)) | scm
 	@echo "$(CURDIR)" > "$(INSTALLED)"
 
 clean:
-	rm -rf data/manifest.json data/held_out.json data/latents.h5 models samples reference work
+	rm -rf $(addprefix data/,manifest.json held_out.json latents.h5 reference.done pool.done) models samples reference work
 	rm -rf $(addprefix results/,curves events costs metrics tables report rendered toy)

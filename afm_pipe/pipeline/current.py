@@ -6,9 +6,11 @@ stages then find their outs current. In a copy of the workspace (`dvc exp run --
 
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from afm_pipe.data.latents_format import provenance_fingerprint, read_provenance
 from afm_pipe.distributed.launch import Launch
@@ -22,7 +24,8 @@ from afm_pipe.runtime.files import json_value, sha256_file, write_json
 from afm_pipe.runtime.identity import fingerprint
 
 
-class Step(NamedTuple):
+@dataclass
+class Step:
     """A stage of one name (of a run, or empty), its outs, and a hash of all that shapes them."""
 
     stage: str
@@ -32,6 +35,8 @@ class Step(NamedTuple):
     """Raises OSError or UserError where an input is missing."""
     state: Callable[[], Iterable[Path]] = tuple
     """Folders and files under work/ from which the stage would take its result instead of computing it again."""
+    _begun_with: str | None = field(default=None, init=False)
+    """The identity before the stage loaded anything; None before `skip`, or where an input was missing."""
 
     @property
     def _record(self) -> Path:
@@ -53,8 +58,11 @@ class Step(NamedTuple):
         """Return whether the stage is current, and say so.
 
         Where the launch settings force it, discard what earlier sessions left under work/ instead, and return False: if
-        it is interrupted, the same command resumes it, since it is then no longer current.
+        it is interrupted, the same command resumes it, since it is then no longer current. Call this before anything is
+        loaded: what the stage then records are the inputs of now.
         """
+        with suppress(OSError, UserError):
+            self._begun_with = self.identity()
         if not self.is_current:
             return False
         forced = launch.forces(self.stage, self.name)
@@ -67,8 +75,11 @@ class Step(NamedTuple):
         return not forced
 
     def record(self) -> None:
-        """Record that the outs have been written from the inputs that are there."""
-        write_json(self._record, {"outs": _hashes(self.outs), "identity": self.identity()})
+        """Record that the outs have been written from the inputs that `skip` found, or without it, from those there.
+
+        Where an input was replaced meanwhile, such as the model by a run that ended, the stage is then not current.
+        """
+        write_json(self._record, {"outs": _hashes(self.outs), "identity": self._begun_with or self.identity()})
 
 
 def train_step(params: Params, name: str) -> Step:

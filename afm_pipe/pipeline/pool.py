@@ -115,8 +115,10 @@ def pool(params: Params, launch: Launch) -> None:
 
     The classifier is not among the jobs: it is an input of the trials that it guides, and shapes their identity. Large
     networks are left to their own stages, which use all cores, and everything is where a GPU is used. At the end a file
-    says that the pool has run here, in any of these cases.
+    says that the pool has run here, in any of these cases. The folder of tables, a dep of the report, is there even
+    where params have no tables.
     """
+    paths.table("").parent.mkdir(parents=True, exist_ok=True)
     _run_missing(params, launch)
     with atomic_path(paths.POOL_DONE) as temp:
         temp.write_text("pool\n")

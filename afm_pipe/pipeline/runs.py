@@ -181,10 +181,12 @@ def evaluate(params: Params, name: str, launch: Launch) -> None:
             seconds = 60.0 if launch.checkpoint_seconds is None else launch.checkpoint_seconds
             run = evaluator.evaluate(sampler, provenance, work_dir / identity, seconds)
             metrics = track(f"evaluate {name}", run)
-    if metrics is None:
-        return
-    write_json(paths.metrics(name), metrics)
-    shutil.rmtree(work_dir / identity, ignore_errors=True)
-    with atomic_path(paths.samples(name) / "nearest.png") as temp:
-        evaluator.nearest(sampler).save(temp, format="png")
-    step.record()
+            if lease is None or metrics is None:
+                return
+            picture = evaluator.nearest(sampler)
+            lease.check()
+            write_json(paths.metrics(name), metrics)
+            with atomic_path(paths.samples(name) / "nearest.png") as temp:
+                picture.save(temp, format="png")
+            step.record()
+            shutil.rmtree(work_dir / identity, ignore_errors=True)  # last: until then the same command resumes

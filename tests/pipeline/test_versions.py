@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,7 +22,7 @@ data: {image_size: 32}
 held_out: null
 autoencoder: {kind: kl}
 encode: {precision: fp32}
-reference: {thumbnails: 1}
+reference: {thumbnails: 1, class_shares: data}
 train: {lr: 1.0}
 runs: {t4: {seed: 0}}
 classifier: {lr: 1.0}
@@ -82,6 +83,8 @@ def test_raising_a_version_reruns_what_depends_on_it_and_no_more(changed: Callab
         ("guided.g.until_epoch", {"pool", "guide", "table"}),
         ("toy.seeds", {"pool", "toy"}),
         ("sample.keep_images", {"pool", "sample", "sample-guided", "sample-imported"}),
+        ("reference.class_shares", {"reference", "sample", "sample-guided", "sample-imported"}),
+        ("reference.thumbnails", {"reference"}),
         ("study.samples", {"pool", "table"}),
     ],
 )
@@ -105,6 +108,13 @@ def test_a_guided_run_runs_again_after_the_model_that_it_continues(
         order = [each.addressing for each in plan_repro(get_active_graph(repo.index.graph), repo.stage.collect(stage))]
         assert stage in repo.status()
     assert order.index("train@t4" if model == "t4" else "import@i") < order.index(stage)
+
+
+def test_images_of_imported_weights_are_drawn_after_the_reference_whose_class_shares_they_take(finished: Path) -> None:
+    with contextlib.chdir(finished), Repo(os.curdir) as repo:
+        (stage,) = repo.stage.collect("sample-imported@i")
+        order = [each.addressing for each in plan_repro(get_active_graph(repo.index.graph), [stage])]
+    assert "reference" in order[: order.index("sample-imported@i")]
 
 
 def test_what_an_earlier_version_made_is_kept_by_a_commit(changed: Callable[[], set[str]]) -> None:
@@ -141,6 +151,19 @@ def test_the_pool_runs_before_the_stages_whose_work_it_does_and_no_stage_needs_i
     assert pooled <= {name.split("@")[0] for name in order[order.index("pool") + 1 :]}
     assert order.index("classifier") < order.index("pool"), "it shapes the identity of the trials that it guides"
     assert "pool" not in alone and alone[-1] == "train@t4"
+
+
+def test_after_make_clean_the_pool_runs_and_is_not_taken_from_the_cache(
+    changed: Callable[[], set[str]],
+) -> None:
+    Path("stages").mkdir()
+    Path("stages/pool.py").write_text("open('data/pool.done', 'w').write('pool.done')\nopen('ran', 'w')\n")
+    shutil.copy(ROOT / "Makefile", "Makefile")
+    subprocess.run(["make", "clean"], check=True)
+    with Repo(os.curdir) as repo:
+        repo.checkout([each.def_path for each in repo.stage.collect("pool")[0].deps if "yaml" not in each.def_path])
+        repo.reproduce("pool", single_item=True)
+    assert Path("ran").exists() and "pool" not in changed()
 
 
 def test_no_source_file_is_a_dep() -> None:
