@@ -40,7 +40,8 @@ def tables(
     notice_unused([paths.OLD_TRIALS] if paths.OLD_TRIALS.is_dir() else [])
     collects = out is None and not (worker or trial)
     steps = [table_step(params, name) for name in names if name in params.tables] if collects else []
-    if len(steps) == 1 and steps[0].skip(launch):
+    current = [step.skip(launch) for step in steps]  # of each, since AFM_FORCE may name any
+    if names and len(steps) == len(names) and all(current):
         return
     trials = Trials(params, names)
     chosen = [each for each in (trials.all if trial is None else trials.trained) if trial in (None, each.training)]

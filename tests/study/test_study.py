@@ -238,6 +238,18 @@ def test_a_large_run_that_a_trial_is_trains_as_a_run(
     assert not paths.model("same").exists()  # what has a result needs no training
 
 
+def test_a_forced_table_among_several_is_trained_again(declare: Callable[..., Params]) -> None:
+    params = declare(first=TABLE, second=with_row("0.5", "{transport: {start: 0.5}}"))
+    pipeline.tables(params, ["first", "second"], ONE)
+    before = trainings()
+    pipeline.tables(params, ["first", "second"], ONE)
+    assert trainings() == before
+    pipeline.tables(params, ["first", "second"], Launch(device="cpu", workers=1, force="table@second"))
+    assert set(before) == set(trainings()) and not set(before.items()) & set(trainings().items())
+    with pytest.raises(UserError, match="Found no table 'third'"):
+        pipeline.tables(params, ["first", "third"], ONE)
+
+
 def test_one_task_trains_a_base_by_its_identity(declare: Callable[..., Params]) -> None:
     then = "{phases: [{until_epoch: 3}], then: {until_epoch: 5, lr: 3.0e-4}}"
     params = declare(t=with_row("longer", then))
