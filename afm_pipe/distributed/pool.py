@@ -53,6 +53,7 @@ def run_jobs(jobs: Sequence[Job], context: Any, num_workers: int, unit: str) -> 
     weights = [job.weight for job in jobs]
     running: dict[Future[bool], int] = {}
     parts: dict[int, Progress] = {}  # of the running jobs
+    retry_at: dict[int, float] = {}  # of jobs that another process turned out to hold
     errors: list[Exception] = []
 
     def progress(facts: str = "") -> Progress:
@@ -68,7 +69,8 @@ def run_jobs(jobs: Sequence[Job], context: Any, num_workers: int, unit: str) -> 
         while True:
             left = {number: job for number, job in left.items() if number in running.values() or not job.is_done}
             for number, job in [*left.items()]:
-                if len(running) < num_workers and number not in running.values() and job.is_ready:
+                idle = number not in running.values() and time.monotonic() >= retry_at.get(number, 0.0)
+                if len(running) < num_workers and idle and job.is_ready:
                     running[executor.submit(_run, number, job)] = number
             if (len(running) == num_workers) != bound:
                 bound = not bound
@@ -90,6 +92,9 @@ def run_jobs(jobs: Sequence[Job], context: Any, num_workers: int, unit: str) -> 
                     del left[number]
                 elif future.result():
                     del left[number]
+                else:
+                    left[number] = left.pop(number)  # behind the others
+                    retry_at[number] = time.monotonic() + POLL
             yield progress()
             if not running and left and not ended:
                 holders = (job.holder for job in left.values())

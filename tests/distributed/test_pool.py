@@ -74,6 +74,34 @@ def test_what_another_process_holds_is_awaited_and_counts_when_that_has_done_it(
     assert progress.done == 1
 
 
+class HeldJob(FileJob):
+    """Seems ready, but another process holds it until the files that it needs are there."""
+
+    @property
+    def is_ready(self) -> bool:
+        return True
+
+    def run(self, context: Any) -> bool:
+        with Path("tries").open("a") as file:
+            file.write(f"{self.name}\n")
+        time.sleep(0.05)  # longer than POLL
+        return all(Path(name).exists() for name in self.needs) and super().run(context)
+
+
+def test_a_job_that_turns_out_to_be_held_is_tried_again_after_the_others(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "POLL", 0.01)
+    shown = []
+    for progress in run_jobs([HeldJob("held", ("freed",)), HeldJob("a"), HeldJob("b")], None, 1, "jobs"):
+        shown.append(progress)
+        assert len(shown) < 20, "no other job starts"
+        if "waiting" in progress.facts:
+            Path("freed").touch()
+    assert Path("tries").read_text().split()[:4] == ["held", "a", "b", "held"]
+    assert shown[-1].done == 3
+
+
 def test_nothing_to_do_starts_nothing(project: Path) -> None:
     Path("a").touch()
     assert [progress.done for progress in run_jobs([FileJob("a")], None, 2, "jobs")] == [0, 1]
