@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,6 +101,21 @@ def test_a_job_that_turns_out_to_be_held_is_tried_again_after_the_others(
             Path("freed").touch()
     assert Path("tries").read_text().split()[:4] == ["held", "a", "b", "held"]
     assert shown[-1].done == 3
+
+
+class KilledJob(FileJob):
+    """Ends its process as the kernel does where memory is short, while another process has no job."""
+
+    def run(self, context: Any) -> bool:
+        time.sleep(2)  # the other process has nothing to do by then
+        os.kill(os.getpid(), signal.SIGKILL)
+        return True
+
+
+def test_a_killed_process_of_the_pool_is_an_error_of_one_line(project: Path) -> None:
+    with pytest.raises(UserError, match=r"one of the pool's 2 processes killed.*AFM_WORKERS below 2"):
+        list(run_jobs([KilledJob("killed"), FileJob("a")], None, 2, "jobs"))
+    assert not multiprocessing.active_children()
 
 
 def test_nothing_to_do_starts_nothing(project: Path) -> None:
