@@ -10,8 +10,9 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,$(
 BIN := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.afm-pipe-installed
 NO_SCM := grep -qs '^ *no_scm *= *true' .dvc/config .dvc/config.local
-# The GPU's checks run in any environment with torch, numpy, pytest, pydantic and safetensors.
-BARE := PYTHONPATH="$(CURDIR)" $(if $(wildcard $(BIN)/python),"$(BIN)/python","$(PYTHON)")
+# The GPU's checks run in any environment with torch, numpy, pytest, pydantic and safetensors. $(BIN) may have spaces,
+# which wildcard cannot read.
+BARE := PYTHONPATH="$(CURDIR)" $(if $(wildcard $(VENV)/bin/python),"$(BIN)/python","$(PYTHON)")
 ON_PATH := PATH="$(BIN):$$PATH"
 
 ifneq ($(words $(VENV)),1)
@@ -121,5 +122,5 @@ $(INSTALLED): pyproject.toml $(wildcard $(LOCK)) | scm
 	@echo "$(CURDIR)" > "$(INSTALLED)"
 
 clean:
-	rm -rf data/manifest.json data/held_out.json data/latents.h5 models samples reference work
+	rm -rf $(addprefix data/,manifest.json held_out.json latents.h5 pool.done reference.done) models samples reference work
 	rm -rf $(addprefix results/,curves events costs metrics tables report rendered toy)

@@ -1,5 +1,6 @@
 """Which code, interpreter and launch settings a stage runs with: those beside its script, those of `dvc`."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from tests.conftest import ROOT, SMOKE
 
@@ -153,3 +155,23 @@ def test_a_zip_without_git_says_what_is_missing_before_it_installs_anything(unzi
     assert "found no git repository, which DVC needs" in said and "git init" in said and "no_scm = true" in said
     assert "ran " not in said
     assert "found VENV=a b, expected a path without spaces" in run("make", "repro", "VENV=a b", cwd=unzipped)
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_the_gpu_check_uses_the_environment_of_a_folder_with_a_space(unzipped: Path) -> None:
+    assert f"ran {unzipped}/.venv/bin/python -m pytest benchmarks/gpu" in run("make", "test-gpu", cwd=unzipped)
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_the_pool_runs_again_after_make_clean(unzipped: Path) -> None:
+    """Its out says that it ran in this workspace, so neither the folder nor DVC's run cache may keep it."""
+    pool = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]["pool"]
+    command = "mkdir -p data && touch data/reference.done && echo pool > data/pool.done && echo ran >> runs"
+    stage = {"cmd": command, "deps": ["pyproject.toml"], "outs": pool["outs"]}
+    (unzipped / "dvc.yaml").write_text(json.dumps({"stages": {"pool": stage}}))
+    (unzipped / ".dvc" / "config").write_text("[core]\n    no_scm = true\n")
+    for _ in range(2):
+        run(sys.executable, "-m", "dvc", "repro", cwd=unzipped)
+        run("make", "clean", cwd=unzipped)
+        assert not [*(unzipped / "data").iterdir()]
+    assert (unzipped / "runs").read_text().split() == ["ran", "ran"]
