@@ -10,8 +10,9 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,$(
 BIN := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.afm-pipe-installed
 NO_SCM := grep -qs '^ *no_scm *= *true' .dvc/config .dvc/config.local
-# The GPU's checks run in any environment with torch, numpy, pytest, pydantic and safetensors.
-BARE := PYTHONPATH="$(CURDIR)" $(if $(wildcard $(BIN)/python),"$(BIN)/python","$(PYTHON)")
+# The GPU's checks run in any environment with torch, numpy, pytest, pydantic and safetensors. $(BIN) may have spaces,
+# which wildcard cannot read.
+BARE := PYTHONPATH="$(CURDIR)" $(if $(wildcard $(VENV)/bin/python),"$(BIN)/python","$(PYTHON)")
 ON_PATH := PATH="$(BIN):$$PATH"
 
 ifneq ($(words $(VENV)),1)

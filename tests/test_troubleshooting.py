@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typer.testing import CliRunner
 from afm_pipe.cli.app import app
 from afm_pipe.data.manifest import read_manifest
 from afm_pipe.data.reading import require_images
-from afm_pipe.distributed import process_group
+from afm_pipe.distributed import pool, process_group
 from afm_pipe.evaluation.reference import class_counts
 from afm_pipe.params.file import load_params
 from afm_pipe.runtime import environment, paths
@@ -185,6 +186,13 @@ def _(request: pytest.FixtureRequest) -> str:
 def _(request: pytest.FixtureRequest) -> str:
     write_images(Path("data/images"), per_class=10)
     return prepare("held_out={share: 0.5, root: null}", "evaluate.samples=100")
+
+
+@provokes("Found one of the pool's N processes killed, perhaps for lack of memory")
+def _(request: pytest.FixtureRequest) -> str:
+    with pytest.raises(UserError) as error, pool._pool(2, None):
+        raise BrokenProcessPool
+    return str(error.value)
 
 
 @provokes("Few updates: N of NAME")

@@ -43,7 +43,8 @@ Overrides = Annotated[
 ]
 Nproc = Annotated[int | None, typer.Option("--nproc-per-node", help="Processes on this machine, one per GPU or core.")]
 MicroBatch = Annotated[
-    int | None, typer.Option("--micro-batch", help="Images per forward pass of a device; changes memory, not the run.")
+    int | None,
+    typer.Option("--micro-batch", min=1, help="Images per forward pass of a device; changes memory, not the run."),
 ]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run in params.", autocompletion=complete_runs)]
 ModelName = Annotated[

@@ -67,9 +67,11 @@ def plan_text(
     """Estimate runs on a machine for `num_images`, else for the prepared data set, else for ImageNet.
 
     With `launch`, the rate of the first run is measured on this machine, and all are planned with it.
+    Raises UserError for a machine that cannot be planned for.
     """
     from afm_pipe.planning import plan
 
+    plan.check_machine(machine)
     manifest = count_images(params)
     classes = len(manifest.classes) if manifest and num_images is None else 1000
     count = num_images or (manifest.num_images if manifest else plan.IMAGENET_IMAGES)

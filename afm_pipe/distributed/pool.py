@@ -10,10 +10,12 @@ import signal
 import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 from afm_pipe.runtime import signals
+from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.machine import core_of_each
 from afm_pipe.runtime.progress import Progress, report_to
 
@@ -47,12 +49,14 @@ class Job(Protocol):
 def run_jobs(jobs: Sequence[Job], context: Any, num_workers: int, unit: str) -> Generator[Progress, None, None]:
     """Run jobs, each once it is ready, in the given order where several are; end when none is missing.
 
-    A failed job does not stop the others: the first error is raised once no other job can begin.
+    A failed job does not stop the others: the first error is raised once no other job can begin. Raises UserError at
+    once if a process is killed.
     """
     left = dict(enumerate(jobs))  # by number
     weights = [job.weight for job in jobs]
     running: dict[Future[bool], int] = {}
     parts: dict[int, Progress] = {}  # of the running jobs
+    retry_at: dict[int, float] = {}  # of jobs that another process turned out to hold
     errors: list[Exception] = []
 
     def progress(facts: str = "") -> Progress:
@@ -68,7 +72,8 @@ def run_jobs(jobs: Sequence[Job], context: Any, num_workers: int, unit: str) -> 
         while True:
             left = {number: job for number, job in left.items() if number in running.values() or not job.is_done}
             for number, job in [*left.items()]:
-                if len(running) < num_workers and number not in running.values() and job.is_ready:
+                idle = number not in running.values() and time.monotonic() >= retry_at.get(number, 0.0)
+                if len(running) < num_workers and idle and job.is_ready:
                     running[executor.submit(_run, number, job)] = number
             if (len(running) == num_workers) != bound:
                 bound = not bound
@@ -84,12 +89,15 @@ def run_jobs(jobs: Sequence[Job], context: Any, num_workers: int, unit: str) -> 
                 number = running.pop(future)
                 parts.pop(number, None)
                 if (error := future.exception()) is not None:
-                    if not isinstance(error, Exception):
+                    if not isinstance(error, Exception) or isinstance(error, BrokenProcessPool):
                         raise error
                     errors.append(error)
                     del left[number]
                 elif future.result():
                     del left[number]
+                else:
+                    left[number] = left.pop(number)  # behind the others
+                    retry_at[number] = time.monotonic() + POLL
             yield progress()
             if not running and left and not ended:
                 holders = (job.holder for job in left.values())
@@ -147,6 +155,11 @@ def _pool(num_workers: int, context: Any) -> Iterator[tuple[Executor, Any]]:
         for process in multiprocessing.active_children():
             process.terminate()
         raise
+    except BrokenProcessPool:
+        raise UserError(
+            f"Found one of the pool's {num_workers} processes killed, perhaps for lack of memory, expected all to "
+            f"live: set AFM_WORKERS below {num_workers} and run the same command again, which resumes."
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -91,7 +91,7 @@ class Machine(NamedTuple):
         return 2 * (self.gpus - 1) / self.gpus * gradient_bytes / rate
 
 
-def _check(machine: Machine) -> None:
+def check_machine(machine: Machine) -> None:
     """Raise UserError naming the command-line value that is wrong."""
     if machine.gpu not in GPUS:
         raise UserError(f"Found --gpu {machine.gpu}, expected one of {', '.join(GPUS)}: choose the most similar.")
@@ -199,7 +199,7 @@ def plan_text(
     params: Params, names: Sequence[str], machine: Machine, num_images: int, num_classes: int
 ) -> Generator[Progress, None, str]:
     """Return a table of the plans of the named models, by default all, and its assumptions. Raises UserError."""
-    _check(machine)
+    check_machine(machine)
     names = names or list(params.models)
     for name in names:
         params.model(name)  # report an unknown name before counting

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 Model = TypeVar("Model", bound="BaseModel")
 
 LARGEST_JSON = 1 << 30  # bytes; the manifest of ImageNet has about 150 million
+REPLACED = ".replaced.partial"  # ends the name of an old folder while a new one takes its place
+NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP}  # the file system does not sync folders
 UNWRITABLE = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -26,19 +28,19 @@ UNWRITABLE = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path next to `path`; the file or folder written there replaces `path` if the block succeeds.
 
-    On any error the temporary path is removed and `path` keeps its old content. Both are synced to disk, so a power
-    cut leaves either the old content or the new. Raises UnwritableError if the disk is full or not writable.
+    On any error or signal the temporary path is removed and `path` has its old content, or the new one if that was
+    complete. Both are synced to disk, so a power cut leaves either of them. Only a process that is killed while it
+    replaces a folder may leave none at `path`: the old one is then beside it, complete, and the next `atomic_path` or
+    `remove_leftovers` puts it back. Raises UnwritableError if the disk is full or not writable.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temp = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temp = _temporary(path)
+    _settle(path)
     _remove(temp)
     try:
         yield temp
         _sync_tree(temp)
-        if path.is_dir():
-            _remove(path)  # rename replaces a file, but not a folder with content
-        os.replace(temp, path)
-        _sync(path.parent)
+        _replace(temp, path)
     except BaseException as error:
         _remove(temp)
         if reason := _why_unwritable(error, path, temp):
@@ -47,6 +49,34 @@ def atomic_path(path: Path) -> Iterator[Path]:
                 "command again. The old content is intact."
             ) from None
         raise
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def _replace(temp: Path, path: Path) -> None:
+    """Rename `temp` to `path`; an old folder is renamed aside first, since a rename replaces none that has content."""
+    try:
+        if path.is_dir():
+            os.replace(path, path.with_name(f".{path.name}{REPLACED}"))
+        os.replace(temp, path)
+        _sync(path.parent)
+    finally:
+        _settle(path)
+
+
+def _settle(path: Path) -> None:
+    """End the replacement of a folder: remove the old one, or put it back if there is no new one."""
+    old = path.with_name(f".{path.name}{REPLACED}")
+    if not os.path.lexists(old):
+        return
+    if os.path.lexists(path):
+        temp = _temporary(path)
+        os.replace(old, temp)  # first, so that no incomplete folder is ever put back
+        _remove(temp)
+    else:
+        os.replace(old, path)
 
 
 def _why_unwritable(error: BaseException, path: Path, temp: Path) -> str | None:
@@ -91,9 +121,15 @@ def complete_lines(path: Path, max_bytes: int = 1 << 28) -> list[str]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files that killed processes left in `folder`. No other process may be writing there."""
-    for temp in folder.glob(".*.partial"):
-        _remove(temp)
+    """Remove temporary files that killed processes left in `folder`, and put back what they were about to replace.
+
+    No other process may be writing there.
+    """
+    for temp in [*folder.glob(".*.partial")]:
+        if temp.name.endswith(REPLACED):
+            _settle(temp.with_name(temp.name.removeprefix(".").removesuffix(REPLACED)))
+        else:
+            _remove(temp)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -183,6 +219,9 @@ def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NO_FOLDER_SYNC or not path.is_dir():
+            raise
     finally:
         os.close(handle)
 

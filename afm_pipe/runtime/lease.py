@@ -31,6 +31,7 @@ from afm_pipe.runtime.files import json_value
 
 INTERVAL = 5.0  # seconds from one touch of a lease to the next
 STALE = 6 * INTERVAL
+CLOCK_KEPT = 60.0  # seconds for which a measured difference of clocks is used
 NO_FLOCK = {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL}  # the file system does not support flock
 
 
@@ -118,15 +119,15 @@ def holder_of(folder: Path) -> str | None:
     lease = max(folder.glob("lease-*"), default=None)
     if lease is None:
         return None
+    pid, host = json_value(lease, "pid"), json_value(lease, "host")  # opens it first, as `_read` does
+    here = host == socket.gethostname() and isinstance(pid, int)
+    if here and not (0 < pid < 1 << 31 and psutil.pid_exists(pid)):
+        return None
     try:
-        fresh = time.time() - lease.stat().st_mtime < STALE
+        silent = _time_of(folder) - lease.stat().st_mtime
     except OSError:
         return None  # released meanwhile
-    pid, host = json_value(lease, "pid"), json_value(lease, "host")
-    here = host == socket.gethostname() and isinstance(pid, int)
-    if not fresh or (here and not (0 < pid < 1 << 31 and psutil.pid_exists(pid))):
-        return None
-    return f"process {pid} on {host}"
+    return f"process {pid} on {host}" if silent < STALE else None
 
 
 def _acquire(folder: Path, has_flock: bool) -> Lease:
@@ -208,6 +209,22 @@ def _file_system_time(folder: Path) -> float:
         return probe.stat().st_mtime
     finally:
         probe.unlink()
+
+
+_differences: dict[int, tuple[float, float]] = {}  # by device: when measured, its clock minus this machine's
+
+
+def _time_of(folder: Path) -> float:
+    """Return the time of a folder's file system, measured once a minute; this machine's if it may not be written."""
+    device, now = folder.stat().st_dev, time.monotonic()
+    measured, difference = _differences.get(device, (-CLOCK_KEPT, 0.0))
+    if now - measured >= CLOCK_KEPT:
+        try:
+            difference = _file_system_time(folder) - time.time()
+        except OSError:
+            return time.time()
+        _differences[device] = now, difference
+    return time.time() + difference
 
 
 def _held(folder: Path, lease: _LeaseFile) -> HeldError:

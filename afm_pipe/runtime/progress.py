@@ -97,16 +97,20 @@ def _live(title: str) -> Iterator[Callable[[Progress], None]]:
     columns = (
         bar.TextColumn("[bold]{task.description}"),
         bar.BarColumn(),
-        bar.MofNCompleteColumn(),
-        bar.TextColumn("{task.fields[unit]}"),
+        bar.TextColumn("{task.fields[count]}"),  # whole units; the bar and its ETA follow the work
         bar.TimeElapsedColumn(),
         bar.TextColumn("ETA"),
         bar.TimeRemainingColumn(),
         bar.TextColumn("[dim]{task.fields[facts]}"),
     )
     with bar.Progress(*columns, console=Console(stderr=True)) as shown:
-        task = shown.add_task(title, total=None, unit="", facts="")
-        yield lambda now: shown.update(task, completed=now.position, total=now.total, unit=now.unit, facts=now.facts)
+        task = shown.add_task(title, total=None, count="", facts="")
+
+        def render(now: Progress) -> None:
+            count = f"{now.done}/{now.total} {now.unit}"
+            shown.update(task, completed=now.position, total=now.total, count=count, facts=now.facts)
+
+        yield render
 
 
 @contextmanager

@@ -83,6 +83,16 @@ def shutdown_requested() -> Iterator[ShutdownRequest]:
         _request = outer
 
 
+@contextmanager
+def interrupts_blocked() -> Iterator[None]:
+    """Delay SIGINT to the end of the block; processes that are started in it never receive any."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
 def ignore_signals() -> None:
     """Ignore signals in an idle worker of a pool: its parent ends it."""
     for number in SIGNALS:

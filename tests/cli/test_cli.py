@@ -74,6 +74,8 @@ def test_the_help_of_a_command_has_an_example_that_parses_on_a_line_of_its_own(c
         ("train t4 --dry-run=3", "Found --dry-run with a value, which it does not take: see `afm-pipe"),
         ("sample t4 --count x", "Found a wrong --count: "),
         ("plan t4 --images -5", "Found a wrong --images: "),
+        ("plan t4 --micro-batch 0", "Found a wrong --micro-batch: "),
+        ("train t4 --micro-batch -3", "Found a wrong --micro-batch: "),
     ],
 )
 def test_a_wrong_command_line_is_one_line_that_says_what_to_do(words: str, said: str, run) -> None:
@@ -211,7 +213,7 @@ def test_a_launch_setting_that_is_wrong_is_named(run, monkeypatch: pytest.Monkey
 
 
 def test_a_wrong_flag_is_named_as_one_and_a_wrong_setting_as_one(run, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "Fix --micro-batch." in run("train", "t4", "--micro-batch", "0", "--params", str(SMOKE)).stderr
+    assert "Fix --nproc-per-node." in run("train", "t4", "--nproc-per-node", "0", "--params", str(SMOKE)).stderr
     assert run("plan", "t4", "--images", "-5", "--params", str(SMOKE)).exit_code == 2
     monkeypatch.setenv("AFM_WORKERS", "x")
     assert "FIX  launch settings: Found launch setting workers = 'x'" in run("doctor", "--params", str(SMOKE)).output

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,6 +73,49 @@ def test_what_another_process_holds_is_awaited_and_counts_when_that_has_done_it(
             Path("a").touch()  # the other process has done it
     assert "waiting for process 1 on elsewhere" in said
     assert progress.done == 1
+
+
+class HeldJob(FileJob):
+    """Seems ready, but another process holds it until the files that it needs are there."""
+
+    @property
+    def is_ready(self) -> bool:
+        return True
+
+    def run(self, context: Any) -> bool:
+        with Path("tries").open("a") as file:
+            file.write(f"{self.name}\n")
+        time.sleep(0.05)  # longer than POLL
+        return all(Path(name).exists() for name in self.needs) and super().run(context)
+
+
+def test_a_job_that_turns_out_to_be_held_is_tried_again_after_the_others(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "POLL", 0.01)
+    shown = []
+    for progress in run_jobs([HeldJob("held", ("freed",)), HeldJob("a"), HeldJob("b")], None, 1, "jobs"):
+        shown.append(progress)
+        assert len(shown) < 20, "no other job starts"
+        if "waiting" in progress.facts:
+            Path("freed").touch()
+    assert Path("tries").read_text().split()[:4] == ["held", "a", "b", "held"]
+    assert shown[-1].done == 3
+
+
+class KilledJob(FileJob):
+    """Ends its process as the kernel does where memory is short, while another process has no job."""
+
+    def run(self, context: Any) -> bool:
+        time.sleep(2)  # the other process has nothing to do by then
+        os.kill(os.getpid(), signal.SIGKILL)
+        return True
+
+
+def test_a_killed_process_of_the_pool_is_an_error_of_one_line(project: Path) -> None:
+    with pytest.raises(UserError, match=r"one of the pool's 2 processes killed.*AFM_WORKERS below 2"):
+        list(run_jobs([KilledJob("killed"), FileJob("a")], None, 2, "jobs"))
+    assert not multiprocessing.active_children()
 
 
 def test_nothing_to_do_starts_nothing(project: Path) -> None:

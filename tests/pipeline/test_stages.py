@@ -153,3 +153,8 @@ def test_a_zip_without_git_says_what_is_missing_before_it_installs_anything(unzi
     assert "found no git repository, which DVC needs" in said and "git init" in said and "no_scm = true" in said
     assert "ran " not in said
     assert "found VENV=a b, expected a path without spaces" in run("make", "repro", "VENV=a b", cwd=unzipped)
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_the_gpu_check_uses_the_environment_of_a_folder_with_a_space(unzipped: Path) -> None:
+    assert f"ran {unzipped}/.venv/bin/python -m pytest benchmarks/gpu" in run("make", "test-gpu", cwd=unzipped)

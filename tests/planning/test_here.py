@@ -1,10 +1,17 @@
 """How long all stages take on this machine, said before the first of them trains anything."""
 
 import multiprocessing
+import os
 import re
+import signal
+import subprocess
+import sys
+import threading
+import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -54,6 +61,43 @@ def test_processes_that_measure_have_one_thread_as_in_the_pool(monkeypatch: pyte
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, here._start, (None,)) as pool:
         assert pool.submit(torch.get_num_threads).result() == 1
+
+
+def test_a_process_that_is_killed_costs_the_estimate_alone(project: Path) -> None:
+    prepared()
+
+    def kill_one() -> None:
+        while len(children := multiprocessing.active_children()) < 2:
+            time.sleep(0.01)
+        time.sleep(0.3)  # they import
+        children[0].kill()
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    said = pipeline.time_text(load_params(SMOKE, [*SETTINGS, "held_out=null"]), LAUNCH)
+    killer.join()
+    assert said.startswith("No estimate of the time: one of 2 processes was killed, perhaps for lack of memory")
+
+
+INTERRUPTED = """
+from afm_pipe.planning import here
+from afm_pipe.runtime.commands import user_command
+
+user_command(here.seconds_on_all)(2, None, None, None)
+"""
+
+
+def test_ctrl_c_while_the_processes_start_is_one_line() -> None:
+    """A terminal sends SIGINT to all of them, which have not set any handler yet."""
+    started = subprocess.Popen([sys.executable, "-c", INTERRUPTED], stderr=subprocess.PIPE, start_new_session=True)
+    parent, until = psutil.Process(started.pid), time.monotonic() + 60
+    while len(parent.children()) < 3 and time.monotonic() < until:  # with the resource tracker of multiprocessing
+        time.sleep(0.01)
+    time.sleep(0.3)  # they import
+    os.killpg(started.pid, signal.SIGINT)
+    said = started.communicate(timeout=60)[1].decode()
+    assert said == "stopped by SIGINT: to resume, run the same command again.\n"
+    assert started.returncode == 130
 
 
 def test_images_of_the_workspace_count_in_a_copy_of_it(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,3 +185,11 @@ def test_the_command_prints_the_plan(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     spare = CliRunner().invoke(app, [*words, "--micro-batch", "4", "--checkpoint-activations", "--shard"])
     assert spare.exit_code == 0, spare.output
     assert spare.stdout != result.stdout
+
+
+@pytest.mark.parametrize("wrong", ["--gpu v100", "--gpus 0", "--precision fp16"])
+def test_a_wrong_machine_is_refused_before_anything_is_measured(project: Path, wrong: str) -> None:
+    words = ["plan", "t4", "--measure", "--images", "5000", "--params", str(SMOKE), *wrong.split()]
+    result = CliRunner().invoke(app, words, env={"AFM_DEVICE": "cpu"})
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: Found {wrong}, expected ")

@@ -15,7 +15,7 @@ import pytest
 
 from afm_pipe.runtime import lease
 from afm_pipe.runtime.errors import UserError
-from afm_pipe.runtime.lease import HeldError, LeaseLostError, hold_lease
+from afm_pipe.runtime.lease import HeldError, LeaseLostError, hold_lease, holder_of
 
 INTERVAL, STALE = 0.1, 1.5
 # A process on a machine of its own: it has another identity, and its flock is not seen elsewhere.
@@ -191,3 +191,19 @@ def test_on_one_machine_the_kernel_lets_go_at_once(
         held.path.write_text("{}")
         with pytest.raises(LeaseLostError):
             held.check()
+
+
+@pytest.mark.parametrize("ahead", [-3600.0, 3600.0])
+def test_who_holds_a_folder_is_known_whatever_the_clock_of_this_machine_says(
+    project: Path, monkeypatch: pytest.MonkeyPatch, ahead: float
+) -> None:
+    here = time.time
+    held = Path("run/lease-000001")
+    held.parent.mkdir()
+    held.write_text(json.dumps({"pid": 1, "host": "node-b"}))
+    monkeypatch.setattr(lease, "_differences", {})
+    monkeypatch.setattr(lease.time, "time", lambda: here() + ahead)
+    assert holder_of(Path("run")) == "process 1 on node-b"
+    os.utime(held, (here() - 60, here() - 60))
+    assert holder_of(Path("run")) is None
+    assert [path.name for path in Path("run").iterdir()] == [held.name]

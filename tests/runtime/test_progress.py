@@ -1,5 +1,6 @@
 """Progress lines: work that reports nothing for long still says that it is alive, on a console of any encoding."""
 
+import io
 import os
 import subprocess
 import sys
@@ -65,6 +66,21 @@ def test_no_time_is_estimated_from_the_first_moments_of_a_pool(
     said = capsys.readouterr().err.splitlines()
     assert said[:2] == ["pool: 0/34 jobs, ETA unknown"] * 2
     assert said[2].startswith("pool: 0/34 jobs, ETA ") and said[2].endswith(" s")
+
+
+class Terminal(io.StringIO):
+    """A terminal that keeps what it shows."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_live_bar_counts_whole_units_as_the_plain_lines_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", shown := Terminal())
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "xterm")
+    track("pool", (Progress(3, 34, "jobs", "", fraction) for fraction in (0.4, 0.5)))
+    assert "3/34 jobs" in shown.getvalue() and "17/34" not in shown.getvalue()
 
 
 class Clock:
