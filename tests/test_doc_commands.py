@@ -41,6 +41,7 @@ NOT_RUN = {
     "afm-pipe compare": "needs other checkouts; tests/reporting/test_across.py compares two",
     "afm-pipe autoencoder": "needs the weights of SD-VAE or TAESD",
     "photos64": "needs the photographs",
+    "latent_space": "needs the photographs",
     "tensorboard": "a server that does not end",
     "AFM_WANDB": "needs an account",
     "profiles/study.yaml": "takes hours",
