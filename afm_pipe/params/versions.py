@@ -87,9 +87,9 @@ def origin_files(params: Params, name: str) -> dict[str, Path]:
         files = {"generator": base / "generator.safetensors", "discriminator": base / f"{d}.safetensors"}
         if guided.base in params.imported or params.runs[guided.base].objective in WITHOUT_DISCRIMINATOR:
             del files["discriminator"]
-    if params.models[name].guided:
+    if params.model(name).guided:
         files["classifier"] = paths.CLASSIFIER / "classifier.safetensors"
-    if params.models[name].selection is not None:
+    if params.model(name).selection is not None:
         files["reference"] = paths.REFERENCE / "summary.json"
     return files
 

@@ -61,7 +61,7 @@ class Step:
         it is interrupted, the same command resumes it, since it is then no longer current. Call this before anything is
         loaded: what the stage then records are the inputs of now.
         """
-        with suppress(OSError, UserError):
+        with suppress(OSError, UserError, ValueError):  # ValueError: a name with a null byte, which the stage refuses
             self._begun_with = self.identity()
         if not self.is_current:
             return False
