@@ -80,10 +80,18 @@ def test_a_process_that_is_killed_costs_the_estimate_alone(project: Path) -> Non
 
 
 INTERRUPTED = """
+import time
+
 from afm_pipe.planning import here
 from afm_pipe.runtime.commands import user_command
 
-user_command(here.seconds_on_all)(2, None, None, None)
+
+class Endless:
+    def __reduce__(self):
+        return time.sleep, (60,)  # where a process of the estimate reads it, however soon it has started
+
+
+user_command(here.seconds_on_all)(2, Endless(), None, None)
 """
 
 
