@@ -36,7 +36,7 @@ NOT_RUN = {
     "nproc-per-node 8": "needs eight GPUs",
     "--measure": "needs a GPU",
     "MICRO_BATCH=16": "needs the latents of ImageNet",
-    "of seven tables": "needs the latents of ImageNet",
+    "CUDA_VISIBLE_DEVICES": "needs a GPU and the latents of ImageNet",
     "afm-pipe import": "needs released weights",
     "xl2-released": "needs released weights",
     "afm-pipe compare": "needs other checkouts; tests/reporting/test_across.py compares two",
