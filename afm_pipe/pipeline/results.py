@@ -67,7 +67,8 @@ def tables(
 def _train_large_runs(params: Params, trials: Iterable["Trial"], launch: Launch) -> None:
     """Train the large runs of params that trials are or continue, on as many processes as launch settings say.
 
-    A trial itself is trained by one process. Raises SystemExit with the code of processes that failed.
+    A trial itself is trained by one process. Raises SystemExit with the code of processes that failed, and UserError
+    where several processes, which read params.yaml, would train a run of other params.
     """
     needed = [
         each for trial in trials if not trial.result.is_file() for each in (trial, trial.base) if each is not None
