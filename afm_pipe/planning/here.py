@@ -3,9 +3,9 @@
 import multiprocessing
 import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from itertools import repeat
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Barrier
 from statistics import harmonic_mean
 from threading import BrokenBarrierError
 from typing import Any
@@ -15,7 +15,7 @@ from afm_pipe.models.model_files import ModelConfig, run_config
 from afm_pipe.params import Params, Run
 from afm_pipe.planning.measuring import update_seconds
 from afm_pipe.runtime.machine import core_of_each
-from afm_pipe.runtime.signals import Stopped, interrupts_blocked
+from afm_pipe.runtime.signals import interrupts_blocked
 from afm_pipe.study.trials import run_weight
 from afm_pipe.training.engine import Engine
 
@@ -39,10 +39,12 @@ def estimate(params: Params, launch: Launch, num_images: int, num_classes: int) 
     config = run_config(run, params.latent_shape, num_classes)
     try:
         seconds = seconds_on_all(workers, run, config, launch)
-    except (BrokenProcessPool, BrokenBarrierError):
+    except (EOFError, BrokenBarrierError) as error:
+        slow = isinstance(error, BrokenBarrierError)
+        what = f"did not start within {STARTED_WITHIN:.0f} s" if slow else "was killed, perhaps for lack of memory"
         return (
-            f"No estimate of the time: one of {workers} processes was killed, perhaps for lack of memory, or did not "
-            f"start within {STARTED_WITHIN:.0f} s. If the pool fails too, set AFM_WORKERS below {workers}."
+            f"No estimate of the time: one of {workers} processes {what}. If the pool fails too, set AFM_WORKERS below "
+            f"{workers}."
         )
     weight = run_weight(run) / run.phases[-1].until_epoch * run.batch_size / num_images  # of an update
     total = sum(weights.values()) / weight * seconds / workers / TRAINING_OF_POOL / POOL_OF_ALL
@@ -55,34 +57,48 @@ def estimate(params: Params, launch: Launch, num_images: int, num_classes: int) 
 def seconds_on_all(workers: int, run: Run, config: ModelConfig, launch: Launch) -> float:
     """Return the seconds of an update beside the same in other processes: cores may share what makes one fast.
 
-    It is the harmonic mean over processes, so that `workers` divided by it is their rate together.
+    It is the harmonic mean over processes, so that `workers` divided by it is their rate together. Raises EOFError at
+    once if a process is killed, and BrokenBarrierError if one does not start within STARTED_WITHIN.
     """
     spawn = multiprocessing.get_context("spawn")
+    together = spawn.Barrier(workers)
     cores: Sequence[int | None] = core_of_each(workers) or [None] * workers
-    with ProcessPoolExecutor(workers, spawn, _start, (spawn.Barrier(workers),)) as pool:
-        try:
-            with interrupts_blocked():  # in the processes for good: this one ends them
-                seconds = pool.map(_update_seconds, *map(repeat, (run, config, launch)), cores)
-            return harmonic_mean(seconds)
-        except Stopped:
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
+    processes: dict[Any, BaseProcess] = {}  # by the connection on which each answers
+    try:
+        with interrupts_blocked():  # in the processes for good: this one ends them
+            for core in cores:
+                answers, answer = spawn.Pipe(duplex=False)
+                arguments = (answer, together, core, run, config, launch)
+                process = spawn.Process(target=_measure, args=arguments, daemon=True)
+                process.start()
+                processes[answers] = process
+                answer.close()  # the process has the only copy: its end, however it comes, is the end of the answers
+        left, seconds = set(processes), []
+        while left:
+            first: Any = wait(left)[0]
+            left.remove(first)
+            seconds.append(first.recv())
+            if isinstance(seconds[-1], Exception):
+                raise seconds[-1]
+        return harmonic_mean(seconds)
+    finally:
+        for started in processes.values():
+            started.kill()
+            started.join()
 
 
-_together: Any  # of a process of the pool: waits until all are ready
-
-
-def _start(barrier: Any) -> None:
-    global _together
+def _measure(
+    answer: Connection, together: Barrier, core: int | None, run: Run, config: ModelConfig, launch: Launch
+) -> None:
+    """Send the seconds of an update, measured while all processes measure, or the error."""
     import torch
 
     torch.set_num_threads(1)  # as in the pool
-    _together = barrier
-
-
-def _update_seconds(run: Run, config: ModelConfig, launch: Launch, core: int | None) -> float:
-    if core is not None:  # as in the pool
+    if core is not None:  # likewise
         os.sched_setaffinity(0, {core})
-    _together.wait(STARTED_WITHIN)
-    return update_seconds(run, config, run.batch_size, launch.torch_device(), Engine.of(launch), UPDATES)
+    try:
+        together.wait(STARTED_WITHIN)
+        engine = Engine.of(launch)
+        answer.send(update_seconds(run, config, run.batch_size, launch.torch_device(), engine, UPDATES))
+    except Exception as error:
+        answer.send(error)

@@ -8,8 +8,8 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -57,26 +57,35 @@ def test_an_update_is_measured(project: Path) -> None:
 
 
 def test_processes_that_measure_have_one_thread_as_in_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, here._start, (None,)) as pool:
-        assert pool.submit(torch.get_num_threads).result() == 1
+    monkeypatch.setattr(here, "update_seconds", lambda *_: torch.get_num_threads())
+    spawn, (answers, answer), before = (
+        multiprocessing.get_context("spawn"),
+        multiprocessing.Pipe(),
+        torch.get_num_threads(),
+    )
+    torch.set_num_threads(2)
+    try:
+        here._measure(answer, spawn.Barrier(1), None, SimpleNamespace(batch_size=1), None, LAUNCH)  # type: ignore[arg-type]
+    finally:
+        torch.set_num_threads(before)
+    assert answers.recv() == 1
 
 
-def test_a_process_that_is_killed_costs_the_estimate_alone(project: Path) -> None:
+@pytest.mark.parametrize("which", [0, -1])
+def test_a_process_that_is_killed_costs_the_estimate_alone(project: Path, which: int) -> None:
     prepared()
 
     def kill_one() -> None:
         while len(children := multiprocessing.active_children()) < 2:
             time.sleep(0.01)
         time.sleep(0.3)  # they import
-        children[0].kill()
+        sorted(children, key=lambda child: child.pid or 0)[which].kill()
 
     killer = threading.Thread(target=kill_one)
     killer.start()
     said = pipeline.time_text(load_params(SMOKE, [*SETTINGS, "held_out=null"]), LAUNCH)
     killer.join()
-    assert said.startswith("No estimate of the time: one of 2 processes was killed, perhaps for lack of memory")
+    assert said.startswith("No estimate of the time: one of 2 processes was killed, perhaps for lack of memory.")
 
 
 INTERRUPTED = """
