@@ -233,7 +233,7 @@ def test_params_need_weights_and_their_hash(weights: Path) -> None:
 def test_taesd_on_photographs_is_that_of_diffusers(tmp_path: Path) -> None:
     params = photo_params()
     fetch_pretrained(params, tmp_path / "vae", TinyAutoencoder)
-    vae, images = load_autoencoder(params, tmp_path / "vae"), photographs(params, 300)
+    vae, images = load_autoencoder(params, tmp_path / "vae"), photographs(params, 100)
     theirs = AutoencoderTiny.from_pretrained(str(TAESD), low_cpu_mem_usage=False, torch_dtype=torch.float32).eval()
     errors = []
     for batch in images.split(50):
