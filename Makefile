@@ -118,7 +118,7 @@ $(INSTALLED): pyproject.toml $(wildcard $(LOCK)) | scm
 	@echo "== installing into $(VENV) (about 6 GB with torch; the first time takes some minutes)"
 	@other=$$(cat "$(INSTALLED)" 2>/dev/null); test -z "$$other" || test "$$other" = "$(CURDIR)" || \
 		echo "== $(VENV) was that of $$other: its afm-pipe now runs the code of this folder"
-	@"$(BIN)/python" -m pip install --quiet --disable-pip-version-check $(if $(LOCK),-c "$(LOCK)") -e ".[dev]"
+	@"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --no-compile $(if $(LOCK),-c "$(LOCK)") -e ".[dev]"
 	@echo "$(CURDIR)" > "$(INSTALLED)"
 
 clean:
