@@ -7,6 +7,7 @@ from typing import Any
 
 # Before torch: two threads a process on two cores, several processes at once, run many times slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these are tests of a CPU, also where there is a GPU, which has benchmarks/gpu
 
 import numpy as np
 import pytest
@@ -22,6 +23,10 @@ from afm_pipe.models.dit import time_rates
 from afm_pipe.models.model_files import ModelConfig, build_generator
 from afm_pipe.params import Params, Run
 from afm_pipe.params.file import load_params
+
+# Some tests fork. The first backward pass starts threads for the devices there are, which a fork would lose: without a
+# GPU there are none, but one appears with the first FakeTensorMode.
+torch.ones((), requires_grad=True).backward()
 
 # Fuzzing: always the same few examples, or with --hypothesis-profile fuzz (`make fuzz`) many that differ each time.
 BOUNDED: dict[str, Any] = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
