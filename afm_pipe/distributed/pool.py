@@ -134,6 +134,14 @@ class _ThisProcess(Executor):
         return future
 
 
+class _Processes(ProcessPoolExecutor):
+    """Starts processes, with what is submitted, that receive no SIGINT until `_start` ignores it."""
+
+    def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        with signals.interrupts_blocked():
+            return super().submit(function, *args, **kwargs)
+
+
 @contextmanager
 def _pool(num_workers: int, context: Any) -> Iterator[tuple[Executor, Any]]:
     """Give an executor and a queue of its jobs' progress; on a signal, end its processes.
@@ -147,7 +155,7 @@ def _pool(num_workers: int, context: Any) -> Iterator[tuple[Executor, Any]]:
         return
     spawn = multiprocessing.get_context("spawn")
     stopping, reports = spawn.Event(), spawn.SimpleQueue()
-    pool = ProcessPoolExecutor(num_workers, spawn, _start, (context, stopping, reports))
+    pool = _Processes(num_workers, spawn, _start, (context, stopping, reports))
     try:
         yield pool, reports
     except (signals.Stopped, GeneratorExit):

@@ -85,7 +85,7 @@ def shutdown_requested() -> Iterator[ShutdownRequest]:
 
 @contextmanager
 def interrupts_blocked() -> Iterator[None]:
-    """Delay SIGINT to the end of the block; processes that are started in it never receive any."""
+    """Delay SIGINT to the end of the block; processes that are started in it receive none until they unblock it."""
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -94,9 +94,10 @@ def interrupts_blocked() -> Iterator[None]:
 
 
 def ignore_signals() -> None:
-    """Ignore signals in an idle worker of a pool: its parent ends it."""
+    """Ignore signals in an idle worker of a pool, which its parent ends; SIGINT may have been blocked until now."""
     for number in SIGNALS:
         signal.signal(number, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def stop_with(processes: "Sequence[psutil.Process]") -> None:

@@ -3,6 +3,8 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +15,7 @@ from afm_pipe.distributed import pool
 from afm_pipe.distributed.pool import run_jobs
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.progress import Progress, track
+from tests.conftest import ROOT
 
 
 class FileJob(NamedTuple):
@@ -116,6 +119,41 @@ def test_a_killed_process_of_the_pool_is_an_error_of_one_line(project: Path) -> 
     with pytest.raises(UserError, match=r"one of the pool's 2 processes killed.*AFM_WORKERS below 2"):
         list(run_jobs([KilledJob("killed"), FileJob("a")], None, 2, "jobs"))
     assert not multiprocessing.active_children()
+
+
+INTERRUPTED = """
+import sys
+
+from afm_pipe.distributed.pool import run_jobs
+from afm_pipe.runtime.commands import user_command
+from tests.distributed.test_pool import FileJob, announce
+
+
+class Endless:
+    def __reduce__(self):
+        return announce, (sys.argv[1],)  # where a process of the pool reads it, before it ignores signals
+
+
+user_command(lambda: list(run_jobs([FileJob("a"), FileJob("b")], Endless(), 2, "jobs")))()
+"""
+
+
+def announce(folder: str) -> None:
+    (Path(folder) / str(os.getpid())).touch()
+    time.sleep(60)
+
+
+def test_ctrl_c_while_the_processes_start_is_one_line(tmp_path: Path) -> None:
+    """A terminal sends SIGINT to all of them."""
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path)]
+    started = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True)
+    until = time.monotonic() + 60
+    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < until:
+        time.sleep(0.01)
+    os.killpg(started.pid, signal.SIGINT)
+    said = started.communicate(timeout=60)[1].decode()
+    assert said == "stopped by SIGINT: to resume, run the same command again.\n"
+    assert started.returncode == 130
 
 
 def test_nothing_to_do_starts_nothing(project: Path) -> None:
