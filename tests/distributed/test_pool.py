@@ -122,6 +122,7 @@ def test_a_killed_process_of_the_pool_is_an_error_of_one_line(project: Path) -> 
 
 
 INTERRUPTED = """
+import signal
 import sys
 
 from afm_pipe.distributed.pool import run_jobs
@@ -134,6 +135,7 @@ class Endless:
         return announce, (sys.argv[1],)  # where a process of the pool reads it, before it ignores signals
 
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored in the background
 user_command(lambda: list(run_jobs([FileJob("a"), FileJob("b")], Endless(), 2, "jobs")))()
 """
 

@@ -89,6 +89,7 @@ def test_a_process_that_is_killed_costs_the_estimate_alone(project: Path, which:
 
 
 INTERRUPTED = """
+import signal
 import time
 
 from afm_pipe.planning import here
@@ -100,6 +101,7 @@ class Endless:
         return time.sleep, (60,)  # where a process of the estimate reads it, however soon it has started
 
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored in the background
 user_command(here.seconds_on_all)(2, Endless(), None, None)
 """
 
