@@ -3,8 +3,6 @@
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +13,7 @@ from afm_pipe.distributed import pool
 from afm_pipe.distributed.pool import run_jobs
 from afm_pipe.runtime.errors import UserError
 from afm_pipe.runtime.progress import Progress, track
-from tests.conftest import ROOT
+from tests.interrupts import interrupted
 
 
 class FileJob(NamedTuple):
@@ -122,40 +120,20 @@ def test_a_killed_process_of_the_pool_is_an_error_of_one_line(project: Path) -> 
 
 
 INTERRUPTED = """
-import signal
 import sys
 
 from afm_pipe.distributed.pool import run_jobs
 from afm_pipe.runtime.commands import user_command
-from tests.distributed.test_pool import FileJob, announce
+from tests.distributed.test_pool import FileJob
+from tests.interrupts import Loading
 
-
-class Endless:
-    def __reduce__(self):
-        return announce, (sys.argv[1],)  # where a process of the pool reads it, before it ignores signals
-
-
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored in the background
-user_command(lambda: list(run_jobs([FileJob("a"), FileJob("b")], Endless(), 2, "jobs")))()
+user_command(lambda: list(run_jobs([FileJob("a"), FileJob("b")], Loading(sys.argv[1]), 2, "jobs")))()
 """
 
 
-def announce(folder: str) -> None:
-    (Path(folder) / str(os.getpid())).touch()
-    time.sleep(60)
-
-
 def test_ctrl_c_while_the_processes_start_is_one_line(tmp_path: Path) -> None:
-    """A terminal sends SIGINT to all of them."""
-    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path)]
-    started = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True)
-    until = time.monotonic() + 60
-    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < until:
-        time.sleep(0.01)
-    os.killpg(started.pid, signal.SIGINT)
-    said = started.communicate(timeout=60)[1].decode()
-    assert said == "stopped by SIGINT: to resume, run the same command again.\n"
-    assert started.returncode == 130
+    said = "stopped by SIGINT: to resume, run the same command again.\n"
+    assert interrupted(INTERRUPTED, tmp_path, 2) == (said, 130)
 
 
 def test_nothing_to_do_starts_nothing(project: Path) -> None:

@@ -1,17 +1,13 @@
 """How long all stages take on this machine, said before the first of them trains anything."""
 
 import multiprocessing
-import os
 import re
-import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
-import psutil
 import pytest
 import torch
 
@@ -21,6 +17,7 @@ from afm_pipe.params.file import load_params
 from afm_pipe.planning import here
 from afm_pipe.runtime.errors import UserError
 from tests.conftest import SMOKE, write_images
+from tests.interrupts import interrupted
 
 LAUNCH = Launch(device="cpu", workers=2)
 RUNS = (
@@ -58,14 +55,13 @@ def test_an_update_is_measured(project: Path) -> None:
 
 def test_processes_that_measure_have_one_thread_as_in_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(here, "update_seconds", lambda *_: torch.get_num_threads())
-    spawn, (answers, answer), before = (
-        multiprocessing.get_context("spawn"),
-        multiprocessing.Pipe(),
-        torch.get_num_threads(),
-    )
+    spawn, before = multiprocessing.get_context("spawn"), torch.get_num_threads()
+    answers, answer = spawn.Pipe(duplex=False)
+    run: Any = SimpleNamespace(batch_size=1)
+    config: Any = None
     torch.set_num_threads(2)
     try:
-        here._measure(answer, spawn.Barrier(1), None, SimpleNamespace(batch_size=1), None, LAUNCH)  # type: ignore[arg-type]
+        here._measure(answer, spawn.Barrier(1), None, run, config, LAUNCH)
     finally:
         torch.set_num_threads(before)
     assert answers.recv() == 1
@@ -89,34 +85,19 @@ def test_a_process_that_is_killed_costs_the_estimate_alone(project: Path, which:
 
 
 INTERRUPTED = """
-import signal
-import time
+import sys
 
 from afm_pipe.planning import here
 from afm_pipe.runtime.commands import user_command
+from tests.interrupts import Loading
 
-
-class Endless:
-    def __reduce__(self):
-        return time.sleep, (60,)  # where a process of the estimate reads it, however soon it has started
-
-
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored in the background
-user_command(here.seconds_on_all)(2, Endless(), None, None)
+user_command(here.seconds_on_all)(2, Loading(sys.argv[1]), None, None)
 """
 
 
-def test_ctrl_c_while_the_processes_start_is_one_line() -> None:
-    """A terminal sends SIGINT to all of them, which have not set any handler yet."""
-    started = subprocess.Popen([sys.executable, "-c", INTERRUPTED], stderr=subprocess.PIPE, start_new_session=True)
-    parent, until = psutil.Process(started.pid), time.monotonic() + 60
-    while len(parent.children()) < 3 and time.monotonic() < until:  # with the resource tracker of multiprocessing
-        time.sleep(0.01)
-    time.sleep(0.3)  # they import
-    os.killpg(started.pid, signal.SIGINT)
-    said = started.communicate(timeout=60)[1].decode()
-    assert said == "stopped by SIGINT: to resume, run the same command again.\n"
-    assert started.returncode == 130
+def test_ctrl_c_while_the_processes_start_is_one_line(tmp_path: Path) -> None:
+    said = "stopped by SIGINT: to resume, run the same command again.\n"
+    assert interrupted(INTERRUPTED, tmp_path, 2) == (said, 130)
 
 
 def test_images_of_the_workspace_count_in_a_copy_of_it(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
