@@ -20,7 +20,7 @@ from afm_pipe.study.trials import run_weight
 from afm_pipe.training.engine import Engine
 
 TRAINING_OF_POOL = 0.72  # of the pool's time in the default; the rest draws and measures samples (benchmarks/repro.md)
-POOL_OF_ALL = 0.8  # of the time of all stages of the default (likewise)
+POOL_OF_ALL = 0.7  # of the time of all stages of the default (benchmarks/repro.md)
 UPDATES = 20  # measured by each process
 STARTED_WITHIN = 120.0  # seconds, until all processes have begun
 
