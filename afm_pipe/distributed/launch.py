@@ -50,6 +50,9 @@ class Launch(BaseSettings):
     """Recompute the activations in the blocks of G and D in the backward pass: slower, but less memory."""
     compile: bool = False
     """Compile the blocks of G and D with torch.compile; for GPUs, since on a CPU it takes a minute and gains little."""
+    capture: bool = False
+    """Capture updates as CUDA graphs, for small models on one NVIDIA GPU, whose kernels end sooner than the host can
+    start them. Numbers change by rounding: the learning rate is then one of float32."""
     tf32: bool = True
     """On NVIDIA GPUs, round the inputs of float32 matrix products to TF32, as the paper does."""
     ema_on_cpu: bool = False
@@ -101,6 +104,11 @@ class Launch(BaseSettings):
                 raise ValueError(
                     f"expected either shard or {other}, found both: sharded weights are neither compiled nor moved"
                 )
+        for other in ("shard", "ema_on_cpu"):
+            if self.capture and getattr(self, other):
+                raise ValueError(f"expected either capture or {other}, found both: a graph stays on one GPU")
+        if self.capture and self.world_size > 1:
+            raise ValueError(f"expected one process with capture, found {self.world_size}: a graph stays on one GPU")
         return self
 
     def forces(self, stage: str, name: str) -> bool:

@@ -166,7 +166,7 @@ class DiT(nn.Module):
         with torch.autocast(tokens.device.type, torch.bfloat16) if self.bf16 else nullcontext():
             for block in self.blocks:
                 if self.checkpointing and torch.is_grad_enabled():
-                    tokens = checkpoint(block, tokens, condition, use_reentrant=False)
+                    tokens = checkpoint(block, tokens, condition, use_reentrant=False, preserve_rng_state=False)
                 else:
                     tokens = block(tokens, condition)
         return tokens

@@ -84,7 +84,7 @@ class PathDiscriminator(DiT):
             for block in self.blocks:
                 inputs = tokens, condition, dtokens, dcondition
                 if self.checkpointing and torch.is_grad_enabled():
-                    tokens, dtokens = checkpoint(block, *inputs, use_reentrant=False)
+                    tokens, dtokens = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
                 else:
                     tokens, dtokens = block(*inputs)
         return along(lambda x: self.final_layer(rms_norm(x)).squeeze(-1), (tokens[:, 0],), dtokens[:, :, 0])

@@ -12,11 +12,12 @@ from afm_pipe.models.model_files import ModelConfig, run_config
 from afm_pipe.objectives import build_objective
 from afm_pipe.params import Params, Run
 from afm_pipe.planning.counting import measure
+from afm_pipe.training.capture import WARM_UP, updates_on
 from afm_pipe.training.engine import Engine
 from afm_pipe.training.learner import Learner
 from afm_pipe.training.state import TrainingState
 
-UPDATES, WARMUP = 5, 2
+UPDATES, WARMUP = 5, WARM_UP + 1  # the last one captures
 
 
 def measured_flops(
@@ -35,17 +36,18 @@ def update_seconds(
     objective = build_objective(run, config)
     state = TrainingState.fresh(objective, device, engine)
     learner = Learner(state, run.ema, SINGLE_PROCESS)
+    update = updates_on(device, engine, objective, learner)
     with torch.device(device):
         batch = objective.example_batch(images)
     _fill(batch)
+    hyperparameters = objective.hyperparameters(0, max(config.num_classes, run.batch_size))
     seconds = []
     for _ in range(WARMUP + updates):
         started = time.perf_counter()
-        objective.update(learner, batch, objective.hyperparameters(0, max(config.num_classes, run.batch_size)))
-        learner.update_ema()
+        update(batch, hyperparameters)
         learner.require_finite()  # waits for the device
         seconds.append(time.perf_counter() - started)
-    return median(seconds[WARMUP:])
+    return median(seconds[-updates:])
 
 
 def _fill(value: Any) -> None:

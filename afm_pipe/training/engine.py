@@ -28,6 +28,7 @@ class Engine(NamedTuple):
     tf32: bool = True
     ema_on_cpu: bool = False
     shard: bool = False
+    capture: bool = False
 
     @classmethod
     def of(cls, launch: "Launch") -> "Engine":

@@ -8,7 +8,7 @@ averaged.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from afm_pipe.distributed.process_group import ProcessGroup
-from afm_pipe.objectives.base import Hyperparameters
+from afm_pipe.objectives.base import Hyperparameters, Objective
 from afm_pipe.objectives.schedules import ema_decay_at
 from afm_pipe.params import Ema
 from afm_pipe.runtime.errors import NotFiniteError
@@ -24,6 +24,15 @@ from afm_pipe.training.sharding import full_tensor, local_shard
 from afm_pipe.training.state import TrainingState
 
 NEVER = 2**31 - 1
+
+
+class Cells(NamedTuple):
+    """Numbers of an update as tensors on the device, () each, for a graph that is replayed for other updates."""
+
+    update: Tensor
+    """Number of the update."""
+    ema_weight: Tensor
+    """Weight of the new weights in the EMA: 1 - its decay."""
 
 
 class Learner:
@@ -39,7 +48,8 @@ class Learner:
         # First update with a non-finite loss, on the device; from then on optimizers do not step.
         self._diverged_at = torch.full((), NEVER, device=device)
         # On a GPU, reading a loss would make the host wait for the device, so it is checked once per row.
-        self._checks_immediately = device.type == "cpu"
+        self.checks_immediately = device.type == "cpu"
+        self.cells: Cells | None = None  # while an update is captured
 
     @property
     def networks(self) -> Mapping[str, nn.Module]:
@@ -68,13 +78,20 @@ class Learner:
     def sum(self, values: Sequence[Tensor]) -> Tensor:
         return self.group.all_reduce(values[0] if len(values) == 1 else torch.stack([*values]).sum(0))
 
+    def update(self, objective: Objective, batch: Any, hyperparameters: Hyperparameters) -> Tensor:
+        """Run one update of an objective, and of the EMA; return its terms."""
+        terms = objective.update(self, batch, hyperparameters)
+        self.update_ema()
+        return terms
+
     def step(self, name: str, loss: Tensor, hyperparameters: Hyperparameters) -> Tensor:
         network, optimizer = self.networks[name], self.state.optimizers[name]
-        if self._checks_immediately:
+        if self.checks_immediately:
             if not math.isfinite(loss.item()):
                 raise _not_finite(f"a {name} loss of {loss.item()}", self.state.update)
         else:
-            diverged_at = torch.where(loss.isfinite(), NEVER, self.state.update)
+            update = self.state.update if self.cells is None else self.cells.update
+            diverged_at = torch.where(loss.isfinite(), NEVER, update)
             torch.minimum(self._diverged_at, diverged_at, out=self._diverged_at)
             optimizer.found_inf = (self._diverged_at < NEVER).float()  # type: ignore[attr-defined]  # read by AdamW
         norm = nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None], foreach=True)
@@ -99,7 +116,14 @@ class Learner:
         weights = [local_shard(weight).to(device, non_blocking=True) for weight in sampled.parameters()]
         if device.type == "cpu" and self.state.sums.device.type == "cuda":  # one wait for all copies, with ema_on_cpu
             torch.cuda.current_stream(self.state.sums.device).synchronize()
-        torch._foreach_lerp_(averages, weights, 1 - ema_decay_at(self.ema, self.state.update))
+        if self.cells is None:
+            torch._foreach_lerp_(averages, weights, self.ema_weight())
+        else:
+            torch._foreach_lerp_(averages, weights, [self.cells.ema_weight] * len(averages))
+
+    def ema_weight(self) -> float:
+        """Return the weight of the new weights in the EMA, in the next update."""
+        return 1 - ema_decay_at(self.ema, self.state.update)
 
     def require_finite(self) -> None:
         """Raise NotFiniteError if any loss so far was not finite; the weights are those from before that update."""

@@ -22,6 +22,7 @@ from afm_pipe.runtime.errors import NotFiniteError, UserError
 from afm_pipe.runtime.progress import Progress
 from afm_pipe.runtime.signals import ShutdownRequest, Stopped, shutdown_requested
 from afm_pipe.training.callback import Action, Callback
+from afm_pipe.training.capture import updates_on
 from afm_pipe.training.checkpoints import CheckpointWriter, RetentionPolicy, load_latest
 from afm_pipe.training.drawing import DrawnAhead
 from afm_pipe.training.engine import Engine
@@ -101,6 +102,7 @@ class Trainer:
         self.notes = load_latest(self.store.checkpoints, self.state, task.identity)
         _require_same_update(self.group, self.state.update)
         self.learner = Learner(self.state, settings.ema, self.group)
+        self._run = updates_on(runtime.device, runtime.engine, self.objective, self.learner)
         self.callbacks: list[Callback] = []
         if run is not None:
             self.callbacks = [Interventions(self, run), TrainingMonitor(self, run, task.identity)]
@@ -182,8 +184,7 @@ class Trainer:
     def update(self, batch: Any) -> Tensor:
         """Run one update; return its terms. On a CPU, raises NotFiniteError before the weights change."""
         self._used = self.hyperparameters()
-        terms = self.objective.update(self.learner, batch, self._used)
-        self.learner.update_ema()
+        terms = self._run(batch, self._used)
         self.state.update += 1
         return terms
 

@@ -23,7 +23,7 @@ from afm_pipe.training.trainer import Trainer
 from benchmarks.gpu import rates
 from benchmarks.gpu.inputs import CARD, CLASSES, SHAPE, card_name, run_of, trainer_of, write_page
 
-SIZES = ("b2", "m2", "l2", "xl2", "xl2-56l", "xl2-112l")
+SIZES = ("t4", "b2", "m2", "l2", "xl2", "xl2-56l", "xl2-112l")
 HEADER = ("run", "updates/s", "images/s", "TFLOP/s", "of its parts", "GB")
 SHOWN = 15  # operators in the table of where the time goes
 
@@ -33,14 +33,14 @@ def trainings(sizes: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     for size in sizes:
         name, _, deep = size.partition("-")
         for precision in ("tf32", "bf16"):
-            for mode in ("eager", "compiled", "micro-batches", "checkpointed"):
+            for mode in ("eager", "compiled", "captured", "micro-batches", "checkpointed"):
                 changes = {"precision": "bf16", "qk_norm": True} if precision == "bf16" else {}
                 repeats = {"56l": 2, "112l": 4}.get(deep, 1)
                 run, micro = _that_fits(run_of(name, repeats=repeats, **changes), mode)
                 if run is None:
                     yield f"{size} {precision} {mode}", *["does not fit"] * (len(HEADER) - 1)
                     continue
-                engine = Engine(compile=mode == "compiled", checkpoint_activations=mode == "checkpointed")
+                engine = Engine(mode == "checkpointed", mode == "compiled", capture=mode == "captured")
                 yield f"{size} {precision} {mode}, {run.batch_size} images", *_timed(run, engine, micro)
 
 

@@ -10,20 +10,21 @@ import torch.nn.functional as F
 
 from afm_pipe.params.sizes import SIZES
 from afm_pipe.planning.counting import Work
+from afm_pipe.training.capture import WARM_UP
 from benchmarks.gpu.inputs import CARD, ON_CPU
 
 ELEMENTWISE = 33  # times a block reads or writes its tokens in a forward pass or in its share of a backward pass
 
 
 def seconds_of(work: Callable[[], object], repeats: int = 10) -> float:
-    """Return the median seconds of a work, after two rounds to warm up."""
+    """Return the median seconds of a work, after rounds to warm up, in which updates are captured."""
     times = []
-    for index in range(2 + repeats):
+    for index in range(WARM_UP + 1 + repeats):
         wait()
         started = time.perf_counter()
         work()
         wait()
-        if index > 1:
+        if index > WARM_UP:
             times.append(time.perf_counter() - started)
     return median(times)
 

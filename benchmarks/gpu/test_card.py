@@ -27,7 +27,7 @@ from afm_pipe.training.state import TrainingState
 from afm_pipe.training.trainer import Trainer
 from benchmarks.gpu import rates
 from benchmarks.gpu.conftest import Check
-from benchmarks.gpu.inputs import CARD, CLASSES, FORMS, ON_CPU, SHAPE, XL, run_of, trainer_of
+from benchmarks.gpu.inputs import CARD, CLASSES, FORMS, IMAGES, ON_CPU, SHAPE, XL, run_of, trainer_of
 from tests import parity
 from tests.training.running import same_weights, train, weights
 
@@ -203,37 +203,22 @@ def test_06_speed_is_that_of_the_cards_parts(check: Check, tmp_path: Path, preci
     check(found, "at least 60 % of the card's own rates", share >= 0.6)
 
 
-@pytest.mark.parametrize("form", ["one step", "guided"])
-def test_07_a_captured_update_equals_an_eager_one(check: Check, tmp_path: Path, form: str) -> None:
-    """D's and G's step as one CUDA graph, replayed with another learning rate and transport weight."""
+@pytest.mark.parametrize("form", ["one step", "several steps", "guided"])
+def test_07_captured_updates_equal_eager_ones(check: Check, tmp_path: Path, form: str) -> None:
+    """Updates as CUDA graphs, replayed with other learning rates and transport weights; rates are those of float32."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
     run = run_of(form=form, batch_size=BATCH)
-    eager, captured = (trainer_of(tmp_path / name, run) for name in ("eager", "captured"))
-    batch, first = eager.draw(), eager.hyperparameters()
-    cells = {name: torch.tensor(value, device=CARD) for name, value in first.lr.items()}
-    weight = torch.tensor(first.weights["transport"], device=CARD)
-    held = type(first)(cells, {"transport": weight}, first.gradient_clip, first.phase)  # type: ignore[arg-type]
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            captured.objective.update(captured.learner, batch, held)
-    torch.cuda.current_stream().wait_stream(side)
-    for _ in range(3):
-        eager.objective.update(eager.learner, batch, first)
-    for optimizer in captured.state.optimizers.values():
-        optimizer.param_groups[0]["capturable"] = True  # otherwise a step refuses to be captured
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured.objective.update(captured.learner, batch, held)
-    other = first.scaled(0.5, {"transport": 0.05})
-    for name, value in other.lr.items():
-        cells[name].fill_(value)
-    weight.fill_(0.05)
-    graph.replay()
-    eager.objective.update(eager.learner, batch, other)
-    torch.cuda.synchronize()
+    phases = [run.phases[0].model_copy(update={"until_epoch": 8 * BATCH / IMAGES, "lr": 1e-4}), run.phases[0]]
+    transport = run.transport.model_copy(update={"decay_epochs": 16 * BATCH / IMAGES})
+    run = run.model_copy(update={"phases": phases, "transport": transport})
+    eager, captured = (trainer_of(tmp_path / str(each), run, Engine(capture=each)) for each in (False, True))
+    rows = [sum(trainer.update(trainer.draw()) for _ in range(16)) for trainer in (eager, captured)]
+    captured.learner.require_finite()
+    torch.use_deterministic_algorithms(False)
     apart = distance(weights(captured.state), weights(eager.state))
-    check(f"weights {apart:.1e} apart", "within 1e-6", apart < 1e-6)
+    terms = float(((rows[1] - rows[0]).abs() / rows[0].abs().clamp(min=1e-3)).max())
+    found = f"weights {apart:.1e} apart after 16 updates, terms {terms:.1e}"
+    check(found, "weights within 1e-5, terms within 1e-2", apart < 1e-5 and terms < 1e-2)
 
 
 @pytest.mark.on_cpu

@@ -136,7 +136,7 @@ def test_a_non_finite_loss_stops_all_updates_on_the_device_and_is_raised_when_it
     make: Callable[..., Trainer],
 ) -> None:
     trainer = make()
-    trainer.learner._checks_immediately = False  # as on a GPU
+    trainer.learner.checks_immediately = False  # as on a GPU
     update(trainer)
     trainer.learner.require_finite()
     before = {name: tensor.clone() for name, tensor in weights(trainer.state).items() if not name.startswith("ema")}
@@ -163,7 +163,7 @@ def test_a_non_finite_loss_is_raised_before_the_update_on_a_cpu(make: Callable[.
 
 def test_an_update_that_reads_nothing_has_the_same_bits(make: Callable[..., Trainer]) -> None:
     reading, blind = make(), make()
-    blind.learner._checks_immediately = False
+    blind.learner.checks_immediately = False
     for _ in range(3):
         update(reading, blind)
     assert torch.equal(vector(reading), vector(blind))
@@ -174,7 +174,7 @@ def test_an_update_reads_no_number_off_the_device(
 ) -> None:
     """On a CPU nothing waits; what would wait is every conversion to a Python number."""
     trainer = make()
-    trainer.learner._checks_immediately = False
+    trainer.learner.checks_immediately = False
     batch = trainer.draw()
     trainer.update(batch)  # AdamW makes its state
 
