@@ -84,6 +84,7 @@ def plan_text(
         share = -(-params.model(name).batch_size // machine.gpus)
         each, device = min(machine.micro_batch or share, share), launch.torch_device()
         engine = Engine.of(launch)._replace(checkpoint_activations=machine.checkpoint_activations, shard=False)
+        engine = engine._replace(capture=launch.capture and machine.gpus == 1)
         flops = measured_flops(params, name, classes, each, device, engine)
         machine = machine._replace(utilization=flops / machine.peak, least_utilization=None)
         measured = (

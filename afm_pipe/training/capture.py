@@ -2,13 +2,12 @@
 
 A graph repeats the kernels of one update on the same memory, and freezes every number of Python in it. So the batch is
 copied into tensors of the graph; learning rates, scheduled loss weights, the number of the update and the weight of the
-EMA are tensors that are filled before each replay. All else that Python decides (phase, clipping, lazy penalties, the
-shares of micro-batches) is the form of an update: each form has a graph of its own, captured after `WARM_UP` updates.
+EMA are tensors that are filled before each replay. All else that Python decides (phase, clipping, lazy penalties, whose
+step it is) is the form of an update: each form has a graph of its own, captured after `WARM_UP` updates.
 """
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -36,31 +35,34 @@ class Recorder(Protocol):
     def record(self, computation: Computation) -> tuple[Callable[[], object], Tensor]:
         """Record a computation; return a function that replays it, and the tensor in which its result then is."""
 
+    def forget(self) -> None:
+        """Release what the recordings so far share; they are replayed no more."""
+
 
 class CudaGraphs:
     """Records CUDA graphs. They share memory: one runs at a time, and its result is used before the next."""
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
-        self.pool = torch.cuda.graph_pool_handle()
+        self.forget()
 
     def warm_up(self, computation: Computation) -> Tensor:
-        with self._on_stream():
-            return computation()
-
-    def record(self, computation: Computation) -> tuple[Callable[[], object], Tensor]:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-            result = computation()
-        return graph.replay, result
-
-    @contextmanager
-    def _on_stream(self) -> Iterator[None]:
         current = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
-            yield
+            result = computation()
         current.wait_stream(self.stream)
+        return result
+
+    def record(self, computation: Computation) -> tuple[Callable[[], object], Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        # Of this thread alone: others meanwhile pin memory for the next batch, and copy checkpoints.
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+            result = computation()
+        return graph.replay, result
+
+    def forget(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()  # that of dropped graphs takes no others
 
 
 class Inputs:
@@ -124,22 +126,25 @@ class CapturedUpdates:
 
     def _capture(self, inputs: Inputs) -> Captured:
         learner, self._moments = self.learner, self._optimizer_tensors()
-        groups = [group for optimizer in learner.state.optimizers.values() for group in optimizer.param_groups]
+        optimizers = learner.state.optimizers.values()
         learner.cells = inputs.cells
-        for group in groups:
-            group["capturable"] = True  # otherwise a step refuses to be captured
+        _set_capturable(optimizers, True)  # otherwise a step refuses to be captured
         try:
             update = partial(learner.update, self.objective, inputs.batch, inputs.hyperparameters)
             return Captured(inputs, *self.recorder.record(update))
         finally:
             learner.cells = None
-            for group in groups:
-                group["capturable"] = False  # it warns of other steps
+            _set_capturable(optimizers, False)  # it warns of other steps
+            for optimizer in optimizers:
+                optimizer.found_inf = None  # type: ignore[attr-defined]  # in the memory of the graph
 
     def _drop_outdated(self) -> None:
         """Drop all graphs if a reload has replaced the optimizers' tensors, in whose memory they compute."""
         if self._graphs and [*map(id, self._moments)] != [*map(id, self._optimizer_tensors())]:
             self._graphs.clear()
+            self._seen.clear()  # an optimizer without moments makes them in its next update
+            self._moments.clear()
+            self.recorder.forget()
 
     def _optimizer_tensors(self) -> list[Tensor]:
         states = [state for each in self.learner.state.optimizers.values() for state in each.state.values()]
@@ -165,7 +170,14 @@ def updates_on(
             f"Found the launch setting capture with {learner.group.world_size} processes, expected one, since their "
             "communication is not captured: unset AFM_CAPTURE."
         )
+    assert not engine.ema_on_cpu, "launch settings refuse it: its copies cross the bus outside of the graph"
     return CapturedUpdates(objective, learner, CudaGraphs(device)).run
+
+
+def _set_capturable(optimizers: Iterable[torch.optim.Optimizer], capturable: bool) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["capturable"] = capturable
 
 
 def _form(batch: Any, hyperparameters: Hyperparameters) -> Hashable:

@@ -4,6 +4,7 @@ make bench-gpu
 python -m benchmarks.gpu b2 xl2     # some sizes
 """
 
+import gc
 import json
 import sys
 import tempfile
@@ -64,6 +65,7 @@ def _timed(run: Run, engine: Engine, micro: int | None) -> tuple[str, ...]:
     bound = rates.bound_seconds(work, run.size, run.batch_size, run.precision == "bf16", parameters)
     peak = torch.cuda.max_memory_reserved()
     del trainer
+    gc.collect()  # a trainer refers to itself, and so would keep its memory
     torch._dynamo.reset()
     torch.cuda.empty_cache()
     figures = (1 / seconds, run.batch_size / seconds, work.flops / seconds / 1e12)

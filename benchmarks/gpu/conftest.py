@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before CUDA starts: deterministic matrix products
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,7 @@ def check(request: pytest.FixtureRequest) -> Check:
 def clean_card() -> Any:
     """Leave no memory of one check to the next."""
     yield
+    gc.collect()
     torch._dynamo.reset()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

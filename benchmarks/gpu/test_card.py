@@ -29,7 +29,7 @@ from benchmarks.gpu import rates
 from benchmarks.gpu.conftest import Check
 from benchmarks.gpu.inputs import CARD, CLASSES, FORMS, IMAGES, ON_CPU, SHAPE, XL, run_of, trainer_of
 from tests import parity
-from tests.training.running import same_weights, train, weights
+from tests.training.running import Halved, same_weights, train, weights
 
 pytestmark = pytest.mark.gpu
 CUDA_ONLY = "a CUDA device"
@@ -205,20 +205,24 @@ def test_06_speed_is_that_of_the_cards_parts(check: Check, tmp_path: Path, preci
 
 @pytest.mark.parametrize("form", ["one step", "several steps", "guided"])
 def test_07_captured_updates_equal_eager_ones(check: Check, tmp_path: Path, form: str) -> None:
-    """Updates as CUDA graphs, replayed with other learning rates and transport weights; rates are those of float32."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    """Updates as CUDA graphs, across a change of phase, the learning rate halved within each by a callback."""
+    exact = form != "guided"  # the backward pass of its translations copies from the host if it is deterministic
+    torch.use_deterministic_algorithms(exact, warn_only=True)
     run = run_of(form=form, batch_size=BATCH)
-    phases = [run.phases[0].model_copy(update={"until_epoch": 8 * BATCH / IMAGES, "lr": 1e-4}), run.phases[0]]
-    transport = run.transport.model_copy(update={"decay_epochs": 16 * BATCH / IMAGES})
+    ends, transport = (8 * BATCH / IMAGES, 1.0), run.transport.model_copy(update={"decay_epochs": 16 * BATCH / IMAGES})
+    phases = [run.phases[0].model_copy(update={"until_epoch": end, "lr": 2.0**-13}) for end in ends]  # exact in float32
     run = run.model_copy(update={"phases": phases, "transport": transport})
     eager, captured = (trainer_of(tmp_path / str(each), run, Engine(capture=each)) for each in (False, True))
+    for trainer in (eager, captured):
+        trainer.callbacks.append(Halved(trainer))
     rows = [sum(trainer.update(trainer.draw()) for _ in range(16)) for trainer in (eager, captured)]
     captured.learner.require_finite()
     torch.use_deterministic_algorithms(False)
     apart = distance(weights(captured.state), weights(eager.state))
     terms = float(((rows[1] - rows[0]).abs() / rows[0].abs().clamp(min=1e-3)).max())
+    limit = 1e-5 if exact else 1e-3
     found = f"weights {apart:.1e} apart after 16 updates, terms {terms:.1e}"
-    check(found, "weights within 1e-5, terms within 1e-2", apart < 1e-5 and terms < 1e-2)
+    check(found, f"weights within {limit:.0e}, terms within 1e-2", apart < limit and terms < 1e-2)
 
 
 @pytest.mark.on_cpu

@@ -4,8 +4,20 @@ from pathlib import Path
 
 import torch
 
+from afm_pipe.objectives.base import Hyperparameters
+from afm_pipe.training.callback import Callback
 from afm_pipe.training.state import TrainingState
 from afm_pipe.training.trainer import Trainer
+
+
+class Halved(Callback):
+    """Halves the learning rate in every second half of eight updates."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def adjust(self, hyperparameters: Hyperparameters) -> Hyperparameters:
+        return hyperparameters.scaled(lr=0.5) if self.trainer.state.update % 8 >= 4 else hyperparameters
 
 
 def train(trainer: Trainer, stop_at: int | None = None) -> TrainingState:

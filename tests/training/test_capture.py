@@ -27,6 +27,7 @@ from afm_pipe.training.engine import Engine
 from afm_pipe.training.state import optimizer_tensors
 from afm_pipe.training.trainer import Runtime, Task, Trainer
 from benchmarks.inputs import CLASS_COUNT, latents_file
+from tests.training.running import Halved
 from tests.training.test_engine import RUN, SHAPE, update, vector, without_numbers
 
 LR = 2.0**-11  # exact in float32, in which a graph takes it
@@ -47,8 +48,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "continuous adversarial flow": {"objective": "continuous_adversarial_flow", "flow": FLOW, "transport": 0.5},
 }
 
-# Of 8 updates of a phase and 4 of the next. Others have updates of two forms: with penalties or without, of D or of G.
-REPLAYS = {"lazy penalties": [1, 1], "continuous adversarial flow": [2, 1]}
+# Of 8 updates in each of two phases. Others have updates of two forms: with penalties or without, of D or of G.
+REPLAYS = {"lazy penalties": [1, 1, 1, 1], "continuous adversarial flow": [2, 1, 1]}
 
 
 class Recording(TorchDispatchMode):
@@ -86,6 +87,7 @@ class Emulation:
 
     def __init__(self) -> None:
         self.recordings: list[Recording] = []
+        self.forgotten = 0  # of the recordings, which are the first ones
 
     def warm_up(self, computation: Callable[[], Tensor]) -> Tensor:
         return computation()
@@ -96,6 +98,9 @@ class Emulation:
         with recording:
             result = computation()
         return recording.replay, result
+
+    def forget(self) -> None:
+        self.forgotten = len(self.recordings)
 
 
 Make = Callable[[Run], tuple[Trainer, Trainer, Emulation]]
@@ -134,16 +139,18 @@ def run_of(form: str) -> Run:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_replayed_updates_have_the_bits_of_eager_ones(make: Make, form: str) -> None:
-    """Across a change of the learning rate, with another batch and transport weight in each."""
+    """Across two phases, each with two learning rates, with another batch and transport weight in every update."""
     eager, captured, emulation = make(run_of(form))
-    for at in range(12):
+    for trainer in (eager, captured):
+        trainer.callbacks.append(Halved(trainer))
+    for at in range(16):
         terms = [trainer.update(trainer.draw()).clone() for trainer in (eager, captured)]
         assert torch.equal(*terms), f"terms of update {at}"
         assert torch.equal(vector(eager), vector(captured)), f"weights and EMA after update {at}"
     captured.learner.require_finite()
     moments = [optimizer_tensors(trainer.state.optimizers[eager.state.sampled]) for trainer in (eager, captured)]
     assert all(torch.equal(moments[0][name], moments[1][name]) for name in moments[0])
-    assert [each.replays for each in emulation.recordings] == REPLAYS.get(form, [8 - WARM_UP, 4 - WARM_UP])
+    assert [each.replays for each in emulation.recordings] == REPLAYS.get(form, [8 - WARM_UP] * 2)
 
 
 def test_a_non_finite_loss_is_named_by_the_update_in_which_it_was_replayed(make: Make) -> None:
@@ -163,19 +170,22 @@ def test_a_non_finite_loss_is_named_by_the_update_in_which_it_was_replayed(make:
     captured.learner.require_finite()
 
 
-def test_graphs_are_captured_anew_after_a_rollback(make: Make, tmp_path: Path) -> None:
-    """It replaces the optimizers' tensors, on which graphs compute."""
+@pytest.mark.parametrize("at", [0, 2])
+def test_graphs_are_captured_anew_after_a_rollback(make: Make, tmp_path: Path, at: int) -> None:
+    """It replaces the optimizers' tensors, on which graphs compute; those of before the first update have none."""
     eager, captured, emulation = make(run_of("one step"))
-    for _ in range(5):
+    for _ in range(at):
         update(eager, captured)
     earlier = Snapshot.of(captured.state)
-    update(captured)
+    for _ in range(5):
+        update(captured)
     captured.state.load_tensors(earlier.tensors(), tmp_path)
     captured.state.update = earlier.update
-    for _ in range(3):
+    for _ in range(5):
         update(eager, captured)
         assert torch.equal(vector(eager), vector(captured))
-    assert [each.replays for each in emulation.recordings] == [3, 3]
+    assert emulation.forgotten == 1 < len(emulation.recordings), "dropped graphs share no memory with new ones"
+    assert all("found_inf" not in vars(each) or each.found_inf is None for each in captured.state.optimizers.values())
 
 
 def test_capture_is_refused_where_it_cannot_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
