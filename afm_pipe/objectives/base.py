@@ -174,7 +174,11 @@ class Objective(ABC):
 
     @abstractmethod
     def update(self, learner: Learner, batch: Any, hyperparameters: Hyperparameters) -> Tensor:
-        """Update the networks once on the result of `Batches.draw`; return the terms of the batch, (len(terms),)."""
+        """Update the networks once on the result of `Batches.draw`; return the terms of the batch, (len(terms),).
+
+        What differs between updates must come from the batch or `hyperparameters`, whose numbers may be tensors: a
+        captured update repeats everything else (see `training/capture.py`).
+        """
 
     @abstractmethod
     def sampler(self, network: nn.Module) -> Sampler:
